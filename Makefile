@@ -1,0 +1,76 @@
+# Everything works from a clean clone with Python >= 3.10; a C++20 compiler gives the fast kernels.
+#   make demo    make test    make lint    make bench    make wheel-check    make help
+VENV   ?= .venv
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+ARGS   ?=
+
+BIN    := $(VENV)/bin
+STAMPS := build/stamps/$(subst /,_,$(abspath $(VENV)))
+PACKAGE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv install dev demo test lint bench wheel wheel-check clean
+.DELETE_ON_ERROR:
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "variables: VENV=$(VENV) PYTHON=$(PYTHON) TORCH=$(TORCH) ARGS=..."
+
+$(STAMPS)/venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is %s" % sys.version.split()[0])'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet "setuptools>=77" "cmake>=3.24" ninja
+	@mkdir -p $(@D) && touch $@
+
+# An editable install: changes in Python need no new one, changes in csrc/ or of the build do.
+define install
+$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[$(1)]"
+@$(BIN)/python -c 'from mghf_fast import native; r = native.unavailable_reason(); r and print("note:", r)'
+@touch $(STAMPS)/install
+endef
+
+$(STAMPS)/install: $(STAMPS)/venv $(PACKAGE)
+	$(call install,demo)
+
+$(STAMPS)/dev: $(STAMPS)/venv $(PACKAGE)
+	$(call install,dev)
+	@touch $@
+
+venv: $(STAMPS)/venv  ## create the virtual environment $(VENV) with torch and the build tools
+install: $(STAMPS)/install  ## build the kernels and install the package in place
+dev: $(STAMPS)/dev  ## install, with the tools for tests, lint and benchmarks
+
+demo: $(STAMPS)/install  ## fine-tune a network with MGHF-c on photographs: ARGS="--steps 200 --out DIR"
+	$(BIN)/mghf-fast demo $(ARGS)
+
+test: $(STAMPS)/dev  ## run the whole test suite
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMPS)/dev  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMPS)/dev  ## run the benchmarks
+	$(BIN)/python -m pytest benchmarks/bench_*.py $(ARGS)
+
+wheel: $(STAMPS)/venv  ## build the wheel into dist/
+	rm -rf build/lib* build/bdist*
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	@ls dist/*.whl
+
+# A wheel made with kernels, in an environment of its own and away from the source tree.
+wheel-check: $(STAMPS)/venv  ## build the wheel, install it in an empty environment, try it there
+	rm -rf build/lib* build/bdist* build/wheel-check && mkdir -p build/wheel-check
+	MGHF_NATIVE=1 $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps \
+	    --wheel-dir build/wheel-check .
+	$(BIN)/python -m venv build/wheel-check/venv
+	build/wheel-check/venv/bin/python -m pip install --quiet "$(TORCH)" build/wheel-check/*.whl
+	cp tests/smoke_test.py build/wheel-check/
+	cd / && $(abspath build/wheel-check/venv/bin/python) -I $(abspath build/wheel-check/smoke_test.py)
+	rm -rf build/wheel-check/venv
+
+clean:  ## remove what was built (not $(VENV), not dist/)
+	rm -rf build mghf_fast/lib mghf_fast.egg-info

@@ -1,0 +1,27 @@
+// What the CPU kernels share: which instruction set they use, threads, memory.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+
+namespace mghf {
+
+enum class CpuCapability { default_, avx2, avx512 };
+
+// The best set that this CPU has and this library was built for, capped by the environment variable
+// MGHF_CPU_CAPABILITY = default | avx2 | avx512. A cap above the CPU's best leaves the best; any
+// other value throws. Decided at the first call.
+CpuCapability cpu_capability();
+const char* name(CpuCapability);
+
+// Calls task(index, workspace) for every index below count, on PyTorch's threads. A workspace is
+// 64-byte aligned, uninitialised and used by one task at a time.
+void for_each(int64_t count, size_t workspace_bytes,
+              const std::function<void(int64_t index, void* workspace)>& task);
+
+// Asks the system to back fresh memory with 2 MiB pages where it offers them. The first touch of
+// every 4 KiB page otherwise costs as much time as the kernels themselves.
+void use_huge_pages(void* data, size_t bytes);
+
+}  // namespace mghf

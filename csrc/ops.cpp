@@ -1,0 +1,144 @@
+// Every native op: its schema, its argument checks and its call of the kernels. The library knows
+// nothing of Python or autograd; mghf_fast/ops/ gives these raw ops their gradients and contracts.
+
+#include <cmath>
+#include <optional>
+#include <string>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "cpu/dispatch.h"
+#include "cpu/sinkhorn.h"
+
+namespace {
+
+using torch::stable::Tensor;
+
+// ---- argument checks ----
+
+std::string shape_of(const Tensor& tensor) {
+  std::string text = "(";
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    text += (d > 0 ? ", " : "") + std::to_string(tensor.size(d));
+  }
+  return text + ")";
+}
+
+void check_square_matrices(const Tensor& tensor, const char* argument) {
+  STD_TORCH_CHECK(tensor.is_cpu(), argument, " is not on the CPU");
+  STD_TORCH_CHECK(tensor.scalar_type() == torch::headeronly::ScalarType::Float, argument,
+                  " is not float32");
+  STD_TORCH_CHECK(tensor.dim() == 3 && tensor.size(1) == tensor.size(2), argument, " has shape ",
+                  shape_of(tensor), "; allowed is (B, N, N)");
+}
+
+mghf::TransportCost check_cost(const std::string& cost) {
+  if (cost == "hard") return mghf::TransportCost::hard;
+  if (cost == "easy") return mghf::TransportCost::easy;
+  STD_TORCH_CHECK(cost == "exp", "cost is '", cost, "'; allowed are 'hard', 'easy', 'exp'");
+  return mghf::TransportCost::exp;
+}
+
+mghf::SinkhornOptions check_sinkhorn(const Tensor& similarity, const std::string& cost,
+                                     double epsilon, int64_t iterations,
+                                     std::optional<double> tolerance) {
+  check_square_matrices(similarity, "similarity");
+  // Beyond these bounds 1 / epsilon is no normal float32.
+  STD_TORCH_CHECK(epsilon >= 1e-30 && epsilon <= 1e30, "epsilon is ", epsilon,
+                  "; allowed is a finite number above 0 (from 1e-30 to 1e30)");
+  STD_TORCH_CHECK(iterations >= 1 && iterations <= 1'000'000, "iterations is ", iterations,
+                  "; allowed is 1 to 1000000");
+  STD_TORCH_CHECK(!tolerance || *tolerance >= 0, "tolerance is ", tolerance.value_or(0),
+                  "; allowed is None or a number of at least 0");
+  return {similarity.size(2), check_cost(cost),         epsilon, iterations,
+          tolerance.has_value(), static_cast<float>(tolerance.value_or(0))};
+}
+
+// ---- implementations ----
+
+const mghf::SinkhornKernels& sinkhorn_kernels() {
+#ifdef MGHF_X86_KERNELS
+  switch (mghf::cpu_capability()) {
+    case mghf::CpuCapability::avx512: return mghf::sinkhorn_avx512;
+    case mghf::CpuCapability::avx2: return mghf::sinkhorn_avx2;
+    default: break;
+  }
+#endif
+  return mghf::sinkhorn_default;
+}
+
+mghf::MatrixView matrix(const Tensor& batch, int64_t index) {
+  return {batch.const_data_ptr<float>() + index * batch.stride(0), batch.stride(1),
+          batch.stride(2)};
+}
+
+// The number of matrices that have entries.
+int64_t count(const Tensor& batch) { return batch.numel() == 0 ? 0 : batch.size(0); }
+
+// An uninitialised tensor like `similarity`, contiguous.
+Tensor new_matrices(const Tensor& similarity) {
+  Tensor matrices = torch::stable::new_empty(similarity, similarity.sizes());
+  mghf::use_huge_pages(matrices.mutable_data_ptr(),
+                       static_cast<size_t>(matrices.numel()) * sizeof(float));
+  return matrices;
+}
+
+Tensor sinkhorn(const Tensor& similarity, const std::string& cost, double epsilon,
+                int64_t iterations, std::optional<double> tolerance) {
+  const auto options = check_sinkhorn(similarity, cost, epsilon, iterations, tolerance);
+  const auto& kernels = sinkhorn_kernels();
+  Tensor plan = new_matrices(similarity);
+  float* out = plan.mutable_data_ptr<float>();
+  mghf::for_each(count(similarity), kernels.workspace_bytes(options, false),
+                 [&](int64_t b, void* workspace) {
+                   kernels.forward(options, matrix(similarity, b),
+                                   out + b * options.size * options.size, workspace);
+                 });
+  return plan;
+}
+
+Tensor sinkhorn_backward(const Tensor& grad, const Tensor& similarity, const std::string& cost,
+                         double epsilon, int64_t iterations, std::optional<double> tolerance) {
+  const auto options = check_sinkhorn(similarity, cost, epsilon, iterations, tolerance);
+  check_square_matrices(grad, "grad");
+  STD_TORCH_CHECK(grad.size(0) == similarity.size(0) && grad.size(1) == similarity.size(1),
+                  "grad has shape ", shape_of(grad), "; allowed is similarity's, ",
+                  shape_of(similarity));
+  const auto& kernels = sinkhorn_kernels();
+  Tensor grad_similarity = new_matrices(similarity);
+  float* out = grad_similarity.mutable_data_ptr<float>();
+  mghf::for_each(count(similarity), kernels.workspace_bytes(options, true),
+                 [&](int64_t b, void* workspace) {
+                   kernels.backward(options, matrix(grad, b), matrix(similarity, b),
+                                    out + b * options.size * options.size, workspace);
+                 });
+  return grad_similarity;
+}
+
+std::string cpu_capability() { return mghf::name(mghf::cpu_capability()); }
+
+}  // namespace
+
+// ---- schemas ----
+
+STABLE_TORCH_LIBRARY(mghf_native, m) {
+  m.def(
+      "sinkhorn(Tensor similarity, str cost, float epsilon, int iterations, float? tolerance)"
+      " -> Tensor");
+  m.def(
+      "sinkhorn_backward(Tensor grad, Tensor similarity, str cost, float epsilon, int iterations,"
+      " float? tolerance) -> Tensor");
+  m.def("cpu_capability() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mghf_native, CPU, m) {
+  m.impl("sinkhorn", TORCH_BOX(&sinkhorn));
+  m.impl("sinkhorn_backward", TORCH_BOX(&sinkhorn_backward));
+}
+
+// An op without tensors has no device to be dispatched on.
+STABLE_TORCH_LIBRARY_IMPL(mghf_native, CompositeExplicitAutograd, m) {
+  m.impl("cpu_capability", TORCH_BOX(&cpu_capability));
+}

@@ -1,0 +1,8 @@
+"""`python -m mghf_fast` is the command `mghf-fast`."""
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

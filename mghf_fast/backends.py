@@ -1,0 +1,88 @@
+"""Which backend runs an op: the user's choice, and why a backend cannot serve here."""
+
+from __future__ import annotations
+
+import os
+from types import TracebackType
+
+from . import native
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+"""Every backend, in the order in which ``"auto"`` prefers them."""
+
+
+def check_backend(name: object, argument: str = "backend") -> str:
+    """Returns ``name`` if it is ``"auto"`` or a backend's name; raises ``ValueError`` otherwise."""
+    if name != "auto" and name not in BACKENDS:
+        allowed = ", ".join(repr(b) for b in ("auto", *BACKENDS))
+        raise ValueError(f"{argument} is {name!r}; allowed are {allowed}")
+    return str(name)
+
+
+# A plain module global, not a context variable: torch.compile can guard on it, so a compiled
+# function is compiled anew when the backend changes instead of keeping the one it was traced with.
+#
+# The environment's value is checked at its first use, so that importing the library never fails.
+_current = os.environ.get("MGHF_BACKEND", "auto")
+
+
+def current_backend(backend: str | None = None) -> str:
+    """The backend asked for: ``backend`` if given, else the innermost :class:`use_backend`'s, else
+    the environment variable ``MGHF_BACKEND``'s, else ``"auto"``."""
+    if backend is None:
+        return check_backend(_current, "environment variable MGHF_BACKEND")
+    return check_backend(backend)
+
+
+class use_backend:
+    """Context manager that makes one backend the default of every op within it.
+
+    >>> with mghf_fast.use_backend("reference"):
+    ...     loss = mghf_fast.MGHFLoss()(sr, gt)
+
+    The choice holds for the whole process, other threads included. A backend named here is forced:
+    an op that it cannot run raises ``RuntimeError`` and says why. ``"auto"`` takes the best backend
+    that can run each op.
+
+    Raises:
+        ValueError: ``name`` is neither ``"auto"`` nor a backend.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = check_backend(name, "name")
+        self._previous: list[str] = []
+
+    def __enter__(self) -> use_backend:
+        global _current
+        self._previous.append(_current)
+        _current = self._name
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        global _current
+        _current = self._previous.pop()
+
+
+def unavailable_reasons() -> dict[str, str]:
+    """Why each backend that cannot run here cannot: backend name -> one sentence."""
+    reasons = {
+        "cuda": "this version has no CUDA kernels",
+        "triton": "this version has no Triton kernels",
+    }
+    if (reason := native.unavailable_reason()) is not None:
+        reasons["cpu"] = reason
+    return reasons
+
+
+def available_backends() -> tuple[str, ...]:
+    """The backends with at least one op that can run on this machine, best first.
+
+    ``"reference"`` (plain PyTorch) is always among them and covers every op.
+    """
+    missing = unavailable_reasons()
+    return tuple(b for b in BACKENDS if b not in missing)

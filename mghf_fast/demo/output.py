@@ -1,0 +1,62 @@
+"""The result files: written whole or not at all, and never over a file of someone else's."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from .settings import DemoError
+
+GENERATOR = "mghf-fast demo"
+"""Stands near the beginning of every file the demo writes, and tells its own from others."""
+
+REPORT, METRICS, COMPARISON = "report.html", "metrics.json", "comparison.png"
+
+
+def prepare(out: Path) -> None:
+    """Makes ``out`` if it is missing, and makes sure that the results can be written there.
+
+    Raises:
+        DemoError: ``out`` is not a directory, cannot be written to, or holds a file with the name
+            of a result that the demo has not written.
+    """
+    if out.exists() and not out.is_dir():
+        raise DemoError(f"--out {out}: this is a file; a directory is needed")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = _temporary(out, "probe")
+        probe.touch()
+        probe.unlink()
+        for name in (REPORT, METRICS, COMPARISON):
+            path = out / name
+            if path.exists() and not (path.is_file() and _is_ours(path)):
+                raise DemoError(f"--out {out}: {name} is there and is not the demo's; not replaced")
+    except OSError as error:
+        raise DemoError(f"--out {out}: cannot be written to ({error.strerror})") from error
+
+
+def _is_ours(path: Path) -> bool:
+    with path.open("rb") as file:
+        return GENERATOR.encode() in file.read(1024)
+
+
+def _temporary(out: Path, name: str) -> Path:
+    return out / f".{name}.{os.getpid()}.tmp"
+
+
+def write(out: Path, name: str, content: bytes) -> Path:
+    """Writes ``out / name`` by renaming a complete file into place.
+
+    Raises:
+        DemoError: the system refuses; an earlier file of that name is then untouched.
+    """
+    path, temporary = out / name, _temporary(out, name)
+    try:
+        try:
+            temporary.write_bytes(content)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise DemoError(f"{path}: cannot be written ({error.strerror})") from error
+    return path

@@ -1,0 +1,81 @@
+"""What a run of the demo can be told, and how a bad setting is refused."""
+
+from __future__ import annotations
+
+import shlex
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+SCALE = 4
+"""Super-resolution factor."""
+
+PRETRAIN_STEPS = 1200
+FINE_TUNE_STEPS = 120
+SMALLEST_SIDE = 96
+"""Pictures with a shorter side than this (pixels) are not used."""
+
+
+class DemoError(Exception):
+    """The demo cannot go on; the message is one line written for the user."""
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """The settings of one run.
+
+    Args:
+        out: directory of the results, made if missing.
+        images: directory of the user's pictures, searched recursively; None for the bundled ones.
+        steps: fine-tuning steps of each of the two trainings, at least 1.
+        seed: of everything random, 0 to 2**63 - 1.
+        threads: CPU threads for PyTorch; None leaves them as they are.
+        pretrain_steps: L1 steps from scratch before the two trainings, at least 1.
+        batch: crops a step.
+        patch: side of a ground-truth crop in pixels, a multiple of 4; LIP needs more than one
+            32 x 32 patch in it, so 56 is the least.
+        checkpoints: how often each fine-tuning measures the held-out photographs.
+    """
+
+    out: Path = field(default_factory=lambda: Path("demo_output"))
+    images: Path | None = None
+    steps: int = FINE_TUNE_STEPS
+    seed: int = 0
+    threads: int | None = None
+    pretrain_steps: int = PRETRAIN_STEPS
+    batch: int = 4
+    patch: int = SMALLEST_SIDE
+    checkpoints: int = 8
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("seed", 0), ("pretrain_steps", 1), ("batch", 1)):
+            value = getattr(self, name)
+            if value < least:
+                raise DemoError(f"{name} is {value}; allowed are whole numbers from {least} up")
+        if self.seed >= 2**63:
+            raise DemoError(f"seed is {self.seed}; allowed are numbers below 2**63")
+        if self.threads is not None and not 1 <= self.threads <= 1024:
+            raise DemoError(f"threads is {self.threads}; allowed are 1 to 1024")
+        if self.patch % SCALE or not 56 <= self.patch <= SMALLEST_SIDE:
+            raise DemoError(
+                f"patch is {self.patch}; allowed are multiples of {SCALE}, 56 to {SMALLEST_SIDE}"
+            )
+
+    def command(self) -> str:
+        """The command line that repeats this run."""
+        words = ["mghf-fast", "demo", "--steps", str(self.steps), "--seed", str(self.seed)]
+        if self.images is not None:
+            words += ["--images", str(self.images)]
+        if self.seed >= 2**63:
+            raise DemoError(f"seed is {self.seed}; allowed are numbers below 2**63")
+        if self.threads is not None:
+            words += ["--threads", str(self.threads)]
+        return shlex.join([*words, "--out", str(self.out)])
+
+
+def random_source(seed: int, *purpose: str | int) -> np.random.Generator:
+    """A generator of its own for each purpose: adding one use of chance never moves another."""
+    words = [p if isinstance(p, int) else zlib.crc32(p.encode("utf-8", "replace")) for p in purpose]
+    return np.random.default_rng([seed, *words])

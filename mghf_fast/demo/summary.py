@@ -1,0 +1,194 @@
+"""A run in words: the table and the sentences that the terminal and the report both show."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+from . import losses, pipeline
+from .metrics import BAND, RADIAL_BINS
+from .output import GENERATOR
+from .pipeline import BICUBIC, L1, METHODS, MGHF, START, Result
+
+# "Start" is the network both trainings begin with.
+METHOD_LABELS = {
+    BICUBIC: "bicubic",
+    START: "start",
+    L1: "L1 alone",
+    MGHF: "L1 + MGHF-c",
+}
+
+COLUMNS = (
+    ("", ""),
+    ("PSNR", "dB, luminance; higher is better"),
+    ("SSIM", "luminance; higher is better"),
+    ("HF error", "mean distance of the power spectra above LR's Nyquist, dB; lower is better"),
+    ("HF energy", "energy above LR's Nyquist, SR / GT; 1 is ideal"),
+    ("HF corr", "correlation with GT above LR's Nyquist; higher is better"),
+    ("sharpness", "mean gradient magnitude, SR / GT; 1 is ideal"),
+    ("step", "median time of a training step"),
+    ("in loss", "share of the step spent in the loss, forward and backward"),
+    ("memory", "peak rise of the process's resident memory during the training"),
+)
+
+
+def table(result: Result) -> list[list[str]]:
+    """One row of texts for each method, in the order of ``COLUMNS``."""
+    rows = []
+    for method in METHODS:
+        q = result.mean(method)
+        row = [
+            METHOD_LABELS[method],
+            f"{q.psnr:.2f}",
+            f"{q.ssim:.4f}",
+            f"{q.hf_error:.2f}",
+            f"{q.hf_energy:.3f}",
+            f"{q.hf_correlation:.3f}",
+            f"{q.sharpness:.3f}",
+        ]
+        if method in result.trainings:
+            training = result.trainings[method]
+            memory = training.memory_bytes
+            row += [
+                f"{training.median_step_seconds * 1000:.0f} ms",
+                f"{training.loss_share * 100:.0f} %",
+                "n/a" if memory is None else f"{memory / 2**20:.0f} MiB",
+            ]
+        else:
+            row += ["-", "-", "-"]
+        rows.append(row)
+    return rows
+
+
+def table_text(result: Result) -> str:
+    """The table in aligned plain text, with what each column is below it."""
+    rows = [[title for title, _ in COLUMNS], *table(result)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+    lines = [
+        "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(r, widths)))  # noqa: B905
+        for r in rows
+    ]
+    lines.insert(1, "-" * len(lines[0]))
+    notes = [f"  {title}: {note}" for title, note in COLUMNS if note]
+    return "\n".join([*lines, "", *notes])
+
+
+def more_detail(result: Result) -> bool:
+    """Whether MGHF-c restored more high-frequency energy than L1, on average."""
+    return result.mean(MGHF).hf_energy > result.mean(L1).hf_energy
+
+
+def headline(result: Result) -> str:
+    """The answer to the demo's question, either way, with the figures."""
+    mghf, l1 = result.mean(MGHF), result.mean(L1)
+    wins = sum(
+        m.hf_energy > n.hf_energy
+        for m, n in zip(result.quality[MGHF], result.quality[L1], strict=True)
+    )
+    count = len(result.held_out)
+    photographs = "held-out photograph" if count == 1 else f"{count} held-out photographs"
+    figures = (
+        f"{mghf.hf_energy * 100:.1f} % of the ground truth's high-frequency energy "
+        f"against {l1.hf_energy * 100:.1f} %"
+    )
+    if more_detail(result):
+        verdict = f"MGHF-c restores more high-frequency energy than L1 alone: {figures}"
+    else:
+        verdict = f"MGHF-c does not restore more high-frequency energy than L1 alone: {figures}"
+    return f"{verdict}, on average over the {photographs} (more on {wins} of {count})."
+
+
+def remarks(result: Result) -> list[str]:
+    """What else must be said for the headline not to mislead."""
+    mghf, l1 = result.mean(MGHF), result.mean(L1)
+
+    def change(delta: float, digits: int) -> str:
+        return f"{delta:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
+
+    lines = [
+        f"From L1 to MGHF-c: PSNR {change(mghf.psnr - l1.psnr, 2)} dB, "
+        f"SSIM {change(mghf.ssim - l1.ssim, 4)}, "
+        f"high-frequency spectral error {change(mghf.hf_error - l1.hf_error, 2)} dB, "
+        f"correlation within the band {change(mghf.hf_correlation - l1.hf_correlation, 3)}."
+    ]
+    if max(mghf.hf_energy, l1.hf_energy) > 1:
+        lines.append("An energy above 100 % is more than the ground truth has: too much, not more.")
+    slow, fast = (result.trainings[m].median_step_seconds for m in (MGHF, L1))
+    lines.append(
+        f"A step with MGHF-c took {slow * 1000:.0f} ms, one with L1 alone {fast * 1000:.0f} ms "
+        f"({slow / fast:.1f} times as long)."
+    )
+    return lines
+
+
+def to_json(result: Result) -> dict[str, Any]:
+    """Every number of the run, in types that JSON has; NaN and infinity become None."""
+    settings = result.settings
+    content: dict[str, Any] = {
+        "generator": GENERATOR,
+        "headline": headline(result),
+        "more_high_frequency_energy": more_detail(result),
+        "command": settings.command(),
+        "settings": {
+            **asdict(settings),
+            "out": str(settings.out),
+            "images": None if settings.images is None else str(settings.images),
+            "preset": losses.PRESET,
+            "mghf_weight": losses.MGHF_WEIGHT,
+            "pretrain_learning_rate": pipeline.PRETRAIN_RATE,
+            "fine_tune_learning_rate": pipeline.FINE_TUNE_RATE,
+            "network_parameters": result.parameters,
+        },
+        "training_photographs": [p.name for p in result.collection.training],
+        "held_out_photographs": [h.name for h in result.held_out],
+        "skipped": [{"file": f, "reason": r} for f, r in result.collection.skipped],
+        "left_unread": result.collection.unread,
+        "quality": {
+            method: {
+                "mean": asdict(result.mean(method)),
+                "each": {
+                    h.name: asdict(q)
+                    for h, q in zip(result.held_out, result.quality[method], strict=True)
+                },
+            }
+            for method in METHODS
+        },
+        "spectrum": {
+            "band_from_cycles_per_pixel": BAND,
+            "bins": RADIAL_BINS,
+            "power": {name: list(power) for name, power in result.spectra.items()},
+        },
+        "training": {
+            training.label: {
+                "terms": training.terms,
+                "checkpoints": training.checkpoints,
+                "held_out_quality": [asdict(q) for q in training.quality],
+            }
+            for training in (result.pretraining, *result.trainings.values())
+        },
+        "cost": {
+            "total_seconds": result.seconds,
+            **{
+                training.label: {
+                    "median_step_seconds": training.median_step_seconds,
+                    "loss_share": training.loss_share,
+                    "peak_memory_rise_bytes": training.memory_bytes,
+                }
+                for training in (result.pretraining, *result.trainings.values())
+            },
+        },
+        "machine": result.machine,
+    }
+    cleaned: dict[str, Any] = _plain(content)
+    return cleaned
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    return value

@@ -1,0 +1,482 @@
+"""The library as functions.
+
+Each takes ``backend=None``: the innermost :class:`use_backend`'s choice, by default ``"auto"``, the
+best that can run. A name forces that backend.
+
+Tensors are float32, float16, bfloat16 or (plain PyTorch only) float64, with any strides; sums and
+exponentials are taken in float32 (float64 for float64). Nothing is ever written into an argument.
+Common errors: ``TypeError`` for an argument of the wrong type or dtype, ``ValueError`` for a wrong
+shape, device or value, ``RuntimeError`` for a forced backend that cannot run, with its reason.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _checks as check
+from . import ops
+from .backends import current_backend
+from .reference import coupling as _coupling
+from .reference import dec as _dec
+from .reference import monce as _monce
+from .reference import sinkhorn as _sinkhorn
+from .reference.coupling import BlockWeights
+from .reference.js_divergence import js_divergence
+
+__all__ = [
+    "BlockWeights",
+    "ContentStyleTerms",
+    "channel_entropy",
+    "content_style_terms",
+    "dec_loss",
+    "gram_matrix",
+    "invertible_block",
+    "invertible_block_inverse",
+    "js_divergence_loss",
+    "marginal_error",
+    "monce_loss",
+    "patch_nce_loss",
+    "patch_projection",
+    "sinkhorn_plan",
+]
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def _reduce(x: Tensor, reduction: str) -> Tensor:
+    if reduction == "none":
+        return x
+    return x.mean() if reduction == "mean" else x.sum()
+
+
+def _check_block(name: str, x: Tensor, weights: BlockWeights) -> None:
+    check.check_tensor(name, x, "(B, C, H, W)")
+    if not isinstance(weights, BlockWeights):
+        raise TypeError(f"weights must be BlockWeights, got {type(weights).__name__}")
+    channels = x.shape[1]
+    check.check_even_channels(name, channels)
+    check.check_choice("weights.activation", weights.activation, _coupling.ACTIVATIONS)
+    check.check_choice("weights.subnet", weights.subnet, _coupling.SUBNETS)
+    if weights.clamp is not None:
+        check.check_number("weights.clamp", weights.clamp, positive=True)
+    expected = _coupling.weight_shapes(channels, weights.subnet)
+    got = [tuple(w.shape) for w in weights.tensors()]
+    if got != expected:
+        raise ValueError(
+            f"weights do not fit {name} with {channels} channels and subnet {weights.subnet!r}: "
+            f"their shapes must be {expected}, got {got}"
+        )
+    check.check_device(name, x, "weights", weights.mix_weight)
+
+
+def invertible_block(x: Tensor, weights: BlockWeights, *, backend: str | None = None) -> Tensor:
+    """One invertible block: mix, then an affine coupling of the two halves (HF-Diff eq. 5).
+
+    Args:
+        x: features, (B, C, H, W) with an even C.
+        weights: from :meth:`mghf_fast.nn.InvertibleBlock.weights`, any floating dtype.
+
+    Returns:
+        (B, C, H, W), dtype and layout of ``x``. Differentiable in ``x`` and the weights; only the
+        input is kept for the backward.
+    """
+    _check_block("x", x, weights)
+    options = (weights.activation, weights.subnet, weights.clamp, current_backend(backend))
+    result: Tensor = ops.coupling.coupling(x, weights.tensors(), *options)
+    return result
+
+
+def invertible_block_inverse(
+    y: Tensor, weights: BlockWeights, *, backend: str | None = None
+) -> Tensor:
+    """The inverse of :func:`invertible_block`.
+
+    Args:
+        y: features, (B, C, H, W) with an even C.
+        weights: the weights that produced ``y``; ``mix`` must be an invertible matrix.
+
+    Returns:
+        (B, C, H, W), dtype and layout of ``y``. In float32 a block with an orthogonal mix
+        reconstructs to about 1e-6; errors grow with depth.
+
+    Raises:
+        torch.linalg.LinAlgError: ``weights.mix_weight`` is singular.
+    """
+    _check_block("y", y, weights)
+    options = (weights.activation, weights.subnet, weights.clamp, current_backend(backend))
+    result: Tensor = ops.coupling.coupling_inverse(y, weights.tensors(), *options)
+    return result
+
+
+def channel_entropy(x: Tensor, bins: int = 256, *, backend: str | None = None) -> Tensor:
+    """Normalised histogram entropy of every feature map (MGHF, AWDFE).
+
+    Args:
+        x: features, (B, C, H, W).
+        bins: equal bins over each map's own [min, max], 2 or more.
+
+    Returns:
+        (B, C), between 0 and 1, float32 (float64 for float64 input): 0 for a constant map, NaN for
+        a map that holds a NaN or an infinity. No gradient.
+    """
+    check.check_tensor("x", x, "(B, C, H, W)")
+    check.check_integer("bins", bins, 2)
+    result: Tensor = ops.entropy.entropy(x.detach(), bins, current_backend(backend))
+    return result
+
+
+def gram_matrix(x: Tensor, normalize: bool = True, *, backend: str | None = None) -> Tensor:
+    """Gram matrix of the feature maps of each image.
+
+    Args:
+        x: features, (B, C, H, W).
+        normalize: divide by C * H * W.
+
+    Returns:
+        (B, C, C), float32 (float64 for float64 input; half-precision sums would overflow).
+    """
+    check.check_tensor("x", x, "(B, C, H, W)")
+    scale = 1.0 / (x.shape[1] * x.shape[2] * x.shape[3]) if normalize else 1.0
+    result: Tensor = ops.gram.gram(x, scale, current_backend(backend))
+    return result
+
+
+class ContentStyleTerms(NamedTuple):
+    """The four terms of :func:`content_style_terms`, each (B,)."""
+
+    naive: Tensor
+    mse: Tensor
+    correlation: Tensor
+    gram: Tensor
+
+
+def content_style_terms(
+    gt: Tensor,
+    sr: Tensor,
+    *,
+    top_m: int | None = None,
+    alpha: float = 1.1,
+    gamma: float = 2**0.5,
+    bins: int = 256,
+    gram: str = "channel",
+    backend: str | None = None,
+) -> ContentStyleTerms:
+    """MGHF-n and the three content-style terms of a pair of feature stacks (MGHF eqs. 3 to 7).
+
+    Maps are weighted by w = (1 + alpha I)^gamma, where the importance I is one minus the mean
+    channel entropy of the two images' map; of each image the ``top_m`` most important are kept for
+    the last three terms. Weights and choice are constants under autograd.
+
+    Args:
+        gt: features of the ground truth, (B, C, H, W). Gets no gradient.
+        sr: features of the super-resolved image, same shape.
+        top_m: kept maps M, 1 to C; default C // 2 (at least 1).
+        alpha: slope of the weight.
+        gamma: exponent of the weight.
+        bins: histogram bins of the entropy.
+        gram: ``"channel"``, M x M Gram matrices of the maps, or ``"map"``, eq. 7 taken literally:
+            the H x H Gram matrix of each map.
+
+    Returns:
+        ``naive`` mean squared difference of all C maps; ``mse`` the same, weighted, of the kept
+        ones; ``correlation`` one minus their mean Pearson correlation, 0 to 2; ``gram`` squared
+        difference of the weighted Gram matrices over M. Each (B,), float32 (float64 for float64).
+    """
+    check.check_tensor("gt", gt, "(B, C, H, W)")
+    check.check_tensor("sr", sr, "(B, C, H, W)")
+    check.check_pair("gt", gt, "sr", sr)
+    channels = sr.shape[1]
+    if top_m is None:
+        top_m = max(channels // 2, 1)
+    check.check_integer("top_m", top_m, 1, channels)
+    check.check_number("alpha", alpha)
+    check.check_number("gamma", gamma)
+    check.check_integer("bins", bins, 2)
+    check.check_choice("gram", gram, ("channel", "map"))
+    terms = ops.content_style.content_style(
+        gt.detach(), sr, top_m, float(alpha), float(gamma), bins, gram, current_backend(backend)
+    )
+    return ContentStyleTerms(*terms[:4])
+
+
+def patch_projection(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    *,
+    patch_size: int = 32,
+    stride: int = 24,
+    backend: str | None = None,
+) -> Tensor:
+    """Unit embeddings of the patches of every feature map: Linear, ReLU, Linear, normalise.
+
+    Args:
+        x: features, (B, C, H, W), with H and W at least ``patch_size``.
+        weight1: (hidden, patch_size ** 2); ``bias1``: (hidden,).
+        weight2: (D, hidden); ``bias2``: (D,).
+        patch_size: side of a patch in pixels.
+        stride: distance between patches in pixels.
+
+    Returns:
+        (B * C, N, D) in the dtype of ``x``, N = ((H - patch_size) // stride + 1) times the same of
+        W, patches in row-major order; rows have length 1 (y / (|y| + 1e-7)).
+    """
+    check.check_tensor("x", x, "(B, C, H, W)")
+    check.check_integer("patch_size", patch_size, 1)
+    check.check_integer("stride", stride, 1)
+    check.check_tensor("weight1", weight1, "(hidden, patch_size ** 2)")
+    check.check_tensor("bias1", bias1, "(hidden)")
+    check.check_tensor("weight2", weight2, "(D, hidden)")
+    check.check_tensor("bias2", bias2, "(D)")
+    hidden, dimension = weight1.shape[0], weight2.shape[0]
+    got = (tuple(weight1.shape), tuple(bias1.shape), tuple(weight2.shape), tuple(bias2.shape))
+    expected = ((hidden, patch_size**2), (hidden,), (dimension, hidden), (dimension,))
+    if got != expected:
+        raise ValueError(
+            f"weight1, bias1, weight2, bias2 must have shapes {expected} for patch_size "
+            f"{patch_size}, got {got}"
+        )
+    check.check_device("x", x, "weight1", weight1)
+    if min(x.shape[2:]) < patch_size:
+        raise ValueError(
+            f"x must be at least patch_size = {patch_size} pixels high and wide, got "
+            f"{x.shape[2]} x {x.shape[3]}"
+        )
+    parameters = (weight1, bias1, weight2, bias2)
+    result: Tensor = ops.patches.patches(
+        x, *parameters, patch_size, stride, current_backend(backend)
+    )
+    return result
+
+
+def sinkhorn_plan(
+    similarity: Tensor,
+    *,
+    cost: str = "hard",
+    epsilon: float = 1.0,
+    iterations: int = 50,
+    tolerance: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Entropic optimal transport plan between patches (MGHF eqs. 13 to 16, MoNCE).
+
+    Args:
+        similarity: (B, N, N), rows are queries and columns keys; cosines, in [-1, 1].
+        cost: ``"hard"`` sends mass to similar pairs, ``"easy"`` to unlike ones, ``"exp"`` minimises
+            the papers' cost exp(s).
+        epsilon: entropic regularisation, above 0. From 0.005 up the plan of unit vectors is finite.
+        iterations: Sinkhorn iterations, each the row then the column scaling.
+        tolerance: stop a matrix early, once its largest row-marginal error is at most this;
+            ``None`` runs every iteration.
+
+    Returns:
+        (B, N, N), the diagonal 0, columns sum to 1 and rows nearly so (:func:`marginal_error` says
+        how nearly). N = 1 gives 0. Differentiable through every iteration.
+    """
+    check.check_tensor("similarity", similarity, "(B, N, N)")
+    if similarity.shape[1] != similarity.shape[2]:
+        raise ValueError(f"similarity must have shape (B, N, N), got {tuple(similarity.shape)}")
+    check.check_choice("cost", cost, _sinkhorn.COSTS)
+    check.check_number("epsilon", epsilon, positive=True)
+    check.check_integer("iterations", iterations, 1)
+    if tolerance is not None:
+        check.check_number("tolerance", tolerance, positive=True)
+        tolerance = float(tolerance)
+    result: Tensor = ops.sinkhorn.sinkhorn(
+        similarity, cost, float(epsilon), iterations, tolerance, current_backend(backend)
+    )
+    return result
+
+
+def marginal_error(plan: Tensor) -> Tensor:
+    """Convergence residual of a transport plan: its largest row or column sum error.
+
+    Args:
+        plan: (B, N, N), from :func:`sinkhorn_plan`.
+
+    Returns:
+        (B,), float32 (float64 for float64): the largest distance of a row's or column's sum from 1.
+    """
+    check.check_tensor("plan", plan, "(B, N, N)")
+    plan = plan.double() if plan.dtype == torch.float64 else plan.float()
+    rows, columns = (plan.sum(2) - 1).abs(), (plan.sum(1) - 1).abs()
+    return torch.maximum(rows.amax(1), columns.amax(1))
+
+
+def _check_embeddings(query: Tensor, key: Tensor, temperature: float, reduction: str) -> None:
+    check.check_tensor("query", query, "(B, N, D)")
+    check.check_tensor("key", key, "(B, N, D)")
+    check.check_pair("query", query, "key", key)
+    check.check_number("temperature", temperature, positive=True)
+    check.check_choice("reduction", reduction, REDUCTIONS)
+
+
+def monce_loss(
+    query: Tensor,
+    key: Tensor,
+    *,
+    temperature: float = 0.07,
+    epsilon: float = 1.0,
+    iterations: int = 50,
+    negative_weight: float = 1.0,
+    cost: str = "hard",
+    plan_gradient: str = "exact",
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    """Patch contrastive loss whose negatives are weighted by a transport plan (MGHF eq. 8, MoNCE).
+
+    Args:
+        query: embeddings of the SR patches, (B, N, D), unit rows.
+        key: embeddings of the GT patches, same shape; patch i of both is the positive pair. Gets no
+            gradient.
+        temperature: of the contrast, tau.
+        epsilon: entropic regularisation of the plan.
+        iterations: Sinkhorn iterations.
+        negative_weight: Q, the weight of all negatives together.
+        cost: as in :func:`sinkhorn_plan`.
+        plan_gradient: ``"exact"`` differentiates through the plan, ``"detach"`` takes it as given.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"`` over images and patches.
+
+    Returns:
+        A scalar, or (B, N) for ``"none"``; float32 (float64 for float64), never negative. A single
+        patch (N = 1) has no negatives and loss 0.
+    """
+    _check_embeddings(query, key, temperature, reduction)
+    check.check_number("epsilon", epsilon, positive=True)
+    check.check_integer("iterations", iterations, 1)
+    check.check_number("negative_weight", negative_weight, positive=True)
+    check.check_choice("cost", cost, _sinkhorn.COSTS)
+    check.check_choice("plan_gradient", plan_gradient, _monce.PLAN_GRADIENTS)
+    losses: Tensor = ops.monce.monce(
+        query,
+        key.detach(),
+        float(temperature),
+        float(epsilon),
+        iterations,
+        float(negative_weight),
+        cost,
+        plan_gradient,
+        current_backend(backend),
+    )
+    return _reduce(losses, reduction)
+
+
+def patch_nce_loss(
+    query: Tensor,
+    key: Tensor,
+    *,
+    temperature: float = 0.07,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    """Patch contrastive loss with equal negatives (CUT): :func:`monce_loss` with plan 1 / (N - 1).
+
+    Args and returns as in :func:`monce_loss`. It has no kernel of its own and runs in PyTorch
+    whatever the backend.
+    """
+    _check_embeddings(query, key, temperature, reduction)
+    current_backend(backend)
+    return _reduce(_monce.patch_nce(query, key, float(temperature)), reduction)
+
+
+def dec_loss(
+    sr: Tensor,
+    gt: Tensor,
+    *,
+    patch_size: int = 8,
+    threshold_db: float = 34.0,
+    temperatures: tuple[float, float] = (0.5, 1.5),
+    temperature: str = "inside",
+    similarity: str = "rmse",
+    max_value: float = 1.0,
+    gather: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Detail-enhanced contrastive loss between image patches (DECLoss eqs. 37 to 42).
+
+    Args:
+        sr: super-resolved images, (B, 3, H, W) (any number of channels).
+        gt: ground truth, same shape. Gets no gradient.
+        patch_size: side of the non-overlapping patches in pixels; H and W must be multiples.
+        threshold_db: GT patches at least this similar (PSNR, dB) are positives of each other.
+        temperatures: of positives and of negatives.
+        temperature: ``"inside"`` the exponential; ``"outside"`` as printed, where the temperatures
+            move the value and no gradient.
+        similarity: ``"rmse"`` for a true PSNR, ``"l2"`` for the printed norm.
+        max_value: the images' peak value (2 for images in [-1, 1]).
+        gather: contrast the patches of all ranks of the default process group (every rank gets the
+            loss of the whole batch, and DistributedDataParallel's mean the whole batch's gradient);
+            without an initialised group the same as ``False``.
+
+    Returns:
+        A scalar, float32 (float64 for float64). Patches without a negative are left out; if none is
+        left, 0 with gradient 0.
+    """
+    check.check_tensor("sr", sr, "(B, 3, H, W)")
+    check.check_tensor("gt", gt, "(B, 3, H, W)")
+    check.check_pair("sr", sr, "gt", gt)
+    check.check_integer("patch_size", patch_size, 1)
+    if sr.shape[2] % patch_size or sr.shape[3] % patch_size:
+        raise ValueError(
+            f"sr must be a multiple of patch_size = {patch_size} pixels high and wide, got "
+            f"{sr.shape[2]} x {sr.shape[3]}"
+        )
+    check.check_number("threshold_db", threshold_db)
+    if not isinstance(temperatures, (tuple, list)) or len(temperatures) != 2:
+        raise ValueError(f"temperatures must be two numbers, got {temperatures!r}")
+    for t in temperatures:
+        check.check_number("temperatures", t, positive=True)
+    check.check_choice("temperature", temperature, _dec.TEMPERATURES)
+    check.check_choice("similarity", similarity, _dec.SIMILARITIES)
+    check.check_number("max_value", max_value, positive=True)
+    sr_patches, gt_patches = _flat_patches(sr, patch_size), _flat_patches(gt.detach(), patch_size)
+    if gather and torch.distributed.is_available() and torch.distributed.is_initialized():
+        from torch.distributed.nn.functional import all_gather
+
+        sr_patches, gt_patches = (
+            torch.cat(all_gather(patches.contiguous())) for patches in (sr_patches, gt_patches)
+        )
+    loss: Tensor = ops.dec.dec(
+        sr_patches,
+        gt_patches,
+        float(threshold_db),
+        float(temperatures[0]),
+        float(temperatures[1]),
+        temperature,
+        similarity,
+        float(max_value),
+        current_backend(backend),
+    )
+    return loss
+
+
+def _flat_patches(x: Tensor, size: int) -> Tensor:
+    """(B, C, H, W) -> (patches of the whole batch, C * size * size)."""
+    b, c, h, w = x.shape
+    tiles = x.reshape(b, c, h // size, size, w // size, size)
+    return tiles.permute(0, 2, 4, 1, 3, 5).reshape(-1, c * size * size)
+
+
+def js_divergence_loss(p: Tensor, q: Tensor, *, backend: str | None = None) -> Tensor:
+    """Jensen-Shannon divergence between the softmaxes of two embeddings (HF-Diff section 3.3).
+
+    Args:
+        p: embeddings, (B, D) or (B, T, D); the softmax is over D.
+        q: embeddings of the other image, same shape. Both get a gradient.
+
+    Returns:
+        A scalar in nats, 0 to ln 2, float32 (float64 for float64): the mean over B (and T). It has
+        no kernel of its own and runs in PyTorch whatever the backend.
+    """
+    shape = "(B, T, D)" if isinstance(p, Tensor) and p.dim() == 3 else "(B, D)"
+    check.check_tensor("p", p, shape)
+    check.check_tensor("q", q, shape)
+    check.check_pair("p", p, "q", q)
+    current_backend(backend)
+    return js_divergence(p, q).mean()

@@ -1,0 +1,17 @@
+"""Losses as modules."""
+
+from .content_style import ContentStyleLoss
+from .dec import DECLoss
+from .hf_diff import HFDiffLoss
+from .local_information import LocalInformationLoss
+from .mghf import PRESETS, MGHFLoss, Preset
+
+__all__ = [
+    "PRESETS",
+    "ContentStyleLoss",
+    "DECLoss",
+    "HFDiffLoss",
+    "LocalInformationLoss",
+    "MGHFLoss",
+    "Preset",
+]

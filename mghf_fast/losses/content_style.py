@@ -1,0 +1,64 @@
+"""Content-style consistency of two feature stacks."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .. import _checks as check
+from .. import functional
+
+
+class ContentStyleLoss(nn.Module):
+    """L_csc = beta1 mse + beta2 correlation + beta3 gram of entropy-weighted features (MGHF eq. 6).
+
+    Args:
+        betas: (beta1, beta2, beta3).
+        top_m, alpha, gamma, bins, gram: as in :func:`functional.content_style_terms`.
+        reduction: ``"mean"`` for a scalar, ``"none"`` for (B,).
+        backend: ``"auto"`` or a backend's name.
+    """
+
+    def __init__(
+        self,
+        betas: tuple[float, float, float] = (6e-3, 1e-1, 5e-4),
+        *,
+        top_m: int | None = None,
+        alpha: float = 1.1,
+        gamma: float = 2**0.5,
+        bins: int = 256,
+        gram: str = "channel",
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        if len(betas) != 3:
+            raise ValueError(f"betas must be three numbers, got {betas!r}")
+        for beta in betas:
+            check.check_number("betas", beta)
+        check.check_choice("reduction", reduction, ("mean", "none"))
+        self.betas = tuple(float(b) for b in betas)
+        self.top_m, self.alpha, self.gamma, self.bins, self.gram = top_m, alpha, gamma, bins, gram
+        self.reduction, self.backend = reduction, backend
+
+    def terms(self, sr: Tensor, gt: Tensor) -> functional.ContentStyleTerms:
+        """The four unweighted terms, each (B,)."""
+        return functional.content_style_terms(
+            gt,
+            sr,
+            top_m=self.top_m,
+            alpha=self.alpha,
+            gamma=self.gamma,
+            bins=self.bins,
+            gram=self.gram,
+            backend=self.backend,
+        )
+
+    def combine(self, terms: functional.ContentStyleTerms) -> Tensor:
+        """(B,): the weighted sum of the terms."""
+        beta1, beta2, beta3 = self.betas
+        return beta1 * terms.mse + beta2 * terms.correlation + beta3 * terms.gram
+
+    def forward(self, sr: Tensor, gt: Tensor) -> Tensor:
+        """Features of the super-resolved image and of the ground truth, (B, C, H, W) each."""
+        loss = self.combine(self.terms(sr, gt))
+        return loss.mean() if self.reduction == "mean" else loss

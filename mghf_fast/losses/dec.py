@@ -1,0 +1,33 @@
+"""DECLoss as a module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .. import functional
+
+
+class DECLoss(nn.Module):
+    """Detail-enhanced contrastive loss (DECLoss eqs. 37 to 42).
+
+    The paper trains with ``1e-2 * L1 + 1 * perceptual + 1e-2 * dec``.
+
+    Args:
+        weight: factor of the loss.
+        options: every keyword of :func:`functional.dec_loss`.
+    """
+
+    def __init__(self, weight: float = 1.0, **options: Any) -> None:
+        super().__init__()
+        known = set(functional.dec_loss.__kwdefaults__ or ())
+        if unknown := set(options) - known:
+            raise TypeError(
+                f"unknown options {sorted(unknown)}; allowed are weight, {', '.join(sorted(known))}"
+            )
+        self.weight, self.options = weight, options
+
+    def forward(self, sr: Tensor, gt: Tensor) -> Tensor:
+        """Images (B, 3, H, W) x 2 -> scalar."""
+        return self.weight * functional.dec_loss(sr, gt, **self.options)

@@ -1,0 +1,100 @@
+"""The training objective of HF-Diff."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .. import _checks as check
+from .. import functional
+from ..reference.distillation import DistillationTerms, Student, distillation_terms
+from .mghf import MGHFLoss
+
+__all__ = ["DistillationTerms", "HFDiffLoss", "distillation_terms"]
+
+
+class HFDiffLoss(nn.Module):
+    """L = distill + eta1 HF + eta2 JS + inverse + consistency (HF-Diff eq. 9).
+
+    HF is MGHF-n, JS the Jensen-Shannon divergence between the images' embeddings, the other three
+    are SinSR's distillation terms.
+
+    Args:
+        extractor, input_range, backend: as in :class:`MGHFLoss`.
+        embedder: any callable from images (B, 3, H, W) to embeddings (B, D) or (B, T, D), such as a
+            frozen DINO-v2 with its own preprocessing; ``None`` leaves the JS term out. A module is
+            used as it is; freeze it yourself.
+        eta1: weight of HF.
+        eta2: weight of JS.
+    """
+
+    def __init__(
+        self,
+        extractor: nn.Module | None = None,
+        embedder: Callable[[Tensor], Tensor] | None = None,
+        *,
+        eta1: float = 0.2,
+        eta2: float = 0.15,
+        input_range: str | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        check.check_number("eta1", eta1)
+        check.check_number("eta2", eta2)
+        if embedder is not None and not callable(embedder):
+            raise TypeError(f"embedder must be callable or None, got {type(embedder).__name__}")
+        self.eta1, self.eta2 = eta1, eta2
+        self.embedder = embedder
+        self.perceptual = MGHFLoss(
+            "n", extractor=extractor, input_range=input_range, backend=backend
+        )
+
+    def terms(
+        self, sr: Tensor, gt: Tensor, distillation: DistillationTerms | None = None
+    ) -> dict[str, Tensor]:
+        """Every term by name, unweighted scalars, and ``total``, the loss.
+
+        Keys: ``total``, ``hf``; ``js`` with an embedder; ``distill``, ``inverse`` and
+        ``consistency`` with distillation terms.
+        """
+        terms = {"hf": self.perceptual(sr, gt)}
+        total = self.eta1 * terms["hf"]
+        if self.embedder is not None:
+            with torch.no_grad():
+                target = self.embedder(gt)
+            terms["js"] = functional.js_divergence_loss(self.embedder(sr), target)
+            total = total + self.eta2 * terms["js"]
+        if distillation is not None:
+            for name in ("distill", "inverse", "consistency"):
+                terms[name] = getattr(distillation, name)
+                total = total + terms[name]
+        return {"total": total, **terms}
+
+    def forward(
+        self, sr: Tensor, gt: Tensor, distillation: DistillationTerms | None = None
+    ) -> Tensor:
+        """The loss, a scalar.
+
+        Args:
+            sr: super-resolved image, (B, 3, H, W); in distillation the image ``distillation.sr``
+                out of the consistency cycle.
+            gt: ground truth, same shape. Gets no gradient.
+            distillation: from :func:`distillation_terms`; ``None`` for plain fine-tuning with the
+                perceptual and distribution terms alone.
+        """
+        return self.terms(sr, gt, distillation)["total"]
+
+    def distil(
+        self,
+        student: Student,
+        noisy: Tensor,
+        condition: Tensor,
+        teacher_output: Tensor,
+        gt: Tensor,
+        final_timestep: int,
+    ) -> Tensor:
+        """The objective of one distillation step, a scalar; see :func:`distillation_terms`."""
+        terms = distillation_terms(student, noisy, condition, teacher_output, gt, final_timestep)
+        return self(terms.sr, gt, terms)

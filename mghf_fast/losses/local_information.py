@@ -1,0 +1,116 @@
+"""Local information preservation between two feature stacks."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .. import _checks as check
+from .. import functional
+from ..nn import PatchProjection
+from ..reference.monce import PLAN_GRADIENTS
+from ..reference.sinkhorn import COSTS
+
+AUTO_PATCH_SIZES = (32, 16, 8)
+
+
+class LocalInformationLoss(nn.Module):
+    """LIP: projected patches of every map, contrasted with transported negatives (MGHF eq. 8).
+
+    Args:
+        patch_size: 32, or ``"auto"``: the largest of 32, 16 and 8 that fits the features, with the
+            stride scaled alike, for small images and latents.
+        stride: distance between patches in pixels, at ``patch_size`` 32.
+        temperature, epsilon, iterations, negative_weight, cost, plan_gradient: as in
+            :func:`functional.monce_loss`.
+        patch_reduction: over a map's patches, ``"mean"`` or ``"sum"`` (eq. 8 literally); over maps
+            always the mean.
+        trainable_projection: train the projection along; by default it is random and frozen.
+        seed: of the projection.
+        reduction: ``"mean"`` for a scalar, ``"none"`` for (B,).
+        backend: ``"auto"`` or a backend's name.
+    """
+
+    def __init__(
+        self,
+        patch_size: int | str = 32,
+        stride: int = 24,
+        *,
+        temperature: float = 0.07,
+        epsilon: float = 1.0,
+        iterations: int = 50,
+        negative_weight: float = 1.0,
+        cost: str = "hard",
+        plan_gradient: str = "exact",
+        patch_reduction: str = "mean",
+        trainable_projection: bool = False,
+        seed: int = 0,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(patch_size, str):
+            check.check_choice("patch_size", patch_size, ("auto",))
+        else:
+            check.check_integer("patch_size", patch_size, 1)
+        check.check_integer("stride", stride, 1)
+        check.check_choice("cost", cost, COSTS)
+        check.check_choice("plan_gradient", plan_gradient, PLAN_GRADIENTS)
+        check.check_choice("patch_reduction", patch_reduction, ("mean", "sum"))
+        check.check_choice("reduction", reduction, ("mean", "none"))
+        for name, value in (
+            ("temperature", temperature),
+            ("epsilon", epsilon),
+            ("negative_weight", negative_weight),
+        ):
+            check.check_number(name, value, positive=True)
+        check.check_integer("iterations", iterations, 1)
+        self.patch_size, self.stride = patch_size, stride
+        self.temperature, self.epsilon, self.iterations = temperature, epsilon, iterations
+        self.negative_weight, self.cost, self.plan_gradient = negative_weight, cost, plan_gradient
+        self.patch_reduction, self.reduction, self.backend = patch_reduction, reduction, backend
+        if isinstance(patch_size, int):
+            strides = {patch_size: stride}
+        else:
+            strides = {size: max(stride * size // 32, 1) for size in AUTO_PATCH_SIZES}
+        self.projections = nn.ModuleDict(
+            {
+                str(size): PatchProjection(size, step, trainable=trainable_projection, seed=seed)
+                for size, step in strides.items()
+            }
+        )
+
+    def _projection(self, x: Tensor) -> nn.Module:
+        sizes = [int(size) for size in self.projections]
+        side = min(x.shape[2:])
+        fitting = [size for size in sizes if size <= side]
+        if not fitting:
+            advice = (
+                "" if self.patch_size == "auto" else "; patch_size='auto' takes 8 pixels and up"
+            )
+            raise ValueError(
+                f"sr must be at least {min(sizes)} pixels high and wide for patch_size "
+                f"{self.patch_size!r}, got {x.shape[2]} x {x.shape[3]}{advice}"
+            )
+        return self.projections[str(max(fitting))]
+
+    def forward(self, sr: Tensor, gt: Tensor) -> Tensor:
+        """Features of the super-resolved image and of the ground truth, (B, C, H, W) each."""
+        check.check_tensor("sr", sr, "(B, C, H, W)")
+        check.check_tensor("gt", gt, "(B, C, H, W)")
+        check.check_pair("sr", sr, "gt", gt)
+        project = self._projection(sr)
+        losses = functional.monce_loss(
+            project(sr, backend=self.backend),
+            project(gt.detach(), backend=self.backend),
+            temperature=self.temperature,
+            epsilon=self.epsilon,
+            iterations=self.iterations,
+            negative_weight=self.negative_weight,
+            cost=self.cost,
+            plan_gradient=self.plan_gradient,
+            reduction="none",
+            backend=self.backend,
+        ).view(sr.shape[0], sr.shape[1], -1)
+        per_map = losses.mean(2) if self.patch_reduction == "mean" else losses.sum(2)
+        per_image = per_map.mean(1)
+        return per_image.mean() if self.reduction == "mean" else per_image

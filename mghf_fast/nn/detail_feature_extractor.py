@@ -1,0 +1,283 @@
+"""The detail feature extractor: a stem and a chain of invertible blocks (HF-Diff, MGHF)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import _checks as check
+from .. import functional
+from ..backends import current_backend
+from ..reference.coupling import (
+    ACTIVATIONS,
+    SUBNETS,
+    BlockWeights,
+    invertible_block,
+)
+
+MEMORY_MODES = ("recompute", "store")
+STEMS = ("conv", "residual")
+
+
+class Bottleneck(nn.Module):
+    """The weights of one sub-network: 1x1 c -> 2c, depthwise 3x3, 1x1 2c -> c, without biases."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.expand = nn.Conv2d(channels, 2 * channels, 1, bias=False)
+        self.depthwise = nn.Conv2d(2 * channels, 2 * channels, 3, groups=2 * channels, bias=False)
+        self.project = nn.Conv2d(2 * channels, channels, 1, bias=False)
+
+    def kernels(self) -> tuple[Tensor, ...]:
+        return self.expand.weight, self.depthwise.weight, self.project.weight
+
+
+class Conv2(nn.Module):
+    """The weights of one sub-network of two 3x3 convolutions, without biases (HF-Diff)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.expand = nn.Conv2d(channels, channels, 3, bias=False)
+        self.project = nn.Conv2d(channels, channels, 3, bias=False)
+
+    def kernels(self) -> tuple[Tensor, ...]:
+        return self.expand.weight, self.project.weight
+
+
+class InvertibleBlock(nn.Module):
+    """A learned 1x1 mix of all channels, then an affine coupling of their halves (HF-Diff eq. 5).
+
+    Args:
+        channels: C, even.
+        subnet: ``"bottleneck"`` (the MGHF and CDDFuse module) or ``"conv2"`` (HF-Diff).
+        activation: ``"relu6"``, or ``"softplus"`` or ``"leaky_relu"`` for a smooth or strictly
+            monotone map.
+        clamp: bound k of the soft clamp k tanh(rho / k) of the log scale; ``None`` leaves it free.
+        memory: for the backward, ``"recompute"`` keeps the block's input only and is exact;
+            ``"store"`` keeps every activation and runs in plain PyTorch.
+    """
+
+    def __init__(
+        self,
+        channels: int = 128,
+        *,
+        subnet: str = "bottleneck",
+        activation: str = "relu6",
+        clamp: float | None = None,
+        memory: str = "recompute",
+    ) -> None:
+        super().__init__()
+        check.check_integer("channels", channels, 2)
+        check.check_even_channels("the block", channels)
+        check.check_choice("subnet", subnet, SUBNETS)
+        check.check_choice("activation", activation, ACTIVATIONS)
+        check.check_choice("memory", memory, MEMORY_MODES)
+        if clamp is not None:
+            check.check_number("clamp", clamp, positive=True)
+        self.subnet, self.activation, self.clamp, self.memory = subnet, activation, clamp, memory
+        self.mix = nn.Conv2d(channels, channels, 1)
+        nn.init.orthogonal_(self.mix.weight)
+        network = Bottleneck if subnet == "bottleneck" else Conv2
+        self.phi, self.rho, self.eta = (network(channels // 2) for _ in range(3))
+
+    def weights(self) -> BlockWeights:
+        """The block's parameters and options as :func:`functional.invertible_block` takes them."""
+        bias = self.mix.bias
+        assert bias is not None
+        kernels = (self.phi.kernels(), self.rho.kernels(), self.eta.kernels())
+        return BlockWeights(
+            self.mix.weight, bias, *kernels, self.activation, self.subnet, self.clamp
+        )
+
+    def forward(self, x: Tensor, *, backend: str | None = None) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W).
+
+        Raises:
+            RuntimeError: ``memory="store"`` under a backend other than ``"reference"``.
+        """
+        if self.memory == "store":
+            chosen = current_backend(backend)
+            if chosen not in ("auto", "reference"):
+                raise RuntimeError(
+                    f"backend {chosen!r} cannot run coupling with memory='store': only 'reference' "
+                    "stores its activations"
+                )
+            return invertible_block(x, self.weights())
+        return functional.invertible_block(x, self.weights(), backend=backend)
+
+    def inverse(self, y: Tensor, *, backend: str | None = None) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W), the input that gives ``y``."""
+        return functional.invertible_block_inverse(y, self.weights(), backend=backend)
+
+
+class ResidualStem(nn.Module):
+    """A ResNet basic block: two 3x3 convolutions and a 1x1 shortcut, each with batch norm."""
+
+    def __init__(self, in_channels: int, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(channels)
+        self.shortcut = nn.Conv2d(in_channels, channels, 1, bias=False)
+        self.shortcut_norm = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+        return F.relu(y + self.shortcut_norm(self.shortcut(x)))
+
+
+class DetailFeatureExtractor(nn.Module):
+    """image -> stem -> invertible blocks -> features at full resolution.
+
+    Takes any value range and any number of input channels (3-channel latents too); nothing is
+    clamped or normalised.
+
+    Args:
+        in_channels: channels of the image.
+        channels: C, channels of the features, even.
+        blocks: K, number of invertible blocks.
+        stem: ``"conv"``, one 3x3 with bias and zero padding, or ``"residual"``, a ResNet block.
+        subnet, activation, memory, clamp: as in :class:`InvertibleBlock`.
+
+    With the defaults 72,704 parameters, 69,120 of them in the block. A new extractor is random
+    (orthogonal mixes); :meth:`from_pretrained` loads a trained one.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        channels: int = 128,
+        blocks: int = 1,
+        stem: str = "conv",
+        subnet: str = "bottleneck",
+        activation: str = "relu6",
+        memory: str = "recompute",
+        clamp: float | None = None,
+    ) -> None:
+        super().__init__()
+        check.check_integer("in_channels", in_channels, 1)
+        check.check_integer("channels", channels, 2)
+        check.check_integer("blocks", blocks, 1)
+        check.check_choice("stem", stem, STEMS)
+        self.in_channels, self.channels = in_channels, channels
+        self.config: dict[str, Any] = {
+            "in_channels": in_channels,
+            "channels": channels,
+            "blocks": blocks,
+            "stem": stem,
+            "subnet": subnet,
+            "activation": activation,
+            "clamp": clamp,
+        }
+        self.stem: nn.Module = (
+            nn.Conv2d(in_channels, channels, 3, padding=1)
+            if stem == "conv"
+            else ResidualStem(in_channels, channels)
+        )
+        self.blocks = nn.ModuleList(
+            InvertibleBlock(
+                channels, subnet=subnet, activation=activation, clamp=clamp, memory=memory
+            )
+            for _ in range(blocks)
+        )
+
+    def forward(self, image: Tensor, *, backend: str | None = None) -> Tensor:
+        """Features of an image.
+
+        Args:
+            image: (B, in_channels, H, W).
+
+        Returns:
+            (B, C, H, W), in the layout that the stem gives: channels_last in, channels_last out.
+        """
+        check.check_tensor("image", image, "(B, in_channels, H, W)")
+        if image.shape[1] != self.in_channels:
+            raise ValueError(
+                f"image must have {self.in_channels} channels, got {image.shape[1]} "
+                f"(shape {tuple(image.shape)})"
+            )
+        x: Tensor = self.stem(image)
+        for block in self.blocks:
+            x = block(x, backend=backend)
+        return x
+
+    @torch.no_grad()
+    def invertibility_error(self, x: Tensor) -> float:
+        """Relative error of undoing the blocks: |inverse(blocks(z)) - z| / |z|, z = stem(x).
+
+        Args:
+            x: image, (B, in_channels, H, W).
+
+        Returns:
+            About 1e-6 in float32 for orthogonal mixes; it grows with depth and with the condition
+            of the mixes. Above about 1e-2 the blocks are not usefully invertible.
+        """
+        check.check_tensor("x", x, "(B, in_channels, H, W)")
+        features = self.stem(x)
+        y = features
+        for block in self.blocks:
+            y = block(y)
+        for block in reversed(self.blocks):
+            assert isinstance(block, InvertibleBlock)
+            y = block.inverse(y)
+        error = torch.linalg.vector_norm((y - features).double())
+        return float(error / torch.linalg.vector_norm(features.double()))
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Writes the weights and the configuration to one file, ``*.safetensors``.
+
+        Raises:
+            ValueError: another file name.
+            FileExistsError: the file exists; nothing is overwritten.
+        """
+        from safetensors.torch import save_file
+
+        path = Path(path)
+        if path.suffix != ".safetensors":
+            raise ValueError(f"path must end in .safetensors, got {str(path)!r}")
+        if path.exists():
+            raise FileExistsError(f"path {str(path)!r} exists already; choose another name")
+        state = {name: t.detach().contiguous() for name, t in self.state_dict().items()}
+        save_file(state, path, metadata={"mghf_fast": json.dumps(self.config)})
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path) -> DetailFeatureExtractor:
+        """Loads an extractor from a safetensors file that :meth:`save_pretrained` wrote.
+
+        No weights ship with this version, so there is no name to give yet, only paths. Other
+        formats are refused: unpickling runs code.
+
+        Raises:
+            FileNotFoundError: no such file, or an unknown name.
+            ValueError: not a safetensors file, truncated, or not an extractor's.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = Path(name_or_path)
+        if path.suffix != ".safetensors":
+            raise ValueError(
+                f"name_or_path must be a .safetensors file (no named weights ship with this "
+                f"version), got {str(name_or_path)!r}"
+            )
+        if not path.is_file():
+            raise FileNotFoundError(f"name_or_path {str(path)!r} is not a file")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{str(path)!r} is not a whole safetensors file: {error}") from error
+        if "mghf_fast" not in metadata:
+            raise ValueError(f"{str(path)!r} holds no mghf_fast extractor: its metadata lacks one")
+        try:
+            extractor = cls(**json.loads(metadata["mghf_fast"]))
+            extractor.load_state_dict(state)
+        except (TypeError, RuntimeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{str(path)!r} does not fit its own description: {error}") from error
+        return extractor

@@ -1,0 +1,102 @@
+"""What every op shares: a table of backends, the choice among them, and its registration.
+
+An op is a pair of `torch.library` operators, `mghf_fast::<op>` and `mghf_fast::<op>_backward`. The
+backend is an argument of both and is resolved inside, at run time: nothing about the machine is
+asked while torch.compile traces.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import BACKENDS, unavailable_reasons
+
+logger = logging.getLogger("mghf_fast")
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One backend of one op. ``can_run`` gets the op's tensors and says why it can't, or None."""
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any] | None
+    can_run: Callable[..., str | None]
+
+    def differentiate(self, *args: Any) -> Any:
+        assert self.backward is not None, "the op has no gradient"
+        return self.backward(*args)
+
+
+class Op:
+    """The backends of one op."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._implementations: dict[str, Implementation] = {}
+        self._logged: set[str] = set()
+
+    def implement(
+        self,
+        backend: str,
+        forward: Callable[..., Any],
+        backward: Callable[..., Any] | None = None,
+        can_run: Callable[..., str | None] = lambda *tensors: None,
+    ) -> None:
+        self._implementations[backend] = Implementation(forward, backward, can_run)
+
+    def why_not(self, backend: str, *tensors: Tensor) -> str | None:
+        """Why ``backend`` cannot run this op on these tensors, in a sentence; None if it can."""
+        if (reason := unavailable_reasons().get(backend)) is not None:
+            return reason
+        if backend not in self._implementations:
+            having = ", ".join(repr(b) for b in BACKENDS if b in self._implementations)
+            return f"it has no kernel for this op yet (which has: {having})"
+        return self._implementations[backend].can_run(*tensors)
+
+    def choose(self, backend: str, *tensors: Tensor) -> Implementation:
+        """The implementation to run; a forced backend that can't run it raises ``RuntimeError``."""
+        if backend != "auto":
+            if (reason := self.why_not(backend, *tensors)) is not None:
+                raise RuntimeError(f"backend {backend!r} cannot run {self.name}: {reason}")
+            return self._implementations[backend]
+        for candidate in BACKENDS:
+            if (reason := self.why_not(candidate, *tensors)) is None:
+                return self._implementations[candidate]
+            if (message := f"{candidate} cannot run {self.name}: {reason}") not in self._logged:
+                self._logged.add(message)
+                logger.debug(message)
+        raise AssertionError(f"{self.name} has no reference")  # the reference runs everything
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def laid_out_as(x: Tensor, result: Tensor) -> Tensor:
+    """``result``, channels_last if ``x`` is, contiguous otherwise: what the fakes promise."""
+    return result.contiguous(memory_format=_memory_format(x))
+
+
+def empty_like_laid_out(x: Tensor) -> Tensor:
+    """The fake of a result with the shape, type and layout of the image-shaped ``x``."""
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
+
+
+def register_float32_autocast(op: Any) -> None:
+    """Under autocast the op's float16 and bfloat16 inputs are cast to float32 first: its sums and
+    exponentials are taken in float32 anyway, and half-precision inputs would only lose digits."""
+    for device in ("cpu", "cuda"):
+        op.register_autocast(device, torch.float32)
+
+
+def double_backward_requested() -> bool:
+    """Whether autograd is recording the backward itself (`create_graph=True`). The backward then
+    runs as the reference's, in plain differentiable PyTorch; kernels have no second derivative."""
+    return torch.is_grad_enabled()

@@ -1,0 +1,27 @@
+"""The contract of `entropy`: one operator, without a gradient."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..precision import accumulation_dtype
+from ..reference.entropy import channel_entropy
+from ._dispatch import Op, register_float32_autocast
+
+OP = Op("entropy")
+OP.implement("reference", channel_entropy)
+
+
+@torch.library.custom_op("mghf_fast::entropy", mutates_args=())
+def entropy(x: Tensor, bins: int, backend: str) -> Tensor:
+    result: Tensor = OP.choose(backend, x).forward(x, bins)
+    return result
+
+
+@entropy.register_fake
+def _(x: Tensor, bins: int, backend: str) -> Tensor:
+    return x.new_empty(x.shape[:2], dtype=accumulation_dtype(x.dtype))
+
+
+register_float32_autocast(entropy)

@@ -1,0 +1,59 @@
+"""The contract of `gram`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..precision import accumulation_dtype
+from ..reference.gram import gram_matrix, gram_matrix_backward
+from ._dispatch import (
+    Op,
+    double_backward_requested,
+    empty_like_laid_out,
+    laid_out_as,
+    register_float32_autocast,
+)
+
+OP = Op("gram")
+OP.implement("reference", gram_matrix, gram_matrix_backward)
+
+
+@torch.library.custom_op("mghf_fast::gram", mutates_args=())
+def gram(x: Tensor, scale: float, backend: str) -> Tensor:
+    result: Tensor = OP.choose(backend, x).forward(x, scale)
+    return result.contiguous()
+
+
+@torch.library.custom_op("mghf_fast::gram_backward", mutates_args=())
+def gram_backward(grad: Tensor, x: Tensor, scale: float, backend: str) -> Tensor:
+    return laid_out_as(x, OP.choose(backend, grad, x).differentiate(grad, x, scale))
+
+
+@gram.register_fake
+def _(x: Tensor, scale: float, backend: str) -> Tensor:
+    b, c = x.shape[:2]
+    return x.new_empty((b, c, c), dtype=accumulation_dtype(x.dtype))
+
+
+@gram_backward.register_fake
+def _(grad: Tensor, x: Tensor, scale: float, backend: str) -> Tensor:
+    return empty_like_laid_out(x)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, ctx.scale, ctx.backend = inputs
+    ctx.save_for_backward(x)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (x,) = ctx.saved_tensors
+    if double_backward_requested():
+        return gram_matrix_backward(grad, x, ctx.scale), None, None
+    return gram_backward(grad, x, ctx.scale, ctx.backend), None, None
+
+
+gram.register_autograd(_backward, setup_context=_setup_context)
+register_float32_autocast(gram)

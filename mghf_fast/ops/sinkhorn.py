@@ -1,0 +1,105 @@
+"""The contract of `sinkhorn`: its two operators, their shapes, gradients and backends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference.sinkhorn import sinkhorn_plan, sinkhorn_plan_backward
+from ._dispatch import Op, double_backward_requested, register_float32_autocast
+
+
+def can_run_cpu(*tensors: Tensor) -> str | None:
+    for tensor in tensors:
+        if tensor.device.type != "cpu":
+            return f"it runs on CPU tensors, and one is on {tensor.device}"
+        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return f"it takes float32, float16 or bfloat16, and one tensor is {tensor.dtype}"
+    return None
+
+
+def _cpu_forward(
+    similarity: Tensor, cost: str, epsilon: float, iterations: int, tolerance: float | None
+) -> Tensor:
+    plan: Tensor = torch.ops.mghf_native.sinkhorn(
+        similarity.float(), cost, epsilon, iterations, tolerance
+    )
+    return plan.to(similarity.dtype)
+
+
+def _cpu_backward(
+    grad: Tensor,
+    similarity: Tensor,
+    cost: str,
+    epsilon: float,
+    iterations: int,
+    tolerance: float | None,
+) -> Tensor:
+    grad_similarity: Tensor = torch.ops.mghf_native.sinkhorn_backward(
+        grad.float(), similarity.float(), cost, epsilon, iterations, tolerance
+    )
+    return grad_similarity.to(similarity.dtype)
+
+
+OP = Op("sinkhorn")
+OP.implement("reference", sinkhorn_plan, sinkhorn_plan_backward)
+OP.implement("cpu", _cpu_forward, _cpu_backward, can_run_cpu)
+
+
+@torch.library.custom_op("mghf_fast::sinkhorn", mutates_args=())
+def sinkhorn(
+    similarity: Tensor,
+    cost: str,
+    epsilon: float,
+    iterations: int,
+    tolerance: float | None,
+    backend: str,
+) -> Tensor:
+    run = OP.choose(backend, similarity).forward
+    plan: Tensor = run(similarity, cost, epsilon, iterations, tolerance)
+    return plan.contiguous()
+
+
+@torch.library.custom_op("mghf_fast::sinkhorn_backward", mutates_args=())
+def sinkhorn_backward(
+    grad: Tensor,
+    similarity: Tensor,
+    cost: str,
+    epsilon: float,
+    iterations: int,
+    tolerance: float | None,
+    backend: str,
+) -> Tensor:
+    run = OP.choose(backend, grad, similarity).differentiate
+    grad_similarity: Tensor = run(grad, similarity, cost, epsilon, iterations, tolerance)
+    return grad_similarity.contiguous()
+
+
+@sinkhorn.register_fake
+def _(similarity: Tensor, *_: Any) -> Tensor:
+    return similarity.new_empty(similarity.shape)
+
+
+@sinkhorn_backward.register_fake
+def _(grad: Tensor, similarity: Tensor, *_: Any) -> Tensor:
+    return similarity.new_empty(similarity.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    similarity, *ctx.options, ctx.backend = inputs
+    ctx.save_for_backward(similarity)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (similarity,) = ctx.saved_tensors
+    if double_backward_requested():
+        grad_similarity = sinkhorn_plan_backward(grad, similarity, *ctx.options)
+    else:
+        grad_similarity = sinkhorn_backward(grad, similarity, *ctx.options, ctx.backend)
+    return grad_similarity, None, None, None, None, None
+
+
+sinkhorn.register_autograd(_backward, setup_context=_setup_context)
+register_float32_autocast(sinkhorn)

@@ -1,0 +1,223 @@
+"""The invertible block (HF-Diff eq. 5; MGHF's detail feature extractor is a chain of these).
+
+    x = mix(x)                                    dense 1x1, C -> C, bias
+    z1, z2 = halves(x)
+    z2 <- z2 + phi(z1)
+    z1 <- z1 * exp(r) + eta(z2),   r = rho(z2)    the updated z2; or r = k tanh(rho(z2) / k)
+    y = cat(z1, z2)
+
+phi, rho, eta ("bottleneck"): 1x1 c -> 2c, act, reflect-pad 1, depthwise 3x3, act, 1x1 2c -> c;
+("conv2"): reflect-pad 1, 3x3 c -> c, act, reflect-pad 1, 3x3 c -> c. No biases. c = C / 2.
+
+Inverse:  z1 = (z1 - eta(z2)) exp(-r),  z2 = z2 - phi(z1),  x = mix^-1 (cat(z1, z2)).
+
+Gradient of the input for (g1, g2), the gradient of y (T marks a transposed Jacobian):
+
+    d_r = g1 z1 exp(r);  d_z2 = g2 + rho^T d_r + eta^T g1;  d_z1 = g1 exp(r) + phi^T d_z2
+    d_x = mix^T cat(d_z1, d_z2)
+
+Only the block's input is kept for the backward; everything else is computed again.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.grad import conv2d_weight
+
+from ..precision import accumulation_dtype
+
+ACTIVATIONS = ("relu6", "softplus", "leaky_relu")
+SUBNETS = ("bottleneck", "conv2")
+
+
+class BlockWeights(NamedTuple):
+    """The weights of an invertible block, kernels in PyTorch's (out, in, kh, kw) layout.
+
+    ``phi``, ``rho`` and ``eta`` hold (expand, depthwise, project) for ``subnet="bottleneck"``,
+    (expand, project) for ``"conv2"``.
+    """
+
+    mix_weight: Tensor
+    mix_bias: Tensor
+    phi: tuple[Tensor, ...]
+    rho: tuple[Tensor, ...]
+    eta: tuple[Tensor, ...]
+    activation: str = "relu6"
+    subnet: str = "bottleneck"
+    clamp: float | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors in one fixed order: mix, then phi, rho and eta."""
+        return [self.mix_weight, self.mix_bias, *self.phi, *self.rho, *self.eta]
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: list[Tensor], activation: str, subnet: str, clamp: float | None
+    ) -> BlockWeights:
+        """The inverse of :meth:`tensors`."""
+        mix_weight, mix_bias, *rest = tensors
+        n = len(rest) // 3
+        phi, rho, eta = (tuple(rest[i * n : (i + 1) * n]) for i in range(3))
+        return cls(mix_weight, mix_bias, phi, rho, eta, activation, subnet, clamp)
+
+
+def weight_shapes(channels: int, subnet: str) -> list[tuple[int, ...]]:
+    """The shapes of ``BlockWeights.tensors()`` for C channels."""
+    c = channels // 2
+    if subnet == "conv2":
+        kernels: list[tuple[int, ...]] = [(c, c, 3, 3), (c, c, 3, 3)]
+    else:
+        kernels = [(2 * c, c, 1, 1), (2 * c, 1, 3, 3), (c, 2 * c, 1, 1)]
+    return [(channels, channels, 1, 1), (channels,), *kernels * 3]
+
+
+def _activate(x: Tensor, activation: str) -> Tensor:
+    if activation == "relu6":
+        return F.relu6(x)
+    if activation == "softplus":
+        return F.softplus(x)
+    return F.leaky_relu(x, 0.01)
+
+
+def _activation_slope(x: Tensor, activation: str) -> Tensor:
+    if activation == "relu6":
+        return ((x > 0) & (x < 6)).to(x.dtype)
+    if activation == "softplus":
+        return torch.sigmoid(x)
+    return torch.full_like(x, 0.01).masked_fill(x > 0, 1.0)
+
+
+def _pad(x: Tensor) -> Tensor:
+    """Reflection by one pixel; a side of length one has nothing to reflect and is repeated."""
+    h, w = x.shape[-2:]
+    x = F.pad(x, (1, 1, 0, 0), mode="reflect" if w > 1 else "replicate")
+    return F.pad(x, (0, 0, 1, 1), mode="reflect" if h > 1 else "replicate")
+
+
+def _pad_transposed(grad: Tensor) -> Tensor:
+    # In gather form, because PyTorch's CUDA backward of the reflection pad is not deterministic.
+    for dim in (-2, -1):
+        n = grad.shape[dim] - 2
+        inner = grad.narrow(dim, 1, n).clone()
+        inner.narrow(dim, min(1, n - 1), 1).add_(grad.narrow(dim, 0, 1))
+        inner.narrow(dim, max(n - 2, 0), 1).add_(grad.narrow(dim, n + 1, 1))
+        grad = inner
+    return grad
+
+
+def _subnet(x: Tensor, kernels: tuple[Tensor, ...], activation: str) -> Tensor:
+    if len(kernels) == 2:
+        expand, project = kernels
+        return F.conv2d(_pad(_activate(F.conv2d(_pad(x), expand), activation)), project)
+    expand, depthwise, project = kernels
+    hidden = _pad(_activate(F.conv2d(x, expand), activation))
+    hidden = F.conv2d(hidden, depthwise, groups=depthwise.shape[0])
+    return F.conv2d(_activate(hidden, activation), project)
+
+
+def _subnet_backward(
+    grad: Tensor, x: Tensor, kernels: tuple[Tensor, ...], activation: str, need_weights: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """Gradients of the sub-network's input and, where asked for, of its kernels."""
+    if len(kernels) == 2:
+        expand, project = kernels
+        padded = _pad(x)
+        before = F.conv2d(padded, expand)
+        grad_before = _pad_transposed(F.conv_transpose2d(grad, project))
+        grad_before = grad_before * _activation_slope(before, activation)
+        grad_x = _pad_transposed(F.conv_transpose2d(grad_before, expand))
+        if not need_weights:
+            return grad_x, []
+        hidden = _pad(_activate(before, activation))
+        return grad_x, [
+            conv2d_weight(padded, list(expand.shape), grad_before),
+            conv2d_weight(hidden, list(project.shape), grad),
+        ]
+    expand, depthwise, project = kernels
+    groups = depthwise.shape[0]
+    before1 = F.conv2d(x, expand)
+    hidden1 = _pad(_activate(before1, activation))
+    before2 = F.conv2d(hidden1, depthwise, groups=groups)
+    grad2 = F.conv_transpose2d(grad, project) * _activation_slope(before2, activation)
+    grad1 = _pad_transposed(F.conv_transpose2d(grad2, depthwise, groups=groups))
+    grad1 = grad1 * _activation_slope(before1, activation)
+    grad_x = F.conv_transpose2d(grad1, expand)
+    if not need_weights:
+        return grad_x, []
+    return grad_x, [
+        conv2d_weight(x, list(expand.shape), grad1),
+        conv2d_weight(hidden1, list(depthwise.shape), grad2, groups=groups),
+        conv2d_weight(_activate(before2, activation), list(project.shape), grad),
+    ]
+
+
+def _log_scale(raw: Tensor, clamp: float | None) -> Tensor:
+    return raw if clamp is None else clamp * torch.tanh(raw / clamp)
+
+
+def _in_accumulation_dtype(x: Tensor, weights: BlockWeights) -> tuple[Tensor, BlockWeights]:
+    dtype = accumulation_dtype(x.dtype)
+    tensors = [w.to(dtype) for w in weights.tensors()]
+    return x.to(dtype), BlockWeights.from_tensors(tensors, *weights[5:])
+
+
+def invertible_block(x: Tensor, weights: BlockWeights) -> Tensor:
+    """(B, C, H, W) -> (B, C, H, W)."""
+    dtype = x.dtype
+    x, w = _in_accumulation_dtype(x, weights)
+    z1, z2 = F.conv2d(x, w.mix_weight, w.mix_bias).chunk(2, 1)
+    z2 = z2 + _subnet(z1, w.phi, w.activation)
+    scale = torch.exp(_log_scale(_subnet(z2, w.rho, w.activation), w.clamp))
+    z1 = z1 * scale + _subnet(z2, w.eta, w.activation)
+    return torch.cat((z1, z2), 1).to(dtype)
+
+
+def invertible_block_inverse(y: Tensor, weights: BlockWeights) -> Tensor:
+    """(B, C, H, W) -> (B, C, H, W), so that ``invertible_block`` gives ``y`` back."""
+    dtype = y.dtype
+    y, w = _in_accumulation_dtype(y, weights)
+    z1, z2 = y.chunk(2, 1)
+    scale = torch.exp(-_log_scale(_subnet(z2, w.rho, w.activation), w.clamp))
+    z1 = (z1 - _subnet(z2, w.eta, w.activation)) * scale
+    z2 = z2 - _subnet(z1, w.phi, w.activation)
+    mixed = torch.cat((z1, z2), 1) - w.mix_bias.view(-1, 1, 1)
+    inverse = torch.linalg.inv(w.mix_weight.flatten(1))
+    return F.conv2d(mixed, inverse[:, :, None, None]).to(dtype)
+
+
+def invertible_block_backward(
+    grad: Tensor, x: Tensor, weights: BlockWeights, need_weights: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """Gradient of ``x`` and, with ``need_weights``, of every tensor of ``weights.tensors()``."""
+    dtype = x.dtype
+    x, w = _in_accumulation_dtype(x, weights)
+    grad1, grad2 = grad.to(x.dtype).chunk(2, 1)
+
+    z1, z2 = F.conv2d(x, w.mix_weight, w.mix_bias).chunk(2, 1)
+    z2 = z2 + _subnet(z1, w.phi, w.activation)
+    log_scale = _log_scale(_subnet(z2, w.rho, w.activation), w.clamp)
+    scale = torch.exp(log_scale)
+
+    grad_rho = grad1 * z1 * scale
+    if w.clamp is not None:
+        grad_rho = grad_rho * (1 - (log_scale / w.clamp) ** 2)
+    from_rho, weights_rho = _subnet_backward(grad_rho, z2, w.rho, w.activation, need_weights)
+    from_eta, weights_eta = _subnet_backward(grad1, z2, w.eta, w.activation, need_weights)
+    grad_z2 = grad2 + from_rho + from_eta
+    from_phi, weights_phi = _subnet_backward(grad_z2, z1, w.phi, w.activation, need_weights)
+    grad_mixed = torch.cat((grad1 * scale + from_phi, grad_z2), 1)
+    grad_x = F.conv_transpose2d(grad_mixed, w.mix_weight).to(dtype)
+    if not need_weights:
+        return grad_x, []
+    grad_weights = [
+        conv2d_weight(x, list(w.mix_weight.shape), grad_mixed),
+        grad_mixed.sum((0, 2, 3)),
+        *weights_phi,
+        *weights_rho,
+        *weights_eta,
+    ]
+    return grad_x, [g.to(t.dtype) for g, t in zip(grad_weights, weights.tensors(), strict=True)]

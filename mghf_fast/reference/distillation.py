@@ -1,0 +1,44 @@
+"""The three terms by which SinSR distils a many-step diffusion teacher into one step.
+
+x_T the noisy start, y the LR condition, x^_0 the teacher's output from x_T, x_0 the ground truth
+distill     = mse(student(x_T, y, T), x^_0)
+inverse     = mse(student(x^_0, y, 0), x_T)                              HF-Diff eq. 7
+consistency = mse(student(stopgrad(student(x_0, y, 0)), y, T), x_0)      HF-Diff eq. 8
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+Student = Callable[[Tensor, Tensor, int], Tensor]
+"""``student(x, y, timestep)``: maps a state ``x`` under the LR condition ``y`` in one step."""
+
+
+class DistillationTerms(NamedTuple):
+    """The three scalar terms, and ``sr``, the student's image out of the consistency cycle, which
+    HF-Diff's perceptual and distribution terms compare with the ground truth."""
+
+    distill: Tensor
+    inverse: Tensor
+    consistency: Tensor
+    sr: Tensor
+
+
+def distillation_terms(
+    student: Student,
+    noisy: Tensor,
+    condition: Tensor,
+    teacher_output: Tensor,
+    gt: Tensor,
+    final_timestep: int,
+) -> DistillationTerms:
+    """Every tensor (B, C, H, W); ``final_timestep`` is T. No gradient reaches the teacher or gt."""
+    teacher_output, gt = teacher_output.detach(), gt.detach()
+    distill = F.mse_loss(student(noisy, condition, final_timestep), teacher_output)
+    inverse = F.mse_loss(student(teacher_output, condition, 0), noisy)
+    sr = student(student(gt, condition, 0).detach(), condition, final_timestep)
+    return DistillationTerms(distill, inverse, F.mse_loss(sr, gt), sr)

@@ -1,0 +1,22 @@
+"""Gram matrices of feature maps.
+
+G_ij = scale * sum_p F_ip F_jp        F: (C, H W), one row per feature map
+dF = scale * (dG + dG^T) F
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..precision import accumulation_dtype
+
+
+def gram_matrix(x: Tensor, scale: float) -> Tensor:
+    """(B, C, H, W) -> (B, C, C), in float32 (float64 for float64)."""
+    features = x.flatten(2).to(accumulation_dtype(x.dtype))
+    return features @ features.mT * scale
+
+
+def gram_matrix_backward(grad: Tensor, x: Tensor, scale: float) -> Tensor:
+    features = x.flatten(2).to(grad.dtype)
+    return ((grad + grad.mT) @ features * scale).view(x.shape).to(x.dtype)

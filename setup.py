@@ -1,0 +1,139 @@
+"""Builds the native kernels with CMake, if it can, and puts them into the package.
+
+Environment variable MGHF_NATIVE: "auto" (default) builds them if torch, cmake, ninja and a C++
+compiler are there and makes a pure-Python package otherwise; "1" insists; "0" leaves them out.
+pyproject.toml has everything that does not depend on this.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from importlib.metadata import version as version_of
+from pathlib import Path
+
+from setuptools import Command, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build import build
+from setuptools.dist import Distribution
+
+ROOT = Path(__file__).resolve().parent
+
+
+def program(name: str) -> str | None:
+    """The path of a program, also of one that pip put beside this Python."""
+    return shutil.which(name) or shutil.which(name, path=sysconfig.get_path("scripts"))
+
+
+def compiler() -> str | None:
+    if (named := os.environ.get("CXX", "").split()) and shutil.which(named[0]):
+        return named[0]
+    return next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+
+
+def missing_tools() -> list[str]:
+    """What the kernels cannot be built without and is not here."""
+    missing = []
+    if importlib.util.find_spec("torch") is None:
+        missing.append("torch in the building environment (install it, then --no-build-isolation)")
+    missing += [name for name in ("cmake", "ninja") if program(name) is None]
+    if compiler() is None:
+        missing.append("a C++20 compiler")
+    return missing
+
+
+def native_wanted() -> bool:
+    mode = os.environ.get("MGHF_NATIVE", "auto")
+    if mode not in ("0", "1", "auto"):
+        sys.exit(f"environment variable MGHF_NATIVE is {mode!r}; allowed are '0', '1', 'auto'")
+    if mode == "0":
+        return False
+    missing = missing_tools()
+    if missing and mode == "1":
+        sys.exit("MGHF_NATIVE=1, but the kernels cannot be built without " + " and ".join(missing))
+    # The metadata step before it asks too: warn once.
+    if missing and not {"dist_info", "egg_info"} & set(sys.argv):
+        wanting = " and of ".join(missing)
+        print(f"warning: mghf_fast without native kernels, for want of {wanting}", file=sys.stderr)
+    return not missing
+
+
+class build_native(Command):
+    """Configures, builds and installs the CMake project into mghf_fast/lib."""
+
+    description = "build the native kernels"
+    user_options = ()
+    editable_mode = False
+
+    def initialize_options(self) -> None:
+        self.build_lib: str | None = None
+        self.build_temp: str | None = None
+
+    def finalize_options(self) -> None:
+        self.set_undefined_options(
+            "build", ("build_lib", "build_lib"), ("build_temp", "build_temp")
+        )
+
+    def run(self) -> None:
+        cmake, ninja = program("cmake"), program("ninja")
+        torch = importlib.util.find_spec("torch")
+        assert cmake and ninja and torch and torch.submodule_search_locations
+        work = ROOT / "build" / "cmake"
+        target = ROOT if self.editable_mode else Path(str(self.build_lib)).resolve()
+        configure = [
+            cmake, "--fresh", "-S", str(ROOT), "-B", str(work), "-G", "Ninja",
+            f"-DCMAKE_MAKE_PROGRAM={ninja}",
+            f"-DMGHF_TORCH_DIRECTORY={torch.submodule_search_locations[0]}",
+            f"-DMGHF_TORCH_VERSION={version_of('torch')}",
+            f"-DMGHF_WERROR={os.environ.get('MGHF_WERROR', '0')}",
+        ]  # fmt: skip
+        subprocess.run(configure, check=True)
+        subprocess.run([cmake, "--build", str(work)], check=True)
+        prefix = target / "mghf_fast" / "lib"
+        subprocess.run([cmake, "--install", str(work), "--prefix", str(prefix)], check=True)
+
+    # What setuptools asks a build step for; the files lie in place after run().
+    def get_source_files(self) -> list[str]:
+        return ["CMakeLists.txt", *(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.*"))]
+
+    def get_outputs(self) -> list[str]:
+        return []
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+class platform_wheel(bdist_wheel):
+    """The kernels know the platform but neither Python nor torch's exact version: py3-none-*."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.root_is_pure = False
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+class PlatformDistribution(Distribution):
+    def has_ext_modules(self) -> bool:
+        return True  # installs into the platform's directory, not the pure one
+
+
+release = re.search(r'^__version__ = "(.+)"', (ROOT / "mghf_fast/__init__.py").read_text(), re.M)
+assert release is not None
+native = native_wanted()
+if native:
+    build.sub_commands.append(("build_native", None))
+
+setup(
+    version=release[1] + ("+cpu" if native else ""),
+    packages=[*find_packages(include=["mghf_fast", "mghf_fast.*"]), "mghf_fast.kernels"],
+    package_dir={"mghf_fast.kernels": "kernels"},
+    cmdclass={"build_native": build_native, "bdist_wheel": platform_wheel} if native else {},
+    distclass=PlatformDistribution if native else Distribution,
+)

@@ -1,0 +1,23 @@
+"""Seeds, and the parameter `backend` of a test: every backend that can run the test's op here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mghf_fast.backends import BACKENDS
+from mghf_fast.ops import OPS
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`backend` in test_<op>.py runs over the backends of <op> that this machine has."""
+    if "backend" in metafunc.fixturenames:
+        op = OPS[metafunc.module.__name__.rpartition(".")[2].removeprefix("test_")]
+        probe = torch.zeros(1, 2, 2)
+        runnable = [b for b in BACKENDS if op.why_not(b, probe) is None]
+        metafunc.parametrize("backend", runnable)

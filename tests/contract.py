@@ -1,0 +1,151 @@
+"""What every op's test file checks the same way. `fn` is always a function of the tensors alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+VALUE_TOLERANCE = 1e-5
+GRADIENT_TOLERANCE = 1e-4
+
+Function = Callable[..., Any]
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """Relative L2 error in float64."""
+    got, expected = got.detach().double(), expected.detach().double()
+    scale = torch.linalg.vector_norm(expected).clamp_min(1e-30)
+    return float(torch.linalg.vector_norm(got - expected) / scale)
+
+
+def outputs(fn: Function, *inputs: Tensor) -> tuple[Tensor, ...]:
+    result = fn(*inputs)
+    return tuple(result) if isinstance(result, (tuple, list)) else (result,)
+
+
+def gradients(fn: Function, inputs: Sequence[Tensor], upstream: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of the differentiable inputs for the given gradients of the outputs."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    results = outputs(fn, *leaves)
+    return list(
+        torch.autograd.grad(
+            results, leaves, [u.to(r.dtype) for u, r in zip(upstream, results, strict=True)]
+        )
+    )
+
+
+def check_against_reference(
+    fn: Function,
+    reference: Function,
+    inputs: Sequence[Tensor],
+    *,
+    value_tolerance: float = VALUE_TOLERANCE,
+    gradient_tolerance: float = GRADIENT_TOLERANCE,
+    differentiable: bool = True,
+) -> None:
+    """Values and gradients of float32 inputs against the float64 reference, with random upstream
+    gradients."""
+    exact_inputs = [x.double() for x in inputs]
+    expected = outputs(reference, *exact_inputs)
+    for got, want in zip(outputs(fn, *inputs), expected, strict=True):
+        assert relative_error(got, want) <= value_tolerance
+    if differentiable:
+        upstream = [torch.randn(e.shape, dtype=torch.float64) for e in expected]
+        got_gradients = gradients(fn, inputs, upstream)
+        for got, want in zip(
+            got_gradients, gradients(reference, exact_inputs, upstream), strict=True
+        ):
+            assert relative_error(got, want) <= gradient_tolerance
+            assert got.dtype == inputs[0].dtype
+
+
+def check_half_precision(
+    fn: Function, reference: Function, inputs: Sequence[Tensor], dtype: torch.dtype
+) -> None:
+    """The error in half precision is at most twice that of PyTorch computing in the same precision
+    (or the rounding of the result itself), both against float64."""
+    half = [x.to(dtype) for x in inputs]
+    expected = outputs(reference, *(x.double() for x in half))
+    for got, torch_own, want in zip(
+        outputs(fn, *half), outputs(reference, *half), expected, strict=True
+    ):
+        floor = max(relative_error(torch_own, want), relative_error(want.to(dtype), want))
+        assert relative_error(got, want) <= 2 * floor + 1e-6
+
+
+def image_layouts(x: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The values of a 4-D ``x`` under other strides."""
+    yield "channels_last", x.contiguous(memory_format=torch.channels_last)
+    yield "transposed", x.transpose(2, 3).contiguous().transpose(2, 3)
+    padded = x.new_full((x.shape[0], x.shape[1] + 1, x.shape[2] + 3, 2 * x.shape[3]), torch.nan)
+    padded[:, 1:, 2:-1, ::2] = x
+    yield "sliced", padded[:, 1:, 2:-1, ::2]
+
+
+def batch_layouts(x: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The values of ``x`` under other strides, any number of dimensions."""
+    yield "transposed", x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    wide = x.new_full((*x.shape[:-1], 2 * x.shape[-1] + 1), torch.nan)
+    wide[..., 1::2] = x
+    yield "sliced", wide[..., 1::2]
+
+
+def check_layout(fn: Function, plain: Tensor, strided: Tensor) -> None:
+    """Same values and gradients for other strides, and the argument is not written to."""
+    before = strided.detach().clone()
+    expected = outputs(fn, plain)
+    upstream = [torch.randn_like(e) for e in expected]
+    for got, want in zip(outputs(fn, strided), expected, strict=True):
+        assert relative_error(got, want) <= 1e-6
+    (got,), (want,) = gradients(fn, [strided], upstream), gradients(fn, [plain], upstream)
+    assert relative_error(got, want) <= 1e-5
+    assert torch.equal(strided.detach(), before)
+
+
+def check_deterministic(backend: str, fn: Function, *inputs: Tensor) -> None:
+    """Bitwise the same values and gradients, run after run; for kernels of our own also with 1 and
+    2 threads (the reference's matrix products and convolutions are PyTorch's, which vary there)."""
+    threads = torch.get_num_threads()
+    upstream = [torch.randn_like(o) for o in outputs(fn, *inputs)]
+
+    def run() -> list[Tensor]:
+        return [*outputs(fn, *inputs), *gradients(fn, inputs, upstream)]
+
+    try:
+        first = run()
+        assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+        if backend == "reference":
+            return
+        torch.set_num_threads(1)
+        one_thread = run()
+        torch.set_num_threads(2)
+        assert all(torch.equal(a, b) for a, b in zip(one_thread, run(), strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def check_compiled(fn: Function, *inputs: Tensor) -> None:
+    """`torch.compile(fullgraph=True)` gives the eager values and gradients."""
+    expected = outputs(fn, *inputs)
+    upstream = [torch.randn_like(e) for e in expected]
+    compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
+    for got, want in zip(outputs(compiled, *inputs), expected, strict=True):
+        assert relative_error(got, want) <= 1e-5
+    for got, want in zip(
+        gradients(compiled, inputs, upstream), gradients(fn, inputs, upstream), strict=True
+    ):
+        assert relative_error(got, want) <= 1e-5
+
+
+def check_opcheck(op: Any, *args: Any) -> None:
+    """`torch.library.opcheck`: schema, autograd registration, fake and AOT dispatch."""
+    torch.library.opcheck(op, args)
+
+
+def check_second_derivative(fn: Function, *inputs: Tensor) -> None:
+    """The double backward, through the reference, in float64."""
+    leaves = [x.double().detach().requires_grad_() for x in inputs]
+    assert torch.autograd.gradgradcheck(fn, leaves)

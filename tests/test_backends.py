@@ -1,0 +1,98 @@
+"""The choice of backend: default, context manager, environment, forcing and its refusals."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mghf_fast import available_backends, functional, use_backend
+from mghf_fast.backends import BACKENDS, current_backend, unavailable_reasons
+from mghf_fast.ops import OPS
+
+
+def test_the_reference_is_always_there_and_runs_everything() -> None:
+    assert "reference" in available_backends()
+    assert set(available_backends()) | set(unavailable_reasons()) == set(BACKENDS)
+    assert not set(available_backends()) & set(unavailable_reasons())
+    assert set(OPS) == {
+        "coupling", "entropy", "gram", "content_style", "patches", "sinkhorn", "monce", "dec",
+    }  # fmt: skip
+    for op in OPS.values():
+        assert op.why_not("reference", torch.zeros(1)) is None
+
+
+def test_use_backend_nests_and_restores() -> None:
+    assert current_backend() == "auto"
+    with use_backend("reference"):
+        assert current_backend() == "reference"
+        with use_backend("auto"):
+            assert current_backend() == "auto"
+            assert current_backend("reference") == "reference"
+        assert current_backend() == "reference"
+    with pytest.raises(RuntimeError, match="inside"), use_backend("reference"):
+        raise RuntimeError("inside")
+    assert current_backend() == "auto"
+
+
+def test_a_forced_backend_that_cannot_run_says_why() -> None:
+    x = torch.rand(1, 2, 4, 4)
+    with pytest.raises(RuntimeError, match="backend 'cuda' cannot run entropy: .*no CUDA kernels"):
+        functional.channel_entropy(x, backend="cuda")
+    with use_backend("triton"), pytest.raises(RuntimeError, match="backend 'triton' cannot run"):
+        functional.gram_matrix(x)
+    with pytest.raises(RuntimeError, match="backend 'cpu' cannot run sinkhorn: "):
+        functional.sinkhorn_plan(torch.rand(1, 3, 3, dtype=torch.float64), backend="cpu")
+
+
+@pytest.mark.skipif("cpu" not in available_backends(), reason="no compiled CPU kernels here")
+def test_a_backend_without_a_kernel_for_the_op_names_those_with_one() -> None:
+    with pytest.raises(RuntimeError, match=r"no kernel for this op yet \(which has: 'reference'\)"):
+        functional.gram_matrix(torch.rand(1, 2, 4, 4), backend="cpu")
+
+
+def test_auto_logs_each_reason_once(caplog: pytest.LogCaptureFixture) -> None:
+    op = OPS["gram"]
+    op._logged.clear()
+    with caplog.at_level(logging.DEBUG, "mghf_fast"):
+        functional.gram_matrix(torch.rand(1, 2, 4, 4))
+        functional.gram_matrix(torch.rand(1, 2, 4, 4))
+    messages = [r.message for r in caplog.records if r.name == "mghf_fast"]
+    assert len(messages) == len(set(messages)) == 3
+    assert any(m.startswith("cuda cannot run gram: ") for m in messages)
+
+
+def test_unknown_names_are_refused() -> None:
+    for attempt in (lambda: use_backend("gpu"), lambda: current_backend("gpu")):
+        with pytest.raises(ValueError, match="'gpu'; allowed are 'auto', 'cuda', 'triton'"):
+            attempt()
+
+
+@pytest.mark.parametrize(("value", "ok"), [("reference", True), ("fast", False)])
+def test_environment_variable(value: str, ok: bool) -> None:
+    code = "import mghf_fast.backends as b; print(b.current_backend())"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"MGHF_BACKEND": value, "PATH": "", "PYTHONPATH": ":".join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    if ok:
+        assert run.stdout.strip() == value
+    else:
+        assert run.returncode and "environment variable MGHF_BACKEND is 'fast'" in run.stderr
+
+
+def test_a_compiled_function_follows_the_backend() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x: functional.gram_matrix(x), fullgraph=True, backend="aot_eager"
+    )
+    x = torch.rand(1, 2, 4, 4)
+    compiled(x)
+    with use_backend("cuda"), pytest.raises(RuntimeError, match="cannot run gram"):
+        compiled(x)
+    compiled(x)

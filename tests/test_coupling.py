@@ -1,0 +1,233 @@
+"""The invertible block: values, inverse, gradients, contract."""
+
+from __future__ import annotations
+
+import contract
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mghf_fast import functional, ops
+from mghf_fast.nn import InvertibleBlock
+from mghf_fast.reference import coupling as reference
+from mghf_fast.reference.coupling import BlockWeights
+
+VARIANTS = [
+    (subnet, activation, clamp)
+    for subnet in reference.SUBNETS
+    for activation in reference.ACTIVATIONS
+    for clamp in (None, 1.5)
+]
+
+
+def block_weights(
+    channels: int = 6,
+    subnet: str = "bottleneck",
+    activation: str = "relu6",
+    clamp: float | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> BlockWeights:
+    block = InvertibleBlock(channels, subnet=subnet, activation=activation, clamp=clamp)
+    weights = block.requires_grad_(False).to(dtype).weights()
+    return weights
+
+
+def as_dtype(weights: BlockWeights, dtype: torch.dtype) -> BlockWeights:
+    return BlockWeights.from_tensors([w.to(dtype) for w in weights.tensors()], *weights[5:])
+
+
+def with_tensors(weights: BlockWeights, tensors: tuple[Tensor, ...]) -> BlockWeights:
+    return BlockWeights.from_tensors(list(tensors), *weights[5:])
+
+
+def by_hand(x: Tensor, w: BlockWeights) -> Tensor:
+    """One pixel at a time, straight from the definition (bottleneck, relu6, no clamp)."""
+    channels, height, width = x.shape[1:]
+    c = channels // 2
+    mixed = torch.einsum("oi,bihw->bohw", w.mix_weight[:, :, 0, 0], x) + w.mix_bias.view(-1, 1, 1)
+    z1, z2 = mixed[:, :c], mixed[:, c:]
+
+    def mirrored(i: int, n: int) -> int:
+        return -i if i < 0 else 2 * (n - 1) - i if i >= n else i
+
+    def subnet(z: Tensor, kernels: tuple[Tensor, ...]) -> Tensor:
+        expand, depthwise, project = kernels
+        hidden = torch.einsum("oi,bihw->bohw", expand[:, :, 0, 0], z).clamp(0, 6)
+        second = torch.zeros_like(hidden)
+        for i in range(height):
+            for j in range(width):
+                for di in range(3):
+                    for dj in range(3):
+                        second[:, :, i, j] += (
+                            depthwise[:, 0, di, dj]
+                            * hidden[
+                                :, :, mirrored(i + di - 1, height), mirrored(j + dj - 1, width)
+                            ]
+                        )
+        return torch.einsum("oi,bihw->bohw", project[:, :, 0, 0], second.clamp(0, 6))
+
+    z2 = z2 + subnet(z1, w.phi)
+    z1 = z1 * subnet(z2, w.rho).exp() + subnet(z2, w.eta)
+    return torch.cat((z1, z2), 1)
+
+
+def test_definition() -> None:
+    weights = block_weights(dtype=torch.float64)
+    x = torch.randn(2, 6, 4, 5, dtype=torch.float64)
+    expected = by_hand(x, weights)
+    assert contract.relative_error(reference.invertible_block(x, weights), expected) < 1e-12
+
+
+@pytest.mark.parametrize(("subnet", "activation", "clamp"), VARIANTS)
+def test_reference_gradient_and_inverse(subnet: str, activation: str, clamp: float | None) -> None:
+    for size in ((5, 4), (1, 1), (1, 3), (2, 2)):
+        weights = block_weights(4, subnet, activation, clamp, torch.float64)
+        x = torch.randn(2, 4, *size, dtype=torch.float64)
+        y = reference.invertible_block(x, weights)
+        assert contract.relative_error(reference.invertible_block_inverse(y, weights), x) < 1e-9
+
+        leaves = [x.requires_grad_(), *(w.clone().requires_grad_() for w in weights.tensors())]
+        y = reference.invertible_block(leaves[0], with_tensors(weights, tuple(leaves[1:])))
+        upstream = torch.randn_like(y)
+        expected = torch.autograd.grad(y, leaves, upstream)
+        grad_x, grad_weights = reference.invertible_block_backward(
+            upstream, x.detach(), weights, True
+        )
+        for got, want in zip((grad_x, *grad_weights), expected, strict=True):
+            assert contract.relative_error(got, want) < 1e-9
+
+
+def test_gradcheck() -> None:
+    weights = block_weights(4, activation="softplus", dtype=torch.float64)
+    x = torch.randn(1, 4, 3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: reference.invertible_block(x, weights), x)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 7), (13, 9), (16, 16)])
+def test_values_and_gradients(backend: str, size: tuple[int, int]) -> None:
+    weights = block_weights(8)
+    tensors = weights.tensors()
+
+    def fn(x: Tensor, *w: Tensor) -> Tensor:
+        return functional.invertible_block(x, with_tensors(weights, w), backend=backend)
+
+    def exact(x: Tensor, *w: Tensor) -> Tensor:
+        return reference.invertible_block(x, with_tensors(weights, w))
+
+    contract.check_against_reference(fn, exact, [torch.randn(2, 8, *size), *tensors])
+
+
+def test_inverse(backend: str) -> None:
+    weights = block_weights(8)
+    exact = as_dtype(weights, torch.float64)
+    contract.check_against_reference(
+        lambda y: functional.invertible_block_inverse(y, weights),
+        lambda y: reference.invertible_block_inverse(y, exact),
+        [torch.randn(2, 8, 6, 5)],
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(backend: str, dtype: torch.dtype) -> None:
+    weights = block_weights(8)
+    contract.check_half_precision(
+        lambda x: functional.invertible_block(x, weights, backend=backend),
+        lambda x: reference.invertible_block(x, as_dtype(weights, x.dtype)),
+        [torch.randn(2, 8, 6, 5)],
+        dtype,
+    )
+
+
+def test_layouts(backend: str) -> None:
+    weights = block_weights(8)
+    x = torch.randn(2, 8, 6, 5)
+
+    def fn(x: Tensor) -> Tensor:
+        return functional.invertible_block(x, weights, backend=backend)
+
+    for name, strided in contract.image_layouts(x):
+        contract.check_layout(fn, x, strided)
+        if name == "channels_last":
+            assert fn(strided).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_contract(backend: str) -> None:
+    weights = block_weights(4)
+    x = torch.randn(2, 4, 5, 6)
+    tensors = [w.clone().requires_grad_() for w in weights.tensors()]
+    options = (*weights[5:], backend)
+    for image in (x, x.contiguous(memory_format=torch.channels_last), x.transpose(2, 3)):
+        contract.check_opcheck(
+            ops.coupling.coupling, image.detach().requires_grad_(), tensors, *options
+        )
+    contract.check_opcheck(ops.coupling.coupling_inverse, x, weights.tensors(), *options)
+    contract.check_compiled(
+        lambda x: functional.invertible_block(x, weights, backend=backend) * 2, x
+    )
+    contract.check_deterministic(
+        backend, lambda x: functional.invertible_block(x, weights, backend=backend), x
+    )
+
+
+def test_second_derivative() -> None:
+    weights = block_weights(2, activation="softplus", dtype=torch.float64)
+    contract.check_second_derivative(
+        lambda x: functional.invertible_block(x, weights), torch.randn(1, 2, 3, 2)
+    )
+
+
+def test_only_the_input_is_kept() -> None:
+    weights = block_weights(8)
+    kept: list[Tensor] = []
+    x = torch.randn(1, 8, 16, 16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        functional.invertible_block(x, weights)
+    features = [t for t in kept if t.dim() == 4 and t.shape[2:] == (16, 16)]
+    assert len(features) == 1
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    batch=st.integers(1, 2),
+    half=st.integers(1, 5),
+    height=st.integers(1, 9),
+    width=st.integers(1, 9),
+    scale=st.floats(1e-3, 10),
+    seed=st.integers(0, 10**6),
+)
+def test_any_shape(batch: int, half: int, height: int, width: int, scale: float, seed: int) -> None:
+    torch.manual_seed(seed)
+    weights = block_weights(2 * half)
+    exact = as_dtype(weights, torch.float64)
+    contract.check_against_reference(
+        lambda x: functional.invertible_block(x, weights),
+        lambda x: reference.invertible_block(x, exact),
+        [scale * torch.randn(batch, 2 * half, height, width)],
+    )
+
+
+def test_nan_stays_nan(backend: str) -> None:
+    x = torch.randn(1, 4, 6, 6)
+    x[0, 0, 3, 3] = torch.nan
+    y = functional.invertible_block(x, block_weights(4), backend=backend)
+    assert y[:, :, 3, 3].isnan().all()
+
+
+def test_bad_input() -> None:
+    weights = block_weights(4)
+    with pytest.raises(ValueError, match="x must have an even number of channels.*got 3"):
+        functional.invertible_block(torch.randn(1, 3, 4, 4), weights)
+    with pytest.raises(ValueError, match=r"x must have shape \(B, C, H, W\), got \(4, 4\)"):
+        functional.invertible_block(torch.randn(4, 4), weights)
+    with pytest.raises(ValueError, match="weights do not fit x with 6 channels"):
+        functional.invertible_block(torch.randn(1, 6, 4, 4), weights)
+    with pytest.raises(TypeError, match="x must be float16.*int64"):
+        functional.invertible_block(torch.zeros(1, 4, 4, 4, dtype=torch.int64), weights)
+    with pytest.raises(TypeError, match="weights must be BlockWeights"):
+        functional.invertible_block(torch.randn(1, 4, 4, 4), [])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="x must not be empty"):
+        functional.invertible_block(torch.randn(0, 4, 4, 4), weights)
+    with pytest.raises(ValueError, match="backend is 'gpu'; allowed are"):
+        functional.invertible_block(torch.randn(1, 4, 4, 4), weights, backend="gpu")

@@ -1,0 +1,281 @@
+"""DECLoss: values, gradients, thresholds, gathering, contract."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import contract
+import pytest
+import torch
+import torch.multiprocessing as mp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mghf_fast import DECLoss, functional, ops
+from mghf_fast.reference import dec as reference
+
+OPTIONS = (34.0, 0.5, 1.5, "inside", "rmse", 1.0)
+
+
+def patches(p: int, d: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """SR and GT patches, some of the GT's all but equal."""
+    gt = torch.rand(p, d, dtype=torch.float64)
+    for i in range(2, p, 3):
+        gt[i] = gt[i - 1] + 0.01 * torch.randn(d, dtype=torch.float64)
+    sr = gt + 0.1 * torch.randn(p, d, dtype=torch.float64)
+    return sr.to(dtype), gt.to(dtype)
+
+
+def images(*shape: int) -> tuple[Tensor, Tensor]:
+    gt = torch.rand(shape)
+    gt[..., -8:, -8:] = gt[..., :8, :8] + 0.005
+    return (gt + 0.1 * torch.randn(shape)), gt
+
+
+def by_hand(sr: Tensor, gt: Tensor, outside: bool, l2: bool) -> float:
+    """One pair at a time, from the definition."""
+    p = len(sr)
+
+    def cosine(a: Tensor, b: Tensor) -> float:
+        return float(a @ b / (a.norm() * b.norm()))
+
+    def term(s: float, t: float) -> float:
+        return math.exp(s) / t if outside else math.exp(s / t)
+
+    rows = []
+    for i in range(p):
+        positive = negative = 0.0
+        for j in range(p):
+            squared = (gt[i] - gt[j]).square()
+            distance = float(squared.sum().sqrt() if l2 else squared.mean().sqrt())
+            alike = i == j or distance == 0 or -20 * math.log10(distance) >= 34
+            t = 0.5 if alike else 1.5
+            q = term(cosine(sr[i], sr[j]), t) + 2 * term(cosine(gt[i], sr[j]), t)
+            positive, negative = (positive + q, negative) if alike else (positive, negative + q)
+        if negative:
+            rows.append(math.log(positive / negative))
+    return -sum(rows) / len(rows)
+
+
+@pytest.mark.parametrize("temperature", reference.TEMPERATURES)
+@pytest.mark.parametrize("similarity", reference.SIMILARITIES)
+def test_definition(temperature: str, similarity: str) -> None:
+    sr, gt = images(2, 3, 16, 24)
+    sr, gt = sr.double(), gt.double()
+    got = functional.dec_loss(sr, gt, temperature=temperature, similarity=similarity)
+    cut = [
+        torch.stack(
+            [
+                x[b, :, i : i + 8, j : j + 8].flatten()
+                for b in range(2)
+                for i in range(0, 16, 8)
+                for j in range(0, 24, 8)
+            ]
+        )
+        for x in (sr, gt)
+    ]
+    assert got.item() == pytest.approx(by_hand(*cut, temperature == "outside", similarity == "l2"))
+
+
+def test_positive_pairs_are_decided_exactly() -> None:
+    """An offset of a few float32 steps around the threshold, where a matrix product would err."""
+    base = torch.rand(1, 192) + 1.0
+    limit = 10 ** (-34 / 20)
+    for factor, expected in ((0.999, True), (1.001, False)):
+        gt = torch.cat((base, base + factor * limit))
+        assert reference.positive_pairs(gt, 34.0, "rmse", 1.0)[0, 1].item() is expected
+        assert reference.positive_pairs(2 * gt, 34.0, "rmse", 2.0)[0, 1].item() is expected
+
+
+@pytest.mark.parametrize("temperature", reference.TEMPERATURES)
+def test_reference_gradient(temperature: str) -> None:
+    sr, gt = patches(9, 12, torch.float64)
+    sr[4] = 0  # a black patch
+    sr.requires_grad_()
+    options = (34.0, 0.5, 1.5, temperature, "rmse", 1.0)
+    loss = reference.dec(sr, gt, *options)
+    (expected,) = torch.autograd.grad(loss, sr, torch.tensor(0.7, dtype=torch.float64))
+    got = reference.dec_backward(torch.tensor(0.7, dtype=torch.float64), sr.detach(), gt, *options)
+    assert contract.relative_error(got, expected) < 1e-10
+
+
+def test_gradcheck() -> None:
+    sr, gt = patches(7, 5, torch.float64)
+    assert torch.autograd.gradcheck(lambda x: reference.dec(x, gt, *OPTIONS), sr.requires_grad_())
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 8, 16), (2, 3, 16, 24), (1, 1, 40, 32), (3, 4, 8, 8)])
+def test_values_and_gradients(backend: str, shape: tuple[int, ...]) -> None:
+    sr, gt = images(*shape)
+
+    def exact(sr: Tensor) -> Tensor:
+        return functional.dec_loss(sr, gt.double(), backend="reference")
+
+    contract.check_against_reference(
+        lambda sr: functional.dec_loss(sr, gt, backend=backend), exact, [sr]
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(backend: str, dtype: torch.dtype) -> None:
+    contract.check_half_precision(
+        lambda sr, gt: functional.dec_loss(sr, gt, backend=backend),
+        lambda sr, gt: functional.dec_loss(sr, gt, backend="reference"),
+        images(1, 3, 16, 24),
+        dtype,
+    )
+
+
+def test_layouts(backend: str) -> None:
+    sr, gt = images(2, 3, 16, 24)
+    for _, strided in contract.image_layouts(sr):
+        contract.check_layout(lambda x: functional.dec_loss(x, gt, backend=backend), sr, strided)
+
+
+def test_contract(backend: str) -> None:
+    sr, gt = patches(9, 12)
+    contract.check_opcheck(ops.dec.dec, sr.clone().requires_grad_(), gt, *OPTIONS, backend)
+    sr, gt = images(1, 3, 16, 24)
+    contract.check_compiled(lambda x: functional.dec_loss(x, gt, backend=backend), sr)
+    contract.check_deterministic(backend, lambda x: functional.dec_loss(x, gt, backend=backend), sr)
+
+
+def test_second_derivative() -> None:
+    _, gt = patches(4, 3)
+    contract.check_second_derivative(
+        lambda x: ops.dec.dec(x, gt.double(), *OPTIONS, "auto"), torch.rand(4, 3) + 0.5
+    )
+
+
+def test_no_negatives_gives_zero(backend: str) -> None:
+    gt = torch.full((1, 3, 16, 16), 0.5)
+    sr = torch.rand(1, 3, 16, 16, requires_grad=True)
+    loss = functional.dec_loss(sr, gt, backend=backend)
+    loss.backward()
+    assert loss.item() == 0 and sr.grad is not None and (sr.grad == 0).all()
+
+
+def test_rows_without_negatives_are_left_out() -> None:
+    """Patches 0, 1, 2 in a row, each alike to the next only; then 1 is alike to all."""
+    step = 0.015  # rmse below 0.01995 once, above it twice
+    gt = torch.stack([torch.full((12,), 0.5 + i * step) for i in range(3)]).double()
+    positive = reference.positive_pairs(gt, 34.0, "rmse", 1.0)
+    assert positive.tolist() == [[True, True, False], [True, True, True], [False, True, True]]
+    sr = torch.rand(3, 12, dtype=torch.float64)
+    got = reference.dec(sr, gt, *OPTIONS)
+    assert got.item() == pytest.approx(by_hand(sr, gt, False, False))
+
+
+def test_black_patches_are_finite(backend: str) -> None:
+    sr, gt = images(1, 3, 16, 24)
+    sr[..., :8, :8] = gt[..., 8:, 8:16] = 0
+    sr.requires_grad_()
+    loss = functional.dec_loss(sr, gt, backend=backend)
+    loss.backward()
+    assert loss.isfinite() and sr.grad is not None and sr.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("which", ["sr", "gt"])
+@pytest.mark.parametrize("flat", [False, True])
+def test_non_finite_pixels_give_nan(backend: str, bad: float, which: str, flat: bool) -> None:
+    sr, gt = images(1, 3, 16, 24)
+    if flat:
+        gt = torch.full_like(gt, 0.5)
+    (sr if which == "sr" else gt)[0, 1, 9, 9] = bad
+    assert functional.dec_loss(sr, gt, backend=backend).isnan()
+
+
+def test_printed_temperatures_move_no_gradient() -> None:
+    sr, gt = images(1, 3, 16, 24)
+    grads = []
+    for temperatures in ((0.5, 1.5), (1.0, 1.0)):
+        leaf = sr.clone().requires_grad_()
+        loss = functional.dec_loss(leaf, gt, temperature="outside", temperatures=temperatures)
+        grads.append(torch.autograd.grad(loss, leaf)[0])
+    torch.testing.assert_close(*grads)
+
+
+def test_module() -> None:
+    sr, gt = images(1, 3, 16, 24)
+    loss = DECLoss(weight=0.01, threshold_db=30.0)
+    torch.testing.assert_close(loss(sr, gt), 0.01 * functional.dec_loss(sr, gt, threshold_db=30.0))
+    with pytest.raises(TypeError, match=r"unknown options \['treshold'\]; allowed are weight"):
+        DECLoss(treshold=3)
+
+
+def _rank(rank: int, folder: str) -> None:
+    """Half of the batch, as one of two processes."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
+    sr, gt = torch.load(f"{folder}/pair.pt", weights_only=True)
+    leaf = sr[rank : rank + 1].requires_grad_()
+    loss = functional.dec_loss(leaf, gt[rank : rank + 1], gather=True)
+    (grad,) = torch.autograd.grad(loss, leaf)
+    torch.save((loss.detach(), grad), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_gather_takes_the_batch_over_all_ranks(tmp_path: Path) -> None:
+    sr, gt = images(2, 3, 16, 16)
+    torch.save((sr, gt), tmp_path / "pair.pt")
+    mp.spawn(_rank, (str(tmp_path),), nprocs=2)
+    whole = sr.clone().requires_grad_()
+    expected = functional.dec_loss(whole, gt)
+    (grad,) = torch.autograd.grad(expected, whole)
+    for rank in range(2):
+        loss, local = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        torch.testing.assert_close(loss, expected.detach())
+        # Summed over both ranks' losses; DistributedDataParallel's mean takes the 2 away again.
+        torch.testing.assert_close(local / 2, grad[rank : rank + 1])
+
+
+def test_gather_without_processes_is_the_plain_loss() -> None:
+    sr, gt = images(1, 3, 16, 16)
+    assert torch.equal(functional.dec_loss(sr, gt, gather=True), functional.dec_loss(sr, gt))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    p=st.integers(2, 20),
+    d=st.integers(3, 30),
+    threshold=st.floats(5, 60),
+    temperature=st.sampled_from(reference.TEMPERATURES),
+    seed=st.integers(0, 10**6),
+)
+def test_any_patches(p: int, d: int, threshold: float, temperature: str, seed: int) -> None:
+    torch.manual_seed(seed)
+    sr, gt = patches(p, d)
+    options = (threshold, 0.5, 1.5, temperature, "rmse", 1.0)
+    positive = [reference.positive_pairs(x, threshold, "rmse", 1.0) for x in (gt, gt.double())]
+    if not torch.equal(*positive):
+        return  # a distance within float32 rounding of the threshold
+    contract.check_against_reference(
+        lambda x: ops.dec.dec(x, gt, *options, "auto"),
+        lambda x: reference.dec(x, gt.double(), *options),
+        [sr],
+        value_tolerance=1e-4,  # the logarithm of a ratio near 1
+        gradient_tolerance=1e-3,
+    )
+
+
+def test_bad_input() -> None:
+    sr, gt = images(1, 3, 16, 16)
+    with pytest.raises(ValueError, match="multiple of patch_size = 8 pixels.*got 16 x 15"):
+        functional.dec_loss(sr[..., :15], gt[..., :15])
+    with pytest.raises(ValueError, match="sr and gt must have the same shape"):
+        functional.dec_loss(sr, gt[:, :, :8])
+    with pytest.raises(ValueError, match="temperature must be one of 'inside', 'outside'"):
+        functional.dec_loss(sr, gt, temperature="none")
+    with pytest.raises(ValueError, match="temperatures must be two numbers"):
+        functional.dec_loss(sr, gt, temperatures=(1.0,))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="similarity must be one of 'rmse', 'l2'"):
+        functional.dec_loss(sr, gt, similarity="psnr")
+    with pytest.raises(ValueError, match="max_value must be finite and above 0"):
+        functional.dec_loss(sr, gt, max_value=0)

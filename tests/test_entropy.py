@@ -1,0 +1,113 @@
+"""Histogram entropy: values, special maps, contract."""
+
+from __future__ import annotations
+
+import contract
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mghf_fast import functional, ops
+from mghf_fast.reference import entropy as reference
+
+
+def by_hand(x: torch.Tensor, bins: int) -> torch.Tensor:
+    """NumPy, one map at a time, with the bin of a value as defined: in float32."""
+    result = np.zeros(x.shape[:2])
+    for i in range(x.shape[0]):
+        for c in range(x.shape[1]):
+            v = x[i, c].numpy().astype(np.float32).ravel()
+            low, high = v.min(), v.max()
+            if low == high:
+                continue
+            index = np.floor((v - low) / (high - low) * np.float32(bins)).astype(int)
+            p = np.bincount(np.minimum(index, bins - 1), minlength=bins) / v.size
+            p = p[p > 0]
+            result[i, c] = -(p * np.log(p)).sum() / np.log(bins)
+    return torch.from_numpy(result)
+
+
+@pytest.mark.parametrize("bins", [2, 7, 256, 1000])
+@pytest.mark.parametrize("size", [(1, 1), (1, 2), (3, 5), (31, 33)])
+def test_values(backend: str, bins: int, size: tuple[int, int]) -> None:
+    x = torch.randn(2, 3, *size)
+    got = functional.channel_entropy(x, bins, backend=backend)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), by_hand(x, bins), atol=1e-5, rtol=1e-5)
+    assert (got >= 0).all() and (got <= 1 + 1e-6).all()
+
+
+def test_uniform_and_two_valued_maps(backend: str) -> None:
+    ramp = torch.arange(256.0).view(1, 1, 16, 16)
+    halves = (torch.arange(256) % 2).float().view(1, 1, 16, 16)
+    x = torch.cat((ramp, halves, torch.full_like(ramp, 3.5)), 1)
+    expected = torch.tensor([[1.0, 1 / 8, 0.0]])  # all bins; 1 bit of 8; constant
+    torch.testing.assert_close(functional.channel_entropy(x, 256, backend=backend), expected)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_non_finite_maps_are_nan_and_others_are_not(backend: str, bad: float) -> None:
+    x = torch.rand(2, 3, 8, 8)
+    x[1, 2, 4, 4] = bad
+    got = functional.channel_entropy(x, backend=backend)
+    assert got[1, 2].isnan() and got.isnan().sum() == 1
+    everywhere = torch.full((1, 1, 4, 4), bad)
+    assert functional.channel_entropy(everywhere, backend=backend).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_dtypes(backend: str, dtype: torch.dtype) -> None:
+    x = torch.rand(1, 2, 16, 16).to(dtype)
+    if dtype == torch.float64 and backend != "reference":
+        pytest.skip("float64 is the reference's")
+    got = functional.channel_entropy(x, backend=backend)
+    assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(got.double(), by_hand(x.float(), 256), atol=1e-5, rtol=1e-5)
+
+
+def test_layouts(backend: str) -> None:
+    x = torch.randn(2, 3, 6, 5)
+    expected = functional.channel_entropy(x, backend=backend)
+    for _, strided in contract.image_layouts(x):
+        assert torch.equal(functional.channel_entropy(strided, backend=backend), expected)
+
+
+def test_contract(backend: str) -> None:
+    x = torch.randn(2, 3, 6, 5)
+    contract.check_opcheck(ops.entropy.entropy, x, 256, backend)
+    compiled = torch.compile(
+        lambda x: functional.channel_entropy(x, 16, backend=backend) * 2,
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    assert torch.equal(compiled(x), functional.channel_entropy(x, 16, backend=backend) * 2)
+    assert not functional.channel_entropy(x.requires_grad_(), backend=backend).requires_grad
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    bins=st.integers(2, 300),
+    height=st.integers(1, 20),
+    width=st.integers(1, 20),
+    scale=st.floats(1e-6, 1e6),
+    shift=st.floats(-1e6, 1e6),
+    seed=st.integers(0, 10**6),
+)
+def test_any_map(bins: int, height: int, width: int, scale: float, shift: float, seed: int) -> None:
+    torch.manual_seed(seed)
+    x = (scale * torch.randn(1, 2, height, width) + shift).float()
+    got = reference.channel_entropy(x, bins)
+    torch.testing.assert_close(got.double(), by_hand(x, bins), atol=1e-5, rtol=1e-5)
+
+
+def test_bad_input() -> None:
+    with pytest.raises(ValueError, match="bins must be at least 2, got 1"):
+        functional.channel_entropy(torch.rand(1, 1, 2, 2), 1)
+    with pytest.raises(TypeError, match=r"bins must be an integer, got 2\.0"):
+        functional.channel_entropy(torch.rand(1, 1, 2, 2), 2.0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"x must have shape \(B, C, H, W\), got \(2, 2\)"):
+        functional.channel_entropy(torch.rand(2, 2))
+    with pytest.raises(ValueError, match="x must not be empty"):
+        functional.channel_entropy(torch.rand(1, 1, 0, 2))

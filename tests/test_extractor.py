@@ -1,0 +1,151 @@
+"""The detail feature extractor: sizes, options, inverse, files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import contract
+import pytest
+import torch
+from torch import Tensor
+
+from mghf_fast import DetailFeatureExtractor, use_backend
+from mghf_fast.nn import InvertibleBlock, PatchProjection
+
+
+def count(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def test_parameter_counts() -> None:
+    assert count(InvertibleBlock(128)) == 69_120
+    assert count(DetailFeatureExtractor()) == 72_704
+    assert count(DetailFeatureExtractor(stem="residual")) == 152_064 + 69_120
+
+
+def test_parameter_names() -> None:
+    names = {name for name, _ in DetailFeatureExtractor(blocks=2).named_parameters()}
+    for expected in (
+        "stem.weight",
+        "blocks.0.mix.weight",
+        "blocks.1.phi.expand.weight",
+        "blocks.1.rho.depthwise.weight",
+        "blocks.0.eta.project.weight",
+    ):
+        assert expected in names
+
+
+@pytest.mark.parametrize("stem", ["conv", "residual"])
+@pytest.mark.parametrize("subnet", ["bottleneck", "conv2"])
+@pytest.mark.parametrize("in_channels", [1, 3, 4])
+def test_options(stem: str, subnet: str, in_channels: int) -> None:
+    extractor = DetailFeatureExtractor(in_channels, 8, 2, stem, subnet, "softplus")
+    image = torch.randn(2, in_channels, 9, 7)
+    features = extractor(image)
+    assert features.shape == (2, 8, 9, 7)
+    assert extractor.invertibility_error(image) < 1e-4
+
+
+def test_memory_modes_agree() -> None:
+    recompute = DetailFeatureExtractor(3, 8, 2)
+    store = DetailFeatureExtractor(3, 8, 2, memory="store")
+    store.load_state_dict(recompute.state_dict())
+    image = torch.randn(1, 3, 8, 8)
+    upstream = torch.randn(1, 8, 8, 8)
+    grads = []
+    for extractor in (recompute, store):
+        (extractor(image) * upstream).sum().backward()
+        grads.append([p.grad for p in extractor.parameters()])
+    for a, b in zip(*grads, strict=True):
+        assert a is not None and b is not None
+        assert contract.relative_error(a, b) < 1e-5
+    with use_backend("cpu"), pytest.raises(RuntimeError, match="only 'reference' stores"):
+        store(image)
+
+
+def test_frozen_extractor_still_passes_gradient_to_the_image() -> None:
+    extractor = DetailFeatureExtractor(3, 8).requires_grad_(False)
+    image = torch.randn(1, 3, 8, 8, requires_grad=True)
+    extractor(image).square().sum().backward()
+    assert image.grad is not None and image.grad.abs().sum() > 0
+
+
+def test_orthogonal_mix() -> None:
+    mix = InvertibleBlock(16).mix.weight.detach().flatten(1)
+    torch.testing.assert_close(mix @ mix.mT, torch.eye(16), atol=1e-5, rtol=0)
+
+
+def test_compiles_whole() -> None:
+    extractor = DetailFeatureExtractor(3, 8, 2).requires_grad_(False)
+    contract.check_compiled(extractor, torch.randn(1, 3, 8, 8))
+
+
+def test_saved_and_loaded(tmp_path: Path) -> None:
+    extractor = DetailFeatureExtractor(4, 8, 2, "residual", "conv2", "leaky_relu", clamp=2.0)
+    path = tmp_path / "extractor.safetensors"
+    extractor.save_pretrained(path)
+    loaded = DetailFeatureExtractor.from_pretrained(path)
+    assert loaded.config == extractor.config
+    image = torch.randn(1, 4, 8, 8)
+    assert torch.equal(loaded.eval()(image), extractor.eval()(image))
+    with pytest.raises(FileExistsError, match="exists already"):
+        extractor.save_pretrained(path)
+
+
+def test_only_whole_safetensors_files_load(tmp_path: Path) -> None:
+    load = DetailFeatureExtractor.from_pretrained
+    extractor = DetailFeatureExtractor(3, 8)
+    path = tmp_path / "extractor.safetensors"
+    extractor.save_pretrained(path)
+
+    truncated = tmp_path / "truncated.safetensors"
+    truncated.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        load(truncated)
+
+    pickled = tmp_path / "extractor.pt"
+    torch.save(extractor.state_dict(), pickled)
+    with pytest.raises(ValueError, match=r"must be a \.safetensors file"):
+        load(pickled)
+    with pytest.raises(ValueError, match=r"must be a \.safetensors file.*no named weights"):
+        load("imagenet-v1")
+    with pytest.raises(FileNotFoundError, match="is not a file"):
+        load(tmp_path / "absent.safetensors")
+    with pytest.raises(ValueError, match=r"path must end in \.safetensors"):
+        extractor.save_pretrained(tmp_path / "extractor.bin")
+
+    from safetensors.torch import save_file
+
+    other = tmp_path / "other.safetensors"
+    save_file({"weight": torch.zeros(2)}, other)
+    with pytest.raises(ValueError, match="holds no mghf_fast extractor"):
+        load(other)
+
+
+def test_bad_input() -> None:
+    with pytest.raises(ValueError, match="even number of channels, 2 or more, got 7"):
+        DetailFeatureExtractor(channels=7)
+    with pytest.raises(ValueError, match="stem must be one of 'conv', 'residual', got 'resnet'"):
+        DetailFeatureExtractor(stem="resnet")
+    with pytest.raises(ValueError, match="memory must be one of 'recompute', 'store'"):
+        DetailFeatureExtractor(memory="invert")
+    with pytest.raises(ValueError, match="image must have 3 channels, got 4"):
+        DetailFeatureExtractor(3, 8)(torch.rand(1, 4, 8, 8))
+    with pytest.raises(ValueError, match="blocks must be at least 1, got 0"):
+        DetailFeatureExtractor(blocks=0)
+
+
+def test_projection_is_the_same_in_every_process_and_frozen() -> None:
+    a, b = PatchProjection(8, 4), PatchProjection(8, 4)
+    assert torch.equal(a.hidden.weight, b.hidden.weight)
+    assert not any(p.requires_grad for p in a.parameters())
+    state = torch.random.get_rng_state()
+    PatchProjection(8, 4)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_trainable_projection_gets_gradients() -> None:
+    projection = PatchProjection(8, 4, trainable=True)
+    y: Tensor = projection(torch.randn(1, 2, 16, 16))
+    (y * torch.randn_like(y)).sum().backward()
+    assert all(p.grad is not None for p in projection.parameters())

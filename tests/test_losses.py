@@ -1,0 +1,300 @@
+"""The losses as modules: composition, options, gradients, memory of the caller."""
+
+from __future__ import annotations
+
+import copy
+
+import contract
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mghf_fast
+from mghf_fast import (
+    ContentStyleLoss,
+    DetailFeatureExtractor,
+    LocalInformationLoss,
+    MGHFLoss,
+    functional,
+    use_backend,
+)
+from mghf_fast.losses import PRESETS, Preset
+
+TERMS = {"total", "naive", "csc", "csc_mse", "csc_correlation", "csc_gram", "lip"}
+
+
+def small_extractor(**options: object) -> DetailFeatureExtractor:
+    return DetailFeatureExtractor(3, 8, **options)  # type: ignore[arg-type]
+
+
+def pair(b: int = 2, size: int = 56, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    gt = torch.rand(b, 3, size, size, dtype=dtype)
+    return (gt + 0.1 * torch.randn_like(gt)).requires_grad_(), gt
+
+
+@pytest.mark.parametrize("preset", ["2026", "2025"])
+def test_comprehensive_loss_is_the_sum_of_its_parts(preset: str) -> None:
+    extractor = small_extractor()
+    loss = MGHFLoss("c", preset, extractor, top_m=3)
+    sr, gt = pair()
+    terms = loss.terms(sr, gt)
+    assert set(terms) == TERMS and all(t.dim() == 0 for t in terms.values())
+
+    p = PRESETS[preset]
+    s, g = extractor(sr), extractor(gt).detach()
+    style = functional.content_style_terms(g, s, top_m=3, alpha=p.alpha, gamma=p.gamma)
+    csc = p.betas[0] * style.mse + p.betas[1] * style.correlation + p.betas[2] * style.gram
+    lip = LocalInformationLoss(stride=p.stride)(s, g)
+    total = p.gammas[0] * style.naive + p.gammas[1] * csc
+    torch.testing.assert_close(terms["naive"], style.naive.mean())
+    torch.testing.assert_close(terms["csc"], csc.mean())
+    torch.testing.assert_close(terms["csc_gram"], style.gram.mean())
+    torch.testing.assert_close(terms["lip"], lip)
+    torch.testing.assert_close(terms["total"], total.mean() + p.gammas[2] * lip)
+    torch.testing.assert_close(loss(sr, gt), terms["total"])
+
+
+def test_published_weights() -> None:
+    new, old = PRESETS["2026"], PRESETS["2025"]
+    assert (new.gammas, new.betas, new.stride) == ((2, 2, 8e-2), (6e-3, 1e-1, 5e-4), 24)
+    assert (old.gammas, old.betas, old.stride) == ((2, 1.5, 1e-3), (0.1333, 1, 0.1333), 16)
+    assert new.alpha == old.alpha == 1.1 and new.gamma == old.gamma == 2**0.5
+
+
+def test_own_preset() -> None:
+    preset = Preset((1.0, 0.0, 0.0), (0.0, 0.0, 0.0), 1.1, 1.4, 24)
+    extractor = small_extractor()
+    sr, gt = pair()
+    torch.testing.assert_close(
+        MGHFLoss(preset=preset, extractor=extractor)(sr, gt),
+        MGHFLoss("n", extractor=extractor)(sr, gt),
+    )
+
+
+def test_naive_loss() -> None:
+    extractor = small_extractor()
+    sr, gt = pair()
+    terms = MGHFLoss("n", extractor=extractor).terms(sr, gt)
+    assert set(terms) == {"total", "naive"}
+    torch.testing.assert_close(terms["total"], (extractor(sr) - extractor(gt)).square().mean())
+
+
+@pytest.mark.parametrize("variant", ["c", "n"])
+def test_reduction_none_treats_images_alone(variant: str) -> None:
+    sr, gt = pair(3)
+    loss = MGHFLoss(variant, extractor=small_extractor(), reduction="none")
+    each = loss(sr, gt)
+    assert each.shape == (3,)
+    alone = torch.cat([loss(sr[i : i + 1], gt[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(each, alone)
+    mean = MGHFLoss(variant, extractor=loss.extractor)(sr, gt)
+    torch.testing.assert_close(mean, each.mean())
+
+
+def test_input_range() -> None:
+    extractor = small_extractor()
+    sr, gt = pair()
+    scaled = MGHFLoss(extractor=extractor, input_range="0,1")(sr, gt)
+    for same in ("-1,1", None):
+        loss = MGHFLoss(extractor=extractor, input_range=same)
+        torch.testing.assert_close(loss(sr * 2 - 1, gt * 2 - 1), scaled)
+
+
+def test_float64_oracle() -> None:
+    loss = MGHFLoss(extractor=small_extractor())
+    exact = copy.deepcopy(loss).double()
+    sr, gt = pair()
+    with use_backend("auto"):
+        contract.check_against_reference(
+            lambda sr: loss(sr, gt), lambda sr: exact(sr, gt.double()), [sr.detach()]
+        )
+
+
+def test_default_extractor_is_the_same_every_time() -> None:
+    state = torch.random.get_rng_state()
+    a, b = MGHFLoss(), MGHFLoss()
+    assert torch.equal(torch.random.get_rng_state(), state)
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert sum(p.numel() for p in a.extractor.parameters()) == 72_704
+
+
+def test_the_callers_extractor_stays_as_it_is() -> None:
+    extractor = small_extractor(stem="residual").train()
+    before = copy.deepcopy(extractor.state_dict())
+    loss = MGHFLoss(extractor=extractor)
+    sr, gt = pair()
+    loss.train()(sr, gt).backward()
+    assert extractor.training and all(p.requires_grad for p in extractor.parameters())
+    assert all(p.grad is None for p in extractor.parameters())
+    assert not any(p.requires_grad for p in loss.parameters())
+    assert not loss.extractor.training
+    for name, value in loss.extractor.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_any_module_extracts() -> None:
+    features = nn.Sequential(nn.Conv2d(3, 6, 3, stride=2), nn.ReLU())
+    sr, gt = pair(1, 80)
+    MGHFLoss(extractor=features)(sr, gt).backward()
+    assert sr.grad is not None and sr.grad.abs().sum() > 0
+
+
+def test_no_gradient_to_gt() -> None:
+    sr, gt = pair()
+    gt.requires_grad_()
+    for loss in (
+        MGHFLoss(extractor=small_extractor()),
+        ContentStyleLoss(),
+        LocalInformationLoss(),
+    ):
+        loss(sr, gt).backward()
+        assert gt.grad is None and sr.grad is not None
+
+
+def test_autocast_computes_in_float32() -> None:
+    loss = MGHFLoss(extractor=small_extractor())
+    sr, gt = pair()
+    expected = loss(sr.detach().bfloat16().float(), gt)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = loss(sr.bfloat16(), gt)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, expected)
+    got.backward()
+    assert sr.grad is not None
+
+
+@pytest.mark.parametrize("variant", ["c", "n"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("which", ["sr", "gt"])
+def test_a_bad_pixel_gives_a_nan_loss(variant: str, bad: float, which: str) -> None:
+    loss = MGHFLoss(variant, extractor=small_extractor(), reduction="none")
+    sr, gt = (x.detach().clone() for x in pair())
+    (sr if which == "sr" else gt)[1, 1, 20, 30] = bad
+    losses = loss(sr, gt)
+    assert losses[0].isfinite() and losses[1].isnan()
+
+
+def test_compiles_whole() -> None:
+    sr, gt = pair()
+    loss = MGHFLoss(extractor=small_extractor())
+    contract.check_compiled(lambda sr: loss(sr, gt), sr.detach())
+
+
+def test_inductor_compiles_it() -> None:
+    sr, gt = pair(1)
+    loss = MGHFLoss(extractor=small_extractor())
+    compiled = torch.compile(loss, fullgraph=True)
+    torch.testing.assert_close(compiled(sr, gt), loss(sr, gt))
+
+
+def test_repeats_bitwise() -> None:
+    sr, gt = pair()
+    loss = MGHFLoss(extractor=small_extractor())
+    contract.check_deterministic("reference", lambda sr: loss(sr, gt), sr.detach())
+
+
+def test_memory_formats_agree() -> None:
+    sr, gt = pair()
+    loss = MGHFLoss(extractor=small_extractor())
+    strided = sr.detach().contiguous(memory_format=torch.channels_last)
+    contract.check_layout(lambda sr: loss(sr, gt), sr.detach(), strided)
+
+
+def test_fine_tuning_reduces_it() -> None:
+    _, gt = pair(1)
+    sr = torch.rand_like(gt).requires_grad_()
+    loss = MGHFLoss(extractor=small_extractor())
+    optimizer = torch.optim.Adam([sr], 0.02)
+    first = loss(sr, gt).item()
+    for _ in range(15):
+        optimizer.zero_grad()
+        loss(sr, gt).backward()
+        optimizer.step()
+    assert loss(sr, gt).item() < 0.5 * first
+
+
+def test_patch_reduction_and_auto_size() -> None:
+    s, g = torch.randn(2, 2, 4, 56, 56)
+    mean, total = (LocalInformationLoss(patch_reduction=r)(s, g) for r in ("mean", "sum"))
+    torch.testing.assert_close(total, 4 * mean)  # 2 x 2 patches
+    auto = LocalInformationLoss("auto")
+    torch.testing.assert_close(auto(s, g), mean)
+    small = auto(s[..., :20, :20], g[..., :20, :20])  # 16-pixel patches, stride 12: one patch
+    assert small.item() == 0
+    assert auto(s[..., :28, :28], g[..., :28, :28]).item() > 0
+    with pytest.raises(ValueError, match="sr must be at least 8 pixels"):
+        auto(s[..., :7, :], g[..., :7, :])
+    latent = torch.rand(1, 3, 16, 16)
+    loss = MGHFLoss(extractor=small_extractor(), patch_size="auto")
+    assert loss(latent, latent.flip(3)).item() > 0
+
+
+def test_trainable_projection() -> None:
+    loss = LocalInformationLoss(trainable_projection=True)
+    s, g = torch.randn(2, 1, 2, 56, 56)
+    loss(s, g).backward()
+    assert all(p.grad is not None for p in loss.parameters())
+
+
+def test_content_style_loss() -> None:
+    s, g = torch.randn(2, 2, 6, 12, 12)
+    terms = functional.content_style_terms(g, s)
+    expected = 6e-3 * terms.mse + 1e-1 * terms.correlation + 5e-4 * terms.gram
+    torch.testing.assert_close(ContentStyleLoss()(s, g), expected.mean())
+    torch.testing.assert_close(ContentStyleLoss(reduction="none")(s, g), expected)
+
+
+def test_state_dict_round_trip() -> None:
+    a, b = MGHFLoss(extractor=small_extractor()), MGHFLoss(extractor=small_extractor())
+    b.load_state_dict(a.state_dict())
+    sr, gt = pair()
+    assert torch.equal(a(sr, gt), b(sr, gt))
+
+
+def test_bad_input() -> None:
+    loss = MGHFLoss(extractor=small_extractor())
+    sr, gt = (x.detach() for x in pair())
+    with pytest.raises(ValueError, match="sr must be at least 32 pixels.*got 31 x 56.*'auto'"):
+        loss(sr[:, :, :31], gt[:, :, :31])
+    with pytest.raises(ValueError, match=r"sr and gt must have the same shape"):
+        loss(sr, gt[:1])
+    with pytest.raises(TypeError, match="sr and gt must have the same dtype"):
+        loss(sr.double(), gt)
+    with pytest.raises(ValueError, match="sr and gt must be on the same device"):
+        loss(sr.to("meta"), gt)
+    with pytest.raises(ValueError, match=r"move it with \.to\(device\)"):
+        loss(sr.to("meta"), gt.to("meta"))
+    with pytest.raises(TypeError, match="sr must be float16.*uint8"):
+        loss(sr.to(torch.uint8), gt.to(torch.uint8))
+    with pytest.raises(ValueError, match=r"sr must have shape \(B, 3, H, W\), got \(3, 56, 56\)"):
+        loss(sr[0], gt[0])
+    with pytest.raises(ValueError, match="image must have 3 channels, got 1"):
+        loss(sr[:, :1], gt[:, :1])
+    with pytest.raises(ValueError, match="preset must be one of '2026', '2025', got '2024'"):
+        MGHFLoss(preset="2024")
+    with pytest.raises(ValueError, match="variant must be one of 'c', 'n', got 'x'"):
+        MGHFLoss("x")
+    with pytest.raises(ValueError, match="top_m must be between 1 and 128, got 129"):
+        MGHFLoss(top_m=129)
+    with pytest.raises(ValueError, match="top_m must be between 1 and 8, got 0"):
+        MGHFLoss(extractor=small_extractor(), top_m=0)
+    with pytest.raises(ValueError, match="input_range must be one of None, '0,1', '-1,1'"):
+        MGHFLoss(input_range="0,255")
+    with pytest.raises(ValueError, match="reduction must be one of 'mean', 'none', got 'sum'"):
+        MGHFLoss(reduction="sum")
+    with pytest.raises(ValueError, match="backend is 'gpu'; allowed are"):
+        MGHFLoss(backend="gpu")
+    with pytest.raises(TypeError, match="extractor must be a torch.nn.Module or None"):
+        MGHFLoss(extractor=lambda x: x)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="patch_size must be one of 'auto'"):
+        MGHFLoss(patch_size="small")
+    with pytest.raises(ValueError, match="betas must be three numbers"):
+        ContentStyleLoss((1.0, 2.0))  # type: ignore[arg-type]
+
+
+def test_public_names() -> None:
+    for name in mghf_fast.__all__:
+        assert hasattr(mghf_fast, name)
+    for name in functional.__all__:
+        assert getattr(functional, name).__doc__

@@ -1,0 +1,257 @@
+"""MoNCE and PatchNCE: values, gradients, contract."""
+
+from __future__ import annotations
+
+import math
+
+import contract
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mghf_fast import functional, ops
+from mghf_fast.reference import monce as reference
+from mghf_fast.reference.sinkhorn import COSTS, sinkhorn_plan
+
+OPTIONS = (0.07, 1.0, 50, 1.0, "hard", "exact")
+
+
+def pair(b: int, n: int, d: int = 8, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    key = F.normalize(torch.randn(b, n, d, dtype=torch.float64), dim=2)
+    query = F.normalize(key + 0.5 * torch.randn(b, n, d, dtype=torch.float64), dim=2)
+    return query.to(dtype), key.to(dtype)
+
+
+def by_hand(query: Tensor, key: Tensor, plan: Tensor, t: float, q: float) -> Tensor:
+    """The loss as printed, one patch at a time."""
+    s = query @ key.mT
+    b, n, _ = query.shape
+    losses = torch.zeros(b, n, dtype=query.dtype)
+    for m in range(b):
+        for i in range(n):
+            positive = math.exp(s[m, i, i] / t)
+            negatives = sum(
+                plan[m, i, j].item() * math.exp(s[m, i, j] / t) for j in range(n) if j != i
+            )
+            losses[m, i] = -math.log(positive / (positive + q * (n - 1) * negatives))
+    return losses
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_definition(cost: str) -> None:
+    query, key = pair(2, 6, dtype=torch.float64)
+    plan = sinkhorn_plan(query @ key.mT, cost, 0.3, 9)
+    got = functional.monce_loss(
+        query,
+        key,
+        temperature=0.2,
+        epsilon=0.3,
+        iterations=9,
+        negative_weight=0.7,
+        cost=cost,
+        reduction="none",
+    )
+    assert contract.relative_error(got, by_hand(query, key, plan, 0.2, 0.7)) < 1e-10
+    uniform = torch.full_like(plan, 1 / 5)
+    got = functional.patch_nce_loss(query, key, temperature=0.2, reduction="none")
+    assert contract.relative_error(got, by_hand(query, key, uniform, 0.2, 1.0)) < 1e-10
+
+
+def test_reductions() -> None:
+    query, key = pair(2, 6)
+    for fn in (functional.monce_loss, functional.patch_nce_loss):
+        each = fn(query, key, reduction="none")
+        assert each.shape == (2, 6) and (each >= 0).all()
+        torch.testing.assert_close(fn(query, key), each.mean())
+        torch.testing.assert_close(fn(query, key, reduction="sum"), each.sum())
+
+
+@pytest.mark.parametrize("plan_gradient", reference.PLAN_GRADIENTS)
+@pytest.mark.parametrize("cost", COSTS)
+def test_reference_gradient(cost: str, plan_gradient: str) -> None:
+    query, key = pair(2, 6, dtype=torch.float64)
+    query.requires_grad_()
+    options = (0.07, 0.1, 12, 0.8, cost, plan_gradient)
+    losses = reference.monce(query, key, *options)
+    upstream = torch.randn_like(losses)
+    (expected,) = torch.autograd.grad(losses, query, upstream)
+    got = reference.monce_backward(upstream, query.detach(), key, *options)
+    assert contract.relative_error(got, expected) < 1e-10
+
+
+def test_gradcheck() -> None:
+    query, key = pair(1, 4, 3, dtype=torch.float64)
+    query.requires_grad_()
+    assert torch.autograd.gradcheck(lambda q: reference.monce(q, key, *OPTIONS), query)
+    assert torch.autograd.gradcheck(lambda q: functional.patch_nce_loss(q, key), query)
+
+
+def test_the_plan_carries_gradient() -> None:
+    query, key = pair(1, 12, dtype=torch.float64)
+    upstream = torch.ones(1, 12, dtype=torch.float64)
+    exact, detached = (
+        reference.monce_backward(upstream, query, key, 0.07, 0.1, 50, 1.0, "hard", mode)
+        for mode in reference.PLAN_GRADIENTS
+    )
+    assert contract.relative_error(detached, exact) > 0.01
+
+
+@pytest.mark.parametrize("plan_gradient", reference.PLAN_GRADIENTS)
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize(("n", "epsilon"), [(1, 1.0), (2, 1.0), (5, 0.1), (33, 1.0), (33, 0.05)])
+def test_values_and_gradients(
+    backend: str, n: int, epsilon: float, cost: str, plan_gradient: str
+) -> None:
+    if backend != "reference" and n == 1:
+        pytest.skip("a single patch is the reference's")
+    query, key = pair(3, n)
+    options = (0.07, epsilon, 50, 1.0, cost, plan_gradient)
+    contract.check_against_reference(
+        lambda q: functional.monce_loss(
+            q,
+            key,
+            epsilon=epsilon,
+            cost=cost,
+            plan_gradient=plan_gradient,
+            reduction="none",
+            backend=backend,
+        ),
+        lambda q: reference.monce(q, key.double(), *options),
+        [query],
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(backend: str, dtype: torch.dtype) -> None:
+    contract.check_half_precision(
+        lambda q, k: functional.monce_loss(q, k, reduction="none", backend=backend),
+        lambda q, k: reference.monce(q, k, *OPTIONS),
+        pair(2, 12),
+        dtype,
+    )
+
+
+def test_layouts(backend: str) -> None:
+    query, key = pair(2, 9)
+    for _, strided in contract.batch_layouts(query):
+        contract.check_layout(
+            lambda q: functional.monce_loss(q, key, backend=backend), query, strided
+        )
+
+
+def test_contract(backend: str) -> None:
+    query, key = pair(2, 6)
+    contract.check_opcheck(ops.monce.monce, query.clone().requires_grad_(), key, *OPTIONS, backend)
+    contract.check_compiled(lambda q: functional.monce_loss(q, key, backend=backend), query)
+    contract.check_deterministic(
+        "reference",  # the similarities are PyTorch's matrix products, which vary with threads
+        lambda q: functional.monce_loss(q, key, backend=backend),
+        query,
+    )
+
+
+def test_second_derivative() -> None:
+    query, key = pair(1, 3, 3, dtype=torch.float64)
+    contract.check_second_derivative(
+        lambda q: functional.monce_loss(q, key, iterations=4, temperature=0.5), query
+    )
+
+
+def test_small_losses_keep_their_digits(backend: str) -> None:
+    key = torch.eye(6).unsqueeze(0)
+    got = functional.monce_loss(key, key, temperature=0.05, reduction="none", backend=backend)
+    want = reference.monce(key.double(), key.double(), 0.05, *OPTIONS[1:])
+    assert (want < 1e-7).all()
+    assert contract.relative_error(got, want) < 1e-5
+
+
+@pytest.mark.parametrize("epsilon", [1.0, 0.05, 0.005])
+def test_degenerate_embeddings_are_finite(backend: str, epsilon: float) -> None:
+    query, key = pair(4, 6)
+    query[0], key[0] = query[0, :1], query[0, :1]  # every patch the same
+    query[1, 2], key[1, 3] = 0, 0  # empty patches
+    query[2, 1] = query[2, 0]
+    query[3], key[3] = 0, 0
+    for cost in COSTS:
+        leaf = query.clone().requires_grad_()
+        loss = functional.monce_loss(leaf, key, epsilon=epsilon, cost=cost, backend=backend)
+        loss.backward()
+        assert leaf.grad is not None and loss.isfinite() and leaf.grad.isfinite().all()
+
+
+def test_single_patch_has_loss_zero() -> None:
+    query, key = pair(2, 1)
+    query.requires_grad_()
+    for fn in (functional.monce_loss, functional.patch_nce_loss):
+        loss = fn(query, key)
+        (grad,) = torch.autograd.grad(loss, query)
+        assert loss.item() == 0 and (grad == 0).all()
+
+
+@pytest.mark.parametrize("n", [1, 2, 7])
+def test_nan_gives_nan(n: int, backend: str) -> None:
+    if backend != "reference" and n == 1:
+        pytest.skip("a single patch is the reference's")
+    query, key = pair(2, n)
+    query[1, 0, 0] = torch.nan
+    losses = functional.monce_loss(query, key, reduction="none", backend=backend)
+    assert losses[0].isfinite().all() and losses[1].isnan().any()
+    assert functional.monce_loss(query, key, backend=backend).isnan()
+
+
+def test_no_gradient_to_the_key() -> None:
+    query, key = pair(1, 4)
+    key.requires_grad_()
+    query.requires_grad_()
+    functional.monce_loss(query, key).backward()
+    assert key.grad is None and query.grad is not None
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    n=st.integers(1, 15),
+    cost=st.sampled_from(COSTS),
+    epsilon=st.floats(0.1, 3),
+    temperature=st.floats(0.05, 1),
+    weight=st.floats(0.1, 10),
+    seed=st.integers(0, 10**6),
+)
+def test_any_problem(
+    n: int, cost: str, epsilon: float, temperature: float, weight: float, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    query, key = pair(2, n)
+    contract.check_against_reference(
+        lambda q: functional.monce_loss(
+            q,
+            key,
+            temperature=temperature,
+            epsilon=epsilon,
+            negative_weight=weight,
+            cost=cost,
+            reduction="none",
+        ),
+        lambda q: reference.monce(q, key.double(), temperature, epsilon, 50, weight, cost, "exact"),
+        [query],
+    )
+
+
+def test_bad_input() -> None:
+    query, key = pair(1, 4)
+    with pytest.raises(ValueError, match="query must not be empty"):
+        functional.monce_loss(query[:, :0], key[:, :0])
+    with pytest.raises(ValueError, match="query and key must have the same shape"):
+        functional.monce_loss(query, key[:, :3])
+    with pytest.raises(TypeError, match="same dtype"):
+        functional.monce_loss(query, key.double())
+    with pytest.raises(ValueError, match="plan_gradient must be one of 'exact', 'detach'"):
+        functional.monce_loss(query, key, plan_gradient="none")
+    with pytest.raises(ValueError, match="reduction must be one of 'mean', 'sum', 'none'"):
+        functional.monce_loss(query, key, reduction="max")
+    with pytest.raises(ValueError, match="temperature must be finite and above 0, got 0"):
+        functional.patch_nce_loss(query, key, temperature=0)
+    with pytest.raises(ValueError, match="epsilon must be finite and above 0, got inf"):
+        functional.monce_loss(query, key, epsilon=float("inf"))

@@ -1,0 +1,206 @@
+"""Transport plans: values, gradients, convergence, contract."""
+
+from __future__ import annotations
+
+import contract
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mghf_fast import functional, ops
+from mghf_fast.reference import sinkhorn as reference
+
+COSTS = reference.COSTS
+
+
+def cosines(b: int, n: int, d: int = 8, dtype: torch.dtype = torch.float32) -> Tensor:
+    q, k = (F.normalize(torch.randn(b, n, d, dtype=dtype), dim=2) for _ in range(2))
+    return q @ k.mT
+
+
+def by_hand(similarity: Tensor, cost: str, epsilon: float, iterations: int) -> Tensor:
+    """NumPy, in the plain domain."""
+    s = similarity.numpy()
+    score = {"hard": s, "easy": 1 - s, "exp": -np.exp(s)}[cost]
+    kernel = np.exp(score / epsilon) * (1 - np.eye(s.shape[1]))
+    v = np.ones((s.shape[0], s.shape[1], 1))
+    for _ in range(iterations):
+        u = 1 / (kernel @ v)
+        v = 1 / (kernel.transpose(0, 2, 1) @ u)
+    return torch.from_numpy(u * kernel * v.transpose(0, 2, 1))
+
+
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("n", [2, 3, 17])
+def test_definition(cost: str, n: int) -> None:
+    s = cosines(2, n, dtype=torch.float64)
+    got = functional.sinkhorn_plan(s, cost=cost, epsilon=0.2, iterations=7)
+    assert contract.relative_error(got, by_hand(s, cost, 0.2, 7)) < 1e-12
+
+
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("tolerance", [None, 1e-3])
+def test_reference_gradient(cost: str, tolerance: float | None) -> None:
+    s = cosines(3, 6, dtype=torch.float64).requires_grad_()
+    plan = reference.sinkhorn_plan(s, cost, 0.1, 12, tolerance)
+    upstream = torch.randn_like(plan)
+    (expected,) = torch.autograd.grad(plan, s, upstream)
+    got = reference.sinkhorn_plan_backward(upstream, s.detach(), cost, 0.1, 12, tolerance)
+    assert contract.relative_error(got, expected) < 1e-10
+
+
+def test_gradcheck() -> None:
+    s = cosines(2, 4, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda s: reference.sinkhorn_plan(s, "hard", 0.5, 5), s)
+
+
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("epsilon", [1.0, 0.1, 0.02])
+@pytest.mark.parametrize("n", [1, 2, 5, 33])
+def test_values_and_gradients(backend: str, cost: str, epsilon: float, n: int) -> None:
+    contract.check_against_reference(
+        lambda s: functional.sinkhorn_plan(s, cost=cost, epsilon=epsilon, backend=backend),
+        lambda s: reference.sinkhorn_plan(s, cost, epsilon, 50),
+        [cosines(3, n)],
+    )
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_small_epsilon_stays_finite(backend: str, cost: str) -> None:
+    s = cosines(2, 24)
+    s[0, 3] = s[0, 4]  # coincident patches
+    s[1] = 1 - 2 * torch.eye(24)  # every pair alike, at the edge of the range
+    for epsilon in (0.01, 0.005):
+        leaf = s.clone().requires_grad_()
+        plan = functional.sinkhorn_plan(leaf, cost=cost, epsilon=epsilon, backend=backend)
+        plan.square().sum().backward()
+        assert leaf.grad is not None and plan.isfinite().all() and leaf.grad.isfinite().all()
+        torch.testing.assert_close(plan.sum(1), torch.ones(2, 24), atol=1e-4, rtol=0)
+        want = reference.sinkhorn_plan(s.double(), cost, epsilon, 50)
+        assert contract.relative_error(plan, want) < 1e-4
+
+
+def test_marginals(backend: str) -> None:
+    plan = functional.sinkhorn_plan(cosines(2, 40), epsilon=0.5, backend=backend)
+    ones = torch.ones(2, 40)
+    torch.testing.assert_close(plan.sum(1), ones, atol=1e-5, rtol=0)
+    torch.testing.assert_close(plan.sum(2), ones, atol=1e-5, rtol=0)
+    assert (plan.diagonal(dim1=1, dim2=2) == 0).all() and (plan >= 0).all()
+    assert (functional.marginal_error(plan) < 1e-5).all()
+    assert functional.marginal_error(torch.zeros(1, 3, 3)).item() == 1
+
+
+@pytest.mark.parametrize("epsilon", [1.0, 0.05])
+def test_tolerance_stops_early_and_keeps_it(backend: str, epsilon: float) -> None:
+    s = cosines(4, 30)
+    early = functional.sinkhorn_plan(s, epsilon=epsilon, tolerance=1e-2, backend=backend)
+    assert (functional.marginal_error(early) <= 1e-2 + 1e-5).all()
+    full = functional.sinkhorn_plan(s, epsilon=epsilon, backend=backend)
+    assert not torch.equal(early, full)
+    contract.check_against_reference(
+        lambda s: functional.sinkhorn_plan(s, epsilon=epsilon, tolerance=1e-2, backend=backend),
+        lambda s: reference.sinkhorn_plan(s, "hard", epsilon, 50, 1e-2),
+        [s],
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(backend: str, dtype: torch.dtype) -> None:
+    contract.check_half_precision(
+        lambda s: functional.sinkhorn_plan(s, backend=backend),
+        lambda s: reference.sinkhorn_plan(s, "hard", 1.0, 50),
+        [cosines(2, 12)],
+        dtype,
+    )
+
+
+def test_layouts(backend: str) -> None:
+    s = cosines(3, 9)
+    for _, strided in contract.batch_layouts(s):
+        contract.check_layout(lambda s: functional.sinkhorn_plan(s, backend=backend), s, strided)
+    expanded = s[:1].expand(3, 9, 9)
+    plan = functional.sinkhorn_plan(expanded, backend=backend)
+    assert torch.equal(plan[0], plan[2])
+
+
+def test_contract(backend: str) -> None:
+    s = cosines(2, 6)
+    for tolerance in (None, 1e-3):
+        options = ("easy", 0.5, 10, tolerance, backend)
+        contract.check_opcheck(ops.sinkhorn.sinkhorn, s.clone().requires_grad_(), *options)
+        contract.check_opcheck(ops.sinkhorn.sinkhorn_backward, torch.rand_like(s), s, *options)
+    contract.check_opcheck(
+        ops.sinkhorn.sinkhorn, s.mT.clone().mT.requires_grad_(), "hard", 1.0, 10, None, backend
+    )
+    contract.check_compiled(lambda s: functional.sinkhorn_plan(s, backend=backend) * 2, s)
+    contract.check_deterministic(
+        backend, lambda s: functional.sinkhorn_plan(s, backend=backend), cosines(5, 33)
+    )
+
+
+def test_second_derivative() -> None:
+    contract.check_second_derivative(
+        lambda s: functional.sinkhorn_plan(s, iterations=4), cosines(1, 4)
+    )
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("n", [1, 2, 20])
+def test_nan_stays_in_its_matrix(backend: str, n: int, bad: float) -> None:
+    s = cosines(3, n)
+    s[1, 0, n - 1] = bad
+    plan = functional.sinkhorn_plan(s, backend=backend)
+    assert plan[[0, 2]].isfinite().all()
+    assert plan[1].isnan().any()
+
+
+def test_autocast() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert functional.sinkhorn_plan(cosines(1, 4).bfloat16()).dtype == torch.float32
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    n=st.integers(1, 20),
+    cost=st.sampled_from(COSTS),
+    epsilon=st.floats(0.05, 5),
+    iterations=st.integers(1, 60),
+    tolerance=st.none() | st.floats(1e-4, 1e-2),
+    seed=st.integers(0, 10**6),
+)
+def test_any_problem(
+    n: int, cost: str, epsilon: float, iterations: int, tolerance: float | None, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    s = cosines(2, n)
+    got = functional.sinkhorn_plan(
+        s, cost=cost, epsilon=epsilon, iterations=iterations, tolerance=tolerance
+    )
+    want = reference.sinkhorn_plan(s.double(), cost, epsilon, iterations, tolerance)
+    # A stop at the tolerance may fall one iteration apart in float32.
+    assert contract.relative_error(got, want) < (1e-5 if tolerance is None else 2e-2)
+
+
+def test_bad_input() -> None:
+    s = cosines(1, 4)
+    for epsilon in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="epsilon must be finite and above 0"):
+            functional.sinkhorn_plan(s, epsilon=epsilon)
+    with pytest.raises(ValueError, match="cost must be one of 'hard', 'easy', 'exp', got 'soft'"):
+        functional.sinkhorn_plan(s, cost="soft")
+    with pytest.raises(
+        ValueError, match=r"similarity must have shape \(B, N, N\), got \(1, 4, 3\)"
+    ):
+        functional.sinkhorn_plan(s[..., :3])
+    with pytest.raises(ValueError, match="similarity must not be empty"):
+        functional.sinkhorn_plan(torch.rand(2, 0, 0))
+    with pytest.raises(ValueError, match="iterations must be at least 1, got 0"):
+        functional.sinkhorn_plan(s, iterations=0)
+    with pytest.raises(ValueError, match="tolerance must be finite and above 0"):
+        functional.sinkhorn_plan(s, tolerance=0.0)
+    with pytest.raises(TypeError, match="similarity must be float16"):
+        functional.sinkhorn_plan(torch.zeros(1, 2, 2, dtype=torch.int32))
