@@ -58,12 +58,10 @@ def pot(similarity: Tensor) -> Tensor:
     return result
 
 
-def native_plan(similarity: Tensor) -> Tensor:
-    return functional.sinkhorn_plan(similarity, iterations=ITERATIONS, backend="cpu")
-
-
-def _run(bench: Callable[..., Any], step: Callable[[], object], **facts: Any) -> None:
-    bench(step, shape=SHAPE, **FACTS, **facts)
+def native_plan(similarity: Tensor, epsilon: float = 1.0) -> Tensor:
+    return functional.sinkhorn_plan(
+        similarity, epsilon=epsilon, iterations=ITERATIONS, backend="cpu"
+    )
 
 
 @pytest.fixture
@@ -81,27 +79,20 @@ def test_forward_baselines(
         pytest.importorskip("ot.batch")
     compiled = torch.compile(reference)
     function = {"reference": reference, "compile": compiled, "bmm": bmm, "pot": pot}[form]
-    torch.testing.assert_close(function(similarity), native_or_bmm(similarity))
-    _run(bench, lambda: function(similarity), form=form)
-
-
-def native_or_bmm(similarity: Tensor) -> Tensor:
-    return native_plan(similarity) if native.unavailable_reason() is None else bmm(similarity)
+    plan = bench(lambda: function(similarity), shape=SHAPE, **FACTS, form=form)
+    if native.unavailable_reason() is None:
+        torch.testing.assert_close(native_plan(similarity), plan)
 
 
 @pytest.mark.usefixtures("needs_kernels")
-@pytest.mark.parametrize("epsilon", [1.0, 0.02])
+@pytest.mark.parametrize("epsilon", [1.0, 0.1, 0.02, 0.005])
 def test_forward_native(
     bench: Callable[..., Any], benchmark: Any, similarity: Tensor, epsilon: float
 ) -> None:
     benchmark.group = "sinkhorn forward"
     capability = torch.ops.mghf_native.cpu_capability()
-
-    def step() -> Tensor:
-        return functional.sinkhorn_plan(similarity, epsilon=epsilon, backend="cpu")
-
-    facts = FACTS | {"epsilon": epsilon}
-    bench(step, shape=SHAPE, **facts, form="native", capability=capability)
+    facts = FACTS | {"epsilon": epsilon, "form": "native", "capability": capability}
+    bench(lambda: native_plan(similarity, epsilon), shape=SHAPE, **facts)
 
 
 @pytest.mark.parametrize("form", ["bmm", "native"])
@@ -115,4 +106,6 @@ def test_forward_and_backward(
     function = native_plan if form == "native" else bmm
     leaf = similarity.detach().requires_grad_()
     weights = torch.rand(similarity.shape, generator=torch.Generator().manual_seed(1))
-    _run(bench, lambda: torch.autograd.grad(function(leaf), leaf, weights), form=form)
+    bench(
+        lambda: torch.autograd.grad(function(leaf), leaf, weights), shape=SHAPE, **FACTS, form=form
+    )

@@ -66,7 +66,18 @@ def test_values_and_gradients(backend: str, cost: str, epsilon: float, n: int) -
         lambda s: functional.sinkhorn_plan(s, cost=cost, epsilon=epsilon, backend=backend),
         lambda s: reference.sinkhorn_plan(s, cost, epsilon, 50),
         [cosines(3, n)],
+        differentiable=n != 2,
     )
+
+
+@pytest.mark.parametrize("epsilon", [1.0, 0.02])
+def test_two_patches_leave_no_choice(backend: str, epsilon: float) -> None:
+    """The plan of N = 2 is the exchange, whatever the similarities, and its gradient 0."""
+    s = cosines(3, 2).requires_grad_()
+    plan = functional.sinkhorn_plan(s, epsilon=epsilon, backend=backend)
+    torch.testing.assert_close(plan, torch.eye(2).flip(0).expand(3, 2, 2))
+    (grad,) = torch.autograd.grad(plan, s, torch.randn_like(plan))
+    assert grad.abs().max() <= 1e-6 / epsilon
 
 
 @pytest.mark.parametrize("cost", COSTS)

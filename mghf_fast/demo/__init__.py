@@ -3,7 +3,8 @@ more high-frequency detail than L1 alone.
 
 A compact EDSR is trained from scratch on L1 for a moment. From that start it is fine-tuned twice,
 with the same batches, learning rates and number of steps: on L1 alone, and on
-``L1 + 0.1 * MGHF-c``. Photographs held out from all training are then measured and shown.
+``L1 + MGHF-c`` with the published weights. Photographs held out from all training are then
+measured and shown.
 
 This package needs the extra ``demo`` (``pip install "mghf_fast[demo]"``); importing it does not.
 """

@@ -7,6 +7,7 @@ import ctypes
 import gc
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -30,11 +31,10 @@ def _return_free_memory() -> None:
 class PeakMemory:
     """Context manager: the largest rise of resident memory over its level at entry.
 
-    Sampled every 5 ms while ``watching`` is true. Free memory goes back to the system first, so that work done earlier
-    does not hide the rise.
+    Sampled every 5 ms, except within :meth:`paused`. Free memory goes back to the system first, so
+    that work done earlier does not hide the rise.
     """
 
-    watching: bool = True
     rise: int | None = None
     """Bytes, after the block; None where the system does not tell."""
 
@@ -42,15 +42,24 @@ class PeakMemory:
         _return_free_memory()
         self._base = resident_bytes()
         self._peak = self._base or 0
+        self._watching = True
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         if self._base is not None:
             self._thread.start()
         return self
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves out the work within, and what the allocator would keep of its memory."""
+        self._watching = False
+        yield
+        _return_free_memory()
+        self._watching = True
+
     def _watch(self) -> None:
         while not self._stop.wait(0.005):
-            if self.watching:
+            if self._watching:
                 self._peak = max(self._peak, resident_bytes() or 0)
 
     def __exit__(

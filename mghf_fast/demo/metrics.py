@@ -115,7 +115,7 @@ def measure(sr: Pixels, gt: Pixels) -> Quality:
     shared = float(np.sum((band_s * band_g.conj()).real)) + floor
     return Quality(
         psnr=psnr,
-        ssim=float(structural_similarity(g, s, data_range=1.0)),  # type: ignore[no-untyped-call]
+        ssim=float(structural_similarity(g, s, data_range=1.0)),
         hf_error=float(np.mean(np.abs(10 * np.log10(ratio)))),
         hf_energy=energy_s / energy_g,
         hf_correlation=shared / math.sqrt(energy_s * energy_g),

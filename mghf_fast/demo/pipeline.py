@@ -155,7 +155,8 @@ def _compare(settings: DemoSettings, began: float) -> Result:
 
     networks: dict[str, Callable[[Tensor], Tensor]] = {BICUBIC: upsample_bicubic, START: start}
     trainings: dict[str, Training] = {}
-    for method, objective in ((L1, losses.l1), (MGHF, losses.l1_with_mghf())):
+    with_mghf = losses.l1_with_mghf()
+    for method, objective in ((L1, losses.l1), (MGHF, with_mghf)):
         network = copy.deepcopy(start)
         trainings[method] = train(
             network,
@@ -165,6 +166,7 @@ def _compare(settings: DemoSettings, began: float) -> Result:
             steps=settings.steps,
             learning_rate=FINE_TUNE_RATE,
             held_out=held_out,
+            probe=with_mghf,
             checkpoints=settings.checkpoints,
         )
         networks[method] = network

@@ -163,6 +163,7 @@ def to_json(result: Result) -> dict[str, Any]:
             training.label: {
                 "terms": training.terms,
                 "checkpoints": training.checkpoints,
+                "held_out_terms": training.held_out_terms,
                 "held_out_quality": [asdict(q) for q in training.quality],
             }
             for training in (result.pretraining, *result.trainings.values())

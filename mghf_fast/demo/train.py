@@ -6,7 +6,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,13 +17,16 @@ from tqdm import tqdm
 from .degradation import degrade
 from .losses import Objective
 from .memory import PeakMemory
-from .metrics import Quality, measure
+from .metrics import Quality, luminance, measure
 from .photographs import Photograph, Pixels
-from .settings import SCALE, DemoError, random_source
+from .settings import SCALE, SMALLEST_SIDE, DemoError, random_source
 
 MARGIN = 16
 """Ground-truth pixels around a crop that are degraded with it and cut off: a crop inside a
 photograph has no border of its own."""
+
+CROP = SMALLEST_SIDE
+"""Side of the crop that is shown of a held-out photograph, pixels."""
 
 
 def to_tensor(pixels: Pixels) -> Tensor:
@@ -67,19 +70,42 @@ def batches(
         yield torch.cat(lows), torch.cat(highs)
 
 
+def busiest_window(gt: Pixels, side: int = CROP) -> tuple[int, int]:
+    """Top and left of the window with the largest sum of gradient magnitudes.
+
+    It looks at the ground truth alone, so no method's result can choose what is shown.
+    """
+    dy, dx = np.gradient(luminance(gt))
+    sums = np.pad(np.hypot(dy, dx).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+    window = sums[side:, side:] - sums[:-side, side:] - sums[side:, :-side] + sums[:-side, :-side]
+    top, left = np.unravel_index(np.argmax(window), window.shape)
+    return int(top), int(left)
+
+
 @dataclass(frozen=True)
 class HeldOut:
-    """A held-out photograph with its degraded version."""
+    """A held-out photograph with its degraded version and the corner of the crop to show."""
 
     name: str
     gt: Pixels
     lr: Pixels
+    top: int
+    left: int
+
+    def window(self, picture: Pixels) -> Pixels:
+        """The crop to show, ``(CROP, CROP, 3)``, of a picture of this photograph's size."""
+        return picture[self.top : self.top + CROP, self.left : self.left + CROP]
 
 
 def hold_out(photographs: list[Photograph], seed: int) -> list[HeldOut]:
     """Degrades each photograph in a way that depends on ``seed`` and its name."""
     return [
-        HeldOut(p.name, p.pixels, degrade(p.pixels, random_source(seed, "held out", p.name)))
+        HeldOut(
+            p.name,
+            p.pixels,
+            degrade(p.pixels, random_source(seed, "held out", p.name)),
+            *busiest_window(p.pixels),
+        )
         for p in photographs
     ]
 
@@ -101,6 +127,8 @@ class Training:
     """Steps done at each measurement of the held-out photographs."""
     quality: list[Quality] = field(default_factory=list)
     """Mean over the held-out photographs at each checkpoint."""
+    held_out_terms: dict[str, list[float]] = field(default_factory=dict)
+    """Every term of ``probe`` on the held-out crops at each checkpoint."""
     step_seconds: list[float] = field(default_factory=list)
     loss_seconds: list[float] = field(default_factory=list)
     memory_bytes: int | None = None
@@ -135,7 +163,8 @@ def train(
     label: str,
     steps: int,
     learning_rate: float,
-    held_out: list[HeldOut] | None = None,
+    held_out: Sequence[HeldOut] = (),
+    probe: Objective | None = None,
     checkpoints: int = 0,
 ) -> Training:
     """Trains ``network`` in place with Adam.
@@ -144,7 +173,8 @@ def train(
         data: gives ``(lr, gt)`` batches.
         objective: see :mod:`mghf_fast.demo.losses`.
         label: shown beside the progress bar and in the report.
-        held_out: measured before the first step and ``checkpoints`` times after, if given.
+        held_out: measured before the first step and ``checkpoints`` times after, if any.
+        probe: an objective that is measured with them, on their crops.
 
     Raises:
         DemoError: the loss stopped being a finite number.
@@ -156,10 +186,20 @@ def train(
     report_at = {math.ceil(steps * (i + 1) / 4) for i in range(4)}
 
     def check(done: int) -> None:
-        if held_out is not None:
-            qualities = [measure(super_resolve(network, h.lr), h.gt) for h in held_out]
-            record.checkpoints.append(done)
-            record.quality.append(Quality.mean(qualities))
+        if not held_out:
+            return
+        pictures = [super_resolve(network, h.lr) for h in held_out]
+        qualities = [measure(p, h.gt) for p, h in zip(pictures, held_out, strict=True)]
+        record.checkpoints.append(done)
+        record.quality.append(Quality.mean(qualities))
+        if probe is not None:
+            shown = zip(pictures, held_out, strict=True)
+            sr = torch.cat([to_tensor(h.window(p)) for p, h in shown])
+            gt = torch.cat([to_tensor(h.window(h.gt)) for h in held_out])
+            with torch.no_grad():
+                terms = probe(sr, gt)
+            for name, term in terms.items():
+                record.held_out_terms.setdefault(name, []).append(float(term))
 
     check(0)
     with (
@@ -198,8 +238,7 @@ def train(
                 shown = "  ".join(f"{k} {v}" for k, v in _short(values).items())
                 print(f"{label:<12} step {done:>4}/{steps}  {shown}", file=sys.stderr, flush=True)
             if done in measure_at:
-                memory.watching = False  # measuring is not training
-                check(done)
-                memory.watching = True
+                with memory.paused():
+                    check(done)
     record.memory_bytes = memory.rise
     return record

@@ -42,6 +42,8 @@ def _cpu_forward(
     cost: str,
     plan_gradient: str,
 ) -> Tensor:
+    if query.shape[1] == 1:
+        return (query * key).sum(2).float() * 0  # no negatives, no loss
     s, logits = _cpu_logits(query, key, temperature, epsilon, iterations, negative_weight, cost)
     return -F.logsigmoid(s.diagonal(dim1=1, dim2=2) / temperature - logits.logsumexp(2))
 
@@ -57,6 +59,8 @@ def _cpu_backward(
     cost: str,
     plan_gradient: str,
 ) -> Tensor:
+    if query.shape[1] == 1:
+        return query * 0 * grad.unsqueeze(2).to(query.dtype)
     s, logits = _cpu_logits(query, key, temperature, epsilon, iterations, negative_weight, cost)
     negatives = logits.logsumexp(2, keepdim=True)
     positive = s.diagonal(dim1=1, dim2=2).unsqueeze(2) / temperature
@@ -74,16 +78,10 @@ def _cpu_backward(
     return (grad_s @ key.float()).to(query.dtype)
 
 
-def can_run_cpu(*tensors: Tensor) -> str | None:
-    if tensors[-1].shape[1] == 1:
-        return "it needs more than one patch"
-    return sinkhorn_op.can_run_cpu(*tensors)
-
-
 # The plan and its gradient come from the compiled Sinkhorn; the rest is PyTorch.
 OP = Op("monce")
 OP.implement("reference", reference_forward, reference_backward)
-OP.implement("cpu", _cpu_forward, _cpu_backward, can_run_cpu)
+OP.implement("cpu", _cpu_forward, _cpu_backward, sinkhorn_op.can_run_cpu)
 
 
 @torch.library.custom_op("mghf_fast::monce", mutates_args=())

@@ -55,6 +55,29 @@ def _log_ratios(own: Tensor, cross: Tensor, positive: Tensor) -> tuple[Tensor, T
     return torch.where(has_negative, ratio, 0 * ratio), q_positive, q_negative
 
 
+def _all_pairs(
+    sr: Tensor,
+    gt: Tensor,
+    threshold_db: float,
+    positive_temperature: float,
+    negative_temperature: float,
+    temperature: str,
+    similarity: str,
+    max_value: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Unit SR patches, their norms, unit GT patches; positives, temperatures and both exponentials
+    of every pair."""
+    dtype = accumulation_dtype(sr.dtype)
+    gt = gt.detach().to(dtype)
+    positive = positive_pairs(gt, threshold_db, similarity, max_value)
+    (s, norm), (g, _) = _unit(sr.to(dtype)), _unit(gt)
+    t = torch.full_like(positive, negative_temperature, dtype=dtype)
+    t = t.masked_fill(positive, positive_temperature)
+    own = _weighted_exponentials(s @ s.mT, t, temperature)
+    cross = _weighted_exponentials(g @ s.mT, t, temperature)
+    return s, norm, g, positive, t, own, cross
+
+
 def dec(
     sr: Tensor,
     gt: Tensor,
@@ -66,14 +89,9 @@ def dec(
     max_value: float,
 ) -> Tensor:
     """(P, D) patches x 2 -> scalar, in float32 (float64 for float64)."""
-    dtype = accumulation_dtype(sr.dtype)
-    gt = gt.detach().to(dtype)
-    positive = positive_pairs(gt, threshold_db, similarity, max_value)
-    (s, _), (g, _) = _unit(sr.to(dtype)), _unit(gt)
-    t = torch.full_like(positive, negative_temperature, dtype=dtype)
-    t = t.masked_fill(positive, positive_temperature)
-    own = _weighted_exponentials(s @ s.mT, t, temperature)
-    cross = _weighted_exponentials(g @ s.mT, t, temperature)
+    temperatures = (positive_temperature, negative_temperature, temperature)
+    pairs = _all_pairs(sr, gt, threshold_db, *temperatures, similarity, max_value)
+    _, _, _, positive, _, own, cross = pairs
     ratio, _, _ = _log_ratios(own, cross, positive)
     return -ratio.sum() / (~positive).any(1).sum().clamp_min(1)
 
@@ -90,18 +108,13 @@ def dec_backward(
     max_value: float,
 ) -> Tensor:
     """Gradient of ``sr``."""
-    dtype = accumulation_dtype(sr.dtype)
-    gt = gt.detach().to(dtype)
-    positive = positive_pairs(gt, threshold_db, similarity, max_value)
-    (s, norm), (g, _) = _unit(sr.to(dtype)), _unit(gt)
-    t = torch.full_like(positive, negative_temperature, dtype=dtype)
-    t = t.masked_fill(positive, positive_temperature)
-    own = _weighted_exponentials(s @ s.mT, t, temperature)
-    cross = _weighted_exponentials(g @ s.mT, t, temperature)
+    temperatures = (positive_temperature, negative_temperature, temperature)
+    pairs = _all_pairs(sr, gt, threshold_db, *temperatures, similarity, max_value)
+    s, norm, g, positive, t, own, cross = pairs
     _, q_positive, q_negative = _log_ratios(own, cross, positive)
 
     has_negative = (~positive).any(1)
-    scale = torch.where(has_negative, -grad.to(dtype) / has_negative.sum().clamp_min(1), 0)
+    scale = torch.where(has_negative, -grad.to(s.dtype) / has_negative.sum().clamp_min(1), 0)
     weight = torch.where(positive, (scale / q_positive)[:, None], (-scale / q_negative)[:, None])
     if temperature == "inside":
         weight = weight / t
