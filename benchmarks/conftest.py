@@ -16,6 +16,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--threads", type=int, default=None, help="PyTorch's CPU threads")
 
 
+def pytest_benchmark_update_json(
+    config: pytest.Config, benchmarks: object, output_json: dict[str, Any]
+) -> None:
+    """Keeps what a result needs to be read: the machine, the shapes and the spread are in each row;
+    single timings, the host's name and its processor flags are not."""
+    for key in ("machine_info", "commit_info"):
+        output_json.pop(key, None)
+    for row in output_json["benchmarks"]:
+        for key in ("options", "params", "param", "fullname"):
+            row.pop(key, None)
+        kept = ("median", "min", "max", "iqr", "rounds")
+        row["stats"] = {key: row["stats"][key] for key in kept}
+
+
 @pytest.fixture(scope="session", autouse=True)
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     """The number of PyTorch's CPU threads, as ``--threads`` sets it."""

@@ -275,7 +275,7 @@ def machine_facts(threads: int | None = None) -> dict[str, Any]:
         "memory_gib": round(memory, 1),
         "load": None if load is None else round(load, 2),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "os": f"{platform.system()} {platform.release()}",
+        "os": f"{platform.system()} {'.'.join(platform.release().split('.')[:2])}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "mghf_fast": __version__,

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threads",
         type=int,
         metavar="N",
-        help="CPU threads for PyTorch (default: PyTorch's own choice)",
+        help="CPU threads for PyTorch (default: its own choice; 1 is often faster if busy)",
     )
 
 

@@ -68,8 +68,6 @@ class DemoSettings:
         words = ["mghf-fast", "demo", "--steps", str(self.steps), "--seed", str(self.seed)]
         if self.images is not None:
             words += ["--images", str(self.images)]
-        if self.seed >= 2**63:
-            raise DemoError(f"seed is {self.seed}; allowed are numbers below 2**63")
         if self.threads is not None:
             words += ["--threads", str(self.threads)]
         return shlex.join([*words, "--out", str(self.out)])
