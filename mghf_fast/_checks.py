@@ -65,7 +65,8 @@ def check_number(name: str, value: Any, *, positive: bool = False) -> None:
     """A finite real number; with ``positive``, above zero."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not math.isfinite(value) or (positive and value <= 0):
+    # Comparisons and not math.isfinite, which torch.compile(dynamic=True) cannot trace; NaN fails.
+    if not (-math.inf < value < math.inf) or (positive and value <= 0):
         kind = "finite and above 0" if positive else "finite"
         raise ValueError(f"{name} must be {kind}, got {value}")
 

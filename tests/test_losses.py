@@ -181,6 +181,14 @@ def test_compiles_whole() -> None:
     contract.check_compiled(lambda sr: loss(sr, gt), sr.detach())
 
 
+def test_compiles_with_dynamic_shapes() -> None:
+    loss = MGHFLoss(extractor=small_extractor())
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    for size in (56, 64):
+        sr, gt = pair(1, size)
+        torch.testing.assert_close(compiled(sr, gt), loss(sr, gt))
+
+
 def test_inductor_compiles_it() -> None:
     sr, gt = pair(1)
     loss = MGHFLoss(extractor=small_extractor())

@@ -194,7 +194,7 @@ class DetailFeatureExtractor(nn.Module):
             image: (B, in_channels, H, W).
 
         Returns:
-            (B, C, H, W), in the layout that the stem gives: channels_last in, channels_last out.
+            (B, C, H, W), channels_last on the CPU, elsewhere in the layout that the stem gives.
         """
         check.check_tensor("image", image, "(B, in_channels, H, W)")
         if image.shape[1] != self.in_channels:
@@ -202,6 +202,10 @@ class DetailFeatureExtractor(nn.Module):
                 f"image must have {self.in_channels} channels, got {image.shape[1]} "
                 f"(shape {tuple(image.shape)})"
             )
+        if image.device.type == "cpu":
+            # The stem hands its layout on, and PyTorch's CPU convolutions are 1.2 to 1.4 times as
+            # fast on channels_last.
+            image = image.contiguous(memory_format=torch.channels_last)
         x: Tensor = self.stem(image)
         for block in self.blocks:
             x = block(x, backend=backend)
