@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+from hypothesis import settings
 
 from mghf_fast.backends import BACKENDS
 from mghf_fast.ops import OPS
+
+# Everywhere else hypothesis looks for new examples on each run; a merge must not depend on luck.
+settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    settings.load_profile("ci")
 
 
 @pytest.fixture(autouse=True)

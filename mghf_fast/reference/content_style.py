@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..precision import accumulation_dtype
-from .entropy import channel_entropy
+from .entropy import precise_entropy
 
 VARIANCE_FLOOR = 1e-8
 
@@ -31,12 +31,13 @@ def importance_weights(
     gt: Tensor, sr: Tensor, top_m: int, alpha: float, gamma: float, bins: int
 ) -> tuple[Tensor, Tensor]:
     """Indices and weights of the kept maps, both (B, M), most important first."""
-    importance = ((1 - channel_entropy(gt, bins)) + (1 - channel_entropy(sr, bins))) / 2
+    importance = 1 - (precise_entropy(gt, bins) + precise_entropy(sr, bins)) / 2
     # A stable sort and not topk, which leaves the order of ties open. NaN counts as the largest,
     # so a map with a NaN is always kept and the loss becomes NaN. Compared in float32, in which
-    # equal histograms have equal importance.
+    # what is equal but for rounding is equal.
     kept = importance.float().sort(dim=1, descending=True, stable=True)[1][:, :top_m].contiguous()
-    return kept, (1 + alpha * importance.gather(1, kept)) ** gamma
+    weights = (1 + alpha * importance.gather(1, kept)) ** gamma
+    return kept, weights.to(accumulation_dtype(sr.dtype))
 
 
 def _kept_maps(x: Tensor, kept: Tensor) -> Tensor:

@@ -16,9 +16,10 @@ from torch import Tensor
 from ..precision import accumulation_dtype
 
 
-def channel_entropy(x: Tensor, bins: int) -> Tensor:
-    """(B, C, H, W) -> (B, C), in float32 (float64 for float64)."""
-    dtype = accumulation_dtype(x.dtype)
+def precise_entropy(x: Tensor, bins: int) -> Tensor:
+    """(B, C, H, W) -> (B, C) in float64, so that maps with equal counts in another order, or pairs
+    of maps with equal sums, do not differ by rounding: ties among them stay ties. (In float32 on
+    Apple's GPUs, which have no float64.)"""
     # Bins are decided in float32 even for float64 input, so that every backend counts alike.
     maps = x.detach().flatten(2).flatten(0, 1).float()
     low, high = maps.aminmax(dim=1, keepdim=True)
@@ -26,13 +27,16 @@ def channel_entropy(x: Tensor, bins: int) -> Tensor:
     # 0/0 in a constant map and whatever came of a NaN or an infinity go to the first bin, so that
     # no index is out of range; the last lines give these maps their value.
     index = position.nan_to_num(0, bins - 1, 0).floor().clamp(0, bins - 1).long()
-    counts = maps.new_zeros(maps.shape[0], bins, dtype=torch.int64)
-    counts.scatter_add_(
-        1, index, torch.ones((), dtype=torch.int64, device=x.device).expand_as(index)
-    )
-    # In float64, so that two maps with the same counts in another order do not differ by rounding
-    # and a tie between them stays a tie. (Apple's GPUs have no float64.)
-    p = counts.to(dtype if x.device.type == "mps" else torch.float64) / maps.shape[1]
+    one = torch.ones((), dtype=torch.int64, device=x.device)
+    counts = torch.zeros(maps.shape[0], bins, dtype=torch.int64, device=x.device)
+    counts.scatter_add_(1, index, one.expand_as(index))
+    dtype = torch.float32 if x.device.type == "mps" else torch.float64
+    p = counts.to(dtype) / maps.shape[1]
     entropy = -torch.xlogy(p, p).sum(1) / math.log(bins)
     finite = torch.isfinite(high - low).squeeze(1)
-    return torch.where(finite, entropy, torch.nan).to(dtype).view(x.shape[:2])
+    return torch.where(finite, entropy, torch.nan).view(x.shape[:2])
+
+
+def channel_entropy(x: Tensor, bins: int) -> Tensor:
+    """(B, C, H, W) -> (B, C), in float32 (float64 for float64)."""
+    return precise_entropy(x, bins).to(accumulation_dtype(x.dtype))
