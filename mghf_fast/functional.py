@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import _checks as check
 from . import ops
+from ._gather import gather_rows
 from .backends import current_backend
 from .reference import coupling as _coupling
 from .reference import dec as _dec
@@ -436,12 +437,8 @@ def dec_loss(
     check.check_choice("similarity", similarity, _dec.SIMILARITIES)
     check.check_number("max_value", max_value, positive=True)
     sr_patches, gt_patches = _flat_patches(sr, patch_size), _flat_patches(gt.detach(), patch_size)
-    if gather and torch.distributed.is_available() and torch.distributed.is_initialized():
-        from torch.distributed.nn.functional import all_gather
-
-        sr_patches, gt_patches = (
-            torch.cat(all_gather(patches.contiguous())) for patches in (sr_patches, gt_patches)
-        )
+    if gather:
+        sr_patches, gt_patches = gather_rows(sr_patches), gather_rows(gt_patches)
     loss: Tensor = ops.dec.dec(
         sr_patches,
         gt_patches,

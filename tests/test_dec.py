@@ -219,7 +219,8 @@ def _rank(rank: int, folder: str) -> None:
     loss = functional.dec_loss(leaf, gt[rank : rank + 1], gather=True)
     (grad,) = torch.autograd.grad(loss, leaf)
     torch.save((loss.detach(), grad), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    # No destroy_process_group: gloo's teardown aborts the process now and then (torch 2.13).
+    torch.distributed.barrier()
 
 
 def test_gather_takes_the_batch_over_all_ranks(tmp_path: Path) -> None:
