@@ -69,6 +69,15 @@ def test_reference_gradient(gram: str) -> None:
 
 
 @pytest.mark.parametrize("gram", ["channel", "map"])
+def test_gradcheck(gram: str) -> None:
+    # alpha = 0 and all maps kept: the weights, constants of the gradient, must not move with sr.
+    gt, sr = pair(1, 3, 3, 4, dtype=torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda x: reference.content_style(gt, x, 3, 0.0, 1.0, 16, gram)[:4], sr.requires_grad_()
+    )
+
+
+@pytest.mark.parametrize("gram", ["channel", "map"])
 @pytest.mark.parametrize("shape", [(1, 2, 1, 2), (2, 4, 5, 3), (1, 16, 17, 13), (2, 8, 32, 32)])
 def test_values_and_gradients(backend: str, shape: tuple[int, ...], gram: str) -> None:
     gt, sr = pair(*shape)
