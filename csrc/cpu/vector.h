@@ -1,0 +1,131 @@
+// Vectors of float32 and powers of two, for kernels that are compiled once per instruction set.
+//
+// Everything has internal linkage, and no inline function of a library header is used: the linker
+// would keep one copy of it for the whole library, perhaps the one with instructions that this
+// machine lacks.
+
+#pragma once
+
+#include <cstdint>
+#include <utility>  // index_sequence, a type
+
+namespace mghf {
+namespace {
+
+// ---- vectors ----
+
+#if defined(__AVX512F__)
+constexpr int64_t kLanes = 16, kRows = 8;
+#elif defined(__AVX2__)
+constexpr int64_t kLanes = 8, kRows = 4;
+#else
+constexpr int64_t kLanes = 4, kRows = 4;
+#endif
+// kRows: rows that a kernel works on at a time; two vectors a row must fit the registers.
+
+typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
+typedef int32_t IntVec __attribute__((vector_size(kLanes * sizeof(float))));
+
+inline Vec& at(float* p) { return *reinterpret_cast<Vec*>(p); }
+inline const Vec& at(const float* p) { return *reinterpret_cast<const Vec*>(p); }
+inline Vec splat(float x) { return Vec{} + x; }
+inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
+inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
+inline Vec abs(Vec a) { return reinterpret_cast<Vec>(reinterpret_cast<IntVec>(a) & 0x7fffffff); }
+
+inline float smallest(Vec x) {
+  float result = x[0];
+  for (int64_t i = 1; i < kLanes; ++i) result = x[i] < result ? x[i] : result;
+  return result;
+}
+
+inline float largest(Vec x) { return -smallest(-x); }
+
+// (a0 + a1, a2 + a3, ..., b0 + b1, b2 + b3, ...)
+template <size_t... I>
+inline Vec add_pairs(Vec a, Vec b, std::index_sequence<I...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, (2 * I)...) + __builtin_shufflevector(a, b, (2 * I + 1)...);
+#else
+  return __builtin_shuffle(a, b, IntVec{(2 * static_cast<int32_t>(I))...}) +
+         __builtin_shuffle(a, b, IntVec{(2 * static_cast<int32_t>(I) + 1)...});
+#endif
+}
+
+inline Vec add_pairs(Vec a, Vec b) {
+  return add_pairs(a, b, std::make_index_sequence<kLanes>());
+}
+
+// The sum of each of kRows vectors, in the first kRows lanes.
+inline Vec horizontal_sums(Vec (&x)[kRows]) {
+  for (int64_t count = kRows; count > 1; count /= 2) {
+    for (int64_t i = 0; i < count / 2; ++i) x[i] = add_pairs(x[2 * i], x[2 * i + 1]);
+  }
+  for (int64_t lanes = kLanes; lanes > kRows; lanes /= 2) x[0] = add_pairs(x[0], x[0]);
+  return x[0];
+}
+
+inline float sum(Vec x) {
+  for (int64_t lanes = kLanes; lanes > 1; lanes /= 2) x = add_pairs(x, x);
+  return x[0];
+}
+
+// ---- powers of two ----
+
+// A factor split so that score * factor loses nothing: `high` has 12 bits.
+struct Factor {
+  float value, high, low;
+};
+
+inline float upper_bits(float x) {
+  return __builtin_bit_cast(float, __builtin_bit_cast(int32_t, x) & ~0xfff);
+}
+
+Factor make_factor(double value) {
+  const float rounded = static_cast<float>(value);
+  const float high = upper_bits(rounded);
+  return {rounded, high, static_cast<float>(value - static_cast<double>(high))};
+}
+
+inline Vec round_to_integer(Vec x) {
+  const Vec magic = splat(12582912.0f);  // 1.5 * 2^23; right for |x| < 2^22
+  return (x + magic) - magic;
+}
+
+// 2^(score * factor) = power * 2^exponent, exponent an integer, power about 0.7 to 1.4. The error
+// is that of `power` alone, 1e-7, however large the exponent.
+struct Power {
+  Vec exponent, power;
+};
+
+inline Power power_of_two(Vec score, const Factor& factor) {
+  const Vec exponent = round_to_integer(score * factor.value);
+  const Vec high = reinterpret_cast<Vec>(reinterpret_cast<IntVec>(score) & ~0xfff);
+  const Vec low = score - high;
+  const Vec x = (high * factor.high - exponent) + (high * factor.low + low * factor.value);
+  // 2^x on [-0.5, 0.5], fitted at Chebyshev nodes: relative error 2e-8 before rounding.
+  Vec p = splat(0.0001546986459288746f);
+  p = p * x + 0.0013400566531345248f;
+  p = p * x + 0.00961802527308464f;
+  p = p * x + 0.05550326779484749f;
+  p = p * x + 0.24022650718688965f;
+  p = p * x + 0.6931471824645996f;
+  p = p * x + 1.0f;
+  return {exponent, p};
+}
+
+// 2^exponent for an integer exponent; 0 below float32's normal range, infinity above it.
+inline Vec scale(Vec exponent) {
+  const Vec clamped = min(max(exponent, splat(-127.0f)), splat(128.0f));
+  return reinterpret_cast<Vec>((__builtin_convertvector(clamped, IntVec) + 127) << 23);
+}
+
+inline float scale(float exponent) { return scale(splat(exponent))[0]; }
+
+inline Vec exponential(Vec x) {
+  const Power p = power_of_two(x, make_factor(1.4426950408889634));
+  return p.power * scale(p.exponent);
+}
+
+}  // namespace
+}  // namespace mghf
