@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
-import pkgutil
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
-from . import native, ops
+from . import native
 from .backends import BACKENDS, available_backends, unavailable_reasons
 from .measure import machine_facts
-from .ops._dispatch import Op
+from .ops import OPS
 from .reference.sinkhorn import sinkhorn_plan
 
 TOLERANCE = 1e-5
@@ -24,20 +22,9 @@ TOLERANCE = 1e-5
 PACKAGES = ("torch", "triton", "numpy", "safetensors")
 
 
-def all_ops() -> dict[str, Op]:
-    """Every op of the package by name; the module `ops/<name>.py` holds it as ``OP``."""
-    found = {}
-    for module in pkgutil.iter_modules(ops.__path__):
-        if not module.name.startswith("_"):
-            op = getattr(importlib.import_module(f"{ops.__name__}.{module.name}"), "OP", None)
-            if isinstance(op, Op):
-                found[op.name] = op
-    return found
-
-
 def op_backends() -> dict[str, dict[str, str | None]]:
     """op name -> backend -> why that backend cannot run it here, or ``None`` if it can."""
-    return {name: {b: op.why_not(b) for b in BACKENDS} for name, op in all_ops().items()}
+    return {name: {b: op.why_not(b) for b in BACKENDS} for name, op in sorted(OPS.items())}
 
 
 def self_check() -> dict[str, dict[str, Any]]:
@@ -47,7 +34,7 @@ def self_check() -> dict[str, dict[str, Any]]:
         backend -> ``error`` (relative L2 error against the float64 reference), ``passed``, and
         ``message`` (``None``, or the error it raised).
     """
-    op = all_ops()["sinkhorn"]
+    op = OPS["sinkhorn"]
     vectors = torch.randn(4, 50, 16, generator=torch.Generator().manual_seed(0))
     query, key = torch.nn.functional.normalize(vectors, dim=2).chunk(2)
     similarity = query @ key.mT

@@ -12,9 +12,9 @@ from typing import Any
 
 from . import cost
 from .backends import BACKENDS
-from .doctor import all_ops
 from .measure import MIB, Measurement, machine_facts, measure_apart
-from .workloads import CHANNELS, OPS, VARIANTS
+from .ops import OPS
+from .workloads import CHANNELS, ROW_OPS, VARIANTS
 
 ROUNDS = 5
 LIMIT = 90.0
@@ -34,11 +34,8 @@ MEASURED_NOTES = (
 
 def kernels(row: str) -> dict[str, str]:
     """Which backend "auto" takes for each op of a row on this machine's CPU: op -> backend."""
-    ops = all_ops()
     return {
-        name: next(b for b in BACKENDS if ops[name].why_not(b) is None)
-        for name in OPS[row]
-        if name in ops
+        name: next(b for b in BACKENDS if OPS[name].why_not(b) is None) for name in ROW_OPS[row]
     }
 
 
@@ -62,7 +59,7 @@ def measure_row(
 
 def variants(row: str) -> tuple[str, ...]:
     """The variants measured for a row; "mghf_fast" where the row runs an op of ours."""
-    return VARIANTS if OPS[row] else tuple(v for v in VARIANTS if v != "mghf_fast")
+    return VARIANTS if ROW_OPS[row] else tuple(v for v in VARIANTS if v != "mghf_fast")
 
 
 def _count(count: cost.Cost) -> dict[str, float | int]:
@@ -179,9 +176,9 @@ def show_progress(text: str) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `mghf-fast table5`."""
     add = parser.add_argument
-    rows = ", ".join(OPS)
+    rows = ", ".join(ROW_OPS)
     add("--size", type=int, default=512, help="image side in pixels (default 512)")
-    add("--rows", nargs="+", metavar="ROW", choices=list(OPS), help=f"of {rows} (default all)")
+    add("--rows", nargs="+", metavar="ROW", choices=list(ROW_OPS), help=f"of {rows} (default all)")
     add("--rounds", type=int, default=ROUNDS, help=f"timed steps at most (default {ROUNDS})")
     add("--threads", type=int, help="PyTorch's CPU threads (default: its own choice)")
     add("--limit", type=float, default=LIMIT, metavar="S",

@@ -29,7 +29,7 @@ PATCH_SIZE, STRIDE = 32, 24
 WARM_UP_SIZE = 64
 VARIANTS = ("reference", "compile", "mghf_fast")
 
-OPS = {
+ROW_OPS = {
     "lip": ("patches", "sinkhorn", "monce"),
     "gram": ("content_style",),
     "correlation": ("content_style",),

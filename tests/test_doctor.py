@@ -46,7 +46,7 @@ def test_an_available_backend_that_computes_wrongly_is_not_usable(
 
 
 def test_a_backend_that_raises_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    op = doctor.all_ops()["sinkhorn"]
+    op = doctor.OPS["sinkhorn"]
 
     def choose(*arguments: object) -> None:
         raise RuntimeError("illegal instruction")
