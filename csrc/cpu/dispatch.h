@@ -15,6 +15,16 @@ enum class CpuCapability { default_, avx2, avx512 };
 CpuCapability cpu_capability();
 const char* name(CpuCapability);
 
+// This machine's table of an op's kernels, of the tables <op>_default, <op>_avx2, <op>_avx512.
+#ifdef MGHF_X86_KERNELS
+#define MGHF_KERNELS_OF(op)                                              \
+  (::mghf::cpu_capability() == ::mghf::CpuCapability::avx512 ? ::mghf::op##_avx512 \
+   : ::mghf::cpu_capability() == ::mghf::CpuCapability::avx2 ? ::mghf::op##_avx2   \
+                                                             : ::mghf::op##_default)
+#else
+#define MGHF_KERNELS_OF(op) (::mghf::op##_default)
+#endif
+
 // Calls task(index, workspace) for every index below count, on PyTorch's threads. A workspace is
 // 64-byte aligned, uninitialised and used by one task at a time.
 void for_each(int64_t count, size_t workspace_bytes,

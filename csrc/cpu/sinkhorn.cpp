@@ -14,6 +14,7 @@
 // This file is compiled once per instruction set, as MGHF_KERNELS, so everything in it has internal
 // linkage (see vector.h).
 
+#include "arena.h"
 #include "sinkhorn.h"
 #include "vector.h"
 
@@ -29,20 +30,6 @@ namespace {
 constexpr float kSmallestSum = 1e-14f, kLargestSum = 1e14f;
 constexpr float kLargestExponent = 4194304.0f;  // 2^22: round_to_integer() is right up to there
 constexpr float kNoExponent = -1e9f;
-
-inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-// Hands out aligned pieces of the caller's workspace; with a null base it counts bytes.
-struct Arena {
-  char* base;
-  size_t used = 0;
-
-  float* floats(int64_t count) {
-    float* piece = reinterpret_cast<float*>(base + used);
-    used += static_cast<size_t>(round_up(count * static_cast<int64_t>(sizeof(float)), 64));
-    return piece;
-  }
-};
 
 struct Solver {
   const SinkhornOptions& options;

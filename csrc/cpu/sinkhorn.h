@@ -31,8 +31,6 @@ struct SinkhornKernels {
                    float* grad_similarity, void* workspace);
 };
 
-extern const SinkhornKernels sinkhorn_default;
-extern const SinkhornKernels sinkhorn_avx2;
-extern const SinkhornKernels sinkhorn_avx512;
+extern const SinkhornKernels sinkhorn_default, sinkhorn_avx2, sinkhorn_avx512;
 
 }  // namespace mghf

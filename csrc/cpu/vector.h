@@ -6,6 +6,7 @@
 
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <utility>  // index_sequence, a type
 
@@ -25,13 +26,21 @@ constexpr int64_t kLanes = 4, kRows = 4;
 
 typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
 typedef int32_t IntVec __attribute__((vector_size(kLanes * sizeof(float))));
+typedef float UnalignedVec __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
 
 inline Vec& at(float* p) { return *reinterpret_cast<Vec*>(p); }
 inline const Vec& at(const float* p) { return *reinterpret_cast<const Vec*>(p); }
+// The same for memory that is not aligned to whole vectors.
+inline Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
+inline void store(float* p, Vec x) { *reinterpret_cast<UnalignedVec*>(p) = x; }
 inline Vec splat(float x) { return Vec{} + x; }
 inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 inline Vec abs(Vec a) { return reinterpret_cast<Vec>(reinterpret_cast<IntVec>(a) & 0x7fffffff); }
+
+inline int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
 
 inline float smallest(Vec x) {
   float result = x[0];

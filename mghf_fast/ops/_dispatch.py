@@ -74,6 +74,16 @@ class Op:
         raise AssertionError(f"{self.name} has no reference")  # the reference runs everything
 
 
+def can_run_cpu(*tensors: Tensor) -> str | None:
+    """Why the compiled CPU kernels cannot take these tensors, or None."""
+    for tensor in tensors:
+        if tensor.device.type != "cpu":
+            return f"it runs on CPU tensors, and one is on {tensor.device}"
+        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return f"it takes float32, float16 or bfloat16, and one tensor is {tensor.dtype}"
+    return None
+
+
 def _memory_format(x: Tensor) -> torch.memory_format:
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return torch.channels_last if channels_last else torch.contiguous_format

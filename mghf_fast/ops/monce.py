@@ -12,8 +12,7 @@ from torch import Tensor
 from ..precision import accumulation_dtype
 from ..reference.monce import monce as reference_forward
 from ..reference.monce import monce_backward as reference_backward
-from . import sinkhorn as sinkhorn_op
-from ._dispatch import Op, double_backward_requested, register_float32_autocast
+from ._dispatch import Op, can_run_cpu, double_backward_requested, register_float32_autocast
 
 
 def _cpu_logits(
@@ -81,7 +80,7 @@ def _cpu_backward(
 # The plan and its gradient come from the compiled Sinkhorn; the rest is PyTorch.
 OP = Op("monce")
 OP.implement("reference", reference_forward, reference_backward)
-OP.implement("cpu", _cpu_forward, _cpu_backward, sinkhorn_op.can_run_cpu)
+OP.implement("cpu", _cpu_forward, _cpu_backward, can_run_cpu)
 
 
 @torch.library.custom_op("mghf_fast::monce", mutates_args=())

@@ -8,16 +8,7 @@ import torch
 from torch import Tensor
 
 from ..reference.sinkhorn import sinkhorn_plan, sinkhorn_plan_backward
-from ._dispatch import Op, double_backward_requested, register_float32_autocast
-
-
-def can_run_cpu(*tensors: Tensor) -> str | None:
-    for tensor in tensors:
-        if tensor.device.type != "cpu":
-            return f"it runs on CPU tensors, and one is on {tensor.device}"
-        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            return f"it takes float32, float16 or bfloat16, and one tensor is {tensor.dtype}"
-    return None
+from ._dispatch import Op, can_run_cpu, double_backward_requested, register_float32_autocast
 
 
 def _cpu_forward(

@@ -1,30 +1,21 @@
-// Every native op: its schema, its argument checks and its call of the kernels. The library knows
-// nothing of Python or autograd; mghf_fast/ops/ gives these raw ops their gradients and contracts.
+// The native op `sinkhorn`: schemas, argument checks, the calls of its kernels.
 
 #include <cmath>
 #include <optional>
 #include <string>
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include "cpu/dispatch.h"
-#include "cpu/sinkhorn.h"
+#include "../cpu/sinkhorn.h"
+#include "arguments.h"
 
 namespace {
 
-using torch::stable::Tensor;
+using mghf::new_tensor;
+using mghf::shape_of;
+using mghf::Tensor;
 
 // ---- argument checks ----
-
-std::string shape_of(const Tensor& tensor) {
-  std::string text = "(";
-  for (int64_t d = 0; d < tensor.dim(); ++d) {
-    text += (d > 0 ? ", " : "") + std::to_string(tensor.size(d));
-  }
-  return text + ")";
-}
 
 void check_square_matrices(const Tensor& tensor, const char* argument) {
   STD_TORCH_CHECK(tensor.is_cpu(), argument, " is not on the CPU");
@@ -58,17 +49,6 @@ mghf::SinkhornOptions check_sinkhorn(const Tensor& similarity, const std::string
 
 // ---- implementations ----
 
-const mghf::SinkhornKernels& sinkhorn_kernels() {
-#ifdef MGHF_X86_KERNELS
-  switch (mghf::cpu_capability()) {
-    case mghf::CpuCapability::avx512: return mghf::sinkhorn_avx512;
-    case mghf::CpuCapability::avx2: return mghf::sinkhorn_avx2;
-    default: break;
-  }
-#endif
-  return mghf::sinkhorn_default;
-}
-
 mghf::MatrixView matrix(const Tensor& batch, int64_t index) {
   return {batch.const_data_ptr<float>() + index * batch.stride(0), batch.stride(1),
           batch.stride(2)};
@@ -77,19 +57,11 @@ mghf::MatrixView matrix(const Tensor& batch, int64_t index) {
 // The number of matrices that have entries.
 int64_t count(const Tensor& batch) { return batch.numel() == 0 ? 0 : batch.size(0); }
 
-// An uninitialised tensor like `similarity`, contiguous.
-Tensor new_matrices(const Tensor& similarity) {
-  Tensor matrices = torch::stable::new_empty(similarity, similarity.sizes());
-  mghf::use_huge_pages(matrices.mutable_data_ptr(),
-                       static_cast<size_t>(matrices.numel()) * sizeof(float));
-  return matrices;
-}
-
 Tensor sinkhorn(const Tensor& similarity, const std::string& cost, double epsilon,
                 int64_t iterations, std::optional<double> tolerance) {
   const auto options = check_sinkhorn(similarity, cost, epsilon, iterations, tolerance);
-  const auto& kernels = sinkhorn_kernels();
-  Tensor plan = new_matrices(similarity);
+  const auto& kernels = MGHF_KERNELS_OF(sinkhorn);
+  Tensor plan = new_tensor(similarity, similarity.sizes());
   float* out = plan.mutable_data_ptr<float>();
   mghf::for_each(count(similarity), kernels.workspace_bytes(options, false),
                  [&](int64_t b, void* workspace) {
@@ -106,8 +78,8 @@ Tensor sinkhorn_backward(const Tensor& grad, const Tensor& similarity, const std
   STD_TORCH_CHECK(grad.size(0) == similarity.size(0) && grad.size(1) == similarity.size(1),
                   "grad has shape ", shape_of(grad), "; allowed is similarity's, ",
                   shape_of(similarity));
-  const auto& kernels = sinkhorn_kernels();
-  Tensor grad_similarity = new_matrices(similarity);
+  const auto& kernels = MGHF_KERNELS_OF(sinkhorn);
+  Tensor grad_similarity = new_tensor(similarity, similarity.sizes());
   float* out = grad_similarity.mutable_data_ptr<float>();
   mghf::for_each(count(similarity), kernels.workspace_bytes(options, true),
                  [&](int64_t b, void* workspace) {
@@ -117,28 +89,20 @@ Tensor sinkhorn_backward(const Tensor& grad, const Tensor& similarity, const std
   return grad_similarity;
 }
 
-std::string cpu_capability() { return mghf::name(mghf::cpu_capability()); }
-
 }  // namespace
 
 // ---- schemas ----
 
-STABLE_TORCH_LIBRARY(mghf_native, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(mghf_native, m) {
   m.def(
       "sinkhorn(Tensor similarity, str cost, float epsilon, int iterations, float? tolerance)"
       " -> Tensor");
   m.def(
       "sinkhorn_backward(Tensor grad, Tensor similarity, str cost, float epsilon, int iterations,"
       " float? tolerance) -> Tensor");
-  m.def("cpu_capability() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mghf_native, CPU, m) {
   m.impl("sinkhorn", TORCH_BOX(&sinkhorn));
   m.impl("sinkhorn_backward", TORCH_BOX(&sinkhorn_backward));
-}
-
-// An op without tensors has no device to be dispatched on.
-STABLE_TORCH_LIBRARY_IMPL(mghf_native, CompositeExplicitAutograd, m) {
-  m.impl("cpu_capability", TORCH_BOX(&cpu_capability));
 }
