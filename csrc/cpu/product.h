@@ -35,32 +35,84 @@ inline void multiply_add(Vec (&block)[kM][kN], const float* a, int64_t a_row, in
   }
 }
 
-// Covers `rows` x `vectors` with blocks: calls visit.template operator()<kM, kN>(m, n) with the
-// block's first row and first vector. Blocks of one column of blocks follow each other, so that the
-// columns of b stay in the cache.
-template <int kM, class Visit>
+// Calls visit.template operator()<kM>(m) with blocks of kBlockRows rows, and one of the rest.
+template <class Visit>
 inline void for_each_row_block(int64_t rows, const Visit& visit) {
   int64_t m = 0;
-  for (; m + kM <= rows; m += kM) visit.template operator()<kM>(m);
-  if constexpr (kM > 1) {
-    for_each_row_block<kM / 2>(rows - m, [&]<int kFewer>(int64_t k) {
-      visit.template operator()<kFewer>(m + k);
-    });
+  for (; m + kBlockRows <= rows; m += kBlockRows) visit.template operator()<kBlockRows>(m);
+  switch (rows - m) {
+    case 5: visit.template operator()<5>(m); break;
+    case 4: visit.template operator()<4>(m); break;
+    case 3: visit.template operator()<3>(m); break;
+    case 2: visit.template operator()<2>(m); break;
+    case 1: visit.template operator()<1>(m); break;
+    default: break;
   }
 }
 
+// Covers `rows` x `vectors` with blocks: calls visit.template operator()<kM, kN>(m, n) with the
+// block's first row and first vector. Blocks of one column of blocks follow each other, so that the
+// columns of b stay in the cache.
 template <class Visit>
 inline void for_each_block(int64_t rows, int64_t vectors, const Visit& visit) {
   int64_t n = 0;
   for (; n + kBlockVectors <= vectors; n += kBlockVectors) {
-    for_each_row_block<kBlockRows>(rows, [&]<int kM>(int64_t m) {
-      visit.template operator()<kM, kBlockVectors>(m, n);
-    });
+    for_each_row_block(
+        rows, [&]<int kM>(int64_t m) { visit.template operator()<kM, kBlockVectors>(m, n); });
   }
   for (; n < vectors; ++n) {
-    for_each_row_block<kBlockRows>(
-        rows, [&]<int kM>(int64_t m) { visit.template operator()<kM, 1>(m, n); });
+    for_each_row_block(rows, [&]<int kM>(int64_t m) { visit.template operator()<kM, 1>(m, n); });
   }
+}
+
+// ---- products with a packed right-hand side ----
+//
+// A matrix b(k, n) packed into panels as wide as a block: panel after panel, each with its columns
+// of k = 0, 1, ... side by side. What does not fill a panel makes panels of one vector. Columns are
+// padded to whole vectors with zeros.
+
+inline int64_t packed_floats(int64_t depth, int64_t columns) {
+  return depth * round_up(columns, kLanes);
+}
+
+template <class Entry>
+void pack(int64_t depth, int64_t columns, const Entry& entry, float* packed) {
+  const int64_t vectors = round_up(columns, kLanes) / kLanes;
+  for (int64_t n = 0; n < vectors;) {
+    const int64_t width = (n + kBlockVectors <= vectors ? kBlockVectors : 1) * kLanes;
+    for (int64_t k = 0; k < depth; ++k) {
+      for (int64_t j = n * kLanes; j < n * kLanes + width; ++j) {
+        *packed++ = j < columns ? entry(k, j) : 0.0f;
+      }
+    }
+    n += width / kLanes;
+  }
+}
+
+// Calls store(m, n, value) with every vector n of every row m of a b. The columns of a lie in
+// `segments` runs of `depth` steps, the first run of row 0 at a[0], that of row m at a[.] + m a_row.
+template <int kSegments, class Store>
+inline void multiply(int64_t rows, int64_t vectors, const float* const (&a)[kSegments],
+                     int64_t a_row, int64_t a_step, int64_t depth, const float* packed,
+                     const Store& store) {
+  for_each_block(rows, vectors, [&]<int kM, int kN>(int64_t m, int64_t n) {
+    Vec block[kM][kN] = {};
+    const float* panel = packed + n * kLanes * kSegments * depth;
+    for (int s = 0; s < kSegments; ++s) {
+      multiply_add(block, a[s] + m * a_row, a_row, a_step, panel, kN * kLanes, depth);
+      panel += depth * kN * kLanes;
+    }
+    for (int i = 0; i < kM; ++i) {
+      for (int j = 0; j < kN; ++j) store(m + i, n + j, block[i][j]);
+    }
+  });
+}
+
+template <class Store>
+inline void multiply(int64_t rows, int64_t vectors, const float* a, int64_t a_row, int64_t depth,
+                     const float* packed, const Store& store) {
+  const float* const runs[1] = {a};
+  multiply(rows, vectors, runs, a_row, 1, depth, packed, store);
 }
 
 }  // namespace

@@ -72,17 +72,17 @@ inline Tensor new_tensor(const Tensor& like, torch::headeronly::IntHeaderOnlyArr
   return result;
 }
 
-// Of the shape and type of an image; channels_last if that is, contiguous otherwise.
-inline Tensor new_image_like(const Tensor& image) {
+// Of the size and type of an image, with `channels`; channels_last if that is, contiguous otherwise.
+inline Tensor new_image_like(const Tensor& image, int64_t channels) {
   const int64_t b = image.size(0), c = image.size(1), h = image.size(2), w = image.size(3);
   const auto lies_at = [](const Tensor& t, int64_t d, int64_t stride) {
     return t.size(d) == 1 || t.stride(d) == stride;
   };
   const bool channels_last = lies_at(image, 1, 1) && lies_at(image, 3, c) &&
                              lies_at(image, 2, c * w) && lies_at(image, 0, c * w * h);
-  if (!channels_last || image.is_contiguous()) return new_tensor(image, image.sizes());
-  const int64_t shape[] = {b, h, w, c};
-  return torch::stable::transpose(torch::stable::transpose(new_tensor(image, shape), 1, 3), 2, 3);
+  if (!channels_last || image.is_contiguous()) return new_tensor(image, {b, channels, h, w});
+  const Tensor rows = new_tensor(image, {b, h, w, channels});
+  return torch::stable::transpose(torch::stable::transpose(rows, 1, 3), 2, 3);
 }
 
 }  // namespace mghf

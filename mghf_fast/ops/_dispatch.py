@@ -22,7 +22,8 @@ logger = logging.getLogger("mghf_fast")
 
 @dataclass(frozen=True)
 class Implementation:
-    """One backend of one op. ``can_run`` gets the op's tensors and says why it can't, or None."""
+    """One backend of one op. ``can_run`` gets the op's tensors, and by keyword the options on which
+    its kernels depend, and says why it can't, or None."""
 
     forward: Callable[..., Any]
     backward: Callable[..., Any] | None
@@ -46,27 +47,27 @@ class Op:
         backend: str,
         forward: Callable[..., Any],
         backward: Callable[..., Any] | None = None,
-        can_run: Callable[..., str | None] = lambda *tensors: None,
+        can_run: Callable[..., str | None] = lambda *tensors, **options: None,
     ) -> None:
         self._implementations[backend] = Implementation(forward, backward, can_run)
 
-    def why_not(self, backend: str, *tensors: Tensor) -> str | None:
+    def why_not(self, backend: str, *tensors: Tensor, **options: Any) -> str | None:
         """Why ``backend`` cannot run this op on these tensors, in a sentence; None if it can."""
         if (reason := unavailable_reasons().get(backend)) is not None:
             return reason
         if backend not in self._implementations:
             having = ", ".join(repr(b) for b in BACKENDS if b in self._implementations)
             return f"it has no kernel for this op yet (which has: {having})"
-        return self._implementations[backend].can_run(*tensors)
+        return self._implementations[backend].can_run(*tensors, **options)
 
-    def choose(self, backend: str, *tensors: Tensor) -> Implementation:
+    def choose(self, backend: str, *tensors: Tensor, **options: Any) -> Implementation:
         """The implementation to run; a forced backend that can't run it raises ``RuntimeError``."""
         if backend != "auto":
-            if (reason := self.why_not(backend, *tensors)) is not None:
+            if (reason := self.why_not(backend, *tensors, **options)) is not None:
                 raise RuntimeError(f"backend {backend!r} cannot run {self.name}: {reason}")
             return self._implementations[backend]
         for candidate in BACKENDS:
-            if (reason := self.why_not(candidate, *tensors)) is None:
+            if (reason := self.why_not(candidate, *tensors, **options)) is None:
                 return self._implementations[candidate]
             if (message := f"{candidate} cannot run {self.name}: {reason}") not in self._logged:
                 self._logged.add(message)
@@ -94,9 +95,11 @@ def laid_out_as(x: Tensor, result: Tensor) -> Tensor:
     return result.contiguous(memory_format=_memory_format(x))
 
 
-def empty_like_laid_out(x: Tensor) -> Tensor:
-    """The fake of a result with the shape, type and layout of the image-shaped ``x``."""
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
+def empty_like_laid_out(x: Tensor, channels: int | None = None) -> Tensor:
+    """The fake of a result with the shape, type and layout of the image-shaped ``x``, or with
+    another number of channels."""
+    shape = x.shape if channels is None else (x.shape[0], channels, *x.shape[2:])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
 
 
 def register_float32_autocast(op: Any) -> None:

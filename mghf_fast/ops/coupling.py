@@ -15,16 +15,78 @@ from ..reference.coupling import (
 )
 from ._dispatch import (
     Op,
+    can_run_cpu,
     double_backward_requested,
     empty_like_laid_out,
     laid_out_as,
     register_float32_autocast,
 )
 
+
+
+def _kernel_dtype(x: Tensor) -> Tensor:
+    return x if x.dtype in (torch.float32, torch.bfloat16) else x.float()
+
+
+def _flat(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([t.detach().float().flatten() for t in tensors])
+
+
+def _cpu_options(block: BlockWeights) -> tuple[int, int, str, float]:
+    """Channels, kernel of the mix, activation, clamp."""
+    channels, _, kernel, _ = block.mix_weight.shape
+    return channels, kernel, block.activation, block.clamp or 0.0
+
+
+def _cpu_forward(x: Tensor, block: BlockWeights) -> Tensor:
+    y: Tensor = torch.ops.mghf_native.coupling(
+        _kernel_dtype(x), _flat(block.tensors()), *_cpu_options(block)
+    )
+    return y.to(x.dtype)
+
+
+def _cpu_backward(
+    grad: Tensor, x: Tensor, block: BlockWeights, need_weights: bool
+) -> tuple[Tensor, list[Tensor]]:
+    weights = block.tensors()
+    grad_x, flat = torch.ops.mghf_native.coupling_backward(
+        _kernel_dtype(grad),
+        _kernel_dtype(x),
+        _flat(weights),
+        *_cpu_options(block),
+        need_weights,
+    )
+    if not need_weights:
+        return grad_x.to(x.dtype), []
+    pieces = flat.split([w.numel() for w in weights])
+    # Copies, for the results of an operator must not share memory.
+    return grad_x.to(x.dtype), [
+        p.view(w.shape).to(w.dtype, copy=True) for p, w in zip(pieces, weights, strict=True)
+    ]
+
+
+def _cpu_inverse(y: Tensor, block: BlockWeights) -> Tensor:
+    inverse = torch.linalg.inv(block.mix_weight.detach().flatten(1).double())
+    bias = -inverse @ block.mix_bias.detach().double()
+    channels, _, activation, clamp = _cpu_options(block)
+    x: Tensor = torch.ops.mghf_native.coupling_inverse(
+        _kernel_dtype(y), _flat([inverse, bias, *block.tensors()[2:]]), channels, activation, clamp
+    )
+    return x.to(y.dtype)
+
+
+def _can_run_cpu(*tensors: Tensor, subnet: str = "bottleneck") -> str | None:
+    if subnet != "bottleneck":
+        return f"its kernels are made for subnet 'bottleneck', and this block's is {subnet!r}"
+    return can_run_cpu(*tensors)
+
+
 OP = Op("coupling")
 OP.implement("reference", invertible_block, invertible_block_backward)
+OP.implement("cpu", _cpu_forward, _cpu_backward, _can_run_cpu)
 INVERSE = Op("coupling_inverse")
 INVERSE.implement("reference", invertible_block_inverse)
+INVERSE.implement("cpu", _cpu_inverse, can_run=_can_run_cpu)
 
 
 @torch.library.custom_op("mghf_fast::coupling", mutates_args=())
@@ -37,7 +99,7 @@ def coupling(
     backend: str,
 ) -> Tensor:
     block = BlockWeights.from_tensors(weights, activation, subnet, clamp)
-    return laid_out_as(x, OP.choose(backend, x, *weights).forward(x, block))
+    return laid_out_as(x, OP.choose(backend, x, *weights, subnet=subnet).forward(x, block))
 
 
 @torch.library.custom_op("mghf_fast::coupling_inverse", mutates_args=())
@@ -50,7 +112,7 @@ def coupling_inverse(
     backend: str,
 ) -> Tensor:
     block = BlockWeights.from_tensors(weights, activation, subnet, clamp)
-    return laid_out_as(y, INVERSE.choose(backend, y, *weights).forward(y, block))
+    return laid_out_as(y, INVERSE.choose(backend, y, *weights, subnet=subnet).forward(y, block))
 
 
 @torch.library.custom_op("mghf_fast::coupling_backward", mutates_args=())
@@ -66,14 +128,14 @@ def coupling_backward(
 ) -> list[Tensor]:
     """[gradient of x], followed by those of ``weights`` if they are needed."""
     block = BlockWeights.from_tensors(weights, activation, subnet, clamp)
-    run = OP.choose(backend, grad, x, *weights).differentiate
+    run = OP.choose(backend, grad, x, *weights, subnet=subnet).differentiate
     grad_x, grad_weights = run(grad, x, block, need_weights)
     return [laid_out_as(x, grad_x), *(g.contiguous() for g in grad_weights)]
 
 
 @coupling.register_fake
 def _(x: Tensor, weights: list[Tensor], *_: Any) -> Tensor:
-    return empty_like_laid_out(x)
+    return empty_like_laid_out(x, channels=weights[0].shape[0])
 
 
 @coupling_inverse.register_fake

@@ -1,6 +1,8 @@
 """The invertible block (HF-Diff eq. 5; MGHF's detail feature extractor is a chain of these).
 
-    x = mix(x)                                    dense 1x1, C -> C, bias
+    x = mix(x)                                    dense 1x1, C -> C, bias; or, with the extractor's
+                                                  stem drawn into it, 3x3 with zero padding, any
+                                                  number of channels -> C
     z1, z2 = halves(x)
     z2 <- z2 + phi(z1)
     z1 <- z1 * exp(r) + eta(z2),   r = rho(z2)    the updated z2; or r = k tanh(rho(z2) / k)
@@ -155,6 +157,10 @@ def _subnet_backward(
     ]
 
 
+def _mix(x: Tensor, w: BlockWeights) -> Tensor:
+    return F.conv2d(x, w.mix_weight, w.mix_bias, padding=w.mix_weight.shape[2] // 2)
+
+
 def _log_scale(raw: Tensor, clamp: float | None) -> Tensor:
     return raw if clamp is None else clamp * torch.tanh(raw / clamp)
 
@@ -166,10 +172,10 @@ def _in_accumulation_dtype(x: Tensor, weights: BlockWeights) -> tuple[Tensor, Bl
 
 
 def invertible_block(x: Tensor, weights: BlockWeights) -> Tensor:
-    """(B, C, H, W) -> (B, C, H, W)."""
+    """(B, C, H, W) -> (B, C, H, W); with a 3x3 mix (B, any, H, W) -> (B, C, H, W)."""
     dtype = x.dtype
     x, w = _in_accumulation_dtype(x, weights)
-    z1, z2 = F.conv2d(x, w.mix_weight, w.mix_bias).chunk(2, 1)
+    z1, z2 = _mix(x, w).chunk(2, 1)
     z2 = z2 + _subnet(z1, w.phi, w.activation)
     scale = torch.exp(_log_scale(_subnet(z2, w.rho, w.activation), w.clamp))
     z1 = z1 * scale + _subnet(z2, w.eta, w.activation)
@@ -197,7 +203,7 @@ def invertible_block_backward(
     x, w = _in_accumulation_dtype(x, weights)
     grad1, grad2 = grad.to(x.dtype).chunk(2, 1)
 
-    z1, z2 = F.conv2d(x, w.mix_weight, w.mix_bias).chunk(2, 1)
+    z1, z2 = _mix(x, w).chunk(2, 1)
     z2 = z2 + _subnet(z1, w.phi, w.activation)
     log_scale = _log_scale(_subnet(z2, w.rho, w.activation), w.clamp)
     scale = torch.exp(log_scale)
@@ -210,11 +216,12 @@ def invertible_block_backward(
     grad_z2 = grad2 + from_rho + from_eta
     from_phi, weights_phi = _subnet_backward(grad_z2, z1, w.phi, w.activation, need_weights)
     grad_mixed = torch.cat((grad1 * scale + from_phi, grad_z2), 1)
-    grad_x = F.conv_transpose2d(grad_mixed, w.mix_weight).to(dtype)
+    padding = w.mix_weight.shape[2] // 2
+    grad_x = F.conv_transpose2d(grad_mixed, w.mix_weight, padding=padding).to(dtype)
     if not need_weights:
         return grad_x, []
     grad_weights = [
-        conv2d_weight(x, list(w.mix_weight.shape), grad_mixed),
+        conv2d_weight(x, list(w.mix_weight.shape), grad_mixed, padding=padding),
         grad_mixed.sum((0, 2, 3)),
         *weights_phi,
         *weights_rho,

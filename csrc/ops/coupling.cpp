@@ -1,0 +1,210 @@
+// The native op `coupling`: schemas, argument checks, the calls of its kernels.
+
+#include <algorithm>
+#include <cstddef>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+
+#include "../cpu/coupling.h"
+#include "arguments.h"
+
+namespace {
+
+using namespace mghf;
+
+// ---- argument checks ----
+
+Activation check_activation(const std::string& activation) {
+  if (activation == "relu6") return Activation::relu6;
+  if (activation == "softplus") return Activation::softplus;
+  STD_TORCH_CHECK(activation == "leaky_relu", "activation is '", activation,
+                  "'; allowed are 'relu6', 'softplus', 'leaky_relu'");
+  return Activation::leaky_relu;
+}
+
+// The weights follow each other in one flat tensor: mix (C, inputs, k, k), bias (C), then expand
+// (2 c, c), depthwise (2 c, 3, 3), project (c, 2 c) of phi, rho and eta.
+template <class Weights, class Data>
+Weights split(const CouplingShape& s, Data* data) {
+  const int64_t c = s.channels / 2;
+  const auto take = [&](int64_t count) {
+    Data* piece = data;
+    data += count;
+    return piece;
+  };
+  Weights weights;
+  weights.mix = take(s.channels * s.inputs * s.kernel * s.kernel);
+  weights.bias = take(s.channels);
+  for (auto* subnet : {&weights.phi, &weights.rho, &weights.eta}) {
+    subnet->expand = take(2 * c * c);
+    subnet->depthwise = take(2 * c * 9);
+    subnet->project = take(2 * c * c);
+  }
+  return weights;
+}
+
+int64_t weight_count(const CouplingShape& s) {
+  const int64_t c = s.channels / 2;
+  return s.channels * (s.inputs * s.kernel * s.kernel + 1) + 3 * (4 * c * c + 18 * c);
+}
+
+CouplingShape check_block(const Tensor& x, const char* argument, const Tensor& weights,
+                          int64_t channels, int64_t kernel, const std::string& activation,
+                          double clamp) {
+  check_image(x, argument);
+  STD_TORCH_CHECK(channels >= 2 && channels % 2 == 0, "channels is ", channels,
+                  "; allowed is an even number of at least 2");
+  STD_TORCH_CHECK(kernel == 1 || kernel == 3, "kernel is ", kernel, "; allowed are 1 and 3");
+  STD_TORCH_CHECK(clamp >= 0, "clamp is ", clamp, "; allowed is 0 for none or a positive number");
+  const CouplingShape shape{x.size(1), channels,  kernel, x.size(2), x.size(3),
+                            check_activation(activation), static_cast<float>(clamp)};
+  check_float32(weights, "weights", 1);
+  STD_TORCH_CHECK(weights.is_contiguous() && weights.size(0) == weight_count(shape),
+                  "weights has shape ", shape_of(weights), "; allowed is a contiguous (",
+                  weight_count(shape), ")");
+  return shape;
+}
+
+// ---- implementations ----
+
+using Memory = std::vector<std::byte>;
+
+// 64-byte aligned, within `memory`.
+void* aligned(Memory& memory, size_t bytes) {
+  memory.resize(bytes + 64);
+  const auto address = reinterpret_cast<uintptr_t>(memory.data());
+  return reinterpret_cast<void*>((address + 63) / 64 * 64);
+}
+
+const void* pack(const CouplingKernels& kernels, const CouplingShape& shape, const Tensor& weights,
+                 Memory& memory) {
+  void* packed = aligned(memory, kernels.packed_bytes(shape));
+  kernels.pack(shape, split<CouplingWeights>(shape, weights.const_data_ptr<float>()), packed);
+  return packed;
+}
+
+// How an image is cut into tiles; depends on its shape alone.
+struct Tiling {
+  int64_t batch, height, width;
+  int64_t rows = (height + kCouplingTileRows - 1) / kCouplingTileRows;
+  int64_t columns = (width + kCouplingTileColumns - 1) / kCouplingTileColumns;
+
+  explicit Tiling(const Tensor& image)
+      : batch(image.size(0)), height(image.size(2)), width(image.size(3)) {}
+  int64_t count() const { return batch * rows * columns; }
+  CouplingTile tile(int64_t index) const {
+    const int64_t y = index / columns % rows * kCouplingTileRows;
+    const int64_t x = index % columns * kCouplingTileColumns;
+    return {index / columns / rows, y, std::min(y + kCouplingTileRows, height), x,
+            std::min(x + kCouplingTileColumns, width)};
+  }
+};
+
+Tensor coupling(const Tensor& x, const Tensor& weights, int64_t channels, int64_t kernel,
+                const std::string& activation, double clamp) {
+  const auto shape = check_block(x, "x", weights, channels, kernel, activation, clamp);
+  const auto& kernels = MGHF_KERNELS_OF(coupling);
+  Memory memory;
+  const void* packed = pack(kernels, shape, weights, memory);
+  Tensor y = new_image_like(x, channels);
+  const ImageView from = read_view(x, "x");
+  const MutableImageView to = write_view(y, "y");
+  const Tiling tiling(x);
+  for_each(tiling.count(), kernels.forward_workspace(shape), [&](int64_t i, void* workspace) {
+    kernels.forward(shape, packed, tiling.tile(i), from, to, workspace);
+  });
+  return y;
+}
+
+Tensor coupling_inverse(const Tensor& y, const Tensor& weights, int64_t channels,
+                        const std::string& activation, double clamp) {
+  const auto shape = check_block(y, "y", weights, channels, 1, activation, clamp);
+  STD_TORCH_CHECK(y.size(1) == channels, "y has shape ", shape_of(y), "; allowed are ", channels,
+                  " channels");
+  const auto& kernels = MGHF_KERNELS_OF(coupling);
+  Memory memory;
+  const void* packed = pack(kernels, shape, weights, memory);
+  Tensor x = new_image_like(y, channels);
+  const ImageView from = read_view(y, "y");
+  const MutableImageView to = write_view(x, "x");
+  const Tiling tiling(y);
+  for_each(tiling.count(), kernels.forward_workspace(shape), [&](int64_t i, void* workspace) {
+    kernels.inverse(shape, packed, tiling.tile(i), from, to, workspace);
+  });
+  return x;
+}
+
+// Partial weight gradients are summed per slot in the order of its tiles, then over the slots; both
+// orders depend on the shape alone.
+constexpr int64_t kSlots = 32;
+
+std::tuple<Tensor, Tensor> coupling_backward(const Tensor& grad, const Tensor& x,
+                                             const Tensor& weights, int64_t channels,
+                                             int64_t kernel, const std::string& activation,
+                                             double clamp, bool need_weights) {
+  const auto shape = check_block(x, "x", weights, channels, kernel, activation, clamp);
+  check_image(grad, "grad");
+  STD_TORCH_CHECK(grad.size(0) == x.size(0) && grad.size(1) == channels &&
+                      grad.size(2) == x.size(2) && grad.size(3) == x.size(3),
+                  "grad has shape ", shape_of(grad), "; allowed is x's, ", shape_of(x), ", with ",
+                  channels, " channels");
+  const auto& kernels = MGHF_KERNELS_OF(coupling);
+  Memory memory;
+  const void* packed = pack(kernels, shape, weights, memory);
+  Tensor grad_x = new_image_like(x, x.size(1));
+  Tensor grad_weights = new_tensor(weights, {need_weights ? weights.size(0) : 0});
+  const ImageView upstream = read_view(grad, "grad"), from = read_view(x, "x");
+  const MutableImageView to = write_view(grad_x, "grad_x");
+  const Tiling tiling(x);
+  const size_t workspace_bytes = kernels.backward_workspace(shape, need_weights);
+  if (!need_weights) {
+    for_each(tiling.count(), workspace_bytes, [&](int64_t i, void* workspace) {
+      kernels.backward(shape, packed, tiling.tile(i), upstream, from, to, nullptr, workspace);
+    });
+    return {grad_x, grad_weights};
+  }
+  const int64_t slots = std::min(kSlots, tiling.count()), floats = kernels.gradient_floats(shape);
+  Memory sums_memory;
+  float* sums = static_cast<float*>(
+      aligned(sums_memory, static_cast<size_t>(slots * floats) * sizeof(float)));
+  for_each(slots, workspace_bytes, [&](int64_t slot, void* workspace) {
+    for (int64_t i = slot; i < tiling.count(); i += slots) {
+      kernels.backward(shape, packed, tiling.tile(i), upstream, from, to, sums + slot * floats,
+                       workspace);
+    }
+  });
+  for (int64_t i = 0; i < floats; ++i) {
+    double total = 0;
+    for (int64_t slot = 0; slot < slots; ++slot) total += sums[slot * floats + i];
+    sums[i] = static_cast<float>(total);
+  }
+  kernels.unpack_gradients(
+      shape, sums,
+      split<CouplingWeightGradients>(shape, grad_weights.mutable_data_ptr<float>()));
+  return {grad_x, grad_weights};
+}
+
+}  // namespace
+
+// ---- schemas ----
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mghf_native, m) {
+  m.def(
+      "coupling(Tensor x, Tensor weights, int channels, int kernel, str activation, float clamp)"
+      " -> Tensor");
+  m.def(
+      "coupling_inverse(Tensor y, Tensor weights, int channels, str activation, float clamp)"
+      " -> Tensor");
+  m.def(
+      "coupling_backward(Tensor grad, Tensor x, Tensor weights, int channels, int kernel,"
+      " str activation, float clamp, bool need_weights) -> (Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mghf_native, CPU, m) {
+  m.impl("coupling", TORCH_BOX(&coupling));
+  m.impl("coupling_inverse", TORCH_BOX(&coupling_inverse));
+  m.impl("coupling_backward", TORCH_BOX(&coupling_backward));
+}
