@@ -229,29 +229,46 @@ struct Rows {
   }
 };
 
-// The depthwise convolution of one row: out[pixel] = activation of the sum over the rows above, of
-// and below. `rows` point at the pixel left of the first.
+// The same as [channel vector][pixel][lane], for the depthwise convolutions: they go along the row
+// with one vector of channels and so read memory in order. Channel c (the first of a vector) of a
+// pixel is at row(y, x)[c * columns].
+struct BlockedRows : Rows {
+  using Rows::Rows;
+  float* row(int64_t y, int64_t x) const {
+    return data + y % ring * columns * width + (x - first) * kLanes;
+  }
+};
+
+// The depthwise convolution of one row, of the channels from `begin` to `end`: store(pixel, c,
+// value). `rows` point at the pixel left of the first in the rows above, of and below.
 template <class Store>
-inline void depthwise(const float* const (&rows)[3], int64_t width, const float* weights,
-                      int64_t pixels, const Store& store) {
-  for (int64_t c = 0; c < width; c += kLanes) {
+inline void depthwise(const BlockedRows& layout, const float* const (&rows)[3],
+                      const float* weights, int64_t begin, int64_t end, int64_t pixels,
+                      const Store& store) {
+  for (int64_t c = begin; c < end; c += kLanes) {
     Vec w[kTaps];
-    for (int64_t tap = 0; tap < kTaps; ++tap) w[tap] = at(weights + tap * width + c);
+    for (int64_t tap = 0; tap < kTaps; ++tap) w[tap] = at(weights + tap * layout.width + c);
+    const float* const top = rows[0] + c * layout.columns;
+    const float* const middle = rows[1] + c * layout.columns;
+    const float* const bottom = rows[2] + c * layout.columns;
     for (int64_t p = 0; p < pixels; ++p) {
-      Vec total = {};
-      for (int64_t tap = 0; tap < kTaps; ++tap) {
-        total += w[tap] * at(rows[tap / 3] + (p + tap % 3) * width + c);
+      Vec totals[3] = {};
+      for (int64_t kx = 0; kx < 3; ++kx) {
+        const int64_t i = (p + kx) * kLanes;
+        totals[0] += w[kx] * at(top + i);
+        totals[1] += w[3 + kx] * at(middle + i);
+        totals[2] += w[6 + kx] * at(bottom + i);
       }
-      store(p, c, total);
+      store(p, c, totals[0] + totals[1] + totals[2]);
     }
   }
 }
 
 // Writes the reflected pixels beside the image's borders.
-inline void pad_row(const Rows& rows, int64_t y, Range x, int64_t width) {
+inline void pad_row(const BlockedRows& rows, int64_t y, Range x, int64_t width) {
   const auto copy = [&](int64_t to, int64_t from) {
     for (int64_t c = 0; c < rows.width; c += kLanes) {
-      at(rows.row(y, to) + c) = at(rows.row(y, from) + c);
+      at(rows.row(y, to) + c * rows.columns) = at(rows.row(y, from) + c * rows.columns);
     }
   };
   if (x.begin == 0) copy(-1, reflect(-1, width));
@@ -268,8 +285,11 @@ struct Stream {
   const CouplingTile& tile;
   const int64_t halo;  // by how many pixels z1 and phi's hidden layer reach beyond the tile
 
-  // halo and rings: see the users. All rows have room for the widest halo.
-  Rows input, z, hidden1, depthwise1, hidden2;
+  // All rows have room for the widest halo; for the rings see the users.
+  Rows input, z;
+  BlockedRows hidden1;
+  Rows depthwise1;
+  BlockedRows hidden2;
   int64_t next_z2 = 0, next_hidden1 = 0, next_hidden2 = 0, next_input = 0;
   ImageView x;
 
@@ -288,7 +308,10 @@ struct Stream {
         hidden1(ring1, kCouplingTileColumns + 2 * halo, w.padded_hidden, arena),
         depthwise1(ring_depthwise, kCouplingTileColumns + 2 * halo, w.padded_hidden, arena),
         hidden2(ring2, kCouplingTileColumns + 2 * halo, 2 * w.padded_hidden, arena) {
-    for (Rows* rows : {&input, &z, &hidden1, &depthwise1, &hidden2}) place(*rows);
+    for (Rows* rows : {&input, &z, static_cast<Rows*>(&hidden1), &depthwise1,
+                       static_cast<Rows*>(&hidden2)}) {
+      place(*rows);
+    }
   }
 
   void place(Rows& rows) const { rows.first = tile.x_begin - halo - 1; }
@@ -308,7 +331,7 @@ struct Stream {
   }
 
   // The three rows around y that a 3 x 3 kernel sees, at the pixel left of x.
-  void around(const Rows& rows, int64_t y, int64_t x, const float* (&result)[3]) const {
+  void around(const BlockedRows& rows, int64_t y, int64_t x, const float* (&result)[3]) const {
     for (int64_t i = 0; i < 3; ++i) {
       result[i] = rows.row(reflect(y - 1 + i, shape.height), x - 1);
     }
@@ -376,7 +399,7 @@ struct Stream {
     float* out = hidden1.row(y, at_x.begin);
     multiply(at_x.size(), hidden1.width / kLanes, z.row(y, at_x.begin), z.width, w.half,
              p.phi_expand, [&](int64_t pixel, int64_t v, Vec value) {
-               at(out + pixel * hidden1.width + v * kLanes) = activate<kind>(value);
+               at(out + (v * hidden1.columns + pixel) * kLanes) = activate<kind>(value);
              });
     pad_row(hidden1, y, at_x, shape.width);
   }
@@ -386,7 +409,7 @@ struct Stream {
     float* out = hidden2.row(y, at_x.begin);
     multiply(at_x.size(), hidden2.width / kLanes, z.row(y, at_x.begin) + w.padded_half, z.width,
              w.half, p.pair_expand, [&](int64_t pixel, int64_t v, Vec value) {
-               at(out + pixel * hidden2.width + v * kLanes) = activate<kind>(value);
+               at(out + (v * hidden2.columns + pixel) * kLanes) = activate<kind>(value);
              });
     pad_row(hidden2, y, at_x, shape.width);
   }
@@ -396,19 +419,20 @@ struct Stream {
     const float* sources[3];
     around(hidden1, y, at_x.begin, sources);
     float* out = depthwise1.row(y, at_x.begin);
-    depthwise(sources, hidden1.width, p.phi_depthwise, at_x.size(),
+    depthwise(hidden1, sources, p.phi_depthwise, 0, hidden1.width, at_x.size(),
               [&](int64_t pixel, int64_t c, Vec value) {
                 at(out + pixel * hidden1.width + c) = activate<kind>(value);
               });
   }
 
-  // The depthwise layers of rho and eta at row y.
-  void depthwise2_row(int64_t y, Range at_x, float* out) {
+  // The depthwise layer of rho (subnet 0) or eta (1) at row y, [pixel][channel].
+  void depthwise2_row(int64_t y, Range at_x, int64_t subnet, float* out) {
     const float* sources[3];
     around(hidden2, y, at_x.begin, sources);
-    depthwise(sources, hidden2.width, p.pair_depthwise, at_x.size(),
+    const int64_t begin = subnet * w.padded_hidden;
+    depthwise(hidden2, sources, p.pair_depthwise, begin, begin + w.padded_hidden, at_x.size(),
               [&](int64_t pixel, int64_t c, Vec value) {
-                at(out + pixel * hidden2.width + c) = activate<kind>(value);
+                at(out + pixel * w.padded_hidden + c - begin) = activate<kind>(value);
               });
   }
 
@@ -449,10 +473,8 @@ struct Forward : Stream<kind> {
 
   Forward(const CouplingShape& shape, const void* packed, const CouplingTile& tile, Arena& arena)
       : Base(shape, packed, tile, 2, 3, 3, 1, arena),
-        depthwise2(1, kCouplingTileColumns, 2 * this->w.padded_hidden, arena),
-        out(1, kCouplingTileColumns, 2 * this->w.padded_half, arena) {
-    depthwise2.first = out.first = tile.x_begin;
-  }
+        depthwise2(1, kCouplingTileColumns, this->w.padded_hidden, arena),
+        out(1, kCouplingTileColumns, 2 * this->w.padded_half, arena) {}
 
   void write_row(MutableImageView y, int64_t row, Range at_x, int64_t half, const float* from) {
     write_pixels(y, this->tile.batch, row, at_x.begin, at_x.size(), half * this->w.half,
@@ -466,16 +488,18 @@ struct Forward : Stream<kind> {
     for (int64_t row = this->tile.y_begin; row < this->tile.y_end; ++row) {
       this->need_hidden2(row + 1);
       float *values = depthwise2.data, *result = out.data;
-      this->depthwise2_row(row, at_x, values);
       const float* z1 = this->z.row(row, at_x.begin);
+      const int64_t width = out.width;
+      this->depthwise2_row(row, at_x, 0, values);
       multiply(at_x.size(), w.padded_half / kLanes, values, depthwise2.width, w.hidden,
-               this->p.rho_project, [&](int64_t pixel, int64_t v, Vec value) {
-                 at(result + pixel * out.width + v * kLanes) =
-                     at(z1 + pixel * out.width + v * kLanes) * expm(this->log_scale(value));
+               this->p.rho_project, [=, this](int64_t pixel, int64_t v, Vec value) {
+                 const int64_t i = pixel * width + v * kLanes;
+                 at(result + i) = at(z1 + i) * expm(this->log_scale(value));
                });
-      multiply(at_x.size(), w.padded_half / kLanes, values + w.padded_hidden, depthwise2.width,
-               w.hidden, this->p.eta_project, [&](int64_t pixel, int64_t v, Vec value) {
-                 at(result + pixel * out.width + v * kLanes) += value;
+      this->depthwise2_row(row, at_x, 1, values);
+      multiply(at_x.size(), w.padded_half / kLanes, values, depthwise2.width, w.hidden,
+               this->p.eta_project, [=](int64_t pixel, int64_t v, Vec value) {
+                 at(result + pixel * width + v * kLanes) += value;
                });
       write_row(y, row, at_x, 0, result);
       write_row(y, row, at_x, 1, z1);
@@ -493,10 +517,8 @@ struct Inverse : Stream<kind> {
 
   Inverse(const CouplingShape& shape, const void* packed, const CouplingTile& tile, Arena& arena)
       : Base(shape, packed, tile, 2, 3, 3, 1, arena),
-        depthwise2(1, kCouplingTileColumns + 2, 2 * this->w.padded_hidden, arena),
-        out(1, kCouplingTileColumns, 2 * this->w.padded_half, arena) {
-    depthwise2.first = out.first = tile.x_begin;
-  }
+        depthwise2(1, kCouplingTileColumns + 2, this->w.padded_hidden, arena),
+        out(1, kCouplingTileColumns, 2 * this->w.padded_half, arena) {}
 
   void run(ImageView y, MutableImageView x) {
     const Widths& w = this->w;
@@ -543,11 +565,12 @@ struct Inverse : Stream<kind> {
     const Range at_x = this->columns(1);
     float *values = depthwise2.data, *z1 = this->z.row(row, at_x.begin);
     const int64_t width = this->z.width;
-    this->depthwise2_row(row, at_x, values);
-    multiply(at_x.size(), w.padded_half / kLanes, values + w.padded_hidden, depthwise2.width,
-             w.hidden, this->p.eta_project, [&](int64_t pixel, int64_t v, Vec value) {
+    this->depthwise2_row(row, at_x, 1, values);
+    multiply(at_x.size(), w.padded_half / kLanes, values, depthwise2.width, w.hidden,
+             this->p.eta_project, [&](int64_t pixel, int64_t v, Vec value) {
                at(z1 + pixel * width + v * kLanes) -= value;
              });
+    this->depthwise2_row(row, at_x, 0, values);
     multiply(at_x.size(), w.padded_half / kLanes, values, depthwise2.width, w.hidden,
              this->p.rho_project, [&](int64_t pixel, int64_t v, Vec value) {
                at(z1 + pixel * width + v * kLanes) *= expm(-this->log_scale(value));
@@ -600,15 +623,18 @@ inline void add_products(int64_t pixels, int64_t rows, int64_t vectors, const fl
   });
 }
 
-inline void add_depthwise_products(const float* const (&rows)[3], const float* g, int64_t width,
-                                   int64_t pixels, float* total) {
+inline void add_depthwise_products(const BlockedRows& layout, const float* const (&rows)[3],
+                                   const BlockedRows& gradient, const float* g, int64_t pixels,
+                                   float* total) {
+  const int64_t width = layout.width;
   for (int64_t c = 0; c < width; c += kLanes) {
     Vec sums[kTaps];
     for (int64_t tap = 0; tap < kTaps; ++tap) sums[tap] = at(total + tap * width + c);
     for (int64_t p = 0; p < pixels; ++p) {
-      const Vec gradient = at(g + p * width + c);
+      const Vec value = at(g + c * gradient.columns + p * kLanes);
       for (int64_t tap = 0; tap < kTaps; ++tap) {
-        sums[tap] += gradient * at(rows[tap / 3] + (p + tap % 3) * width + c);
+        sums[tap] +=
+            value * at(rows[tap / 3] + c * layout.columns + (p + tap % 3) * kLanes);
       }
     }
     for (int64_t tap = 0; tap < kTaps; ++tap) at(total + tap * width + c) = sums[tap];
@@ -655,7 +681,7 @@ void unpack_gradients(const CouplingShape& shape, const float* gradients,
 // Row y of the transposed depthwise convolution with its reflections: each pixel gathers from the
 // pixels whose (reflected) window holds it.
 template <class Store>
-inline void depthwise_transposed(const Rows& g, int64_t y, Range at_x, const float* weights,
+inline void depthwise_transposed(const BlockedRows& g, int64_t y, Range at_x, const float* weights,
                                  int64_t height, int64_t image_width, const Store& store) {
   const int64_t width = g.width;
   const float* rows[3];
@@ -664,7 +690,9 @@ inline void depthwise_transposed(const Rows& g, int64_t y, Range at_x, const flo
     rows[j] = g.row(source < 0 || source >= height ? y : source, at_x.begin - 1);
   }
   for (int64_t c = 0; c < width; c += kLanes) {
-    // What the pixel's own column, the one left and the one right of it weigh in each row.
+    const float* const row[3] = {rows[0] + c * g.columns, rows[1] + c * g.columns,
+                                 rows[2] + c * g.columns};
+    // What the three columns of the kernel weigh in each row.
     Vec by_row[3][3] = {};
     for (int64_t j = 0; j < 3; ++j) {
       const int64_t source = y - 1 + j;
@@ -682,7 +710,7 @@ inline void depthwise_transposed(const Rows& g, int64_t y, Range at_x, const flo
         for (int64_t kx = 0; kx < 3; ++kx) {
           if (reflect(source + kx - 1, image_width) != x) continue;
           for (int64_t j = 0; j < 3; ++j) {
-            total += by_row[j][kx] * at(rows[j] + (source + 1 - at_x.begin) * width + c);
+            total += by_row[j][kx] * at(row[j] + (source + 1 - at_x.begin) * kLanes);
           }
         }
       }
@@ -691,13 +719,13 @@ inline void depthwise_transposed(const Rows& g, int64_t y, Range at_x, const flo
     int64_t x = at_x.begin;
     for (; x < smaller(at_x.end, 2); ++x) border(x);
     for (; x < smaller(at_x.end, image_width - 2); ++x) {
-      Vec total = {};
-      for (int64_t j = 0; j < 3; ++j) {
-        for (int64_t t = 0; t < 3; ++t) {
-          total += by_row[j][2 - t] * at(rows[j] + (x + t - at_x.begin) * width + c);
+      Vec totals[3] = {};
+      for (int64_t t = 0; t < 3; ++t) {
+        for (int64_t j = 0; j < 3; ++j) {
+          totals[j] += by_row[j][2 - t] * at(row[j] + (x + t - at_x.begin) * kLanes);
         }
       }
-      store(x - at_x.begin, c, total);
+      store(x - at_x.begin, c, totals[0] + totals[1] + totals[2]);
     }
     for (; x < at_x.end; ++x) border(x);
   }
@@ -711,8 +739,11 @@ struct Backward : Stream<kind> {
   using Base = Stream<kind>;
   const int64_t radius;  // of the mix
   const bool with_weights;
-  Rows upstream, depthwise2, scale, grad_rho, grad2, grad_hidden2, grad_z2, grad1, grad_hidden1;
-  Rows mixed, columns_of_x, out;
+  Rows upstream, depthwise2, scale, grad_rho;
+  BlockedRows grad2;
+  Rows grad_hidden2, grad_z2;
+  BlockedRows grad1;
+  Rows grad_hidden1, mixed, columns_of_x, out;
   int64_t next_grad2 = 0, next_grad1 = 0, next_mixed = 0;
   ImageView grad{};
 
@@ -724,7 +755,7 @@ struct Backward : Stream<kind> {
         radius(shape.kernel / 2),
         with_weights(with_weights),
         upstream(3, room(this->halo), this->z.width, arena),
-        depthwise2(1, room(this->halo), this->hidden2.width, arena),
+        depthwise2(2, room(this->halo), this->w.padded_hidden, arena),
         scale(3, room(this->halo), this->w.padded_half, arena),
         grad_rho(1, room(this->halo), this->w.padded_half, arena),
         grad2(3, room(this->halo), this->hidden2.width, arena),
@@ -735,8 +766,9 @@ struct Backward : Stream<kind> {
         mixed(1, room(this->halo), this->z.width, arena),
         columns_of_x(3, room(this->halo), round_up(this->w.inputs, kLanes), arena),
         out(1, room(this->halo), shape.inputs, arena) {
-    for (Rows* rows : {&upstream, &depthwise2, &scale, &grad_rho, &grad2, &grad_hidden2, &grad_z2,
-                       &grad1, &grad_hidden1, &mixed, &columns_of_x, &out}) {
+    for (Rows* rows : {&upstream, &depthwise2, &scale, &grad_rho, static_cast<Rows*>(&grad2),
+                       &grad_hidden2, &grad_z2, static_cast<Rows*>(&grad1), &grad_hidden1, &mixed,
+                       &columns_of_x, &out}) {
       this->place(*rows);
     }
   }
@@ -756,12 +788,14 @@ struct Backward : Stream<kind> {
       read_pixels(grad, this->tile.batch, y, first, at_x.size(), half * w.half, w.half, row,
                   upstream.width);
     }
-    float* values = depthwise2.row(y, first);
-    this->depthwise2_row(y, at_x, values);
+    // rho's layer and eta's, as two rows
+    float *rho = depthwise2.row(0, first), *eta = depthwise2.row(1, first);
+    this->depthwise2_row(y, at_x, 0, rho);
+    this->depthwise2_row(y, at_x, 1, eta);
     const float *z1 = this->z.row(y, first), *g1 = upstream.row(y, first);
     float *scales = scale.row(y, first), *grads = grad_rho.row(y, first);
     const float clamp = this->shape.clamp;
-    multiply(at_x.size(), half_vectors, values, depthwise2.width, w.hidden, this->p.rho_project,
+    multiply(at_x.size(), half_vectors, rho, depthwise2.width, w.hidden, this->p.rho_project,
              [&](int64_t pixel, int64_t v, Vec raw) {
                const Vec log_scale = this->log_scale(raw), s = expm(log_scale);
                const int64_t i = pixel * upstream.width + v * kLanes;
@@ -774,28 +808,29 @@ struct Backward : Stream<kind> {
                at(grads + pixel * scale.width + v * kLanes) = result;
              });
     float* target = grad2.row(y, first);
-    const auto store = [&](int64_t offset) {
-      return [&, offset](int64_t pixel, int64_t v, Vec value) {
-        const int64_t i = pixel * grad2.width + offset + v * kLanes;
-        at(target + i) = through<kind>(at(values + i), value);
+    const auto store = [&](const float* values, int64_t subnet) {
+      float* const half = target + subnet * w.padded_hidden * grad2.columns;
+      return [=, this](int64_t pixel, int64_t v, Vec value) {
+        const Vec layer = at(values + pixel * depthwise2.width + v * kLanes);
+        at(half + (v * grad2.columns + pixel) * kLanes) = through<kind>(layer, value);
       };
     };
     const int64_t vectors = w.padded_hidden / kLanes;
     multiply(at_x.size(), vectors, grads, scale.width, w.half, this->p.rho_project_transposed,
-             store(0));
+             store(rho, 0));
     multiply(at_x.size(), vectors, g1, upstream.width, w.half, this->p.eta_project_transposed,
-             store(w.padded_hidden));
+             store(eta, 1));
     if (!own(y)) return;
     const Range mine = this->columns(0);
     const int64_t x = mine.begin, pixels = mine.size();
-    const float* layer = depthwise2.row(y, x);
-    add_products(pixels, w.hidden, half_vectors, layer, depthwise2.width, grad_rho.row(y, x),
-                 grad_rho.width, g.rho_project);
-    add_products(pixels, w.hidden, half_vectors, layer + w.padded_hidden, depthwise2.width,
+    add_products(pixels, w.hidden, half_vectors, depthwise2.row(0, x), depthwise2.width,
+                 grad_rho.row(y, x), grad_rho.width, g.rho_project);
+    add_products(pixels, w.hidden, half_vectors, depthwise2.row(1, x), depthwise2.width,
                  upstream.row(y, x), upstream.width, g.eta_project);
     const float* sources[3];
     this->around(this->hidden2, y, x, sources);
-    add_depthwise_products(sources, grad2.row(y, x), grad2.width, pixels, g.pair_depthwise);
+    add_depthwise_products(this->hidden2, sources, grad2, grad2.row(y, x), pixels,
+                           g.pair_depthwise);
   }
 
   // At row y: the gradient of the new z2, and that before phi's depthwise layer.
@@ -807,8 +842,10 @@ struct Backward : Stream<kind> {
     const float* hidden = this->hidden2.row(y, first);
     depthwise_transposed(grad2, y, at_x, this->p.pair_depthwise, this->shape.height,
                          this->shape.width, [&](int64_t pixel, int64_t c, Vec value) {
-                           const int64_t i = pixel * grad2.width + c;
-                           at(hidden_gradient + i) = through<kind>(at(hidden + i), value);
+                           const Vec layer =
+                               at(hidden + c * this->hidden2.columns + pixel * kLanes);
+                           at(hidden_gradient + pixel * grad2.width + c) =
+                               through<kind>(layer, value);
                          });
     const float* g2 = upstream.row(y, first) + w.padded_half;
     float* target = grad_z2.row(y, first);
@@ -821,8 +858,8 @@ struct Backward : Stream<kind> {
     float* before = grad1.row(y, first);
     multiply(at_x.size(), grad1.width / kLanes, target, grad_z2.width, w.half,
              this->p.phi_project_transposed, [&](int64_t pixel, int64_t v, Vec value) {
-               const int64_t i = pixel * grad1.width + v * kLanes;
-               at(before + i) = through<kind>(at(values + i), value);
+               const Vec layer = at(values + pixel * grad1.width + v * kLanes);
+               at(before + (v * grad1.columns + pixel) * kLanes) = through<kind>(layer, value);
              });
     if (!own(y)) return;
     const Range mine = this->columns(0);
@@ -833,7 +870,8 @@ struct Backward : Stream<kind> {
                  grad_z2.row(y, x), grad_z2.width, g.phi_project);
     const float* sources[3];
     this->around(this->hidden1, y, x, sources);
-    add_depthwise_products(sources, grad1.row(y, x), grad1.width, pixels, g.phi_depthwise);
+    add_depthwise_products(this->hidden1, sources, grad1, grad1.row(y, x), pixels,
+                           g.phi_depthwise);
   }
 
   // At row y: the gradient of what the mix gave, and its products with the mix.
@@ -845,8 +883,10 @@ struct Backward : Stream<kind> {
     const float* hidden = this->hidden1.row(y, first);
     depthwise_transposed(grad1, y, at_x, this->p.phi_depthwise, this->shape.height,
                          this->shape.width, [&](int64_t pixel, int64_t c, Vec value) {
-                           const int64_t i = pixel * grad1.width + c;
-                           at(hidden_gradient + i) = through<kind>(at(hidden + i), value);
+                           const Vec layer =
+                               at(hidden + c * this->hidden1.columns + pixel * kLanes);
+                           at(hidden_gradient + pixel * grad1.width + c) =
+                               through<kind>(layer, value);
                          });
     float* target = mixed.row(y, first);
     const float *g1 = upstream.row(y, first), *scales = scale.row(y, first);

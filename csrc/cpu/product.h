@@ -102,7 +102,9 @@ inline void multiply(int64_t rows, int64_t vectors, const float* const (&a)[kSeg
       multiply_add(block, a[s] + m * a_row, a_row, a_step, panel, kN * kLanes, depth);
       panel += depth * kN * kLanes;
     }
+#pragma GCC unroll 16
     for (int i = 0; i < kM; ++i) {
+#pragma GCC unroll 16
       for (int j = 0; j < kN; ++j) store(m + i, n + j, block[i][j]);
     }
   });
