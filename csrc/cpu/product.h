@@ -17,9 +17,18 @@ constexpr int kBlockVectors = 2;
 // block[m][n] += sum_k a(m, k) b(k, n) over `depth` values of k; a(m, k) = a[m a_row + k a_step],
 // b(k, n) is the n-th vector from b + k b_step (aligned). Of either operand any layout will do whose
 // columns of b lie side by side, so the transposed products need no transposed copy of a.
+//
+// Not inlined: among its users' code the compiler runs out of registers.
 template <int kM, int kN>
-inline void multiply_add(Vec (&block)[kM][kN], const float* a, int64_t a_row, int64_t a_step,
-                         const float* b, int64_t b_step, int64_t depth) {
+__attribute__((noinline)) void multiply_add(Vec (&block)[kM][kN], const float* a, int64_t a_row,
+                                            int64_t a_step, const float* b, int64_t b_step,
+                                            int64_t depth) {
+  Vec sums[kM][kN];
+#pragma GCC unroll 16
+  for (int m = 0; m < kM; ++m) {
+#pragma GCC unroll 16
+    for (int n = 0; n < kN; ++n) sums[m][n] = block[m][n];
+  }
   for (int64_t k = 0; k < depth; ++k) {
     Vec columns[kN];
 #pragma GCC unroll 16
@@ -28,10 +37,15 @@ inline void multiply_add(Vec (&block)[kM][kN], const float* a, int64_t a_row, in
     for (int m = 0; m < kM; ++m) {
       const Vec row = splat(a[m * a_row]);
 #pragma GCC unroll 16
-      for (int n = 0; n < kN; ++n) block[m][n] += row * columns[n];
+      for (int n = 0; n < kN; ++n) sums[m][n] += row * columns[n];
     }
     a += a_step;
     b += b_step;
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < kM; ++m) {
+#pragma GCC unroll 16
+    for (int n = 0; n < kN; ++n) block[m][n] = sums[m][n];
   }
 }
 
@@ -102,9 +116,7 @@ inline void multiply(int64_t rows, int64_t vectors, const float* const (&a)[kSeg
       multiply_add(block, a[s] + m * a_row, a_row, a_step, panel, kN * kLanes, depth);
       panel += depth * kN * kLanes;
     }
-#pragma GCC unroll 16
     for (int i = 0; i < kM; ++i) {
-#pragma GCC unroll 16
       for (int j = 0; j < kN; ++j) store(m + i, n + j, block[i][j]);
     }
   });
