@@ -53,17 +53,22 @@ def _reduce(x: Tensor, reduction: str) -> Tensor:
     return x.mean() if reduction == "mean" else x.sum()
 
 
-def _check_block(name: str, x: Tensor, weights: BlockWeights) -> None:
+def _check_block(name: str, x: Tensor, weights: BlockWeights, kernels: tuple[int, ...]) -> None:
     check.check_tensor(name, x, "(B, C, H, W)")
     if not isinstance(weights, BlockWeights):
         raise TypeError(f"weights must be BlockWeights, got {type(weights).__name__}")
-    channels = x.shape[1]
-    check.check_even_channels(name, channels)
     check.check_choice("weights.activation", weights.activation, _coupling.ACTIVATIONS)
     check.check_choice("weights.subnet", weights.subnet, _coupling.SUBNETS)
     if weights.clamp is not None:
         check.check_number("weights.clamp", weights.clamp, positive=True)
-    expected = _coupling.weight_shapes(channels, weights.subnet)
+    channels = x.shape[1]
+    mix = tuple(weights.mix_weight.shape)
+    if len(mix) == 4 and mix[2] == 3 and 3 in kernels:
+        expected = _coupling.weight_shapes(mix[0], weights.subnet, channels, 3)
+        check.check_even_channels("weights.mix_weight", mix[0])
+    else:
+        check.check_even_channels(name, channels)
+        expected = _coupling.weight_shapes(channels, weights.subnet)
     got = [tuple(w.shape) for w in weights.tensors()]
     if got != expected:
         raise ValueError(
@@ -77,14 +82,14 @@ def invertible_block(x: Tensor, weights: BlockWeights, *, backend: str | None = 
     """One invertible block: mix, then an affine coupling of the two halves (HF-Diff eq. 5).
 
     Args:
-        x: features, (B, C, H, W) with an even C.
+        x: features, (B, C, H, W) with an even C; (B, any, H, W) for weights with a 3x3 mix.
         weights: from :meth:`mghf_fast.nn.InvertibleBlock.weights`, any floating dtype.
 
     Returns:
         (B, C, H, W), dtype and layout of ``x``. Differentiable in ``x`` and the weights; only the
         input is kept for the backward.
     """
-    _check_block("x", x, weights)
+    _check_block("x", x, weights, (1, 3))
     options = (weights.activation, weights.subnet, weights.clamp, current_backend(backend))
     result: Tensor = ops.coupling.coupling(x, weights.tensors(), *options)
     return result
@@ -106,7 +111,7 @@ def invertible_block_inverse(
     Raises:
         torch.linalg.LinAlgError: ``weights.mix_weight`` is singular.
     """
-    _check_block("y", y, weights)
+    _check_block("y", y, weights, (1,))
     options = (weights.activation, weights.subnet, weights.clamp, current_backend(backend))
     result: Tensor = ops.coupling.coupling_inverse(y, weights.tensors(), *options)
     return result

@@ -144,9 +144,11 @@ class MGHFLoss(nn.Module):
             if self.variant == "n":
                 naive = (sr_features - gt_features).square().mean((1, 2, 3))
                 return {"total": naive, "naive": naive}
+            # The later of the two differentiates first. In this order G is released before the
+            # local term asks for its gradient, and three stacks of features are the peak, not four.
+            lip = self.local_information(sr_features, gt_features)
             style = self.content_style.terms(sr_features, gt_features)
             csc = self.content_style.combine(style)
-            lip = self.local_information(sr_features, gt_features)
             gamma1, gamma2, gamma3 = self.preset.gammas
             return {
                 "total": gamma1 * style.naive + gamma2 * csc + gamma3 * lip,

@@ -23,7 +23,6 @@ from ._dispatch import (
 )
 
 
-
 def _kernel_dtype(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.bfloat16) else x.float()
 

@@ -39,6 +39,9 @@ SUBNETS = ("bottleneck", "conv2")
 class BlockWeights(NamedTuple):
     """The weights of an invertible block, kernels in PyTorch's (out, in, kh, kw) layout.
 
+    ``mix_weight`` is (C, C, 1, 1); or (C, any, 3, 3), a convolution with zero padding, for a block
+    whose mix has swallowed the linear layer before it (such a block has no inverse).
+
     ``phi``, ``rho`` and ``eta`` hold (expand, depthwise, project) for ``subnet="bottleneck"``,
     (expand, project) for ``"conv2"``.
     """
@@ -67,14 +70,17 @@ class BlockWeights(NamedTuple):
         return cls(mix_weight, mix_bias, phi, rho, eta, activation, subnet, clamp)
 
 
-def weight_shapes(channels: int, subnet: str) -> list[tuple[int, ...]]:
-    """The shapes of ``BlockWeights.tensors()`` for C channels."""
+def weight_shapes(
+    channels: int, subnet: str, inputs: int | None = None, kernel: int = 1
+) -> list[tuple[int, ...]]:
+    """The shapes of ``BlockWeights.tensors()`` for C channels and a mix of ``inputs`` channels (C
+    by default) with a kernel of 1 or 3."""
     c = channels // 2
     if subnet == "conv2":
         kernels: list[tuple[int, ...]] = [(c, c, 3, 3), (c, c, 3, 3)]
     else:
         kernels = [(2 * c, c, 1, 1), (2 * c, 1, 3, 3), (c, 2 * c, 1, 1)]
-    return [(channels, channels, 1, 1), (channels,), *kernels * 3]
+    return [(channels, inputs or channels, kernel, kernel), (channels,), *kernels * 3]
 
 
 def _activate(x: Tensor, activation: str) -> Tensor:
