@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import CAPABILITIES, in_parent, run_file_under
 from torch import Tensor
 
 from mghf_fast import functional, ops
@@ -123,10 +124,104 @@ def test_inverse(backend: str) -> None:
     weights = block_weights(8)
     exact = as_dtype(weights, torch.float64)
     contract.check_against_reference(
-        lambda y: functional.invertible_block_inverse(y, weights),
+        lambda y: functional.invertible_block_inverse(y, weights, backend=backend),
         lambda y: reference.invertible_block_inverse(y, exact),
         [torch.randn(2, 8, 6, 5)],
     )
+
+
+# Tiles are 128 rows by 64 columns; lanes 4, 8 or 16 channels.
+@pytest.mark.parametrize("size", [(1, 1), (1, 130), (131, 1), (2, 66), (130, 67), (64, 64)])
+@pytest.mark.parametrize("half", [1, 17, 32])
+def test_across_tiles(backend: str, half: int, size: tuple[int, int]) -> None:
+    weights = block_weights(2 * half)
+    exact = as_dtype(weights, torch.float64)
+    image = torch.randn(1, 2 * half, *size)
+
+    def inverse(y: Tensor) -> Tensor:
+        return functional.invertible_block_inverse(y, weights, backend=backend)
+
+    contract.check_against_reference(
+        lambda x: functional.invertible_block(x, weights, backend=backend),
+        lambda x: reference.invertible_block(x, exact),
+        [image],
+    )
+    contract.check_against_reference(
+        inverse,
+        lambda y: reference.invertible_block_inverse(y, exact),
+        [image],
+        differentiable=False,
+    )
+
+
+def with_3x3_mix(weights: BlockWeights, inputs: int) -> BlockWeights:
+    mix = torch.randn(weights.mix_weight.shape[0], inputs, 3, 3, dtype=weights.mix_bias.dtype)
+    return weights._replace(mix_weight=mix / (3 * inputs**0.5))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 3), (3, 1), (2, 2), (7, 66), (130, 5), (67, 130)])
+@pytest.mark.parametrize("inputs", [1, 3, 5])
+def test_a_stem_drawn_into_the_mix(backend: str, inputs: int, size: tuple[int, int]) -> None:
+    weights = with_3x3_mix(block_weights(10), inputs)
+
+    def fn(x: Tensor, *w: Tensor) -> Tensor:
+        return functional.invertible_block(x, with_tensors(weights, w), backend=backend)
+
+    def exact(x: Tensor, *w: Tensor) -> Tensor:
+        return reference.invertible_block(x, with_tensors(weights, w))
+
+    contract.check_against_reference(fn, exact, [torch.randn(2, inputs, *size), *weights.tensors()])
+
+
+def test_reference_gradient_with_a_3x3_mix() -> None:
+    weights = with_3x3_mix(block_weights(4, activation="softplus", dtype=torch.float64), 3)
+    x = torch.randn(2, 3, 5, 4, dtype=torch.float64)
+    leaves = [x.requires_grad_(), *(w.clone().requires_grad_() for w in weights.tensors())]
+    y = reference.invertible_block(leaves[0], with_tensors(weights, tuple(leaves[1:])))
+    upstream = torch.randn_like(y)
+    expected = torch.autograd.grad(y, leaves, upstream)
+    got, more = reference.invertible_block_backward(upstream, x.detach(), weights, True)
+    for g, want in zip((got, *more), expected, strict=True):
+        assert contract.relative_error(g, want) < 1e-9
+
+
+@pytest.mark.parametrize(("subnet", "activation", "clamp"), VARIANTS)
+def test_every_option(backend: str, subnet: str, activation: str, clamp: float | None) -> None:
+    if backend == "cpu" and subnet != "bottleneck":
+        with pytest.raises(RuntimeError, match="made for subnet 'bottleneck', and this block's is"):
+            functional.invertible_block(
+                torch.randn(1, 4, 3, 3), block_weights(4, subnet), backend=backend
+            )
+        return
+    weights = block_weights(8, subnet, activation, clamp)
+    # Larger weights, so that the clamp and both sides of the activations come into play.
+    weights = BlockWeights.from_tensors([3 * w for w in weights.tensors()], *weights[5:])
+    exact = as_dtype(weights, torch.float64)
+
+    def fn(x: Tensor, *w: Tensor) -> Tensor:
+        return functional.invertible_block(x, with_tensors(weights, w), backend=backend)
+
+    def reference_fn(x: Tensor, *w: Tensor) -> Tensor:
+        return reference.invertible_block(x, with_tensors(weights, w))
+
+    image = torch.randn(2, 8, 9, 11)
+    contract.check_against_reference(fn, reference_fn, [image, *weights.tensors()])
+    contract.check_against_reference(
+        lambda y: functional.invertible_block_inverse(y, weights, backend=backend),
+        lambda y: reference.invertible_block_inverse(y, exact),
+        [image],
+        differentiable=False,
+        value_tolerance=2e-5 if clamp is None else 1e-5,
+    )
+
+
+def test_threads_do_not_change_a_bit(backend: str) -> None:
+    weights = block_weights(8)
+
+    def fn(x: Tensor, *w: Tensor) -> Tensor:
+        return functional.invertible_block(x, with_tensors(weights, w), backend=backend)
+
+    contract.check_deterministic(backend, fn, torch.randn(3, 8, 140, 150), *weights.tensors())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -141,8 +236,8 @@ def test_half_precision(backend: str, dtype: torch.dtype) -> None:
 
 
 def test_layouts(backend: str) -> None:
-    weights = block_weights(8)
-    x = torch.randn(2, 8, 6, 5)
+    weights = block_weights(34)
+    x = torch.randn(2, 34, 19, 37)
 
     def fn(x: Tensor) -> Tensor:
         return functional.invertible_block(x, weights, backend=backend)
@@ -231,3 +326,9 @@ def test_bad_input() -> None:
         functional.invertible_block(torch.randn(0, 4, 4, 4), weights)
     with pytest.raises(ValueError, match="backend is 'gpu'; allowed are"):
         functional.invertible_block(torch.randn(1, 4, 4, 4), weights, backend="gpu")
+
+
+@in_parent
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_under_each_instruction_set(capability: str) -> None:
+    run_file_under(capability, __file__, "-k", "across or drawn or option or layouts or threads")

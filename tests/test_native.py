@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
+from instruction_sets import (
+    CAPABILITIES,
+    PRINT_CAPABILITY,
+    in_parent,
+    run_file_under,
+    run_under,
+)
 from torch import Tensor
 
 from mghf_fast import native
 from mghf_fast.reference.sinkhorn import sinkhorn_plan, sinkhorn_plan_backward
-
-CAPABILITIES = ("default", "avx2", "avx512")
 
 pytestmark = pytest.mark.skipif(
     native.unavailable_reason() is not None, reason=str(native.unavailable_reason())
@@ -231,41 +232,14 @@ def test_a_gradient_of_another_shape_is_refused() -> None:
 
 # ---- instruction sets ----
 
-IN_CHILD = "MGHF_TEST_CAPABILITY_CHILD"
 
-
-def run_under(capability: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"MGHF_CPU_CAPABILITY": capability, IN_CHILD: "1"}
-    return subprocess.run(
-        [sys.executable, *arguments], env=environment, capture_output=True, text=True
-    )
-
-
-PRINT_CAPABILITY = """
-from mghf_fast import native
-import torch
-assert native.unavailable_reason() is None
-print(torch.ops.mghf_native.cpu_capability())
-"""
-
-
-@pytest.mark.skipif(IN_CHILD in os.environ, reason="this is the run under one instruction set")
+@in_parent
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_under_each_instruction_set(capability: str) -> None:
-    """This file again, in a process that is held to one instruction set."""
-    used = run_under(capability, "-c", PRINT_CAPABILITY).stdout.strip()
-    if used != capability:
-        pytest.skip(f"this machine or build has no {capability}, its best is {used}")
-    if used == torch.ops.mghf_native.cpu_capability():
-        return  # that is what this process runs
-    options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:benchmark"]
-    if importlib.util.find_spec("xdist") is not None:
-        options += ["-p", "no:xdist"]
-    result = run_under(capability, "-m", "pytest", *options, __file__)
-    assert result.returncode == 0, result.stdout + result.stderr
+    run_file_under(capability, __file__)
 
 
-@pytest.mark.skipif(IN_CHILD in os.environ, reason="this is the run under one instruction set")
+@in_parent
 def test_an_unknown_instruction_set_is_refused() -> None:
     result = run_under("sse9", "-c", PRINT_CAPABILITY)
     assert result.returncode != 0

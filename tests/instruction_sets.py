@@ -1,0 +1,48 @@
+"""Runs a test file again in a process that is held to one instruction set of the CPU kernels."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mghf_fast import native
+
+CAPABILITIES = ("default", "avx2", "avx512")
+IN_CHILD = "MGHF_TEST_CAPABILITY_CHILD"
+
+in_parent = pytest.mark.skipif(
+    IN_CHILD in os.environ or native.unavailable_reason() is not None,
+    reason="a run under one instruction set, or no compiled CPU kernels here",
+)
+
+PRINT_CAPABILITY = """
+from mghf_fast import native
+import torch
+assert native.unavailable_reason() is None
+print(torch.ops.mghf_native.cpu_capability())
+"""
+
+
+def run_under(capability: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Python with these arguments, the kernels capped at ``capability``."""
+    environment = os.environ | {"MGHF_CPU_CAPABILITY": capability, IN_CHILD: "1"}
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True
+    )
+
+
+def run_file_under(capability: str, file: str, *selection: str) -> None:
+    """Passes if the file's tests pass under ``capability``; skips where the machine lacks it. The
+    set that this process runs anyway is not run again."""
+    used = run_under(capability, "-c", PRINT_CAPABILITY).stdout.strip()
+    if used != capability:
+        pytest.skip(f"this machine or build has no {capability}, its best is {used}")
+    if used == torch.ops.mghf_native.cpu_capability():
+        return
+    options = ["-q", "-x", "-p", "no:cacheprovider", *selection]
+    result = run_under(capability, "-m", "pytest", *options, file)
+    assert result.returncode == 0, result.stdout + result.stderr
