@@ -11,7 +11,7 @@ import torch
 
 from mghf_fast import native
 
-CAPABILITIES = ("default", "avx2", "avx512")
+CAPABILITIES = ("default", "avx2", "avx512", "avx512_bf16", "amx")
 IN_CHILD = "MGHF_TEST_CAPABILITY_CHILD"
 
 in_parent = pytest.mark.skipif(

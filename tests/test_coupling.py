@@ -215,6 +215,41 @@ def test_every_option(backend: str, subnet: str, activation: str, clamp: float |
     )
 
 
+def same_precision(x: Tensor, weights: BlockWeights, upstream: Tensor) -> list[Tensor]:
+    """Value and gradient as PyTorch computes them when every step is rounded to ``x.dtype``."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "accumulation_dtype", lambda dtype: dtype)
+        y = reference.invertible_block(x, weights)
+        return [y, reference.invertible_block_backward(upstream, x, weights, False)[0]]
+
+
+# 64 and 128 channels have products of bfloat16 where the CPU has instructions for them.
+@pytest.mark.parametrize("channels", [34, 64, 128])
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+@pytest.mark.parametrize("size", [(1, 1), (17, 70)])
+def test_bfloat16(backend: str, channels: int, activation: str, size: tuple[int, int]) -> None:
+    weights = as_dtype(block_weights(channels, activation=activation), torch.bfloat16)
+    exact = as_dtype(weights, torch.float64)
+    x, upstream = torch.randn(2, 2, channels, *size).bfloat16()
+
+    def fn(x: Tensor) -> Tensor:
+        return functional.invertible_block(x, weights, backend=backend)
+
+    got = [fn(x), *contract.gradients(fn, [x], [upstream])]
+    expected = [
+        reference.invertible_block(x.double(), exact),
+        reference.invertible_block_backward(upstream.double(), x.double(), exact, False)[0],
+    ]
+    for ours, torch_own, want in zip(
+        got, same_precision(x, weights, upstream), expected, strict=True
+    ):
+        assert ours.dtype == torch.bfloat16
+        allowed = max(contract.relative_error(torch_own, want), 2e-3)
+        assert contract.relative_error(ours, want) <= 2 * allowed
+    back = functional.invertible_block_inverse(got[0], weights, backend=backend)
+    assert contract.relative_error(back, x) <= 1e-2
+
+
 def test_threads_do_not_change_a_bit(backend: str) -> None:
     weights = block_weights(8)
 
@@ -331,4 +366,6 @@ def test_bad_input() -> None:
 @in_parent
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_under_each_instruction_set(capability: str) -> None:
-    run_file_under(capability, __file__, "-k", "across or drawn or option or layouts or threads")
+    run_file_under(
+        capability, __file__, "-k", "across or drawn or option or layouts or threads or bfloat16"
+    )

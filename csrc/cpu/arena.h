@@ -11,11 +11,13 @@ struct Arena {
   char* base;
   size_t used = 0;
 
-  float* floats(int64_t count) {
-    float* piece = reinterpret_cast<float*>(base + used);
-    used += static_cast<size_t>(round_up(count * static_cast<int64_t>(sizeof(float)), 64));
+  template <class T>
+  T* take(int64_t count) {
+    T* piece = reinterpret_cast<T*>(base + used);
+    used += static_cast<size_t>(round_up(count * static_cast<int64_t>(sizeof(T)), 64));
     return piece;
   }
+  float* floats(int64_t count) { return take<float>(count); }
 };
 
 }  // namespace

@@ -12,12 +12,17 @@
 // block is in registers, and the slopes for the gradient are read off the activations' values.
 // The gradient recomputes the forward in the same stream, four rows ahead.
 //
+// bfloat16 images on CPUs with instructions for it: the products' operands are rounded to bfloat16,
+// the sums and everything between two products stay float32. The mix, often of few channels, stays
+// float32 altogether, and so do weight gradients.
+//
 // Floor at C = 128: 16,384 + 3 x 17,536 multiply-adds a pixel forward, about 2 x that backward;
 // memory traffic, 1 KiB a pixel forward, is far below.
 
 #include "coupling.h"
 
 #include "arena.h"
+#include "bfloat16_product.h"
 #include "pixels.h"
 #include "product.h"
 
@@ -97,6 +102,42 @@ inline Vec through(Vec value, Vec g) {
   }
 }
 
+// ---- the products' operands ----
+
+template <class Operand>
+struct Operands;
+
+template <>
+struct Operands<float> {
+  static constexpr int64_t kExtraRows = 0;
+  static int64_t packed(int64_t depth, int64_t columns) { return packed_floats(depth, columns); }
+  template <class Entry>
+  static void pack_matrix(int64_t depth, int64_t columns, const Entry& entry, float* packed) {
+    pack(depth, columns, entry, packed);
+  }
+  static void put(float* p, Vec x) { at(p) = x; }
+  static Vec get(const float* p) { return at(p); }
+};
+
+#if defined(__AVX512BF16__) || defined(MGHF_AMX)
+#define MGHF_BFLOAT16_PRODUCTS
+template <>
+struct Operands<BFloat16> {
+  static constexpr int64_t kExtraRows = 32;
+  static int64_t packed(int64_t depth, int64_t columns) { return packed_values(depth, columns); }
+  template <class Entry>
+  static void pack_matrix(int64_t depth, int64_t columns, const Entry& entry, BFloat16* packed) {
+    pack(depth, columns, entry, packed, [](float x) { return mghf::to_bfloat16(x); });
+  }
+  static void put(BFloat16* p, Vec x) { to_bfloat16(x, p); }
+  static Vec get(const BFloat16* p) {
+    typedef uint16_t Half __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
+    return reinterpret_cast<Vec>(
+        __builtin_convertvector(*reinterpret_cast<const Half*>(p), IntVec) << 16);
+  }
+};
+#endif
+
 // ---- sizes and packed weights ----
 
 struct Widths {
@@ -116,37 +157,34 @@ struct Widths {
 
 // Matrices as product.h packs them; `_transposed` for the way of the gradient. rho and eta side by
 // side where they share a product.
+template <class Operand>
 struct Packed {
-  float *mix, *bias, *mix_transposed;
-  float *phi_expand, *phi_depthwise, *phi_project, *phi_expand_transposed, *phi_project_transposed;
-  float *pair_expand, *pair_depthwise, *pair_expand_transposed;
-  float *rho_project, *rho_project_transposed, *eta_project, *eta_project_transposed;
+  float *mix, *bias, *mix_transposed, *phi_depthwise, *pair_depthwise;
+  Operand *phi_expand, *phi_project, *phi_expand_transposed, *phi_project_transposed;
+  Operand *pair_expand, *pair_expand_transposed;
+  Operand *rho_project, *rho_project_transposed, *eta_project, *eta_project_transposed;
 
   Packed(const Widths& w, Arena& arena) {
+    const auto matrix = [&](int64_t depth, int64_t columns) {
+      return arena.take<Operand>(Operands<Operand>::packed(depth, columns));
+    };
     mix = arena.floats(packed_floats(w.inputs, 2 * w.padded_half));
     bias = arena.floats(2 * w.padded_half);
     mix_transposed = arena.floats(packed_floats(2 * w.padded_half, w.inputs));
-    phi_expand = arena.floats(packed_floats(w.half, w.hidden));
+    phi_expand = matrix(w.half, w.hidden);
     phi_depthwise = arena.floats(kTaps * w.padded_hidden);
-    phi_project = arena.floats(packed_floats(w.hidden, w.half));
-    phi_expand_transposed = arena.floats(packed_floats(w.hidden, w.half));
-    phi_project_transposed = arena.floats(packed_floats(w.half, w.hidden));
-    pair_expand = arena.floats(packed_floats(w.half, 2 * w.padded_hidden));
+    phi_project = matrix(w.hidden, w.half);
+    phi_expand_transposed = matrix(w.hidden, w.half);
+    phi_project_transposed = matrix(w.half, w.hidden);
+    pair_expand = matrix(w.half, 2 * w.padded_hidden);
     pair_depthwise = arena.floats(kTaps * 2 * w.padded_hidden);
-    pair_expand_transposed = arena.floats(packed_floats(2 * w.padded_hidden, w.half));
-    rho_project = arena.floats(packed_floats(w.hidden, w.half));
-    rho_project_transposed = arena.floats(packed_floats(w.half, w.hidden));
-    eta_project = arena.floats(packed_floats(w.hidden, w.half));
-    eta_project_transposed = arena.floats(packed_floats(w.half, w.hidden));
+    pair_expand_transposed = matrix(2 * w.padded_hidden, w.half);
+    rho_project = matrix(w.hidden, w.half);
+    rho_project_transposed = matrix(w.half, w.hidden);
+    eta_project = matrix(w.hidden, w.half);
+    eta_project_transposed = matrix(w.half, w.hidden);
   }
 };
-
-size_t packed_bytes(const CouplingShape& shape) {
-  Arena arena{nullptr};
-  const Widths w(shape);
-  Packed(w, arena);
-  return arena.used;
-}
 
 // Channel of a padded pair of halves, each `padded` wide and `size` used; -1 for padding.
 inline int64_t channel_of(int64_t n, int64_t padded, int64_t size) {
@@ -154,10 +192,11 @@ inline int64_t channel_of(int64_t n, int64_t padded, int64_t size) {
   return within < size ? n / padded * size + within : -1;
 }
 
+template <class Operand>
 void pack_weights(const CouplingShape& shape, const CouplingWeights& weights, void* packed) {
   Arena arena{static_cast<char*>(packed)};
   const Widths w(shape);
-  const Packed p(w, arena);
+  const Packed<Operand> p(w, arena);
   // x enters the mix as taps x channels; PyTorch's kernels have the taps last.
   const auto mix = [&](int64_t input, int64_t n) {
     const int64_t output = channel_of(n, w.padded_half, w.half);
@@ -165,8 +204,9 @@ void pack_weights(const CouplingShape& shape, const CouplingWeights& weights, vo
     return output < 0 ? 0.0f : weights.mix[(output * shape.inputs + channel) * w.taps + tap];
   };
   pack(w.inputs, 2 * w.padded_half, mix, p.mix);
-  pack(2 * w.padded_half, w.inputs, [&](int64_t k, int64_t n) { return mix(n, k); },
-       p.mix_transposed);
+  pack(
+      2 * w.padded_half, w.inputs, [&](int64_t k, int64_t n) { return mix(n, k); },
+      p.mix_transposed);
   for (int64_t n = 0; n < 2 * w.padded_half; ++n) {
     const int64_t output = channel_of(n, w.padded_half, w.half);
     p.bias[n] = output < 0 ? 0.0f : weights.bias[output];
@@ -178,21 +218,21 @@ void pack_weights(const CouplingShape& shape, const CouplingWeights& weights, vo
     return [=](int64_t k, int64_t n) { return data[n * columns + k]; };
   };
   const auto &phi = weights.phi, &rho = weights.rho, &eta = weights.eta;
-  pack(w.half, w.hidden, transposed(phi.expand, w.half), p.phi_expand);
-  pack(w.hidden, w.half, matrix(phi.expand, w.half), p.phi_expand_transposed);
-  pack(w.hidden, w.half, transposed(phi.project, w.hidden), p.phi_project);
-  pack(w.half, w.hidden, matrix(phi.project, w.hidden), p.phi_project_transposed);
-  pack(w.hidden, w.half, transposed(rho.project, w.hidden), p.rho_project);
-  pack(w.half, w.hidden, matrix(rho.project, w.hidden), p.rho_project_transposed);
-  pack(w.hidden, w.half, transposed(eta.project, w.hidden), p.eta_project);
-  pack(w.half, w.hidden, matrix(eta.project, w.hidden), p.eta_project_transposed);
+  Operands<Operand>::pack_matrix(w.half, w.hidden, transposed(phi.expand, w.half), p.phi_expand);
+  Operands<Operand>::pack_matrix(w.hidden, w.half, matrix(phi.expand, w.half), p.phi_expand_transposed);
+  Operands<Operand>::pack_matrix(w.hidden, w.half, transposed(phi.project, w.hidden), p.phi_project);
+  Operands<Operand>::pack_matrix(w.half, w.hidden, matrix(phi.project, w.hidden), p.phi_project_transposed);
+  Operands<Operand>::pack_matrix(w.hidden, w.half, transposed(rho.project, w.hidden), p.rho_project);
+  Operands<Operand>::pack_matrix(w.half, w.hidden, matrix(rho.project, w.hidden), p.rho_project_transposed);
+  Operands<Operand>::pack_matrix(w.hidden, w.half, transposed(eta.project, w.hidden), p.eta_project);
+  Operands<Operand>::pack_matrix(w.half, w.hidden, matrix(eta.project, w.hidden), p.eta_project_transposed);
   const auto pair_expand = [&](int64_t input, int64_t n) {
     const int64_t channel = n % w.padded_hidden;
     const auto& subnet = n < w.padded_hidden ? rho : eta;
     return channel < w.hidden ? subnet.expand[channel * w.half + input] : 0.0f;
   };
-  pack(w.half, 2 * w.padded_hidden, pair_expand, p.pair_expand);
-  pack(2 * w.padded_hidden, w.half, [&](int64_t k, int64_t n) { return pair_expand(n, k); },
+  Operands<Operand>::pack_matrix(w.half, 2 * w.padded_hidden, pair_expand, p.pair_expand);
+  Operands<Operand>::pack_matrix(2 * w.padded_hidden, w.half, [&](int64_t k, int64_t n) { return pair_expand(n, k); },
        p.pair_expand_transposed);
   for (int64_t tap = 0; tap < kTaps; ++tap) {
     for (int64_t n = 0; n < w.padded_hidden; ++n) {
@@ -214,20 +254,20 @@ struct Range {
 
 // The last `ring` rows of one stage, [pixel][channel]. There is a pixel more on either side than
 // the stage computes, for reflections.
-struct Rows {
-  float* data;
+template <class T>
+struct BasicRows {
+  T* data;
   int64_t ring, columns, width, first;
 
-  Rows(int64_t ring, int64_t columns, int64_t width, Arena& arena)
-      : data(arena.floats(ring * (columns + 2) * width)),
+  BasicRows(int64_t ring, int64_t columns, int64_t width, Arena& arena)
+      : data(arena.take<T>((ring * (columns + 2) + Operands<T>::kExtraRows) * width)),
         ring(ring),
         columns(columns + 2),
         width(width),
         first(0) {}
-  float* row(int64_t y, int64_t x) const {
-    return data + (y % ring * columns + x - first) * width;
-  }
+  T* row(int64_t y, int64_t x) const { return data + (y % ring * columns + x - first) * width; }
 };
+using Rows = BasicRows<float>;
 
 // The same as [channel vector][pixel][lane], for the depthwise convolutions: they go along the row
 // with one vector of channels and so read memory in order. Channel c (the first of a vector) of a
@@ -277,19 +317,21 @@ inline void pad_row(const BlockedRows& rows, int64_t y, Range x, int64_t width) 
 
 // ---- the stream of a tile ----
 
-template <Activation kind>
+template <Activation kind, class Operand>
 struct Stream {
+  using Ops = Operands<Operand>;
   const CouplingShape& shape;
   const Widths w;
-  const Packed p;
+  const Packed<Operand> p;
   const CouplingTile& tile;
   const int64_t halo;  // by how many pixels z1 and phi's hidden layer reach beyond the tile
 
   // All rows have room for the widest halo; for the rings see the users.
   Rows input, z;
   BlockedRows hidden1;
-  Rows depthwise1;
+  BasicRows<Operand> depthwise1;
   BlockedRows hidden2;
+  Operand* rounded;  // one row of a half, for `operand`
   int64_t next_z2 = 0, next_hidden1 = 0, next_hidden2 = 0, next_input = 0;
   ImageView x;
 
@@ -299,7 +341,7 @@ struct Stream {
         w(shape),
         p([&] {
           Arena pieces{static_cast<char*>(const_cast<void*>(packed))};
-          return Packed(w, pieces);
+          return Packed<Operand>(w, pieces);
         }()),
         tile(tile),
         halo(halo),
@@ -307,14 +349,35 @@ struct Stream {
         z(ring1, kCouplingTileColumns + 2 * halo, 2 * w.padded_half, arena),
         hidden1(ring1, kCouplingTileColumns + 2 * halo, w.padded_hidden, arena),
         depthwise1(ring_depthwise, kCouplingTileColumns + 2 * halo, w.padded_hidden, arena),
-        hidden2(ring2, kCouplingTileColumns + 2 * halo, 2 * w.padded_hidden, arena) {
-    for (Rows* rows : {&input, &z, static_cast<Rows*>(&hidden1), &depthwise1,
-                       static_cast<Rows*>(&hidden2)}) {
-      place(*rows);
+        hidden2(ring2, kCouplingTileColumns + 2 * halo, 2 * w.padded_hidden, arena),
+        rounded(arena.take<Operand>(
+            (kCouplingTileColumns + 2 * halo + Ops::kExtraRows) * w.padded_half)) {
+    place(input, z, hidden1, depthwise1, hidden2);
+  }
+
+  template <class... AnyRows>
+  void place(AnyRows&... rows) const {
+    ((rows.first = tile.x_begin - halo - 1), ...);
+  }
+
+  // A row of one half of the channels as an operand: as it is, or rounded.
+  struct OperandRow {
+    const Operand* data;
+    int64_t width;
+  };
+  OperandRow operand(const float* row, int64_t width, int64_t pixels) const {
+    if constexpr (sizeof(Operand) == sizeof(float)) {
+      return {row, width};
+    } else {
+      for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+        for (int64_t c = 0; c < w.padded_half; c += kLanes) {
+          Ops::put(rounded + pixel * w.padded_half + c, at(row + pixel * width + c));
+        }
+      }
+      return {rounded, w.padded_half};
     }
   }
 
-  void place(Rows& rows) const { rows.first = tile.x_begin - halo - 1; }
   Range columns(int64_t reach) const {
     return {larger(tile.x_begin - reach, 0), smaller(tile.x_end + reach, shape.width)};
   }
@@ -397,8 +460,8 @@ struct Stream {
   // phi's hidden layer of row y, from z1.
   void hidden1_row(int64_t y, Range at_x) {
     float* out = hidden1.row(y, at_x.begin);
-    multiply(at_x.size(), hidden1.width / kLanes, z.row(y, at_x.begin), z.width, w.half,
-             p.phi_expand, [&](int64_t pixel, int64_t v, Vec value) {
+    const auto z1 = operand(z.row(y, at_x.begin), z.width, at_x.size());
+    multiply(at_x.size(), hidden1.width / kLanes, z1.data, z1.width, w.half, p.phi_expand, [&](int64_t pixel, int64_t v, Vec value) {
                at(out + (v * hidden1.columns + pixel) * kLanes) = activate<kind>(value);
              });
     pad_row(hidden1, y, at_x, shape.width);
@@ -407,8 +470,8 @@ struct Stream {
   // rho's and eta's hidden layers of row y, from z2.
   void hidden2_row(int64_t y, Range at_x) {
     float* out = hidden2.row(y, at_x.begin);
-    multiply(at_x.size(), hidden2.width / kLanes, z.row(y, at_x.begin) + w.padded_half, z.width,
-             w.half, p.pair_expand, [&](int64_t pixel, int64_t v, Vec value) {
+    const auto z2 = operand(z.row(y, at_x.begin) + w.padded_half, z.width, at_x.size());
+    multiply(at_x.size(), hidden2.width / kLanes, z2.data, z2.width, w.half, p.pair_expand, [&](int64_t pixel, int64_t v, Vec value) {
                at(out + (v * hidden2.columns + pixel) * kLanes) = activate<kind>(value);
              });
     pad_row(hidden2, y, at_x, shape.width);
@@ -418,21 +481,21 @@ struct Stream {
   void depthwise1_row(int64_t y, Range at_x) {
     const float* sources[3];
     around(hidden1, y, at_x.begin, sources);
-    float* out = depthwise1.row(y, at_x.begin);
+    Operand* out = depthwise1.row(y, at_x.begin);
     depthwise(hidden1, sources, p.phi_depthwise, 0, hidden1.width, at_x.size(),
               [&](int64_t pixel, int64_t c, Vec value) {
-                at(out + pixel * hidden1.width + c) = activate<kind>(value);
+                Ops::put(out + pixel * hidden1.width + c, activate<kind>(value));
               });
   }
 
   // The depthwise layer of rho (subnet 0) or eta (1) at row y, [pixel][channel].
-  void depthwise2_row(int64_t y, Range at_x, int64_t subnet, float* out) {
+  void depthwise2_row(int64_t y, Range at_x, int64_t subnet, Operand* out) {
     const float* sources[3];
     around(hidden2, y, at_x.begin, sources);
     const int64_t begin = subnet * w.padded_hidden;
     depthwise(hidden2, sources, p.pair_depthwise, begin, begin + w.padded_hidden, at_x.size(),
               [&](int64_t pixel, int64_t c, Vec value) {
-                at(out + pixel * w.padded_hidden + c - begin) = activate<kind>(value);
+                Ops::put(out + pixel * w.padded_hidden + c - begin, activate<kind>(value));
               });
   }
 
@@ -466,10 +529,11 @@ struct Stream {
 
 // ---- forward ----
 
-template <Activation kind>
-struct Forward : Stream<kind> {
-  using Base = Stream<kind>;
-  Rows depthwise2, out;
+template <Activation kind, class Operand>
+struct Forward : Stream<kind, Operand> {
+  using Base = Stream<kind, Operand>;
+  BasicRows<Operand> depthwise2;
+  Rows out;
 
   Forward(const CouplingShape& shape, const void* packed, const CouplingTile& tile, Arena& arena)
       : Base(shape, packed, tile, 2, 3, 3, 1, arena),
@@ -487,7 +551,8 @@ struct Forward : Stream<kind> {
     this->start(x);
     for (int64_t row = this->tile.y_begin; row < this->tile.y_end; ++row) {
       this->need_hidden2(row + 1);
-      float *values = depthwise2.data, *result = out.data;
+      Operand* values = depthwise2.data;
+      float* result = out.data;
       const float* z1 = this->z.row(row, at_x.begin);
       const int64_t width = out.width;
       this->depthwise2_row(row, at_x, 0, values);
@@ -510,10 +575,11 @@ struct Forward : Stream<kind> {
 // ---- inverse ----
 
 // The stream the other way: z2 comes first, then z1 from rho and eta, then phi takes z2 back.
-template <Activation kind>
-struct Inverse : Stream<kind> {
-  using Base = Stream<kind>;
-  Rows depthwise2, out;
+template <Activation kind, class Operand>
+struct Inverse : Stream<kind, Operand> {
+  using Base = Stream<kind, Operand>;
+  BasicRows<Operand> depthwise2;
+  Rows out;
 
   Inverse(const CouplingShape& shape, const void* packed, const CouplingTile& tile, Arena& arena)
       : Base(shape, packed, tile, 2, 3, 3, 1, arena),
@@ -563,7 +629,8 @@ struct Inverse : Stream<kind> {
   void recover_z1(int64_t row) {
     const Widths& w = this->w;
     const Range at_x = this->columns(1);
-    float *values = depthwise2.data, *z1 = this->z.row(row, at_x.begin);
+    Operand* values = depthwise2.data;
+    float* z1 = this->z.row(row, at_x.begin);
     const int64_t width = this->z.width;
     this->depthwise2_row(row, at_x, 1, values);
     multiply(at_x.size(), w.padded_half / kLanes, values, depthwise2.width, w.hidden,
@@ -734,18 +801,25 @@ inline void depthwise_transposed(const BlockedRows& g, int64_t y, Range at_x, co
 // Stages and how far they run ahead of the gradient of x at row v (1 more with a 3 x 3 mix):
 //   hidden1 4, z2 and hidden2 3, scale and grad2 (of rho's and eta's depthwise layer) 2,
 //   grad_z2 and grad1 (of phi's) 1, grad_mixed 0
-template <Activation kind>
-struct Backward : Stream<kind> {
-  using Base = Stream<kind>;
+template <Activation kind, class Operand>
+struct Backward : Stream<kind, Operand> {
+  using Base = Stream<kind, Operand>;
+  using Ops = Operands<Operand>;
   const int64_t radius;  // of the mix
   const bool with_weights;
-  Rows upstream, depthwise2, scale, grad_rho;
+  Rows upstream, scale;
+  BasicRows<Operand> depthwise2, grad_rho;
   BlockedRows grad2;
-  Rows grad_hidden2, grad_z2;
+  BasicRows<Operand> grad_hidden2;
+  Rows grad_z2;
   BlockedRows grad1;
-  Rows grad_hidden1, mixed, columns_of_x, out;
+  BasicRows<Operand> grad_hidden1;
+  Rows mixed, columns_of_x, out;
   int64_t next_grad2 = 0, next_grad1 = 0, next_mixed = 0;
   ImageView grad{};
+
+  // Sums over so many pixels are taken of float32.
+  static constexpr bool kWeightGradients = sizeof(Operand) == sizeof(float);
 
   static int64_t room(int64_t reach) { return kCouplingTileColumns + 2 * reach; }
 
@@ -755,8 +829,8 @@ struct Backward : Stream<kind> {
         radius(shape.kernel / 2),
         with_weights(with_weights),
         upstream(3, room(this->halo), this->z.width, arena),
-        depthwise2(2, room(this->halo), this->w.padded_hidden, arena),
         scale(3, room(this->halo), this->w.padded_half, arena),
+        depthwise2(2, room(this->halo), this->w.padded_hidden, arena),
         grad_rho(1, room(this->halo), this->w.padded_half, arena),
         grad2(3, room(this->halo), this->hidden2.width, arena),
         grad_hidden2(1, room(this->halo), this->hidden2.width, arena),
@@ -766,11 +840,8 @@ struct Backward : Stream<kind> {
         mixed(1, room(this->halo), this->z.width, arena),
         columns_of_x(3, room(this->halo), round_up(this->w.inputs, kLanes), arena),
         out(1, room(this->halo), shape.inputs, arena) {
-    for (Rows* rows : {&upstream, &depthwise2, &scale, &grad_rho, static_cast<Rows*>(&grad2),
-                       &grad_hidden2, &grad_z2, static_cast<Rows*>(&grad1), &grad_hidden1, &mixed,
-                       &columns_of_x, &out}) {
-      this->place(*rows);
-    }
+    this->place(upstream, scale, depthwise2, grad_rho, grad2, grad_hidden2, grad_z2, grad1,
+                grad_hidden1, mixed, columns_of_x, out);
   }
 
   // The pixels of row y whose products count for this tile's weight gradients.
@@ -789,11 +860,12 @@ struct Backward : Stream<kind> {
                   upstream.width);
     }
     // rho's layer and eta's, as two rows
-    float *rho = depthwise2.row(0, first), *eta = depthwise2.row(1, first);
+    Operand *rho = depthwise2.row(0, first), *eta = depthwise2.row(1, first);
     this->depthwise2_row(y, at_x, 0, rho);
     this->depthwise2_row(y, at_x, 1, eta);
     const float *z1 = this->z.row(y, first), *g1 = upstream.row(y, first);
-    float *scales = scale.row(y, first), *grads = grad_rho.row(y, first);
+    float* scales = scale.row(y, first);
+    Operand* grads = grad_rho.row(y, first);
     const float clamp = this->shape.clamp;
     multiply(at_x.size(), half_vectors, rho, depthwise2.width, w.hidden, this->p.rho_project,
              [&](int64_t pixel, int64_t v, Vec raw) {
@@ -805,24 +877,31 @@ struct Backward : Stream<kind> {
                  result *= 1.0f - t * t;
                }
                at(scales + pixel * scale.width + v * kLanes) = s;
-               at(grads + pixel * scale.width + v * kLanes) = result;
+               Ops::put(grads + pixel * scale.width + v * kLanes, result);
              });
     float* target = grad2.row(y, first);
-    const auto store = [&](const float* values, int64_t subnet) {
+    const auto store = [&](const Operand* values, int64_t subnet) {
       float* const half = target + subnet * w.padded_hidden * grad2.columns;
       return [=, this](int64_t pixel, int64_t v, Vec value) {
-        const Vec layer = at(values + pixel * depthwise2.width + v * kLanes);
+        const Vec layer = Ops::get(values + pixel * depthwise2.width + v * kLanes);
         at(half + (v * grad2.columns + pixel) * kLanes) = through<kind>(layer, value);
       };
     };
     const int64_t vectors = w.padded_hidden / kLanes;
     multiply(at_x.size(), vectors, grads, scale.width, w.half, this->p.rho_project_transposed,
              store(rho, 0));
-    multiply(at_x.size(), vectors, g1, upstream.width, w.half, this->p.eta_project_transposed,
-             store(eta, 1));
-    if (!own(y)) return;
+    const auto upstream1 = this->operand(g1, upstream.width, at_x.size());
+    multiply(at_x.size(), vectors, upstream1.data, upstream1.width, w.half,
+             this->p.eta_project_transposed, store(eta, 1));
+    if constexpr (kWeightGradients) {
+      if (own(y)) grad2_products(y, g);
+    }
+  }
+
+  void grad2_products(int64_t y, const Gradients& g) {
+    const Widths& w = this->w;
     const Range mine = this->columns(0);
-    const int64_t x = mine.begin, pixels = mine.size();
+    const int64_t x = mine.begin, pixels = mine.size(), half_vectors = w.padded_half / kLanes;
     add_products(pixels, w.hidden, half_vectors, depthwise2.row(0, x), depthwise2.width,
                  grad_rho.row(y, x), grad_rho.width, g.rho_project);
     add_products(pixels, w.hidden, half_vectors, depthwise2.row(1, x), depthwise2.width,
@@ -838,14 +917,14 @@ struct Backward : Stream<kind> {
     const Widths& w = this->w;
     const Range at_x = this->columns(radius + 1);
     const int64_t first = at_x.begin, half_vectors = w.padded_half / kLanes;
-    float* hidden_gradient = grad_hidden2.row(y, first);
+    Operand* hidden_gradient = grad_hidden2.row(y, first);
     const float* hidden = this->hidden2.row(y, first);
     depthwise_transposed(grad2, y, at_x, this->p.pair_depthwise, this->shape.height,
                          this->shape.width, [&](int64_t pixel, int64_t c, Vec value) {
                            const Vec layer =
                                at(hidden + c * this->hidden2.columns + pixel * kLanes);
-                           at(hidden_gradient + pixel * grad2.width + c) =
-                               through<kind>(layer, value);
+                           Ops::put(hidden_gradient + pixel * grad2.width + c,
+                                    through<kind>(layer, value));
                          });
     const float* g2 = upstream.row(y, first) + w.padded_half;
     float* target = grad_z2.row(y, first);
@@ -854,16 +933,23 @@ struct Backward : Stream<kind> {
                at(target + pixel * grad_z2.width + v * kLanes) =
                    value + at(g2 + pixel * upstream.width + v * kLanes);
              });
-    const float* values = this->depthwise1.row(y, first);
+    const Operand* values = this->depthwise1.row(y, first);
     float* before = grad1.row(y, first);
-    multiply(at_x.size(), grad1.width / kLanes, target, grad_z2.width, w.half,
+    const auto of_z2 = this->operand(target, grad_z2.width, at_x.size());
+    multiply(at_x.size(), grad1.width / kLanes, of_z2.data, of_z2.width, w.half,
              this->p.phi_project_transposed, [&](int64_t pixel, int64_t v, Vec value) {
-               const Vec layer = at(values + pixel * grad1.width + v * kLanes);
+               const Vec layer = Ops::get(values + pixel * grad1.width + v * kLanes);
                at(before + (v * grad1.columns + pixel) * kLanes) = through<kind>(layer, value);
              });
-    if (!own(y)) return;
+    if constexpr (kWeightGradients) {
+      if (own(y)) grad1_products(y, g);
+    }
+  }
+
+  void grad1_products(int64_t y, const Gradients& g) {
+    const Widths& w = this->w;
     const Range mine = this->columns(0);
-    const int64_t x = mine.begin, pixels = mine.size();
+    const int64_t x = mine.begin, pixels = mine.size(), half_vectors = w.padded_half / kLanes;
     add_products(pixels, w.half, grad_hidden2.width / kLanes, this->z.row(y, x) + w.padded_half,
                  this->z.width, grad_hidden2.row(y, x), grad_hidden2.width, g.pair_expand);
     add_products(pixels, w.hidden, half_vectors, this->depthwise1.row(y, x), grad1.width,
@@ -879,14 +965,14 @@ struct Backward : Stream<kind> {
     const Widths& w = this->w;
     const Range at_x = this->columns(radius);
     const int64_t first = at_x.begin, half_vectors = w.padded_half / kLanes;
-    float* hidden_gradient = grad_hidden1.row(y, first);
+    Operand* hidden_gradient = grad_hidden1.row(y, first);
     const float* hidden = this->hidden1.row(y, first);
     depthwise_transposed(grad1, y, at_x, this->p.phi_depthwise, this->shape.height,
                          this->shape.width, [&](int64_t pixel, int64_t c, Vec value) {
                            const Vec layer =
                                at(hidden + c * this->hidden1.columns + pixel * kLanes);
-                           at(hidden_gradient + pixel * grad1.width + c) =
-                               through<kind>(layer, value);
+                           Ops::put(hidden_gradient + pixel * grad1.width + c,
+                                    through<kind>(layer, value));
                          });
     float* target = mixed.row(y, first);
     const float *g1 = upstream.row(y, first), *scales = scale.row(y, first);
@@ -903,7 +989,13 @@ struct Backward : Stream<kind> {
              this->p.mix_transposed, [&](int64_t pixel, int64_t v, Vec value) {
                at(products + pixel * columns_of_x.width + v * kLanes) = value;
              });
-    if (!own(y)) return;
+    if constexpr (kWeightGradients) {
+      if (own(y)) mixed_products(y, g);
+    }
+  }
+
+  void mixed_products(int64_t y, const Gradients& g) {
+    const Widths& w = this->w;
     const Range mine = this->columns(0);
     const int64_t x = mine.begin, pixels = mine.size();
     add_products(pixels, w.half, grad1.width / kLanes, this->z.row(y, x), this->z.width,
@@ -997,60 +1089,96 @@ struct Backward : Stream<kind> {
 
 // ---- entry points ----
 
+// Calls run.template operator()<activation, operand>().
 template <class Run>
-inline void with_activation(Activation activation, const Run& run) {
-  switch (activation) {
-    case Activation::relu6: run.template operator()<Activation::relu6>(); break;
-    case Activation::softplus: run.template operator()<Activation::softplus>(); break;
-    case Activation::leaky_relu: run.template operator()<Activation::leaky_relu>(); break;
+inline void instantiate(const CouplingShape& shape, const Run& run) {
+  const auto with_operand = [&]<class Operand>() {
+    switch (shape.activation) {
+      case Activation::relu6: run.template operator()<Activation::relu6, Operand>(); break;
+      case Activation::softplus: run.template operator()<Activation::softplus, Operand>(); break;
+      case Activation::leaky_relu:
+        run.template operator()<Activation::leaky_relu, Operand>();
+        break;
+    }
+  };
+#if defined(MGHF_BFLOAT16_PRODUCTS)
+  if (shape.bfloat16_products) {
+#if defined(MGHF_AMX)
+    const Tiles tiles;
+#endif
+    with_operand.template operator()<BFloat16>();
+    return;
   }
+#endif
+  with_operand.template operator()<float>();
+}
+
+size_t packed_bytes(const CouplingShape& shape) {
+  Arena arena{nullptr};
+  const Widths w(shape);
+  instantiate(shape, [&]<Activation, class Operand>() { Packed<Operand>(w, arena); });
+  return arena.used;
+}
+
+void pack_weights(const CouplingShape& shape, const CouplingWeights& weights, void* packed) {
+  instantiate(shape, [&]<Activation, class Operand>() {
+    pack_weights<Operand>(shape, weights, packed);
+  });
 }
 
 void forward(const CouplingShape& shape, const void* packed, const CouplingTile& tile, ImageView x,
              MutableImageView y, void* workspace) {
-  with_activation(shape.activation, [&]<Activation kind>() {
+  instantiate(shape, [&]<Activation kind, class Operand>() {
     Arena arena{static_cast<char*>(workspace)};
-    Forward<kind>(shape, packed, tile, arena).run(x, y);
+    Forward<kind, Operand>(shape, packed, tile, arena).run(x, y);
   });
 }
 
 void inverse(const CouplingShape& shape, const void* packed, const CouplingTile& tile, ImageView y,
              MutableImageView x, void* workspace) {
-  with_activation(shape.activation, [&]<Activation kind>() {
+  instantiate(shape, [&]<Activation kind, class Operand>() {
     Arena arena{static_cast<char*>(workspace)};
-    Inverse<kind>(shape, packed, tile, arena).run(y, x);
+    Inverse<kind, Operand>(shape, packed, tile, arena).run(y, x);
   });
 }
 
 void backward(const CouplingShape& shape, const void* packed, const CouplingTile& tile,
               ImageView grad, ImageView x, MutableImageView grad_x, float* gradients,
               void* workspace) {
-  with_activation(shape.activation, [&]<Activation kind>() {
+  instantiate(shape, [&]<Activation kind, class Operand>() {
     Arena arena{static_cast<char*>(workspace)}, sums{reinterpret_cast<char*>(gradients)};
     const Widths w(shape);
     const Gradients g(w, sums);
-    Backward<kind>(shape, packed, tile, gradients != nullptr, arena).run(grad, x, grad_x, g);
+    Backward<kind, Operand>(shape, packed, tile, gradients != nullptr, arena)
+        .run(grad, x, grad_x, g);
   });
 }
 
 size_t forward_workspace(const CouplingShape& shape) {
-  Arena forward{nullptr}, inverse{nullptr};
-  Forward<Activation::relu6>(shape, nullptr, {}, forward);
-  Inverse<Activation::relu6>(shape, nullptr, {}, inverse);
-  return forward.used > inverse.used ? forward.used : inverse.used;
+  size_t bytes = 0;
+  instantiate(shape, [&]<Activation kind, class Operand>() {
+    Arena forward{nullptr}, inverse{nullptr};
+    Forward<kind, Operand>(shape, nullptr, {}, forward);
+    Inverse<kind, Operand>(shape, nullptr, {}, inverse);
+    bytes = forward.used > inverse.used ? forward.used : inverse.used;
+  });
+  return bytes;
 }
 
 size_t backward_workspace(const CouplingShape& shape, bool with_weights) {
   Arena arena{nullptr};
-  Backward<Activation::relu6>(shape, nullptr, {}, with_weights, arena);
+  instantiate(shape, [&]<Activation kind, class Operand>() {
+    Backward<kind, Operand>(shape, nullptr, {}, with_weights, arena);
+  });
   return arena.used;
 }
 
 }  // namespace
 
 const CouplingKernels MGHF_KERNELS = {
-    packed_bytes, pack_weights, forward_workspace,  forward,         inverse,
-    backward_workspace, backward, gradient_floats, unpack_gradients,
+    packed_bytes, pack_weights,       forward_workspace, forward,
+    inverse,      backward_workspace, backward,          gradient_floats,
+    unpack_gradients,
 };
 
 }  // namespace mghf

@@ -17,6 +17,8 @@ struct CouplingShape {
   int64_t height, width;
   Activation activation;
   float clamp;  // of rho; 0 for none
+  // Products in bfloat16, where the kernels have them; C a multiple of 64, no weight gradients.
+  bool bfloat16_products;
 };
 
 // Contiguous float32, in PyTorch's layout.
@@ -59,6 +61,7 @@ struct CouplingKernels {
                            const CouplingWeightGradients&);
 };
 
-extern const CouplingKernels coupling_default, coupling_avx2, coupling_avx512;
+extern const CouplingKernels coupling_default, coupling_avx2, coupling_avx512,
+    coupling_avx512_bf16, coupling_amx;
 
 }  // namespace mghf

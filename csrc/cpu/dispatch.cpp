@@ -9,6 +9,11 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#ifdef MGHF_X86_KERNELS
+#include <cpuid.h>
 #endif
 
 #include <torch/csrc/stable/ops.h>
@@ -16,12 +21,33 @@
 namespace mghf {
 namespace {
 
+#ifdef MGHF_X86_KERNELS
+// Whether the CPU has AMX tiles and products of bfloat16, and the system lets this process use them.
+bool has_amx() {
+#if defined(MGHF_EMULATE_AMX)
+  return true;
+#elif defined(__linux__)
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+  constexpr unsigned bf16 = 1u << 22, tile = 1u << 24;
+  if ((edx & bf16) == 0 || (edx & tile) == 0) return false;
+  constexpr long request_permission = 0x1023, tile_data = 18;
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 CpuCapability best_capability() {
 #ifdef MGHF_X86_KERNELS
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
+  if (avx2 && avx512 && __builtin_cpu_supports("avx512bf16")) {
+    return has_amx() ? CpuCapability::amx : CpuCapability::avx512_bf16;
+  }
   if (avx2 && avx512) return CpuCapability::avx512;
   if (avx2) return CpuCapability::avx2;
 #endif
@@ -32,11 +58,12 @@ CpuCapability capped_capability() {
   const CpuCapability best = best_capability();
   const char* variable = std::getenv("MGHF_CPU_CAPABILITY");
   if (variable == nullptr || *variable == '\0') return best;
-  for (const auto cap : {CpuCapability::default_, CpuCapability::avx2, CpuCapability::avx512}) {
+  for (const auto cap : {CpuCapability::default_, CpuCapability::avx2, CpuCapability::avx512,
+                         CpuCapability::avx512_bf16, CpuCapability::amx}) {
     if (std::string(variable) == name(cap)) return std::min(best, cap);
   }
   STD_TORCH_CHECK(false, "environment variable MGHF_CPU_CAPABILITY is '", variable,
-                  "'; allowed are 'default', 'avx2', 'avx512'");
+                  "'; allowed are 'default', 'avx2', 'avx512', 'avx512_bf16', 'amx'");
 }
 
 }  // namespace
@@ -48,6 +75,8 @@ CpuCapability cpu_capability() {
 
 const char* name(CpuCapability capability) {
   switch (capability) {
+    case CpuCapability::amx: return "amx";
+    case CpuCapability::avx512_bf16: return "avx512_bf16";
     case CpuCapability::avx512: return "avx512";
     case CpuCapability::avx2: return "avx2";
     default: return "default";

@@ -53,14 +53,18 @@ int64_t weight_count(const CouplingShape& s) {
 
 CouplingShape check_block(const Tensor& x, const char* argument, const Tensor& weights,
                           int64_t channels, int64_t kernel, const std::string& activation,
-                          double clamp) {
+                          double clamp, bool weight_gradients = false) {
   check_image(x, argument);
   STD_TORCH_CHECK(channels >= 2 && channels % 2 == 0, "channels is ", channels,
                   "; allowed is an even number of at least 2");
   STD_TORCH_CHECK(kernel == 1 || kernel == 3, "kernel is ", kernel, "; allowed are 1 and 3");
   STD_TORCH_CHECK(clamp >= 0, "clamp is ", clamp, "; allowed is 0 for none or a positive number");
+  const bool bfloat16_products = x.scalar_type() == ScalarType::BFloat16 && channels % 64 == 0 &&
+                                 cpu_capability() >= CpuCapability::avx512_bf16 &&
+                                 !weight_gradients;
   const CouplingShape shape{x.size(1), channels,  kernel, x.size(2), x.size(3),
-                            check_activation(activation), static_cast<float>(clamp)};
+                            check_activation(activation), static_cast<float>(clamp),
+                            bfloat16_products};
   check_float32(weights, "weights", 1);
   STD_TORCH_CHECK(weights.is_contiguous() && weights.size(0) == weight_count(shape),
                   "weights has shape ", shape_of(weights), "; allowed is a contiguous (",
@@ -106,7 +110,7 @@ struct Tiling {
 Tensor coupling(const Tensor& x, const Tensor& weights, int64_t channels, int64_t kernel,
                 const std::string& activation, double clamp) {
   const auto shape = check_block(x, "x", weights, channels, kernel, activation, clamp);
-  const auto& kernels = MGHF_KERNELS_OF(coupling);
+  const auto& kernels = MGHF_BFLOAT16_KERNELS_OF(coupling);
   Memory memory;
   const void* packed = pack(kernels, shape, weights, memory);
   Tensor y = new_image_like(x, channels);
@@ -124,7 +128,7 @@ Tensor coupling_inverse(const Tensor& y, const Tensor& weights, int64_t channels
   const auto shape = check_block(y, "y", weights, channels, 1, activation, clamp);
   STD_TORCH_CHECK(y.size(1) == channels, "y has shape ", shape_of(y), "; allowed are ", channels,
                   " channels");
-  const auto& kernels = MGHF_KERNELS_OF(coupling);
+  const auto& kernels = MGHF_BFLOAT16_KERNELS_OF(coupling);
   Memory memory;
   const void* packed = pack(kernels, shape, weights, memory);
   Tensor x = new_image_like(y, channels);
@@ -145,13 +149,14 @@ std::tuple<Tensor, Tensor> coupling_backward(const Tensor& grad, const Tensor& x
                                              const Tensor& weights, int64_t channels,
                                              int64_t kernel, const std::string& activation,
                                              double clamp, bool need_weights) {
-  const auto shape = check_block(x, "x", weights, channels, kernel, activation, clamp);
+  const auto shape = check_block(x, "x", weights, channels, kernel, activation, clamp,
+                                 need_weights);
   check_image(grad, "grad");
   STD_TORCH_CHECK(grad.size(0) == x.size(0) && grad.size(1) == channels &&
                       grad.size(2) == x.size(2) && grad.size(3) == x.size(3),
                   "grad has shape ", shape_of(grad), "; allowed is x's, ", shape_of(x), ", with ",
                   channels, " channels");
-  const auto& kernels = MGHF_KERNELS_OF(coupling);
+  const auto& kernels = MGHF_BFLOAT16_KERNELS_OF(coupling);
   Memory memory;
   const void* packed = pack(kernels, shape, weights, memory);
   Tensor grad_x = new_image_like(x, x.size(1));
