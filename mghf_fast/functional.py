@@ -254,9 +254,8 @@ def patch_projection(
             f"{x.shape[2]} x {x.shape[3]}"
         )
     parameters = (weight1, bias1, weight2, bias2)
-    result: Tensor = ops.patches.patches(
-        x, *parameters, patch_size, stride, current_backend(backend)
-    )
+    result: Tensor
+    result, _ = ops.patches.patches(x, *parameters, patch_size, stride, current_backend(backend))
     return result
 
 

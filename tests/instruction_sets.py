@@ -11,7 +11,9 @@ import torch
 
 from mghf_fast import native
 
-CAPABILITIES = ("default", "avx2", "avx512", "avx512_bf16", "amx")
+CAPABILITIES = ("default", "avx2", "avx512")
+BFLOAT16_CAPABILITIES = ("avx512_bf16", "amx")
+"""Those that only ops with products of bfloat16 have kernels for."""
 IN_CHILD = "MGHF_TEST_CAPABILITY_CHILD"
 
 in_parent = pytest.mark.skipif(
@@ -35,13 +37,17 @@ def run_under(capability: str, *arguments: str) -> subprocess.CompletedProcess[s
     )
 
 
-def run_file_under(capability: str, file: str, *selection: str) -> None:
-    """Passes if the file's tests pass under ``capability``; skips where the machine lacks it. The
-    set that this process runs anyway is not run again."""
+def run_file_under(capability: str, file: str, *selection: str, bfloat16: bool = False) -> None:
+    """Passes if the file's tests pass under ``capability``; skips where the machine lacks it. What
+    this process runs anyway is not run again: without products of bfloat16 an op has nothing beyond
+    AVX-512."""
     used = run_under(capability, "-c", PRINT_CAPABILITY).stdout.strip()
     if used != capability:
         pytest.skip(f"this machine or build has no {capability}, its best is {used}")
-    if used == torch.ops.mghf_native.cpu_capability():
+    own = torch.ops.mghf_native.cpu_capability()
+    if not bfloat16 and own in BFLOAT16_CAPABILITIES:
+        own = "avx512"
+    if used == own:
         return
     options = ["-q", "-x", "-p", "no:cacheprovider", *selection]
     result = run_under(capability, "-m", "pytest", *options, file)

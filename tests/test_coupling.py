@@ -7,7 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from instruction_sets import CAPABILITIES, in_parent, run_file_under
+from instruction_sets import (
+    BFLOAT16_CAPABILITIES,
+    CAPABILITIES,
+    in_parent,
+    run_file_under,
+)
 from torch import Tensor
 
 from mghf_fast import functional, ops
@@ -366,6 +371,11 @@ def test_bad_input() -> None:
 @in_parent
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_under_each_instruction_set(capability: str) -> None:
-    run_file_under(
-        capability, __file__, "-k", "across or drawn or option or layouts or threads or bfloat16"
-    )
+    selection = "across or drawn or option or layouts or threads or bfloat16"
+    run_file_under(capability, __file__, "-k", selection, bfloat16=True)
+
+
+@in_parent
+@pytest.mark.parametrize("capability", BFLOAT16_CAPABILITIES)
+def test_products_of_bfloat16(capability: str) -> None:
+    run_file_under(capability, __file__, "-k", "bfloat16", bfloat16=True)

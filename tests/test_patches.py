@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import CAPABILITIES, in_parent, run_file_under
 from torch import Tensor
 
-from mghf_fast import functional, ops
+from mghf_fast import functional, native, ops
 from mghf_fast.nn import PatchProjection
 from mghf_fast.reference import patches as reference
 
@@ -166,3 +167,197 @@ def test_bad_input() -> None:
         functional.patch_projection(torch.rand(1, 1, 9, 9), *w, patch_size=4, stride=0)
     with pytest.raises(ValueError, match="same device"):
         functional.patch_projection(torch.rand(1, 1, 9, 9, device="meta"), *w, patch_size=4)
+
+
+# ---- the compiled kernels; tests named test_kernel_* run under every instruction set ----
+
+kernel = pytest.mark.skipif(
+    native.unavailable_reason() is not None, reason=str(native.unavailable_reason())
+)
+
+# batch, channels, height, width, patch size, stride, hidden, dimension: no multiples of a vector,
+# a register block or a cell; up to seven patches over a pixel; gaps between patches.
+SIZES = [
+    (1, 1, 1, 1, 1, 1, 1, 2),
+    (1, 37, 19, 30, 7, 5, 33, 17),
+    (2, 17, 23, 40, 9, 3, 40, 9),
+    (3, 11, 13, 14, 7, 1, 8, 8),
+    (1, 16, 64, 70, 32, 24, 65, 20),
+    (2, 3, 30, 41, 2, 11, 13, 3),
+    (1, 20, 9, 33, 1, 40, 31, 5),
+]
+
+
+def image(batch: int, channels: int, height: int, width: int, layout: str) -> Tensor:
+    x = torch.randn(batch, channels, height, width)
+    return x if layout == "contiguous" else dict(contract.image_layouts(x))[layout]
+
+
+@kernel
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "sliced"])
+def test_kernel_sizes(size: tuple[int, ...], layout: str) -> None:
+    batch, channels, height, width, patch_size, stride, hidden, dimension = size
+    contract.check_against_reference(
+        lambda *t: functional.patch_projection(
+            *t, patch_size=patch_size, stride=stride, backend="cpu"
+        ),
+        lambda *t: reference.patch_projection(*t, patch_size, stride),
+        [image(batch, channels, height, width, layout), *parameters(patch_size, hidden, dimension)],
+    )
+
+
+@kernel
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+def test_kernel_gradients_in_half_precision(layout: str, dtype: torch.dtype) -> None:
+    """They are those of float32, rounded once."""
+    half = image(2, 18, 12, 23, layout).to(dtype)
+    w = parameters(5, 12, 9)
+
+    def fn(x: Tensor) -> Tensor:
+        return functional.patch_projection(x, *w, patch_size=5, stride=3, backend="cpu")
+
+    upstream = torch.randn(36, 21, 9).to(dtype)
+    (got,) = contract.gradients(fn, [half], [upstream])
+    (exact,) = contract.gradients(fn, [half.float()], [upstream.float()])
+    assert got.dtype == dtype and torch.equal(got, exact.to(dtype))
+
+
+@kernel
+def test_kernel_parameters_of_any_type() -> None:
+    x, w = torch.randn(1, 3, 9, 9), [p.to(torch.bfloat16) for p in parameters(4)]
+    w[0] = w[0].T.contiguous().T
+
+    def fn(*t: Tensor) -> Tensor:
+        return functional.patch_projection(*t, patch_size=4, stride=3, backend="cpu")
+
+    def exact(*t: Tensor) -> Tensor:
+        return reference.patch_projection(*t, 4, 3)
+
+    upstream = [torch.randn(3, 4, 6)]
+    got = contract.gradients(fn, [x, *w], upstream)
+    want = contract.gradients(exact, [t.double() for t in (x, *w)], upstream)
+    assert got[0].dtype == torch.float32 and contract.relative_error(got[0], want[0]) < 1e-5
+    for g, e in zip(got[1:], want[1:], strict=True):
+        assert g.dtype == torch.bfloat16 and contract.relative_error(g, e) < 4e-3
+
+
+def raw(x: Tensor, w: list[Tensor], size: int, stride: int, grad: Tensor) -> list[Tensor]:
+    """Every result of the raw ops."""
+    native_ops = torch.ops.mghf_native
+    embedding, state = native_ops.patches(x, *w, size, stride)
+    saved = (grad, embedding, state)
+    grad_x = native_ops.patches_backward(*saved, x, w[0], w[2], size, stride)
+    weights = native_ops.patches_backward_weights(*saved, x, *w[:3], size, stride)
+    return [embedding, state, grad_x, *weights]
+
+
+@kernel
+def test_kernel_threads_do_not_change_a_bit() -> None:
+    x, w = image(2, 40, 41, 37, "channels_last"), parameters(9, 20, 11)
+    grad = torch.randn(80, 25, 11)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 7):
+            torch.set_num_threads(count)
+            results.append(raw(x, w, 9, 7, grad))
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], result, strict=True))
+
+
+@kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "sliced"])
+def test_kernel_adds_to_a_gradient(layout: str, dtype: torch.dtype) -> None:
+    x, w = image(2, 19, 21, 25, layout).to(dtype), parameters(6, 12, 5)
+    native_ops = torch.ops.mghf_native
+    embedding, state = native_ops.patches(x, *w, 6, 4)
+    saved = (torch.randn_like(embedding), embedding, state)
+    grad_x = native_ops.patches_backward(*saved, x, w[0], w[2], 6, 4)
+    assert grad_x.is_contiguous(
+        memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    )
+    exact = native_ops.patches_backward(*saved, x.float(), w[0], w[2], 6, 4)
+    total = image(2, 19, 21, 25, layout).to(dtype)
+    expected = (total.float() + exact).to(dtype)
+    native_ops.patches_backward_add_(total, *saved, w[0], w[2], 6, 4)
+    assert torch.equal(total, expected)
+
+
+@kernel
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_kernel_what_is_not_finite(value: float) -> None:
+    x, w = torch.randn(2, 9, 21, 25), parameters(6, 12, 5)
+    x[1, 3, 9, 10] = value
+    grad = torch.randn(18, 20, 5)
+    got = raw(x, w, 6, 4, grad)
+    embedding = reference.patch_projection(x, *w, 6, 4)
+    grad_x, weights = reference.patch_projection_backward(grad, x, *w, 6, 4, True)
+    assert torch.equal(got[0].isnan(), embedding.isnan()) and embedding.isnan().any()
+    assert torch.equal(got[2].isnan(), grad_x.isnan()) and grad_x.isnan().any()
+    for result, expected in zip(got[3:], weights, strict=True):
+        assert torch.equal(result.isnan(), expected.isnan())
+
+
+@kernel
+def test_kernel_nothing_to_do() -> None:
+    for shape, hidden in (((0, 3, 9, 9), 10), ((2, 0, 9, 9), 10), ((1, 2, 9, 9), 0)):
+        x, w = torch.randn(shape), parameters(4, max(hidden, 1), 5)
+        w = [w[0][:hidden], w[1][:hidden], w[2][:, :hidden].contiguous(), w[3]]
+        maps = shape[0] * shape[1]
+        embedding, state, grad_x, *weights = raw(x, w, 4, 5, torch.randn(maps, 4, 5))
+        assert embedding.shape == (maps, 4, 5) and state.shape[2] == maps
+        assert grad_x.shape == x.shape and (grad_x == 0).all()
+        assert [g.shape for g in weights] == [p.shape for p in w]
+
+
+@kernel
+@pytest.mark.parametrize(
+    ("argument", "change"),
+    [
+        ("x", {"x": torch.zeros(2, 9, 9)}),
+        ("x", {"x": torch.zeros(1, 2, 9, 9, dtype=torch.float64)}),
+        ("patch_size", {"patch_size": 10}),
+        ("stride", {"stride": 0}),
+        ("weight1", {"weight1": torch.zeros(10, 9)}),
+        ("bias1", {"bias1": torch.zeros(9)}),
+        ("weight2", {"weight2": torch.zeros(6, 9)}),
+        ("weight2", {"weight2": torch.zeros(10, 6).T}),
+        ("bias2", {"bias2": torch.zeros(6, 1)}),
+        ("embedding", {"embedding": torch.zeros(2, 4, 7)}),
+        ("state", {"state": torch.zeros(4, 2, 2)}),
+        ("grad", {"grad": torch.zeros(2, 4, 7)}),
+    ],
+)
+def test_kernel_bad_arguments_are_named(argument: str, change: dict[str, object]) -> None:
+    forward: dict[str, object] = {
+        **dict(zip(("weight1", "bias1", "weight2", "bias2"), parameters(4), strict=True)),
+        "x": torch.zeros(1, 2, 9, 9),
+        "patch_size": 4,
+        "stride": 5,
+    }
+    saved: dict[str, object] = {
+        "grad": torch.zeros(2, 4, 6),
+        "embedding": torch.zeros(2, 4, 6),
+        "state": torch.zeros(4, 2, 2, dtype=torch.int32),
+    }
+    backward = {k: v for k, v in (saved | forward).items() if k != "bias2"}
+    for op, arguments in (
+        (torch.ops.mghf_native.patches, forward),
+        (torch.ops.mghf_native.patches_backward_weights, backward),
+    ):
+        op(**arguments)
+        if not arguments.keys() >= change.keys():
+            continue
+        with pytest.raises(RuntimeError, match=f"{argument} (is|has)"):
+            op(**(arguments | change))
+
+
+@in_parent
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_under_each_instruction_set(capability: str) -> None:
+    run_file_under(capability, __file__, "-k", "kernel")

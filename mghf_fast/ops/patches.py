@@ -1,4 +1,10 @@
-"""The contract of `patches`: the strided patch projection."""
+"""The contract of `patches`: the strided patch projection.
+
+Besides the embeddings the forward returns a `state` for the backward, int32 (N, 1 + ceil(hidden /
+32), B C): per patch and map the bits of the norm |y|, then one bit per hidden unit, whether it is
+above 0. From the two the gradient of the image needs neither the image nor its hidden layer again.
+The reference starts from the image and leaves its state at 0.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +16,93 @@ from torch import Tensor
 from ..reference.patches import patch_projection, patch_projection_backward
 from ._dispatch import (
     Op,
+    can_run_cpu,
     double_backward_requested,
     empty_like_laid_out,
     laid_out_as,
     register_float32_autocast,
 )
 
+
+def _result_shapes(
+    x: Tensor, weight1: Tensor, weight2: Tensor, patch_size: int, stride: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of the embeddings and the state."""
+    b, c, h, w = x.shape
+    n = ((h - patch_size) // stride + 1) * ((w - patch_size) // stride + 1)
+    return (b * c, n, weight2.shape[0]), (n, 1 + (weight1.shape[0] + 31) // 32, b * c)
+
+
+def _reference_forward(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    patch_size: int,
+    stride: int,
+) -> tuple[Tensor, Tensor]:
+    embedding = patch_projection(x, weight1, bias1, weight2, bias2, patch_size, stride)
+    _, shape = _result_shapes(x, weight1, weight2, patch_size, stride)
+    return embedding, x.new_zeros(shape, dtype=torch.int32)
+
+
+def _reference_backward(
+    grad: Tensor, embedding: Tensor, state: Tensor, *rest: Any
+) -> tuple[Tensor, list[Tensor]]:
+    return patch_projection_backward(grad, *rest)
+
+
+def _for_cpu(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+    """The kernels read float32 and bfloat16 images, and dense float32 parameters."""
+    image = x.float() if x.dtype == torch.float16 else x
+    return image, *(p.float().contiguous() for p in parameters)
+
+
+def _cpu_forward(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    patch_size: int,
+    stride: int,
+) -> tuple[Tensor, Tensor]:
+    tensors = _for_cpu(x, weight1, bias1, weight2, bias2)
+    embedding, state = torch.ops.mghf_native.patches(*tensors, patch_size, stride)
+    return embedding.to(x.dtype), state
+
+
+def _cpu_backward(
+    grad: Tensor,
+    embedding: Tensor,
+    state: Tensor,
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    patch_size: int,
+    stride: int,
+    need_weights: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    image, w1, b1, w2, b2 = _for_cpu(x, weight1, bias1, weight2, bias2)
+    options = (patch_size, stride)
+    if x.dtype != torch.float32:
+        # The embedding was rounded, which would cost the gradient more than its own rounding does.
+        embedding, state = torch.ops.mghf_native.patches(image, w1, b1, w2, b2, *options)
+    saved = (grad.float(), embedding.contiguous(), state)
+    grad_x = torch.ops.mghf_native.patches_backward(*saved, image, w1, w2, *options).to(x.dtype)
+    if not need_weights:
+        return grad_x, []
+    grads = torch.ops.mghf_native.patches_backward_weights(*saved, image, w1, b1, w2, *options)
+    parameters = (weight1, bias1, weight2, bias2)
+    return grad_x, [g.to(p.dtype) for g, p in zip(grads, parameters, strict=True)]
+
+
 OP = Op("patches")
-OP.implement("reference", patch_projection, patch_projection_backward)
+OP.implement("reference", _reference_forward, _reference_backward)
+OP.implement("cpu", _cpu_forward, _cpu_backward, can_run_cpu)
 
 
 @torch.library.custom_op("mghf_fast::patches", mutates_args=())
@@ -30,16 +115,19 @@ def patches(
     patch_size: int,
     stride: int,
     backend: str,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
+    """The embeddings and the state."""
     parameters = (weight1, bias1, weight2, bias2)
     run = OP.choose(backend, x, *parameters).forward
-    result: Tensor = run(x, *parameters, patch_size, stride)
-    return result.contiguous()
+    embedding, state = run(x, *parameters, patch_size, stride)
+    return embedding.contiguous(), state
 
 
 @torch.library.custom_op("mghf_fast::patches_backward", mutates_args=())
 def patches_backward(
     grad: Tensor,
+    embedding: Tensor,
+    state: Tensor,
     x: Tensor,
     weight1: Tensor,
     bias1: Tensor,
@@ -52,8 +140,10 @@ def patches_backward(
 ) -> list[Tensor]:
     """[gradient of x], followed by those of the weights and biases if they are needed."""
     parameters = (weight1, bias1, weight2, bias2)
-    run = OP.choose(backend, grad, x, *parameters).differentiate
-    grad_x, grad_parameters = run(grad, x, *parameters, patch_size, stride, need_weights)
+    # Chosen by the forward's tensors alone, so that it is the backend that made the state.
+    run = OP.choose(backend, x, *parameters).differentiate
+    options = (patch_size, stride, need_weights)
+    grad_x, grad_parameters = run(grad, embedding, state, x, *parameters, *options)
     return [laid_out_as(x, grad_x), *(g.contiguous() for g in grad_parameters)]
 
 
@@ -67,15 +157,16 @@ def _(
     patch_size: int,
     stride: int,
     backend: str,
-) -> Tensor:
-    b, c, h, w = x.shape
-    n = ((h - patch_size) // stride + 1) * ((w - patch_size) // stride + 1)
-    return x.new_empty((b * c, n, weight2.shape[0]))
+) -> tuple[Tensor, Tensor]:
+    embedding, state = _result_shapes(x, weight1, weight2, patch_size, stride)
+    return x.new_empty(embedding), x.new_empty(state, dtype=torch.int32)
 
 
 @patches_backward.register_fake
 def _(
     grad: Tensor,
+    embedding: Tensor,
+    state: Tensor,
     x: Tensor,
     weight1: Tensor,
     bias1: Tensor,
@@ -90,21 +181,19 @@ def _(
     return [empty_like_laid_out(x), *(p.new_empty(p.shape) for p in parameters)]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.patch_size, ctx.stride, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*output, *tensors)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad: Tensor, _: None) -> tuple[Any, ...]:
     options = (ctx.patch_size, ctx.stride, any(ctx.needs_input_grad[1:5]))
+    saved = ctx.saved_tensors
     grad_parameters: list[Any]
     if double_backward_requested():
-        x, weight1, bias1, weight2, bias2 = ctx.saved_tensors
-        grad_x, grad_parameters = patch_projection_backward(
-            grad, x, weight1, bias1, weight2, bias2, *options
-        )
+        grad_x, grad_parameters = _reference_backward(grad, *saved, *options)
     else:
-        grad_x, *grad_parameters = patches_backward(grad, *ctx.saved_tensors, *options, ctx.backend)
+        grad_x, *grad_parameters = patches_backward(grad, *saved, *options, ctx.backend)
     return grad_x, *(grad_parameters or [None] * 4), None, None, None
 
 

@@ -1,0 +1,83 @@
+// The interface between the op `patches` and its kernels, one per instruction set.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "image.h"
+
+namespace mghf {
+
+struct PatchesOptions {
+  int64_t patch_size, stride;
+  int64_t height, width;      // of an image
+  int64_t rows, columns;      // patches of a map
+  int64_t maps;               // B C
+  int64_t hidden, dimension;
+  const float* weight1;       // (row of the patch, hidden, column of the patch)
+  const float* bias1;         // (hidden)
+  const float* weight2;       // (dimension, hidden)
+  const float* bias2;         // (dimension)
+
+  int64_t patches() const { return rows * columns; }
+  // The state of one patch and map: the bits of |y|, then one bit per hidden unit, whether it is
+  // above 0.
+  int64_t state_words() const { return 1 + (hidden + 31) / 32; }
+};
+
+// (B C, N, D), strides in elements.
+struct EmbeddingView {
+  const float* data;
+  int64_t map_stride, patch_stride, dimension_stride;
+};
+
+// What the gradient of one embedding needs.
+struct PatchesGradient {
+  EmbeddingView grad;
+  const float* embedding;  // contiguous
+  const int32_t* state;    // (N, state_words, B C)
+};
+
+// A kernel works on one group of `lanes` maps: `groups` of them hold all maps. Scratch memory is
+// the caller's, 64-byte aligned.
+struct PatchesKernels {
+  int64_t lanes;
+
+  // One row of patches of one group of maps: tasks groups * rows, of which index % groups is the
+  // group.
+  size_t (*forward_bytes)(const PatchesOptions&);
+  void (*forward)(const PatchesOptions&, const ImageView& x, int64_t task, float* embedding,
+                  int32_t* state, void* workspace);
+
+  // The gradient before the ReLU, grad_hidden (group, N, hidden, lanes): the same tasks.
+  size_t (*hidden_bytes)(const PatchesOptions&);
+  void (*hidden)(const PatchesOptions&, const PatchesGradient&, int64_t task, float* grad_hidden,
+                 void* workspace);
+
+  // From it the gradient of x, written or added: `stride` rows of pixels of one group of maps;
+  // tasks groups * ceil(height / stride).
+  size_t (*image_bytes)(const PatchesOptions&);
+  void (*image)(const PatchesOptions&, const float* grad_hidden, const MutableImageView& grad_x,
+                bool add, int64_t task, void* workspace);
+
+  // The gradients of the second layer and of bias1, sums over the tasks of the forward, each task's
+  // share into layer2_size floats of its own: weight2 (D, padded_hidden), bias1 (padded_hidden),
+  // bias2 (D). It also leaves the gradient before the ReLU as (group, N, lanes, padded_hidden) for
+  // the next kernel.
+  int64_t (*padded_hidden)(const PatchesOptions&);
+  int64_t (*layer2_size)(const PatchesOptions&);
+  size_t (*layer2_bytes)(const PatchesOptions&);
+  void (*layer2)(const PatchesOptions&, const PatchesGradient&, const ImageView& x, int64_t task,
+                 float* grad_hidden, float* layer2, void* workspace);
+
+  // The gradient of weight1, a sum over `parts` of the patches: part `task / patch_size` of row
+  // `task % patch_size`, (column of the patch, padded_hidden) floats.
+  int64_t parts;
+  size_t (*layer1_bytes)(const PatchesOptions&);
+  void (*layer1)(const PatchesOptions&, const float* grad_hidden, const ImageView& x, int64_t task,
+                 float* layer1, void* workspace);
+};
+
+extern const PatchesKernels patches_default, patches_avx2, patches_avx512;
+
+}  // namespace mghf
