@@ -1,5 +1,5 @@
 # Everything works from a clean clone with Python >= 3.10; a C++20 compiler gives the fast kernels.
-#   make demo    make test    make lint    make bench    make wheel-check    make help
+#   make demo    make test    make lint    make asan    make bench    make wheel-check    make help
 VENV   ?= .venv
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
@@ -7,14 +7,14 @@ ARGS   ?=
 
 # OpenMP threads that wait shall sleep, not spin: with another process on the cores spinning made a
 # training step 8 times slower; alone on them, sleeping costs 5 to 30 %. Benchmarks keep the default.
-demo test wheel-check: export OMP_WAIT_POLICY := $(or $(OMP_WAIT_POLICY),PASSIVE)
+demo test asan wheel-check: export OMP_WAIT_POLICY := $(or $(OMP_WAIT_POLICY),PASSIVE)
 
 BIN    := $(VENV)/bin
 STAMPS := build/stamps/$(subst /,_,$(abspath $(VENV)))
 PACKAGE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install dev demo test lint bench wheel wheel-check clean
+.PHONY: help venv install dev demo test lint asan bench wheel wheel-check clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -57,8 +57,28 @@ lint: $(STAMPS)/dev  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMPS)/dev  ## run the benchmarks
-	$(BIN)/python -m pytest benchmarks/bench_*.py $(ARGS)
+# The reference is plain PyTorch and left out; of the products of bfloat16, AMX is emulated; the tests that start a process for each instruction
+# set are told that they run in one already. Python's own leaks are none of ours.
+ASAN_OPS := coupling entropy gram content_style patches sinkhorn monce dec native
+ASAN_ENVIRONMENT = MGHF_NATIVE_LIBRARY=$(abspath build/asan/libmghf_fast_cpu.so) \
+    MGHF_TEST_CAPABILITY_CHILD=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
+asan: $(STAMPS)/dev  ## the ops' tests on kernels built with the address and undefined-behaviour sanitizers
+	torch=$$($(BIN)/python -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])'); \
+	$(BIN)/cmake -S . -B build/asan -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+	    -DMGHF_SANITIZE=ON -DMGHF_EMULATE_AMX=ON -DMGHF_WERROR=$(or $(MGHF_WERROR),0) -DMGHF_TORCH_DIRECTORY=$$torch
+	$(BIN)/cmake --build build/asan
+	for capability in default avx2 avx512 amx; do \
+	    echo "sanitized kernels, at most $$capability"; \
+	    run="env $(ASAN_ENVIRONMENT) MGHF_CPU_CAPABILITY=$$capability LD_PRELOAD=$$(cat build/asan/preload.txt) $(BIN)/python"; \
+	    files="$(ASAN_OPS:%=tests/test_%.py)"; only=""; \
+	    if test $$capability = amx; then files=tests/test_coupling.py; only="bfloat16 and "; fi; \
+	    $$run -c 'import sys; from mghf_fast import native; sys.exit(native.unavailable_reason())' && \
+	    $$run -m pytest -q --capture=sys -p no:cacheprovider $$files \
+	        -k "$${only}not [reference and not -reference and not gather" $(ARGS) || exit 1; \
+	done
+
+bench: $(STAMPS)/dev  ## measure, write benchmarks/results/, README and plots: ARGS="--quick --compare"
+	$(BIN)/python -m pytest benchmarks/bench_*.py --benchmark-columns=min,median,iqr,rounds $(ARGS)
 
 wheel: $(STAMPS)/venv  ## build the wheel into dist/
 	rm -rf build/lib* build/bdist*

@@ -1,50 +1,34 @@
-"""Sinkhorn plans of the paper's size: the native kernel against eager, compiled and library code.
+"""Transport plans of the paper's size (at 512 x 512: 128 matrices of 441 x 441), 50 iterations.
 
-The log-domain reference is what a careful user writes; the exponential-domain form with `bmm` is
-what a hasty one writes (it overflows at small epsilon); POT's batched projection is the library a
-user would pick. geomloss is left out: it takes point clouds, not a kernel with an empty diagonal,
-and anneals epsilon, so that it solves another problem in another number of steps.
+The log-domain reference is what a careful user writes; the exponential domain with `bmm` is what a
+hasty one writes (it overflows at small epsilon); POT and geomloss are the libraries a user would
+pick, where a cost of 50 keeps the diagonal empty. All give the same plan.
 """
 
-from __future__ import annotations
-
 import importlib
-from collections.abc import Callable
-from typing import Any
 
-import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mghf_fast import functional, native
-from mghf_fast.reference.sinkhorn import sinkhorn_plan
+from benchmarks.cases import PAPER, QUICK, Form, Shape, embeddings, measured, standard_forms
+from mghf_fast import functional
+from mghf_fast.reference import sinkhorn
+from mghf_fast.workloads import CHANNELS
 
-BATCH, PATCHES, ITERATIONS = 128, 441, 50
-FACTS = {"iterations": ITERATIONS, "epsilon": 1.0}
-SHAPE = f"{BATCH}x{PATCHES}x{PATCHES}"
-
-
-@pytest.fixture(scope="module")
-def similarity() -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    query, noise = torch.randn(2, BATCH, PATCHES, 64, generator=generator)
-    key = F.normalize(query + 0.5 * noise, dim=2)
-    return F.normalize(query, dim=2) @ key.mT
+ITERATIONS = 50
 
 
 def reference(similarity: Tensor) -> Tensor:
-    return sinkhorn_plan(similarity, "hard", 1.0, ITERATIONS, None)
+    return sinkhorn.sinkhorn_plan(similarity, "hard", 1.0, ITERATIONS, None)
 
 
-def _kernel(similarity: Tensor) -> Tensor:
-    diagonal = torch.eye(PATCHES, dtype=torch.bool)
-    return similarity.exp().masked_fill(diagonal, 0)
+def without_diagonal(similarity: Tensor, value: float) -> Tensor:
+    return similarity.masked_fill(torch.eye(similarity.shape[1], dtype=torch.bool), value)
 
 
-def bmm(similarity: Tensor) -> Tensor:
-    kernel = _kernel(similarity)
-    v = torch.ones(BATCH, PATCHES, 1)
+def exponential_domain(similarity: Tensor) -> Tensor:
+    kernel = without_diagonal(similarity, -torch.inf).exp()
+    v = kernel.new_ones(*kernel.shape[:2], 1)
     for _ in range(ITERATIONS):
         u = 1 / torch.bmm(kernel, v)
         v = 1 / torch.bmm(kernel.mT, u)
@@ -52,60 +36,36 @@ def bmm(similarity: Tensor) -> Tensor:
 
 
 def pot(similarity: Tensor) -> Tensor:
-    ones = torch.ones(BATCH, PATCHES)
+    kernel = without_diagonal(similarity, -torch.inf).exp()
+    ones = torch.ones(kernel.shape[:2])
     project = importlib.import_module("ot.batch").bregman_projection_batch
-    result: Tensor = project(_kernel(similarity), ones, ones, max_iter=ITERATIONS, tol=0)["T"]
-    return result
+    return project(kernel, ones, ones, max_iter=ITERATIONS, tol=0)["T"]
 
 
-def native_plan(similarity: Tensor, epsilon: float = 1.0) -> Tensor:
-    return functional.sinkhorn_plan(
-        similarity, epsilon=epsilon, iterations=ITERATIONS, backend="cpu"
-    )
+def geomloss(similarity: Tensor) -> Tensor:
+    solve = importlib.import_module("geomloss.ot").solve_batch
+    plan = solve(without_diagonal(-similarity, 50.0), reg=1.0, max_iter=ITERATIONS).plan
+    return plan * similarity.shape[1]
 
 
-@pytest.fixture
-def needs_kernels() -> None:
-    if (reason := native.unavailable_reason()) is not None:
-        pytest.skip(reason)
+def inputs(shape: Shape) -> tuple[Tensor]:
+    query, key = embeddings(shape)
+    return (query @ key.mT,)
 
 
-@pytest.mark.parametrize("form", ["reference", "compile", "bmm", "pot"])
-def test_forward_baselines(
-    bench: Callable[..., Any], benchmark: Any, similarity: Tensor, form: str
-) -> None:
-    benchmark.group = "sinkhorn forward"
-    if form == "pot":
-        pytest.importorskip("ot.batch")
-    compiled = torch.compile(reference)
-    function = {"reference": reference, "compile": compiled, "bmm": bmm, "pot": pot}[form]
-    plan = bench(lambda: function(similarity), shape=SHAPE, **FACTS, form=form)
-    if native.unavailable_reason() is None:
-        torch.testing.assert_close(native_plan(similarity), plan)
+FORWARD, HERE = ["forward"], (QUICK, PAPER)
+FORMS = standard_forms(
+    functional.sinkhorn_plan, reference, images=False, compiled=(PAPER,), compiled_parts=FORWARD
+) | {
+    "exponential domain": Form(lambda: exponential_domain, "peer", shapes=HERE),
+    "POT": Form(lambda: pot, "peer", package="POT", shapes=HERE, parts=FORWARD),
+    "geomloss": Form(lambda: geomloss, "peer", package="geomloss", shapes=HERE, parts=FORWARD),
+}
 
-
-@pytest.mark.usefixtures("needs_kernels")
-@pytest.mark.parametrize("epsilon", [1.0, 0.1, 0.02, 0.005])
-def test_forward_native(
-    bench: Callable[..., Any], benchmark: Any, similarity: Tensor, epsilon: float
-) -> None:
-    benchmark.group = "sinkhorn forward"
-    capability = torch.ops.mghf_native.cpu_capability()
-    facts = FACTS | {"epsilon": epsilon, "form": "native", "capability": capability}
-    bench(lambda: native_plan(similarity, epsilon), shape=SHAPE, **facts)
-
-
-@pytest.mark.parametrize("form", ["bmm", "native"])
-def test_forward_and_backward(
-    bench: Callable[..., Any], benchmark: Any, similarity: Tensor, form: str
-) -> None:
-    """The log-domain reference under autograd would hold 9.4 GiB, so `bmm` stands for it here."""
-    benchmark.group = "sinkhorn forward and backward"
-    if form == "native" and (reason := native.unavailable_reason()) is not None:
-        pytest.skip(reason)
-    function = native_plan if form == "native" else bmm
-    leaf = similarity.detach().requires_grad_()
-    weights = torch.rand(similarity.shape, generator=torch.Generator().manual_seed(1))
-    bench(
-        lambda: torch.autograd.grad(function(leaf), leaf, weights), shape=SHAPE, **FACTS, form=form
-    )
+test_sinkhorn = measured(
+    "sinkhorn",
+    __name__,
+    inputs,
+    FORMS,
+    output=lambda shape: (shape.batch * CHANNELS, shape.patches, shape.patches),
+)

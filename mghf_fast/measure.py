@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import gc
 import importlib
 import json
@@ -16,8 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -161,15 +162,44 @@ def measure_apart(
     Returns:
         The measurement. Running out of time or memory, and any error, is told in ``failure``.
     """
+    (found,) = _measure_in_child(
+        target, [arguments], timeout=timeout, threads=threads, rounds=rounds, budget=budget,
+        memory=memory,
+    )  # fmt: skip
+    return found
+
+
+def measure_parts_apart(
+    target: str, arguments: dict[str, Any], parts: Sequence[str], **options: Any
+) -> dict[str, Measurement]:
+    """Like :func:`measure_apart` for several functions, one after the other in one fresh process.
+
+    Args:
+        target, arguments: as there; the target is called once for each part, with ``part=`` its
+            name.
+        parts: names. What one of them fails with does not keep the next from running, but the
+            time limit is for all of them together.
+        options: as in :func:`measure_apart`.
+
+    Returns:
+        The measurement of each part.
+    """
+    calls = [arguments | {"part": part} for part in parts]
+    return dict(zip(parts, _measure_in_child(target, calls, **options), strict=True))
+
+
+def _measure_in_child(
+    target: str, calls: list[dict[str, Any]], *, timeout: float, **options: Any
+) -> list[Measurement]:
+    defaults = {"threads": None, "rounds": 5, "budget": 5.0, "memory": True}
     with tempfile.TemporaryDirectory() as folder:
-        result, log = Path(folder, "result.json"), Path(folder, "log.txt")
-        job = {
-            "target": target, "arguments": arguments, "threads": threads, "rounds": rounds,
-            "budget": budget, "memory": memory, "result": str(result),
-        }  # fmt: skip
+        results, log = Path(folder, "results"), Path(folder, "log.txt")
+        results.touch()
+        job = {"target": target, "calls": calls, "results": str(results)} | defaults | options
         # The child finds the modules that this process finds.
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
         environment = {**os.environ, "PYTHONPATH": paths}
+        failure = None
         with log.open("w") as output:
             child = subprocess.Popen(
                 [sys.executable, "-m", "mghf_fast.measure", json.dumps(job)],
@@ -179,16 +209,19 @@ def measure_apart(
             try:
                 child.wait(timeout)
             except subprocess.TimeoutExpired:
-                return Measurement(failure=f"timed out after {timeout:g} s")
+                failure = f"timed out after {timeout:g} s"
             finally:
                 _end_group(child)
-        if result.exists():
-            found = json.loads(result.read_text())
-            return Measurement(tuple(found["seconds"]), found["peak_bytes"], found["failure"])
-        if child.returncode == -signal.SIGKILL:
-            return Measurement(failure="killed, out of memory")
-        last = (log.read_text(errors="replace").strip().splitlines() or ["no message"])[-1]
-        return Measurement(failure=f"exit code {child.returncode}: {last[:160]}")
+        if failure is None and child.returncode == -signal.SIGKILL:
+            failure = "killed, out of memory"
+        elif failure is None:
+            last = (log.read_text(errors="replace").strip().splitlines() or ["no message"])[-1]
+            failure = f"exit code {child.returncode}: {last[:160]}"
+        # One line for each call that ended; a line cut short by the end of the process has no \n.
+        lines = [line for line in results.read_text().splitlines(True) if line.endswith("\n")]
+        found = [Measurement(**json.loads(line)) for line in lines]
+    found = [dataclasses.replace(m, seconds=tuple(m.seconds)) for m in found]
+    return found + [Measurement(failure=failure)] * (len(calls) - len(found))
 
 
 def _end_group(child: subprocess.Popen[bytes]) -> None:
@@ -232,12 +265,16 @@ def _child(job: dict[str, Any]) -> None:
     if job["threads"] is not None:
         torch.set_num_threads(job["threads"])
     module, _, name = job["target"].partition(":")
-    try:
-        function = getattr(importlib.import_module(module), name)(**job["arguments"])
-        found = measure(function, rounds=job["rounds"], budget=job["budget"], memory=job["memory"])
-    except Exception as error:
-        found = Measurement(failure=_failure_text(error))
-    Path(job["result"]).write_text(json.dumps(asdict(found)))
+    options = {key: job[key] for key in ("rounds", "budget", "memory")}
+    for arguments in job["calls"]:
+        try:
+            function = getattr(importlib.import_module(module), name)(**arguments)
+            found = measure(function, **options)
+        except Exception as error:
+            found = Measurement(failure=_failure_text(error))
+        function = None  # frees its tensors before the next is made
+        with Path(job["results"]).open("a") as results:
+            results.write(json.dumps(dataclasses.asdict(found)) + "\n")
 
 
 def cpu_model() -> str:

@@ -144,7 +144,8 @@ def _step(function: Callable[..., Tensor], sr: Tensor, *others: Tensor) -> Step:
     return lambda: torch.autograd.grad(function(sr, *others), sr)
 
 
-def _reference_lip(s: Tensor, g: Tensor, weights: Weights) -> Tensor:
+def reference_lip(s: Tensor, g: Tensor, weights: Weights) -> Tensor:
+    """The local term of two feature stacks, the reference's under ordinary autograd."""
     query = patches.patch_projection(s, *weights, PATCH_SIZE, STRIDE)
     with torch.no_grad():
         key = patches.patch_projection(g, *weights, PATCH_SIZE, STRIDE)
@@ -152,10 +153,10 @@ def _reference_lip(s: Tensor, g: Tensor, weights: Weights) -> Tensor:
 
 
 def _lip(variant: str, size: int, batch: int, wrap: Wrap) -> Step:
-    weights = _projection_weights()
+    weights = projection_weights()
 
     def reference(s: Tensor, g: Tensor) -> Tensor:
-        return _reference_lip(s, g, weights)
+        return reference_lip(s, g, weights)
 
     function = LocalInformationLoss() if variant == "mghf_fast" else reference
     return _step(wrap(function), *feature_pair(size, CHANNELS, batch))
@@ -231,26 +232,33 @@ def _dfe(variant: str, size: int, batch: int, wrap: Wrap) -> Step:
     return step
 
 
-def _total(variant: str, size: int, batch: int, wrap: Wrap) -> Step:
-    if variant == "mghf_fast":
-        return _step(wrap(MGHFLoss()), *image_pair(size, batch))
+def reference_mghf(variant: str = "c") -> Callable[[Tensor, Tensor], Tensor]:
+    """MGHF-c or MGHF-n with the defaults of :class:`MGHFLoss`, as a function of SR and GT: the
+    reference's under ordinary autograd."""
     extractor = default_extractor().requires_grad_(False)
-    weights = _projection_weights()
+    weights = projection_weights()
     preset = PRESETS["2026"]
 
-    def reference(sr: Tensor, gt: Tensor) -> Tensor:
+    def loss(sr: Tensor, gt: Tensor) -> Tensor:
         s = _reference_features(sr, extractor)
         with torch.no_grad():
             g = _reference_features(gt, extractor)
+        if variant == "n":
+            return (s - g).square().mean()
         terms = content_style.content_style(
             g, s, CHANNELS // 2, preset.alpha, preset.gamma, 256, "channel"
         )
         naive, *consistency = (term.mean() for term in terms[:4])
         csc = sum(beta * term for beta, term in zip(preset.betas, consistency, strict=True))
-        lip = _reference_lip(s, g, weights)
+        lip = reference_lip(s, g, weights)
         return preset.gammas[0] * naive + preset.gammas[1] * csc + preset.gammas[2] * lip
 
-    return _step(wrap(reference), *image_pair(size, batch))
+    return loss
+
+
+def _total(variant: str, size: int, batch: int, wrap: Wrap) -> Step:
+    loss = MGHFLoss() if variant == "mghf_fast" else reference_mghf()
+    return _step(wrap(loss), *image_pair(size, batch))
 
 
 def _vgg16(variant: str, size: int, batch: int, wrap: Wrap) -> Step:
@@ -258,7 +266,8 @@ def _vgg16(variant: str, size: int, batch: int, wrap: Wrap) -> Step:
     return _step(wrap(VGG16Perceptual()), *image_pair(size, batch))
 
 
-def _projection_weights() -> Weights:
+def projection_weights() -> Weights:
+    """The default patch projection's weights and biases, in the order that the op takes them."""
     first, second = (projection := PatchProjection()).hidden, projection.output
     return first.weight, first.bias, second.weight, second.bias
 

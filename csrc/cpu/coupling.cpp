@@ -1104,7 +1104,7 @@ inline void instantiate(const CouplingShape& shape, const Run& run) {
 #if defined(MGHF_BFLOAT16_PRODUCTS)
   if (shape.bfloat16_products) {
 #if defined(MGHF_AMX)
-    const Tiles tiles;
+    [[maybe_unused]] const Tiles tiles;
 #endif
     with_operand.template operator()<BFloat16>();
     return;

@@ -1,0 +1,1 @@
+"""Measurements of every op and of a whole loss step: `make bench`."""

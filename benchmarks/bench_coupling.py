@@ -1,0 +1,29 @@
+"""The invertible block with frozen weights: forward, and the gradient of its input."""
+
+from torch import Tensor
+
+from benchmarks.cases import features, measured, standard_forms
+from mghf_fast import functional
+from mghf_fast.losses.mghf import default_extractor
+from mghf_fast.reference import coupling
+from mghf_fast.workloads import CHANNELS
+
+(BLOCK,) = default_extractor().requires_grad_(False).blocks
+WEIGHTS = BLOCK.weights()  # type: ignore[operator]
+
+
+def ours(x: Tensor) -> Tensor:
+    return functional.invertible_block(x, WEIGHTS)
+
+
+def reference(x: Tensor) -> Tensor:
+    return coupling.invertible_block(x, WEIGHTS)
+
+
+test_coupling = measured(
+    "coupling",
+    __name__,
+    lambda shape: (features(shape),),
+    standard_forms(ours, reference),
+    output=lambda shape: (shape.batch, CHANNELS, shape.size, shape.size),
+)

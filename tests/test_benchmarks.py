@@ -1,0 +1,328 @@
+"""The benchmark house: every form computes its op, and results are written, read and compared."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from contract import relative_error
+
+from benchmarks import cases, report, results
+from benchmarks.cases import Shape
+from mghf_fast.measure import Measurement
+
+CASES = cases.load_all()
+TINY = cases.WARM_UP
+MACHINE = {"name": "toy-2c", "cpu": "Toy", "cores": 2, "threads": 2, "isa": "AVX2", "torch": "2.x"}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# ---- the forms ----
+
+
+def outcome(op: str, form: str, part: str) -> torch.Tensor:
+    step = CASES[op].step(CASES[op].forms[form].make(), TINY, form, part)
+    result = step()
+    (tensor,) = result if isinstance(result, tuple) else [result]
+    return tensor.detach()
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_every_form_computes_the_same(op: str) -> None:
+    for name, form in CASES[op].forms.items():
+        if form.compiled or (form.package and cases.package_version(form.package) is None):
+            continue
+        for part in CASES[op].parts_of(name):
+            torch.manual_seed(0)  # of the upstream gradient
+            found = outcome(op, name, part)
+            assert torch.isfinite(found).all(), name
+            if "VGG" not in name and form.dtype == "float32":
+                torch.manual_seed(0)
+                assert relative_error(found, outcome(op, "eager", part)) < 1e-3, (name, part)
+
+
+def test_what_is_measured() -> None:
+    assert tuple(Shape(1, size) for size in (128, 256, 512, 1024, 2048)) == cases.SIZES
+    for op, case in CASES.items():
+        shapes = {shape for shape, form, _ in case.rows() if form == "mghf_fast"}
+        assert shapes >= {*cases.SIZES, Shape(8, 128)}, op
+        assert {shape for shape, *_ in case.rows(quick=True)} == {cases.QUICK}
+        assert not any(case.forms[form].compiled for _, form, _ in case.rows(quick=True))
+        kinds = {form.kind for form in case.forms.values()}
+        assert kinds >= {"ours", "eager", "compile"}, op
+
+
+def test_a_row_in_a_process_of_its_own() -> None:
+    found = cases.measure_row(CASES["gram"], TINY, "mghf_fast", 1, [])
+    assert list(found) == ["forward", "step"]
+    for measured in found.values():
+        assert measured.failure is None and 1 <= len(measured.seconds) <= cases.ROUNDS
+    row = results.new_row("gram", TINY, "mghf_fast", 1, found)
+    assert row["shape"] == "1x3x64x64" and row["threads"] == 1 and row["dtype"] == "float32"
+    assert row["kind"] == "ours" and set(row["backends"]) == {"gram"}
+    assert set(row["parts"]) == {"forward", "step", "backward"}
+    assert row["versions"]["torch"] == torch.__version__
+
+
+def test_failures_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(cases.LIMITS, "eager", 0.1)
+    found = cases.measure_row(CASES["entropy"], TINY, "eager", 1, [])
+    assert found["forward"].failure == "over 0 s"
+    monkeypatch.setattr(cases, "package_version", lambda package: None)
+    found = cases.measure_row(CASES["sinkhorn"], TINY, "POT", 1, [])
+    assert found["forward"].failure == "POT is not installed"
+    assert cases.said("killed, out of memory", 9) == "out of memory"
+    assert cases.said("KeyError: 'a bug'", 9) == "KeyError: 'a bug'"
+
+
+def test_what_need_not_be_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cases, "available_memory", lambda: 100)
+
+    def after(*earlier: tuple[float, int] | str) -> str | None:
+        measured = [
+            Measurement(failure=e) if isinstance(e, str) else Measurement((e[0],), e[1])
+            for e in earlier
+        ]
+        return cases.hopeless(measured, 120)
+
+    assert after() is None
+    assert after((1, 1), "out of memory") == "out of memory"
+    assert after((29, 1)) is None
+    assert after((31, 1)) == "over 120 s"
+    assert after((1, 1), (10, 1)) is None
+    assert after((1, 1), (16, 1)) == "over 120 s"  # grows 16 times a size
+    assert after((31, 26)) is None  # it may run out of memory, which must be seen
+
+
+# ---- results ----
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (("AMD EPYC", 2, 2, 26, 2), "epyc-zen5-2c"),
+        (("AMD EPYC", 2, 1, 26, 2), "epyc-zen5-2c-1t"),
+        (("AMD Ryzen 9 5950X 16-Core Processor", 16, 16, 25, 0x21), "ryzen-9-5950x-zen3-16c"),
+        (("AMD EPYC 9654 96-Core Processor", 96, 96, 25, 0x11), "epyc-9654-zen4-96c"),
+        (("Intel(R) Xeon(R) CPU E5-2680 v4 @ 2.40GHz", 28, 28, 6, 79), "xeon-e5-2680-v4-28c"),
+        (("", 4, 4), "cpu-4c"),
+    ],
+)
+def test_machine_names(arguments: tuple[Any, ...], name: str) -> None:
+    assert results.machine_name(*arguments) == name
+
+
+def row(form: str, seconds: float | str, kind: str = "ours", op: str = "gram", **more: Any) -> Any:
+    part: dict[str, Any] = {"failure": seconds}
+    if not isinstance(seconds, str):
+        part = {"median_s": seconds, "min_s": seconds, "peak_mib": 10.0, "rounds": 3, "spread": 0.0}
+    shape = more.get("shape", "1x3x512x512")
+    return {"op": op, "shape": shape, "form": form, "kind": kind, "parts": {"step": part}}
+
+
+def run_of(*rows: Any, **machine: Any) -> results.Run:
+    return {"machine": MACHINE | machine, "rows": list(rows)}
+
+
+COMMITTED = run_of(
+    row("mghf_fast", 1.0), row("eager", 10.0, "eager"), row("compile", 4.0, "compile")
+)
+
+
+def test_a_row_is_measured_against_its_baseline() -> None:
+    def compared(ours: float, eager: float, compiled: float) -> results.Comparison:
+        rows = (row("eager", eager, "eager"), row("compile", compiled, "compile"))
+        return results.compare(run_of(row("mghf_fast", ours), *rows), COMMITTED)
+
+    assert not compared(1.14, 10, 4).failures
+    assert not compared(2.2, 20, 8).failures  # a machine half as fast
+    assert not compared(1.1, 1, 4).failures  # the baseline is the fastest of the committed ones
+    found = compared(1.16, 10, 4)
+    assert found.slower == [("gram", "1x3x512x512", "mghf_fast", "compile")]
+    (text,) = found.failures
+    assert text.startswith("gram, 1x3x512x512, mghf_fast, step: 1.16 times as slow against compile")
+    assert not compared(0.6, 10, 2.5).slower and compared(0.8, 10, 2.5).slower
+
+
+def test_only_a_baseline_that_ran_in_both_counts() -> None:
+    eager, failed = row("eager", 10.0, "eager"), row("compile", "out of memory", "compile")
+    assert not results.compare(run_of(row("mghf_fast", 1.1), eager, failed), COMMITTED).failures
+    assert results.compare(run_of(row("mghf_fast", 1.2), eager, failed), COMMITTED).slower
+    found = results.compare(run_of(row("mghf_fast", 9.0)), COMMITTED)
+    assert not found.failures and "no baseline ran in both" in found.notes[0]
+
+
+def test_what_cannot_be_compared_is_said() -> None:
+    rows = COMMITTED["rows"]
+    (text,) = results.compare(run_of(*rows), None).failures
+    assert text == "there is no committed result of toy-2c"
+    (text,) = results.compare(run_of(*rows, cpu="Other"), COMMITTED).failures
+    assert text == "another machine: cpu is 'Other', in the committed result 'Toy'"
+    (text,) = results.compare(run_of(*rows[1:]), COMMITTED).failures
+    assert text == "gram, 1x3x512x512, mghf_fast, step: not in this run"
+    found = results.compare(run_of(*rows[1:]), COMMITTED, partial=True)
+    assert not found.failures and "not in this run" in found.notes[0]
+    broken = run_of(row("mghf_fast", "out of memory"), *rows[1:])
+    assert results.compare(broken, COMMITTED).failures[0].endswith("step: out of memory")
+    more = run_of(row("mghf_fast", 1.0, op="dec"), *rows)
+    assert results.compare(more, COMMITTED).notes == ["dec, 1x3x512x512, mghf_fast: new"]
+
+
+def test_files() -> None:
+    rows = [row("b", 1.0), row("a", 1.0, shape="1x3x1024x1024"), row("a", 1.0)]
+    text = results.to_json(run_of(*rows))
+    assert text == results.to_json(run_of(*reversed(rows)))
+    read = json.loads(text)
+    assert [(r["form"], r["shape"]) for r in read["rows"]] == [
+        ("a", "1x3x512x512"), ("b", "1x3x512x512"), ("a", "1x3x1024x1024"),
+    ]  # fmt: skip
+    newer = run_of(row("c", 2.0), torch="3")
+    merged = results.merge(read, newer)
+    assert [(r["form"], r["shape"]) for r in merged["rows"]] == [
+        ("a", "1x3x1024x1024"), ("c", "1x3x512x512"),
+    ]  # fmt: skip
+    assert merged["machine"]["torch"] == "3"
+
+
+def test_exponents() -> None:
+    assert results.exponent([(x, 3 * x**1.5) for x in (1, 4, 16)]) == pytest.approx(1.5)
+    assert results.exponent([(1, 1), (4, 4)]) is None
+
+
+@pytest.mark.parametrize("path", sorted(results.RESULTS.glob("*.json")), ids=lambda p: p.stem)
+def test_a_result_names_no_host_and_no_path(path: Path) -> None:
+    text = path.read_text()
+    assert f'"{os.uname().nodename}"' not in text
+    assert not re.search(r'"/\w+|/(home|root|tmp|work|usr)/', text)
+
+
+# ---- README and plots ----
+
+
+def a_whole_run() -> results.Run:
+    """Made-up figures for every row: MGHF-c's eager form runs out of memory from 1024 on."""
+    rows = []
+    for op, case in CASES.items():
+        for shape, form in dict.fromkeys(r[:2] for r in case.rows()):
+            pixels, kind = shape.batch * shape.size**2, case.forms[form].kind
+            seconds = pixels * (1e-7 if kind == "ours" else 1e-6)
+            failed = op == "mghf_c" and kind == "eager" and shape.size >= 1024
+            measured = Measurement((seconds,) * 3, pixels * 100)
+            if failed:
+                measured = Measurement(failure="out of memory")
+            parts = dict.fromkeys(case.parts_of(form), measured)
+            rows.append(results.new_row(op, shape, form, 2, parts))
+    return run_of(*rows)
+
+
+@pytest.fixture
+def whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> results.Run:
+    run = a_whole_run()
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    (tmp_path / "toy-2c.json").write_text(results.to_json(run))
+    return run
+
+
+MARKERS = "".join(
+    f"<!-- benchmarks: {kind} of toy-2c -->\nold\n<!-- benchmarks: end -->\n"
+    for kind in report.BLOCKS
+)
+
+
+def test_blocks(whole_run: results.Run) -> None:
+    text, files = report.generate(f"before\n{MARKERS}after\n")
+    assert text.startswith("before\n") and text.endswith("after\n") and "old\n" not in text
+    assert text == report.generate(text)[0]
+    assert "| **whole MGHF-c step** | 262 ms, 25 MiB | 262 ms, 25 MiB | **26 ms, 25 MiB** |" in text
+    assert "10x, 10x" in text and "POT 262 ms, 25 MiB (10x)" in text
+    line = next(x for x in text.splitlines() if "MGHF-c step**, mghf_fast" in x)
+    assert line.endswith("| 1.00, 1.00 |")
+    assert text.count("| out of memory | out of memory |") == 1
+    assert set(files) == {"toy-2c-step.svg", "toy-2c-ops.svg"}
+    assert "eager, exponent 1.00, out of memory at 1024" in files["toy-2c-step.svg"]
+    for name, svg in files.items():
+        assert f'src="docs/assets/{name}"' in text
+        ElementTree.fromstring(svg)
+
+
+def test_a_run_with_holes_still_gives_tables(whole_run: results.Run) -> None:
+    holes = copy.deepcopy(whole_run)
+    holes["rows"] = [r for r in holes["rows"] if r["op"] == "gram"][::2]
+    (results.RESULTS / "toy-2c.json").write_text(results.to_json(holes))
+    assert "Gram matrices" in report.generate(MARKERS)[0]
+
+
+def test_without_a_result_a_block_stays() -> None:
+    text = MARKERS.replace("toy-2c", "nowhere-1c")
+    assert report.generate(text) == (text, {})
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.00042, "0.42 ms"), (0.0042, "4.2 ms"), (0.0281, "28 ms"), (0.99, "990 ms"),
+     (1.0, "1.00 s"), (51.73, "51.7 s"), (123.4, "123 s")],
+)  # fmt: skip
+def test_durations(seconds: float, text: str) -> None:
+    assert report.duration(seconds) == text
+
+
+def test_the_readme_says_what_the_committed_results_say() -> None:
+    readme = (report.ROOT / "README.md").read_text()
+    machines = {match[2] for match in report.MARKED.findall(readme)}
+    assert machines
+    text, files = report.generate(readme)
+    assert text == readme, "README.md differs from its results: python -m benchmarks.report"
+    for name, svg in files.items():
+        assert (report.ROOT / "docs" / "assets" / name).read_text() == svg, name
+    if missing := {machine for machine in machines if results.load(machine) is None}:
+        pytest.skip(f"no committed result yet of {', '.join(missing)}")
+
+
+# ---- a session ----
+
+
+def session(*options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    one = ["benchmarks/bench_entropy.py", "-k", "1x3x128x128-eager-", "--threads", "1"]
+    return subprocess.run(
+        [*command, *one, *options], cwd=report.ROOT, capture_output=True, text=True
+    )
+
+
+def test_a_session_writes_and_compares() -> None:
+    trial = report.ROOT / "build" / "bench" / "a-test-1c.json"
+    trial.unlink(missing_ok=True)
+    done = session("--machine", "a-test-1c", "--compare")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "WORSE: there is no committed result of a-test-1c" in done.stdout
+    run = json.loads(trial.read_text())
+    trial.unlink()
+    assert run["machine"]["name"] == "a-test-1c" and run["machine"]["threads"] == 1
+    (only,) = run["rows"]
+    assert only["op"] == "entropy" and only["parts"]["forward"]["median_s"] > 0
+
+
+def test_another_library_can_be_named(tmp_path: Path) -> None:
+    """`make asan` relies on it, and must not pass on plain PyTorch for want of the library."""
+    code = "from mghf_fast import native; print(native.unavailable_reason())"
+    environment = os.environ | {"MGHF_NATIVE_LIBRARY": str(tmp_path / "none.so")}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert "MGHF_NATIVE_LIBRARY is" in done.stdout and "no such file" in done.stdout
