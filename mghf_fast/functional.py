@@ -443,7 +443,7 @@ def dec_loss(
     sr_patches, gt_patches = _flat_patches(sr, patch_size), _flat_patches(gt.detach(), patch_size)
     if gather:
         sr_patches, gt_patches = gather_rows(sr_patches), gather_rows(gt_patches)
-    loss: Tensor = ops.dec.dec(
+    loss, _ = ops.dec.dec(
         sr_patches,
         gt_patches,
         float(threshold_db),

@@ -12,9 +12,10 @@ import torch
 import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import CAPABILITIES, in_parent, run_file_under
 from torch import Tensor
 
-from mghf_fast import DECLoss, functional, ops
+from mghf_fast import DECLoss, available_backends, functional, ops
 from mghf_fast.reference import dec as reference
 
 OPTIONS = (34.0, 0.5, 1.5, "inside", "rmse", 1.0)
@@ -146,7 +147,7 @@ def test_contract(backend: str) -> None:
 def test_second_derivative() -> None:
     _, gt = patches(4, 3)
     contract.check_second_derivative(
-        lambda x: ops.dec.dec(x, gt.double(), *OPTIONS, "auto"), torch.rand(4, 3) + 0.5
+        lambda x: ops.dec.dec(x, gt.double(), *OPTIONS, "auto")[0], torch.rand(4, 3) + 0.5
     )
 
 
@@ -258,12 +259,158 @@ def test_any_patches(p: int, d: int, threshold: float, temperature: str, seed: i
     if not torch.equal(*positive):
         return  # a distance within float32 rounding of the threshold
     contract.check_against_reference(
-        lambda x: ops.dec.dec(x, gt, *options, "auto"),
+        lambda x: ops.dec.dec(x, gt, *options, "auto")[0],
         lambda x: reference.dec(x, gt.double(), *options),
         [sr],
         value_tolerance=1e-4,  # the logarithm of a ratio near 1
         gradient_tolerance=1e-3,
     )
+
+
+# ---- any shape, any tile ----
+
+
+def loss_on(backend: str, gt: Tensor, *options: object) -> contract.Function:
+    return lambda sr: ops.dec.dec(sr, gt, *(options or OPTIONS), backend)[0]
+
+
+def exact_loss(gt: Tensor, *options: object) -> contract.Function:
+    return lambda sr: reference.dec(sr, gt.double(), *(options or OPTIONS))
+
+
+@pytest.mark.parametrize("p", [1, 63, 65, 200])
+@pytest.mark.parametrize("d", [2, 7, 16, 193])
+def test_sizes_that_fit_no_tile(backend: str, p: int, d: int) -> None:
+    sr, gt = patches(p, d)
+    if p > 2:
+        sr[0] = gt[p - 1] = 0  # a black patch is as near to padding as can be
+    contract.check_against_reference(loss_on(backend, gt), exact_loss(gt), [sr])
+
+
+def test_many_patches(backend: str) -> None:
+    if backend == "reference":
+        pytest.skip("it has no tiles, large or small")
+    sr, gt = patches(2113, 3)
+    contract.check_against_reference(loss_on(backend, gt), exact_loss(gt), [sr])
+
+
+@pytest.mark.parametrize("temperature", reference.TEMPERATURES)
+@pytest.mark.parametrize("similarity", reference.SIMILARITIES)
+@pytest.mark.parametrize("threshold", [-10.0, 20.0, 200.0])
+def test_options(backend: str, temperature: str, similarity: str, threshold: float) -> None:
+    sr, gt = patches(70, 20)
+    gt[5:30] = gt[5]
+    options = (threshold, 0.1, 0.3, temperature, similarity, 2.0)
+    positive = [reference.positive_pairs(x, threshold, similarity, 2.0) for x in (gt, gt.double())]
+    assert torch.equal(*positive)
+    contract.check_against_reference(
+        loss_on(backend, gt, *options), exact_loss(gt, *options), [sr], value_tolerance=2e-5
+    )
+
+
+def test_pairs_at_the_threshold(backend: str) -> None:
+    """Bright patches, whose products lose the digits that decide."""
+    p, limit = 80, 10 ** (-34 / 20)
+    gt = torch.rand(p, 192, dtype=torch.float64) + 30
+    for i, step in enumerate((-1e-1, -1e-2, -1e-3, -1e-4, 1e-4, 1e-3, 1e-2, 1e-1)):
+        difference = torch.randn(192, dtype=torch.float64)
+        difference *= (1 + step) * limit / difference.square().mean().sqrt()
+        gt[9 * i + 1] = gt[9 * i] + difference
+    gt = gt.float()
+    expected = reference.positive_pairs(gt.double(), 34.0, "rmse", 1.0)
+    assert expected.sum() == p + 8
+    assert torch.equal(expected, reference.positive_pairs(gt, 34.0, "rmse", 1.0))
+    sr = torch.rand(p, 192)
+    contract.check_against_reference(loss_on(backend, gt), exact_loss(gt), [sr])
+
+
+@pytest.mark.parametrize("temperatures", [(0.02, 0.05), (0.013, 5.0), (50.0, 0.03)])
+def test_extreme_temperatures(backend: str, temperatures: tuple[float, float]) -> None:
+    sr, gt = patches(70, 20)
+    options = (34.0, *temperatures, "inside", "rmse", 1.0)
+    contract.check_against_reference(
+        loss_on(backend, gt, *options), exact_loss(gt, *options), [sr], value_tolerance=2e-5
+    )
+
+
+@pytest.mark.parametrize("temperatures", [(1e-3, 1.0), (1.0, 1e-3), (1e-3, 1e-3), (1e-30, 1.0)])
+def test_overflow(backend: str, temperatures: tuple[float, float]) -> None:
+    sr, gt = patches(70, 20)
+    options = (34.0, *temperatures, "inside", "rmse", 1.0)
+    got, expected = loss_on(backend, gt, *options)(sr), reference.dec(sr, gt, *options)
+    torch.testing.assert_close(got, expected, equal_nan=True)
+
+
+def test_strided_patches(backend: str) -> None:
+    sr, gt = patches(70, 20)
+    for (_, s), (_, g) in zip(contract.batch_layouts(sr), contract.batch_layouts(gt), strict=True):
+        contract.check_layout(loss_on(backend, gt), sr, s)
+        assert contract.relative_error(loss_on(backend, g)(sr), loss_on(backend, gt)(sr)) <= 1e-6
+
+
+def test_the_number_of_threads_does_not_change_a_bit(backend: str) -> None:
+    if backend == "reference":
+        pytest.skip("its matrix products are PyTorch's")
+    sr, gt = patches(333, 20)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            loss = loss_on(backend, gt)
+            (grad,) = contract.gradients(loss, [sr], [torch.tensor(0.7)])
+            results.append((loss(sr), grad))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+@pytest.mark.parametrize("which", ["sr", "gt"])
+def test_a_nan_gives_the_references_gradient(backend: str, which: str) -> None:
+    sr, gt = patches(70, 20)
+    (sr if which == "sr" else gt)[33, 7] = torch.nan
+    (grad,) = contract.gradients(loss_on(backend, gt), [sr], [torch.ones(())])
+    (expected,) = contract.gradients(loss_on("reference", gt), [sr], [torch.ones(())])
+    assert torch.equal(grad.isnan(), expected.isnan())
+
+
+def test_no_patches(backend: str) -> None:
+    empty = torch.zeros(0, 12, requires_grad=True)
+    loss = ops.dec.dec(empty, empty.detach(), *OPTIONS, backend)[0]
+    loss.backward()
+    assert loss.item() == 0 and empty.grad is not None and empty.grad.shape == (0, 12)
+
+
+# ---- instruction sets ----
+
+KERNEL_TESTS = "sizes or options or pairs or overflow or threads"
+
+
+@in_parent
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_under_each_instruction_set(capability: str) -> None:
+    run_file_under(capability, __file__, "-k", f"({KERNEL_TESTS}) and not reference")
+
+
+@pytest.mark.skipif("cpu" not in available_backends(), reason="there are no compiled kernels")
+@pytest.mark.parametrize(
+    ("position", "value", "message"),
+    [
+        (0, torch.zeros(3, 4, dtype=torch.float64), "sr is not float32"),
+        (1, torch.zeros(3, 5), "gt has shape"),
+        (2, math.inf, "threshold_db is inf"),
+        (3, 0.0, "positive_temperature is 0"),
+        (4, math.nan, "negative_temperature is nan"),
+        (5, "within", "temperature is 'within'"),
+        (6, "psnr", "similarity is 'psnr'"),
+        (7, -1.0, "max_value is -1"),
+    ],
+)
+def test_the_raw_operator_names_bad_arguments(position: int, value: object, message: str) -> None:
+    arguments: list[object] = [torch.zeros(3, 4), torch.zeros(3, 4), *OPTIONS]
+    arguments[position] = value
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.mghf_native.dec(*arguments)
 
 
 def test_bad_input() -> None:

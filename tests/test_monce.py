@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import os
+import subprocess
+import sys
 
 import contract
 import pytest
@@ -12,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mghf_fast import functional, ops
+from mghf_fast import functional, native, ops
 from mghf_fast.reference import monce as reference
 from mghf_fast.reference.sinkhorn import COSTS, sinkhorn_plan
 
@@ -122,6 +126,88 @@ def test_values_and_gradients(
     )
 
 
+# ---- sizes, and plans that are hard to find ----
+
+
+def check_map(query: Tensor, key: Tensor, backend: str, *options: object) -> None:
+    """Losses and gradients of the given maps against float64, but for what float32 similarities
+    cannot tell: an error of 2e-7 in them moves logits by 2e-7 / t, and where the plan hardly
+    depends on them, its rounding over epsilon is left of its gradient."""
+    temperature, epsilon, iterations, weight, cost, plan_gradient = options
+
+    def loss(q: Tensor) -> Tensor:
+        return functional.monce_loss(
+            q,
+            key,
+            temperature=temperature,
+            epsilon=epsilon,
+            iterations=iterations,
+            negative_weight=weight,
+            cost=cost,
+            plan_gradient=plan_gradient,
+            reduction="none",
+            backend=backend,
+        )
+
+    expected = reference.monce(query.double(), key.double(), *options)
+    assert contract.relative_error(loss(query), expected) <= 1e-5 + 2e-7 / temperature
+    upstream = torch.randn(expected.shape)
+    (got,) = contract.gradients(loss, [query], [upstream])
+    want = reference.monce_backward(upstream.double(), query.double(), key.double(), *options)
+    row = (upstream * -torch.expm1(-expected)).norm().item()
+    error = (got.double() - want).norm().item()
+    assert error <= (1e-4 + 2e-7 / temperature) * want.norm().item() + 3e-6 * row / epsilon
+
+
+def clusters(n: int, count: int, spread: float) -> tuple[Tensor, Tensor]:
+    """Patches of a few kinds: small epsilons move mass between the kinds only slowly."""
+    centre = torch.randn(count, 16)[torch.randint(count, (2, n))]
+    key = F.normalize(centre + spread * torch.randn(2, n, 16), dim=2)
+    return F.normalize(key + 0.1 * torch.randn(2, n, 16), dim=2), key
+
+
+@pytest.mark.parametrize(
+    ("n", "d"), [(3, 1), (7, 3), (8, 4), (15, 16), (16, 17), (17, 64), (40, 65), (95, 33)]
+)
+def test_any_size(backend: str, n: int, d: int) -> None:
+    check_map(*pair(3, n, d), backend, *OPTIONS)
+
+
+@pytest.mark.parametrize("cost", ["hard", "exp"])
+def test_the_papers_size(backend: str, cost: str) -> None:
+    check_map(*pair(1, 441, 64), backend, 0.07, 1.0, 50, 1.0, cost, "exact")
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 7, 50])
+@pytest.mark.parametrize("epsilon", [1.0, 0.1, 0.005])
+def test_slow_convergence(backend: str, epsilon: float, iterations: int) -> None:
+    for cost in ("hard", "exp"):
+        check_map(*clusters(30, 3, 0.2), backend, 0.07, epsilon, iterations, 1.0, cost, "exact")
+
+
+@pytest.mark.parametrize("plan_gradient", reference.PLAN_GRADIENTS)
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("epsilon", [0.02, 0.01, 0.005])
+def test_small_epsilon(backend: str, epsilon: float, cost: str, plan_gradient: str) -> None:
+    for d in (2, 3, 64):  # similarities all over [-1, 1] leave float32's range
+        check_map(*pair(2, 33, d), backend, 0.07, epsilon, 50, 1.0, cost, plan_gradient)
+
+
+@pytest.mark.parametrize("epsilon", [1.0, 0.01])
+@pytest.mark.parametrize("temperature", [1e-3, 0.01, 10.0, 1e4])
+def test_any_temperature(backend: str, temperature: float, epsilon: float) -> None:
+    for cost in COSTS:
+        check_map(*pair(2, 19), backend, temperature, epsilon, 50, 3.0, cost, "exact")
+
+
+def test_a_tiny_temperature_overflows_nothing(backend: str) -> None:
+    query, key = pair(2, 19)
+    got = functional.monce_loss(query, key, temperature=1e-9, reduction="none", backend=backend)
+    want = reference.monce(query.double(), key.double(), 1e-9, *OPTIONS[1:])
+    assert got.isfinite().all()
+    assert contract.relative_error(got, want) < 1e-5
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(backend: str, dtype: torch.dtype) -> None:
     contract.check_half_precision(
@@ -133,22 +219,34 @@ def test_half_precision(backend: str, dtype: torch.dtype) -> None:
 
 
 def test_layouts(backend: str) -> None:
-    query, key = pair(2, 9)
-    for _, strided in contract.batch_layouts(query):
+    query, key = pair(2, 35, 19)
+    for (_, strided), (_, strided_key) in zip(
+        contract.batch_layouts(query), contract.batch_layouts(key), strict=True
+    ):
         contract.check_layout(
             lambda q: functional.monce_loss(q, key, backend=backend), query, strided
         )
+        contract.check_layout(
+            lambda q, k=strided_key: functional.monce_loss(q, k, backend=backend), query, strided
+        )
+    query, key = query[:1].expand(3, 35, 19), key[:1].expand(3, 35, 19)
+    losses = functional.monce_loss(query, key, reduction="none", backend=backend)
+    assert torch.equal(losses[0], losses[2])
 
 
 def test_contract(backend: str) -> None:
     query, key = pair(2, 6)
     contract.check_opcheck(ops.monce.monce, query.clone().requires_grad_(), key, *OPTIONS, backend)
     contract.check_compiled(lambda q: functional.monce_loss(q, key, backend=backend), query)
-    contract.check_deterministic(
-        "reference",  # the similarities are PyTorch's matrix products, which vary with threads
-        lambda q: functional.monce_loss(q, key, backend=backend),
-        query,
-    )
+    query, key = pair(5, 33)
+    for epsilon in (1.0, 0.01):
+        contract.check_deterministic(
+            backend,
+            lambda q, epsilon=epsilon: functional.monce_loss(
+                q, key, epsilon=epsilon, reduction="none", backend=backend
+            ),
+            query,
+        )
 
 
 def test_second_derivative() -> None:
@@ -196,6 +294,19 @@ def test_nan_gives_nan(n: int, backend: str) -> None:
     losses = functional.monce_loss(query, key, reduction="none", backend=backend)
     assert losses[0].isfinite().all() and losses[1].isnan().any()
     assert functional.monce_loss(query, key, backend=backend).isnan()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("n", [2, 7, 40])
+def test_nan_stays_in_its_map(backend: str, n: int, bad: float) -> None:
+    for which in (0, 1):
+        query, key = pair(3, n)
+        (query, key)[which][1, n - 1, 3] = bad
+        query.requires_grad_()
+        losses = functional.monce_loss(query, key, reduction="none", backend=backend)
+        (grad,) = torch.autograd.grad(losses, query, torch.ones_like(losses))
+        assert losses[[0, 2]].isfinite().all() and grad[[0, 2]].isfinite().all()
+        assert losses[1].isnan().any() and grad[1].isnan().any()
 
 
 def test_no_gradient_to_the_key() -> None:
@@ -251,3 +362,74 @@ def test_bad_input() -> None:
         functional.patch_nce_loss(query, key, temperature=0)
     with pytest.raises(ValueError, match="epsilon must be finite and above 0, got inf"):
         functional.monce_loss(query, key, epsilon=float("inf"))
+
+
+# ---- the compiled kernel ----
+
+IN_CHILD = "MGHF_TEST_CAPABILITY_CHILD"
+needs_kernels = pytest.mark.skipif(
+    native.unavailable_reason() is not None, reason=str(native.unavailable_reason())
+)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("argument", "change"),
+    [
+        ("query", {"query": torch.zeros(3, 4)}),
+        ("query", {"query": torch.zeros(2, 3, 4, dtype=torch.float64)}),
+        ("key", {"key": torch.zeros(2, 3, 5)}),
+        ("temperature", {"temperature": 0.0}),
+        ("epsilon", {"epsilon": torch.nan}),
+        ("iterations", {"iterations": 0}),
+        ("negative_weight", {"negative_weight": torch.inf}),
+        ("cost", {"cost": "soft"}),
+        ("plan_gradient", {"plan_gradient": "none"}),
+    ],
+)
+def test_bad_arguments_are_named(argument: str, change: dict[str, object]) -> None:
+    arguments: dict[str, object] = {
+        "query": torch.zeros(2, 3, 4),
+        "key": torch.zeros(2, 3, 4),
+        "temperature": 0.07,
+        "epsilon": 1.0,
+        "iterations": 50,
+        "negative_weight": 1.0,
+        "cost": "hard",
+        "plan_gradient": "exact",
+    }
+    arguments.update(change)
+    with pytest.raises(RuntimeError, match=f"{argument} (is|has)"):
+        torch.ops.mghf_native.monce(**arguments)
+    with pytest.raises(RuntimeError, match=f"{argument} (is|has)"):
+        torch.ops.mghf_native.monce_backward(torch.zeros(2, 3), **arguments)
+
+
+@needs_kernels
+def test_empty_batches() -> None:
+    for shape in ((0, 5, 3), (2, 0, 3), (2, 5, 0)):
+        empty = torch.zeros(shape)
+        losses = torch.ops.mghf_native.monce(empty, empty, *OPTIONS)
+        assert losses.shape == shape[:2] and losses.isfinite().all()
+        grad = torch.ops.mghf_native.monce_backward(losses, empty, empty, *OPTIONS)
+        assert grad.shape == shape
+
+
+@needs_kernels
+@pytest.mark.skipif(IN_CHILD in os.environ, reason="this is the run under one instruction set")
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_under_each_instruction_set(capability: str) -> None:
+    """The kernel's tests again, in a process that is held to one instruction set."""
+    if capability == torch.ops.mghf_native.cpu_capability():
+        return  # that is what this process runs
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:benchmark"]
+    if importlib.util.find_spec("xdist") is not None:
+        options += ["-p", "no:xdist"]
+    tests = "cpu and (any_size or small or temperature or stays)"
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, "-k", tests, __file__],
+        env=os.environ | {"MGHF_CPU_CAPABILITY": capability, IN_CHILD: "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr

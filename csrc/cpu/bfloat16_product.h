@@ -47,8 +47,10 @@ inline void to_bfloat16(Vec x, BFloat16* out) {
   __builtin_memcpy(out, &halves, sizeof halves);
 }
 
+constexpr int kPairRows = 12;
+
 template <int kM>
-__attribute__((noinline)) void multiply_pairs(Vec (&block)[kM][2], const BFloat16* a, int64_t a_row,
+__attribute__((noinline)) void multiply_pairs(Vec (*block)[2], const BFloat16* a, int64_t a_row,
                                               const BFloat16* b, int64_t depth) {
   Vec sums[kM][2] = {};
   for (int64_t k = 0; k < depth; k += 2) {
@@ -69,6 +71,15 @@ __attribute__((noinline)) void multiply_pairs(Vec (&block)[kM][2], const BFloat1
     block[m][0] = sums[m][0];
     block[m][1] = sums[m][1];
   }
+}
+
+// block[m] = the two vectors of row m of a b; rows in blocks of 12, 4 and 1.
+inline void multiply_pairs(Vec (*block)[2], int64_t rows, const BFloat16* a, int64_t a_row,
+                           const BFloat16* b, int64_t depth) {
+  if (rows == kPairRows) return multiply_pairs<kPairRows>(block, a, a_row, b, depth);
+  int64_t m = 0;
+  for (; m + 4 <= rows; m += 4) multiply_pairs<4>(block + m, a + m * a_row, a_row, b, depth);
+  for (; m < rows; ++m) multiply_pairs<1>(block + m, a + m * a_row, a_row, b, depth);
 }
 
 #endif
@@ -112,16 +123,14 @@ inline void multiply(int64_t rows, int64_t vectors, const BFloat16* a, int64_t a
       }
     }
 #else
-    const auto visit = [&]<int kM>(int64_t m) {
-      Vec block[kM][2];
-      multiply_pairs(block, a + m * a_row, a_row, panel, padded);
-      for (int64_t i = 0; i < kM; ++i) {
+    for (int64_t m = 0; m < rows; m += kPairRows) {
+      const int64_t height = rows - m < kPairRows ? rows - m : kPairRows;
+      Vec block[kPairRows][2];
+      multiply_pairs(block, height, a + m * a_row, a_row, panel, padded);
+      for (int64_t i = 0; i < height; ++i) {
         for (int64_t j = 0; j < width; ++j) store(m + i, n + j, block[i][j]);
       }
-    };
-    int64_t m = 0;
-    for (; m + 12 <= rows; m += 12) visit.template operator()<12>(m);
-    for_each_row_block(rows - m, [&]<int kM>(int64_t i) { visit.template operator()<kM>(m + i); });
+    }
 #endif
   }
 }

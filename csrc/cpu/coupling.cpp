@@ -431,30 +431,11 @@ struct Stream {
       const bool outside = source < 0 || source > last_row();
       runs[i] = outside ? nullptr : input.row(source, at_x.begin - 1);
     }
-    multiply_rows(at_x.size(), vectors, runs, store);
+    multiply(at_x.size(), vectors, runs, shape.inputs, 3 * shape.inputs, p.mix, store);
   }
 
   static void clear(float* data, int64_t count) {
     for (int64_t i = 0; i < count; ++i) data[i] = 0;
-  }
-
-  // As product.h's multiply for the three image rows of a 3 x 3 mix, those outside the image left
-  // out.
-  template <class Store>
-  void multiply_rows(int64_t pixels, int64_t vectors, const float* const (&runs)[3],
-                     const Store& store) const {
-    const int64_t depth = 3 * shape.inputs;
-    for_each_block(pixels, vectors, [&]<int kM, int kN>(int64_t m, int64_t n) {
-      Vec block[kM][kN] = {};
-      const float* panel = p.mix + n * kLanes * 3 * depth;
-      for (int i = 0; i < 3; ++i, panel += depth * kN * kLanes) {
-        if (runs[i] == nullptr) continue;
-        multiply_add(block, runs[i] + m * shape.inputs, shape.inputs, 1, panel, kN * kLanes, depth);
-      }
-      for (int i = 0; i < kM; ++i) {
-        for (int j = 0; j < kN; ++j) store(m + i, n + j, block[i][j]);
-      }
-    });
   }
 
   // phi's hidden layer of row y, from z1.
@@ -605,7 +586,7 @@ struct Inverse : Stream<kind, Operand> {
       // The mix's inverse comes as the mix, with both halves padded.
       const float* const halves[2] = {this->z.row(row, at_x.begin),
                                       this->z.row(row, at_x.begin) + w.padded_half};
-      multiply(at_x.size(), out.width / kLanes, halves, this->z.width, 1, w.half, this->p.mix,
+      multiply(at_x.size(), out.width / kLanes, halves, this->z.width, w.half, this->p.mix,
                [&](int64_t pixel, int64_t v, Vec value) {
                  at(result + pixel * out.width + v * kLanes) = value + at(this->p.bias + v * kLanes);
                });
@@ -677,15 +658,17 @@ int64_t gradient_floats(const CouplingShape& shape) {
 // total(k, n) += sum over pixels of a(pixel, k) g(pixel, n).
 inline void add_products(int64_t pixels, int64_t rows, int64_t vectors, const float* a,
                          int64_t a_width, const float* g, int64_t g_width, float* total) {
-  for_each_block(rows, vectors, [&]<int kM, int kN>(int64_t m, int64_t n) {
-    Vec block[kM][kN];
-    float* target = total + (m * vectors + n) * kLanes;
-    for (int i = 0; i < kM; ++i) {
-      for (int j = 0; j < kN; ++j) block[i][j] = at(target + (i * vectors + j) * kLanes);
+  for_each_sized_block(rows, vectors, [&](int64_t m, int64_t n, int64_t height, int64_t width) {
+    Vec block[kBlockRows * kBlockVectors];
+    const auto sum = [&](int64_t i, int64_t j) -> Vec& {
+      return at(total + ((m + i) * vectors + n + j) * kLanes);
+    };
+    for (int64_t i = 0; i < height; ++i) {
+      for (int64_t j = 0; j < width; ++j) block[i * width + j] = sum(i, j);
     }
-    multiply_add(block, a + m, 1, a_width, g + n * kLanes, g_width, pixels);
-    for (int i = 0; i < kM; ++i) {
-      for (int j = 0; j < kN; ++j) at(target + (i * vectors + j) * kLanes) = block[i][j];
+    multiply_add(block, height, width, a + m, 1, a_width, g + n * kLanes, g_width, pixels);
+    for (int64_t i = 0; i < height; ++i) {
+      for (int64_t j = 0; j < width; ++j) sum(i, j) = block[i * width + j];
     }
   });
 }

@@ -79,6 +79,48 @@ inline void for_each_block(int64_t rows, int64_t vectors, const Visit& visit) {
   }
 }
 
+// ---- blocks whose size is known at run time only: less code where there are many products ----
+
+// As multiply_add() above, with at most kBlockRows rows, and kBlockVectors vectors or one:
+// block[m kN + n].
+template <int kN>
+inline void multiply_add(Vec* block, int64_t rows, const float* a, int64_t a_row, int64_t a_step,
+                         const float* b, int64_t b_step, int64_t depth) {
+  const auto run = [&]<int kM>() {
+    multiply_add(*reinterpret_cast<Vec(*)[kM][kN]>(block), a, a_row, a_step, b, b_step, depth);
+  };
+  switch (rows) {
+    case 6: run.template operator()<6>(); break;
+    case 5: run.template operator()<5>(); break;
+    case 4: run.template operator()<4>(); break;
+    case 3: run.template operator()<3>(); break;
+    case 2: run.template operator()<2>(); break;
+    default: run.template operator()<1>(); break;
+  }
+}
+
+// As for_each_block(): calls visit(m, n, rows, vectors) with a block's first row and vector, and its
+// rows and vectors.
+template <class Visit>
+inline void for_each_sized_block(int64_t rows, int64_t vectors, const Visit& visit) {
+  for (int64_t n = 0; n < vectors;) {
+    const int64_t width = n + kBlockVectors <= vectors ? kBlockVectors : 1;
+    for (int64_t m = 0; m < rows; m += kBlockRows) {
+      visit(m, n, rows - m < kBlockRows ? rows - m : kBlockRows, width);
+    }
+    n += width;
+  }
+}
+
+inline void multiply_add(Vec* block, int64_t rows, int64_t vectors, const float* a, int64_t a_row,
+                         int64_t a_step, const float* b, int64_t b_step, int64_t depth) {
+  if (vectors == 1) {
+    multiply_add<1>(block, rows, a, a_row, a_step, b, b_step, depth);
+  } else {
+    multiply_add<kBlockVectors>(block, rows, a, a_row, a_step, b, b_step, depth);
+  }
+}
+
 // ---- products with a packed right-hand side ----
 //
 // A matrix b(k, n) packed into panels as wide as a block: panel after panel, each with its columns
@@ -104,20 +146,20 @@ void pack(int64_t depth, int64_t columns, const Entry& entry, float* packed) {
 }
 
 // Calls store(m, n, value) with every vector n of every row m of a b. The columns of a lie in
-// `segments` runs of `depth` steps, the first run of row 0 at a[0], that of row m at a[.] + m a_row.
+// `segments` runs of `depth` steps: those of row m from a[.] + m a_row on, one step a column; runs
+// that are null count as zeros.
 template <int kSegments, class Store>
 inline void multiply(int64_t rows, int64_t vectors, const float* const (&a)[kSegments],
-                     int64_t a_row, int64_t a_step, int64_t depth, const float* packed,
-                     const Store& store) {
-  for_each_block(rows, vectors, [&]<int kM, int kN>(int64_t m, int64_t n) {
-    Vec block[kM][kN] = {};
+                     int64_t a_row, int64_t depth, const float* packed, const Store& store) {
+  for_each_sized_block(rows, vectors, [&](int64_t m, int64_t n, int64_t height, int64_t width) {
+    Vec block[kBlockRows * kBlockVectors] = {};
     const float* panel = packed + n * kLanes * kSegments * depth;
-    for (int s = 0; s < kSegments; ++s) {
-      multiply_add(block, a[s] + m * a_row, a_row, a_step, panel, kN * kLanes, depth);
-      panel += depth * kN * kLanes;
+    for (int s = 0; s < kSegments; ++s, panel += depth * width * kLanes) {
+      if (a[s] == nullptr) continue;
+      multiply_add(block, height, width, a[s] + m * a_row, a_row, 1, panel, width * kLanes, depth);
     }
-    for (int i = 0; i < kM; ++i) {
-      for (int j = 0; j < kN; ++j) store(m + i, n + j, block[i][j]);
+    for (int64_t i = 0; i < height; ++i) {
+      for (int64_t j = 0; j < width; ++j) store(m + i, n + j, block[i * width + j]);
     }
   });
 }
@@ -126,7 +168,7 @@ template <class Store>
 inline void multiply(int64_t rows, int64_t vectors, const float* a, int64_t a_row, int64_t depth,
                      const float* packed, const Store& store) {
   const float* const runs[1] = {a};
-  multiply(rows, vectors, runs, a_row, 1, depth, packed, store);
+  multiply(rows, vectors, runs, a_row, depth, packed, store);
 }
 
 }  // namespace

@@ -1,22 +1,11 @@
-// Sinkhorn's plan of one matrix and its gradient, on the CPU. See mghf_fast/reference/sinkhorn.py
-// for the mathematics.
-//
-// Method. K_ij = 2^(y_ij - a_i - b_j) with y = score / epsilon / ln 2 is built once. An iteration
-// is then u = 1 / (K v), v = 1 / (K^T u): one sweep over K, in which a block of rows meets v and,
-// while it is still in the L1 cache, adds u_i K_i to the column sums. plan = u_i K_ij v_j.
-//
-// Stability. a and b are integers, so they cost no digits and absorb any scale exactly. Every
-// iteration checks that its row and column sums stay within [1e-14, 1e14]: entries of K below
-// float32's range then add less than 1e-10 to any entry of the plan. An iteration that fails is
-// repeated with a maximum per row and per column (a log-sum-exp in base two), and K is rebuilt on
-// the new a and b. epsilon = 1 never needs that; 0.01 may, on widely spread similarities.
+// Sinkhorn's plan of one matrix and its gradient, on the CPU. See sinkhorn_solver.h for the method.
 //
 // This file is compiled once per instruction set, as MGHF_KERNELS, so everything in it has internal
 // linkage (see vector.h).
 
-#include "arena.h"
 #include "sinkhorn.h"
-#include "vector.h"
+
+#include "sinkhorn_solver.h"
 
 #ifndef MGHF_KERNELS
 #define MGHF_KERNELS sinkhorn_default
@@ -25,489 +14,85 @@
 namespace mghf {
 namespace {
 
+SolverUse use_for(bool backward) {
+  return {.keep = backward, .computed = false, .settle = false};
+}
+
+// The similarities are there; nothing is to be computed.
+constexpr auto kNothing = [](int64_t) { return true; };
+
 // ---- one matrix ----
 
-constexpr float kSmallestSum = 1e-14f, kLargestSum = 1e14f;
-constexpr float kLargestExponent = 4194304.0f;  // 2^22: round_to_integer() is right up to there
-constexpr float kNoExponent = -1e9f;
-
-struct Solver {
-  const SinkhornOptions& options;
-  const MatrixView similarity;
-  const int64_t n;       // rows and columns
-  const int64_t padded;  // n, rounded up to whole vectors and blocks
-  const Factor factor;   // score to exponent of two
-  const bool keep;       // keep every iterate, for the backward
-
-  // K, block by block of kRows rows; within a block vector by vector, the rows of one vector side
-  // by side: a sweep reads the memory from one end to the other.
-  float* kernel;
-  float* rows;       // kRows rows of an input or the output
-  float* exponents;  // their scores, split
-  float* powers;
-  float* padding;    // 0, and 1 beyond n: keeps the sums of padding away from 0
-  float* row_sums;   // of the iterate before
-  float* scratch;
-  float* u_history;  // u and v after each iteration; only two of them unless `keep`
-  float* v_history;
-  float* a_history;  // the exponents on which K stood, and which of them each iteration had
-  float* b_history;
-  float* base_of;
-
-  Solver(const SinkhornOptions& options, MatrixView similarity, bool keep, Arena& arena)
-      : options(options),
-        similarity(similarity),
-        n(options.size),
-        padded(round_up(n, kLanes)),
-        factor(make_factor((options.cost == TransportCost::easy ? -1 : 1) * 1.4426950408889634 /
-                           options.epsilon)),
-        keep(keep) {
-    const int64_t iterates = keep ? options.iterations + 1 : 2;
-    kernel = arena.floats(padded * padded);
-    rows = arena.floats(kRows * padded);
-    exponents = arena.floats(kRows * padded);
-    powers = arena.floats(kRows * padded);
-    padding = arena.floats(padded);
-    row_sums = arena.floats(padded);
-    scratch = arena.floats(padded);
-    u_history = arena.floats(iterates * padded);
-    v_history = arena.floats(iterates * padded);
-    a_history = arena.floats(iterates * padded);
-    b_history = arena.floats(iterates * padded);
-    base_of = arena.floats(options.iterations + 1);
-  }
-
-  float* iterate(float* history, int64_t t) const { return history + (keep ? t : t & 1) * padded; }
-  float* u(int64_t t) const { return iterate(u_history, t); }
-  float* v(int64_t t) const { return iterate(v_history, t); }
-  float* a(int64_t base) const { return iterate(a_history, base); }
-  float* b(int64_t base) const { return iterate(b_history, base); }
-  int64_t base(int64_t t) const { return static_cast<int64_t>(base_of[t]); }
-
-  Vec& entry(int64_t i, int64_t j) const {
-    const int64_t block = i / kRows, row = i % kRows;
-    return at(kernel + block * kRows * padded + (j / kLanes * kRows + row) * kLanes);
-  }
-
-  // Copies rows i to i + kRows of a matrix into `rows`, zeros beyond it.
-  void load_rows(MatrixView m, int64_t i) const {
-    const int64_t count = n - i < kRows ? n - i : kRows;
-    const float* source = m.data + i * m.row_stride;
-    if (m.column_stride == 1) {
-      for (int64_t r = 0; r < count; ++r) {
-        __builtin_memcpy(rows + r * padded, source + r * m.row_stride,
-                         static_cast<size_t>(n) * sizeof(float));
-      }
-    } else {
-      for (int64_t j = 0; j < n; ++j) {
-        for (int64_t r = 0; r < count; ++r) {
-          rows[r * padded + j] = source[r * m.row_stride + j * m.column_stride];
-        }
-      }
-    }
+void store_plan(const Solver& s, int64_t t, float* plan) {
+  const int64_t padded = s.padded;
+  for (int64_t i = 0; i < s.n; i += kRows) {
     for (int64_t r = 0; r < kRows; ++r) {
-      for (int64_t j = r < count ? n : 0; j < padded; ++j) rows[r * padded + j] = 0;
-    }
-  }
-
-  // The scores of rows i to i + kRows. What has no score, the diagonal and the padding, gets its
-  // row's neighbour instead, so that maxima and checks need no mask.
-  void load_scores(int64_t i) const {
-    load_rows(similarity, i);
-    for (int64_t r = 0; r < kRows && i + r < n; ++r) {
-      float* row = rows + r * padded;
-      const float neighbour = row[i + r == 0 ? 1 : i + r - 1];
-      row[i + r] = neighbour;
-      for (int64_t j = n; j < padded; ++j) row[j] = neighbour;
-      if (options.cost == TransportCost::exp) {
-        for (int64_t j = 0; j < padded; j += kLanes) at(row + j) = -exponential(at(row + j));
-      }
-    }
-  }
-
-  // Sets K's entries that have no score to 0.
-  void clear_diagonal_and_padding(int64_t i) const {
-    for (int64_t r = 0; r < kRows; ++r) {
-      if (i + r >= n) {
-        for (int64_t j = 0; j < padded; j += kLanes) entry(i + r, j) = Vec{};
-        continue;
-      }
-      entry(i + r, i + r)[(i + r) % kLanes] = 0;
-      for (int64_t j = n; j < padded; ++j) entry(i + r, j)[j % kLanes] = 0;
-    }
-  }
-
-  // Builds K on the exponents a (which it sets to the rows' maxima if `first`) and b. Returns
-  // whether all scores are finite and small enough to be told apart.
-  bool build_kernel(int64_t base, bool first) const {
-    float* row_exponent = a(base);
-    const float* column_exponent = b(base);
-    Vec bad = {}, extreme = {};
-    for (int64_t i = 0; i < padded; i += kRows) {
-      load_scores(i);
-      for (int64_t r = 0; r < kRows && i + r < n; ++r) {
-        const float* row = rows + r * padded;
-        if (first) {
-          Vec top = splat(-kLargestExponent);
-          for (int64_t j = 0; j < padded; j += kLanes) {
-            const Vec y = at(row + j) * factor.value;
-            bad += y * 0.0f;  // NaN if y is infinite or NaN
-            extreme = max(extreme, abs(y));
-            top = max(top, y);
-          }
-          row_exponent[i + r] = round_to_integer(splat(largest(top)))[0];
-        }
-        for (int64_t j = 0; j < padded; j += kLanes) {
-          const Power p = power_of_two(at(row + j), factor);
-          entry(i + r, j) =
-              p.power * scale(p.exponent - row_exponent[i + r] - at(column_exponent + j));
-        }
-      }
-      clear_diagonal_and_padding(i);
-    }
-    return sum(bad) == 0 && largest(extreme) < kLargestExponent;
-  }
-
-  // The pass over K that everything is made of: with r_i = sum_j K_ij weights_j, it adds
-  // coefficient(i, r_i) K_ij to sums_j. `coefficients(i, r, c)` fills c for kRows rows from i. The
-  // sums of block k + 1 are taken in the same loop as the additions of block k, so that the memory
-  // of the one is on its way while the arithmetic of the other runs.
-  template <class Coefficients>
-  void sweep(const float* weights, float* sums, const Coefficients& coefficients) const {
-    alignas(64) float c[kRows];
-    Vec r[kRows] = {};
-    for (int64_t j = 0; j < padded; j += kLanes) {
-      const Vec* block = &at(kernel + j * kRows);
-      for (int64_t k = 0; k < kRows; ++k) r[k] += block[k] * at(weights + j);
-    }
-    int64_t i = 0;
-    for (; i + kRows < padded; i += kRows) {
-      coefficients(i, horizontal_sums(r), c);
-      Vec factors[kRows];
-      for (int64_t k = 0; k < kRows; ++k) {
-        factors[k] = splat(c[k]);
-        r[k] = Vec{};
-      }
-      const float* current = kernel + i * padded;
       for (int64_t j = 0; j < padded; j += kLanes) {
-        const Vec* block = &at(current + j * kRows);
-        const Vec* next = block + kRows * padded / kLanes;
-        const Vec weight = at(weights + j);
-        Vec total = at(sums + j);
-        for (int64_t k = 0; k < kRows; ++k) {
-          total += factors[k] * block[k];
-          r[k] += next[k] * weight;
-        }
-        at(sums + j) = total;
+        at(s.rows + r * padded + j) = s.u(t)[i + r] * s.entry(i + r, j) * at(s.v(t) + j);
       }
     }
-    coefficients(i, horizontal_sums(r), c);
-    for (int64_t j = 0; j < padded; j += kLanes) {
-      const Vec* block = &at(kernel + i * padded + j * kRows);
-      Vec total = at(sums + j);
-      for (int64_t k = 0; k < kRows; ++k) total += c[k] * block[k];
-      at(sums + j) = total;
-    }
+    s.store_rows(i, plan);
   }
+}
 
-  // Iteration t in the exponential domain; false if it leaves the safe range.
-  bool iterate_fast(int64_t t, float* error) const {
-    float *new_u = u(t), *new_v = v(t);
-    for (int64_t j = 0; j < padded; j += kLanes) at(new_v + j) = at(padding + j);
-    sweep(v(t - 1), new_v, [&](int64_t i, Vec r, float(&c)[kRows]) {
-      for (int64_t k = 0; k < kRows; ++k) {
-        const float row_sum = r[k] + padding[i + k];
-        row_sums[i + k] = row_sum;
-        new_u[i + k] = c[k] = 1.0f / row_sum;
+// The gradient of log K for the gradient `grad` of the plan, left in place of K.
+void differentiate(const Solver& s, MatrixView grad, Gradient& gradient) {
+  const int64_t padded = s.padded, T = gradient.T;
+  if (s.base(T) != 0) {
+    gradient.robust([&](int64_t i) {
+      s.load_rows(grad, i);
+      // K still stands on the last iteration's base.
+      for (int64_t k = 0; k < kRows && i + k < s.n; ++k) {
+        for (int64_t j = 0; j < padded; j += kLanes) {
+          at(s.rows + k * padded + j) *= s.u(T)[i + k] * s.entry(i + k, j) * at(s.v(T) + j);
+        }
       }
     });
-    Vec least = splat(1), most = splat(1), deviation = {};
-    for (int64_t j = 0; j < padded; j += kLanes) {
-      const Vec column = at(new_v + j), row = at(row_sums + j);
-      least = min(least, min(column, row));
-      most = max(most, max(column, row));
-      // u is the previous iterate's, so this is the row sum of its plan.
-      deviation = max(deviation, abs(at(u(t - 1) + j) * row - 1.0f));
-      at(new_v + j) = 1.0f / column;
-    }
-    *error = largest(deviation);
-    return smallest(least) >= kSmallestSum && largest(most) <= kLargestSum;
+    return;
   }
-
-  // Splits the scores of rows i to i + kRows into `exponents` and `powers`; where there is no score
-  // the exponent is far below all others and the power 0.
-  void split_scores(int64_t i) const {
-    load_scores(i);
-    for (int64_t r = 0; r < kRows && i + r < n; ++r) {
-      float *exponent = exponents + r * padded, *power = powers + r * padded;
-      for (int64_t j = 0; j < padded; j += kLanes) {
-        const Power p = power_of_two(at(rows + r * padded + j), factor);
-        at(exponent + j) = p.exponent;
-        at(power + j) = p.power;
-      }
-      exponent[i + r] = kNoExponent;
-      power[i + r] = 0;
-      for (int64_t j = n; j < padded; ++j) {
-        exponent[j] = kNoExponent;
-        power[j] = 0;
-      }
-    }
-  }
-
-  // Iteration t with the maximum exponent of every row and column taken out, from the exponents a
-  // and b of `old_base` to new ones, those of old_base + 1.
-  void iterate_robust(int64_t t, int64_t old_base, float* error) const {
-    const float *old_u = u(t - 1), *old_a = a(old_base);
-    float *new_u = u(t), *new_v = v(t), *new_a = a(old_base + 1), *new_b = b(old_base + 1);
-    // v 2^-b anew, with v in [1, 2)
-    float *v_mantissa = row_sums, *v_exponent = scratch;
-    for (int64_t j = 0; j < padded; j += kLanes) {
-      const IntVec bits = reinterpret_cast<IntVec>(at(v(t - 1) + j));
-      at(v_mantissa + j) = reinterpret_cast<Vec>((bits & 0x7fffff) | 0x3f800000);
-      at(v_exponent + j) =
-          __builtin_convertvector((bits >> 23) - 127, Vec) - at(b(old_base) + j);
-      at(new_u + j) = splat(1);
-      at(new_a + j) = Vec{};
-      at(new_b + j) = splat(2 * kNoExponent);
-    }
-    *error = 0;
-    for (int64_t i = 0; i < n; i += kRows) {
-      split_scores(i);
-      for (int64_t k = 0; k < kRows && i + k < n; ++k) {
-        const float *exponent = exponents + k * padded, *power = powers + k * padded;
-        Vec top = splat(2 * kNoExponent), total = {};
-        for (int64_t j = 0; j < padded; j += kLanes) {
-          top = max(top, at(exponent + j) + at(v_exponent + j));
-        }
-        const float row_exponent = largest(top);
-        for (int64_t j = 0; j < padded; j += kLanes) {
-          const Vec e = at(exponent + j) - row_exponent;
-          total += at(power + j) * at(v_mantissa + j) * scale(e + at(v_exponent + j));
-          at(new_b + j) = max(at(new_b + j), e);
-        }
-        const float row_sum = sum(total);
-        const float deviation =
-            old_u[i + k] * row_sum * scale(row_exponent - old_a[i + k]) - 1.0f;
-        const float size = deviation < 0 ? -deviation : deviation;
-        *error = size > *error ? size : *error;
-        new_a[i + k] = row_exponent;
-        new_u[i + k] = 1.0f / row_sum;
-      }
-    }
-    for (int64_t j = 0; j < padded; j += kLanes) at(new_v + j) = at(padding + j);
-    for (int64_t i = 0; i < n; i += kRows) {
-      split_scores(i);
-      for (int64_t k = 0; k < kRows && i + k < n; ++k) {
-        for (int64_t j = 0; j < padded; j += kLanes) {
-          at(new_v + j) += new_u[i + k] * at(powers + k * padded + j) *
-                           scale(at(exponents + k * padded + j) - new_a[i + k] - at(new_b + j));
-        }
-      }
-    }
-    for (int64_t j = 0; j < padded; j += kLanes) at(new_v + j) = 1.0f / at(new_v + j);
-    for (int64_t j = n; j < padded; ++j) new_b[j] = 0;
-  }
-
-  // Runs the iterations; returns how many counted, or -1 if the similarities cannot be handled.
-  int64_t solve() const {
-    for (int64_t j = 0; j < padded; ++j) {
-      padding[j] = j < n ? 0.0f : 1.0f;
-      u(0)[j] = v(0)[j] = 1;
-      a(0)[j] = b(0)[j] = 0;
-    }
-    base_of[0] = 0;
-    if (!build_kernel(0, true)) return -1;
-    for (int64_t t = 1; t <= options.iterations; ++t) {
-      int64_t current = base(t - 1);
-      float error = 0;
-      const bool fast = iterate_fast(t, &error);
-      if (!fast) iterate_robust(t, current, &error);
-      // The error is that of iterate t - 1, which has none before the first.
-      if (options.has_tolerance && t > 1 && error <= options.tolerance) return t - 1;
-      if (!fast) build_kernel(++current, false);
-      base_of[t] = current;
-    }
-    return options.iterations;
-  }
-
-  void store_rows(int64_t i, float* out) const {
-    for (int64_t r = 0; r < kRows && i + r < n; ++r) {
-      __builtin_memcpy(out + (i + r) * n, rows + r * padded,
-                       static_cast<size_t>(n) * sizeof(float));
-    }
-  }
-
-  void store_plan(int64_t t, float* plan) const {
-    for (int64_t i = 0; i < n; i += kRows) {
-      for (int64_t r = 0; r < kRows; ++r) {
-        for (int64_t j = 0; j < padded; j += kLanes) {
-          at(rows + r * padded + j) = u(t)[i + r] * entry(i + r, j) * at(v(t) + j);
-        }
-      }
-      store_rows(i, plan);
-    }
-  }
-};
-
-// ---- the gradient ----
-
-// The gradient of log K, left in place of K, and from there that of the similarities.
-struct Gradient {
-  const Solver& s;
-  const MatrixView grad;
-  const int64_t T;
-  // Per iteration: v dg (which the columns of B are weighted with) and u df (the rows of A).
-  float *weighted_dg, *weighted_df;
-  float *df, *dg;
-
-  Gradient(const Solver& s, MatrixView grad, int64_t T, Arena& arena)
-      : s(s), grad(grad), T(T) {
-    weighted_dg = arena.floats((T + 1) * s.padded);
-    weighted_df = arena.floats((T + 1) * s.padded);
-    df = arena.floats(s.padded);
-    dg = arena.floats(s.padded);
-  }
-
-  // All iterations on the first base: sweeps as in the forward, then one product of rank 2 T,
-  //   dlogK_ij = K_ij (grad_ij u_i v_j - sum_t u^t_i (v^t dg^t)_j + (u^t df^t)_i v^(t-1)_j).
-  void fast() const {
-    const int64_t n = s.n, padded = s.padded;
-    for (int64_t j = 0; j < padded; j += kLanes) at(dg + j) = Vec{};
-    for (int64_t i = 0; i < padded; i += kRows) {
-      s.load_rows(grad, i);
-      for (int64_t k = 0; k < kRows; ++k) {
-        Vec total = {};
-        const float u = s.u(T)[i + k];
-        for (int64_t j = 0; j < padded; j += kLanes) {
-          const Vec w = at(s.rows + k * padded + j) * (u * s.entry(i + k, j) * at(s.v(T) + j));
-          total += w;
-          at(dg + j) += w;
-        }
-        df[i + k] = sum(total);
-      }
-    }
-    for (int64_t t = T; t >= 1; --t) {
-      const float *u = s.u(t), *v = s.v(t), *previous_v = s.v(t - 1);
-      float *wg = weighted_dg + t * padded, *wf = weighted_df + t * padded;
-      for (int64_t j = 0; j < padded; j += kLanes) {
-        at(wg + j) = at(v + j) * at(dg + j);
-        at(dg + j) = Vec{};
-      }
-      s.sweep(wg, dg, [&](int64_t i, Vec r, float(&c)[kRows]) {
-        for (int64_t k = 0; k < kRows; ++k) {
-          wf[i + k] = c[k] = u[i + k] * (df[i + k] - u[i + k] * r[k]);
-          df[i + k] = 0;
-        }
-      });
-      for (int64_t j = 0; j < padded; j += kLanes) at(dg + j) *= -at(previous_v + j);
-    }
-    for (int64_t i = 0; i < n; i += kRows) {
-      s.load_rows(grad, i);
-      int64_t j = 0;
-      for (; j + 3 * kLanes <= padded; j += 3 * kLanes) correct<3>(i, j);
-      for (; j < padded; j += kLanes) correct<1>(i, j);
-    }
-  }
-
-  // The last formula on kRows rows and kVectors vectors of columns.
-  template <int64_t kVectors>
-  void correct(int64_t i, int64_t j) const {
-    const int64_t padded = s.padded;
-    Vec total[kRows][kVectors] = {};
-    for (int64_t t = 1; t <= T; ++t) {
-      const float *u = s.u(t) + i, *wf = weighted_df + t * padded + i;
-      const float *wg = weighted_dg + t * padded + j, *previous_v = s.v(t - 1) + j;
-      for (int64_t k = 0; k < kRows; ++k) {
-        for (int64_t l = 0; l < kVectors; ++l) total[k][l] += u[k] * at(wg + l * kLanes);
-      }
-      for (int64_t k = 0; k < kRows; ++k) {
-        for (int64_t l = 0; l < kVectors; ++l) total[k][l] += wf[k] * at(previous_v + l * kLanes);
-      }
-    }
+  for (int64_t j = 0; j < padded; j += kLanes) at(gradient.dg + j) = Vec{};
+  for (int64_t i = 0; i < padded; i += kRows) {
+    s.load_rows(grad, i);
     for (int64_t k = 0; k < kRows; ++k) {
+      Vec total = {};
       const float u = s.u(T)[i + k];
-      for (int64_t l = 0; l < kVectors; ++l) {
-        const int64_t column = j + l * kLanes;
-        const Vec g = at(s.rows + k * padded + column);
-        s.entry(i + k, column) *= g * (u * at(s.v(T) + column)) - total[k][l];
-      }
-    }
-  }
-
-  // Any bases: the reference's recursion, every entry of A and B as an exponential of its own.
-  void robust() const {
-    const int64_t n = s.n, padded = s.padded;
-    for (int64_t j = 0; j < padded; j += kLanes) at(df + j) = at(dg + j) = Vec{};
-    for (int64_t i = 0; i < n; i += kRows) {
-      s.load_rows(grad, i);
-      for (int64_t k = 0; k < kRows && i + k < n; ++k) {
-        Vec total = {};
-        for (int64_t j = 0; j < padded; j += kLanes) {
-          // K still stands on the last iteration's base.
-          const Vec plan = s.u(T)[i + k] * s.entry(i + k, j) * at(s.v(T) + j);
-          const Vec w = at(s.rows + k * padded + j) * plan;
-          total += w;
-          at(dg + j) += w;
-          s.entry(i + k, j) = w;
-        }
-        df[i + k] = sum(total);
-      }
-    }
-    float *new_dg = weighted_dg, *bdg = weighted_df;
-    for (int64_t t = T; t >= 1; --t) {
-      const float *a = s.a(s.base(t)), *b = s.b(s.base(t)), *previous_b = s.b(s.base(t - 1));
-      const float *u = s.u(t), *v = s.v(t), *previous_v = s.v(t - 1);
       for (int64_t j = 0; j < padded; j += kLanes) {
-        at(new_dg + j) = Vec{};
-        at(bdg + j) = at(v + j) * at(dg + j);
+        const Vec w = at(s.rows + k * padded + j) * (u * s.entry(i + k, j) * at(s.v(T) + j));
+        total += w;
+        at(gradient.dg + j) += w;
       }
-      for (int64_t i = 0; i < n; i += kRows) {
-        s.split_scores(i);
-        for (int64_t k = 0; k < kRows && i + k < n; ++k) {
-          float *exponent = s.exponents + k * padded, *power = s.powers + k * padded;
-          Vec total = {};
-          for (int64_t j = 0; j < padded; j += kLanes) {
-            at(exponent + j) -= a[i + k];
-            at(power + j) *= u[i + k];
-            const Vec column =
-                at(power + j) * scale(at(exponent + j) - at(b + j)) * at(bdg + j);
-            total += column;
-            s.entry(i + k, j) -= column;
-          }
-          const float row_df = df[i + k] - sum(total);
-          df[i + k] = 0;
-          for (int64_t j = 0; j < padded; j += kLanes) {
-            const Vec row = at(power + j) * scale(at(exponent + j) - at(previous_b + j)) *
-                            at(previous_v + j) * row_df;
-            s.entry(i + k, j) -= row;
-            at(new_dg + j) -= row;
-          }
-        }
-      }
-      for (int64_t j = 0; j < padded; j += kLanes) at(dg + j) = at(new_dg + j);
+      gradient.df[i + k] = sum(total);
     }
   }
+  gradient.sweep_back(0);
+  const float *rows = s.rows, *u = s.u(T), *v = s.v(T);
+  for (int64_t i = 0; i < s.n; i += kRows) {
+    s.load_rows(grad, i);
+    gradient.correct(i, [=, &s](int64_t k, int64_t j, Vec correction) {
+      s.entry(i + k, j) *= at(rows + k * padded + j) * (u[i + k] * at(v + j)) - correction;
+    });
+  }
+}
 
-  // From log K to the similarities: d score / d similarity is 1, -1, or the score itself for "exp".
-  void store(float* out) const {
-    const float slope = static_cast<float>(1 / s.options.epsilon);
-    for (int64_t i = 0; i < s.n; i += kRows) {
-      if (s.options.cost == TransportCost::exp) s.load_scores(i);
-      for (int64_t k = 0; k < kRows; ++k) {
-        for (int64_t j = 0; j < s.padded; j += kLanes) {
-          Vec& row = at(s.rows + k * s.padded + j);
-          const Vec value = slope * s.entry(i + k, j);
-          switch (s.options.cost) {
-            case TransportCost::hard: row = value; break;
-            case TransportCost::easy: row = -value; break;
-            case TransportCost::exp: row = value * row; break;
-          }
+// From log K to the similarities: d score / d similarity is 1, -1, or the score itself for "exp".
+void store_gradient(const Solver& s, float* out) {
+  const float slope = static_cast<float>(1 / s.options.epsilon);
+  for (int64_t i = 0; i < s.n; i += kRows) {
+    if (s.options.cost == TransportCost::exp) s.scores(i);
+    for (int64_t k = 0; k < kRows; ++k) {
+      for (int64_t j = 0; j < s.padded; j += kLanes) {
+        Vec& row = at(s.rows + k * s.padded + j);
+        const Vec value = slope * s.entry(i + k, j);
+        switch (s.options.cost) {
+          case TransportCost::hard: row = value; break;
+          case TransportCost::easy: row = -value; break;
+          case TransportCost::exp: row = value * row; break;
         }
       }
-      s.store_rows(i, out);
     }
+    s.store_rows(i, out);
   }
-};
+}
 
 // ---- entry points ----
 
@@ -519,13 +104,13 @@ void forward(const SinkhornOptions& options, MatrixView similarity, float* plan,
     return;
   }
   Arena arena{static_cast<char*>(workspace)};
-  const Solver solver(options, similarity, false, arena);
-  const int64_t iterations = solver.solve();
+  const Solver solver(options, similarity, use_for(false), arena);
+  const int64_t iterations = solver.solve(kNothing);
   if (iterations < 0) {
     for (int64_t i = 0; i < options.size * options.size; ++i) plan[i] = kNaN;
     return;
   }
-  solver.store_plan(iterations, plan);
+  store_plan(solver, iterations, plan);
 }
 
 void backward(const SinkhornOptions& options, MatrixView grad, MatrixView similarity,
@@ -535,25 +120,21 @@ void backward(const SinkhornOptions& options, MatrixView grad, MatrixView simila
     return;
   }
   Arena arena{static_cast<char*>(workspace)};
-  const Solver solver(options, similarity, true, arena);
-  const int64_t iterations = solver.solve();
+  const Solver solver(options, similarity, use_for(true), arena);
+  const int64_t iterations = solver.solve(kNothing);
   if (iterations < 0) {
     for (int64_t i = 0; i < options.size * options.size; ++i) grad_similarity[i] = kNaN;
     return;
   }
-  const Gradient gradient(solver, grad, iterations, arena);
-  if (solver.base(iterations) == 0) {
-    gradient.fast();
-  } else {
-    gradient.robust();
-  }
-  gradient.store(grad_similarity);
+  Gradient gradient(solver, iterations, iterations, arena);
+  differentiate(solver, grad, gradient);
+  store_gradient(solver, grad_similarity);
 }
 
 size_t workspace_bytes(const SinkhornOptions& options, bool with_gradient) {
   Arena arena{nullptr};
-  const Solver solver(options, {}, with_gradient, arena);
-  if (with_gradient) Gradient(solver, {}, options.iterations, arena);
+  const Solver solver(options, {}, use_for(with_gradient), arena);
+  if (with_gradient) Gradient(solver, options.iterations, options.iterations, arena);
   return arena.used;
 }
 

@@ -50,32 +50,41 @@ inline float smallest(Vec x) {
 
 inline float largest(Vec x) { return -smallest(-x); }
 
-// (a0 + a1, a2 + a3, ..., b0 + b1, b2 + b3, ...)
-template <size_t... I>
-inline Vec add_pairs(Vec a, Vec b, std::index_sequence<I...>) {
+// combine((a0, a2, ..., b0, b2, ...), (a1, a3, ..., b1, b3, ...))
+template <class Combine, size_t... I>
+inline Vec combine_pairs(Vec a, Vec b, const Combine& combine, std::index_sequence<I...>) {
 #if defined(__clang__)
-  return __builtin_shufflevector(a, b, (2 * I)...) + __builtin_shufflevector(a, b, (2 * I + 1)...);
+  return combine(__builtin_shufflevector(a, b, (2 * I)...),
+                 __builtin_shufflevector(a, b, (2 * I + 1)...));
 #else
-  return __builtin_shuffle(a, b, IntVec{(2 * static_cast<int32_t>(I))...}) +
-         __builtin_shuffle(a, b, IntVec{(2 * static_cast<int32_t>(I) + 1)...});
+  return combine(__builtin_shuffle(a, b, IntVec{(2 * static_cast<int32_t>(I))...}),
+                 __builtin_shuffle(a, b, IntVec{(2 * static_cast<int32_t>(I) + 1)...}));
 #endif
 }
 
-inline Vec add_pairs(Vec a, Vec b) {
-  return add_pairs(a, b, std::make_index_sequence<kLanes>());
-}
-
-// The sum of each of kRows vectors, in the first kRows lanes.
-inline Vec horizontal_sums(Vec (&x)[kRows]) {
+// Every one of kRows vectors reduced to one number by `combine`, in the first kRows lanes.
+template <class Combine>
+inline Vec horizontal(Vec (&x)[kRows], const Combine& combine) {
+  constexpr auto lanes = std::make_index_sequence<kLanes>();
   for (int64_t count = kRows; count > 1; count /= 2) {
-    for (int64_t i = 0; i < count / 2; ++i) x[i] = add_pairs(x[2 * i], x[2 * i + 1]);
+    for (int64_t i = 0; i < count / 2; ++i) {
+      x[i] = combine_pairs(x[2 * i], x[2 * i + 1], combine, lanes);
+    }
   }
-  for (int64_t lanes = kLanes; lanes > kRows; lanes /= 2) x[0] = add_pairs(x[0], x[0]);
+  for (int64_t left = kLanes; left > kRows; left /= 2) {
+    x[0] = combine_pairs(x[0], x[0], combine, lanes);
+  }
   return x[0];
 }
 
+inline Vec horizontal_sums(Vec (&x)[kRows]) {
+  return horizontal(x, [](Vec a, Vec b) { return a + b; });
+}
+
 inline float sum(Vec x) {
-  for (int64_t lanes = kLanes; lanes > 1; lanes /= 2) x = add_pairs(x, x);
+  for (int64_t lanes = kLanes; lanes > 1; lanes /= 2) {
+    x = combine_pairs(x, x, [](Vec a, Vec b) { return a + b; }, std::make_index_sequence<kLanes>());
+  }
   return x[0];
 }
 
@@ -101,6 +110,18 @@ inline Vec round_to_integer(Vec x) {
   return (x + magic) - magic;
 }
 
+// 2^x on [-0.5, 0.5], fitted at Chebyshev nodes: relative error 2e-8 before rounding.
+inline Vec power_of_two_within_half(Vec x) {
+  Vec p = splat(0.0001546986459288746f);
+  p = p * x + 0.0013400566531345248f;
+  p = p * x + 0.00961802527308464f;
+  p = p * x + 0.05550326779484749f;
+  p = p * x + 0.24022650718688965f;
+  p = p * x + 0.6931471824645996f;
+  p = p * x + 1.0f;
+  return p;
+}
+
 // 2^(score * factor) = power * 2^exponent, exponent an integer, power about 0.7 to 1.4. The error
 // is that of `power` alone, 1e-7, however large the exponent.
 struct Power {
@@ -112,15 +133,7 @@ inline Power power_of_two(Vec score, const Factor& factor) {
   const Vec high = reinterpret_cast<Vec>(reinterpret_cast<IntVec>(score) & ~0xfff);
   const Vec low = score - high;
   const Vec x = (high * factor.high - exponent) + (high * factor.low + low * factor.value);
-  // 2^x on [-0.5, 0.5], fitted at Chebyshev nodes: relative error 2e-8 before rounding.
-  Vec p = splat(0.0001546986459288746f);
-  p = p * x + 0.0013400566531345248f;
-  p = p * x + 0.00961802527308464f;
-  p = p * x + 0.05550326779484749f;
-  p = p * x + 0.24022650718688965f;
-  p = p * x + 0.6931471824645996f;
-  p = p * x + 1.0f;
-  return {exponent, p};
+  return {exponent, power_of_two_within_half(x)};
 }
 
 // 2^exponent for an integer exponent; 0 below float32's normal range, infinity above it.
@@ -130,6 +143,15 @@ inline Vec scale(Vec exponent) {
 }
 
 inline float scale(float exponent) { return scale(splat(exponent))[0]; }
+
+// 2^x for x in [-125, 1], where x need not be split: as exact as x itself.
+inline Vec small_power_of_two(Vec x) {
+  const Vec magic = splat(12582912.0f);
+  const Vec shifted = x + magic;  // the nearest integer, in the lowest bits
+  const Vec power = power_of_two_within_half(x - (shifted - magic));
+  return reinterpret_cast<Vec>(reinterpret_cast<IntVec>(power) +
+                               (reinterpret_cast<IntVec>(shifted) << 23));
+}
 
 inline Vec exponential(Vec x) {
   const Power p = power_of_two(x, make_factor(1.4426950408889634));

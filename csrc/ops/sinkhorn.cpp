@@ -7,10 +7,13 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../cpu/sinkhorn.h"
-#include "arguments.h"
+#include "transport.h"
 
 namespace {
 
+using mghf::check_iterations;
+using mghf::check_scale;
+using mghf::matrix;
 using mghf::new_tensor;
 using mghf::shape_of;
 using mghf::Tensor;
@@ -25,34 +28,19 @@ void check_square_matrices(const Tensor& tensor, const char* argument) {
                   shape_of(tensor), "; allowed is (B, N, N)");
 }
 
-mghf::TransportCost check_cost(const std::string& cost) {
-  if (cost == "hard") return mghf::TransportCost::hard;
-  if (cost == "easy") return mghf::TransportCost::easy;
-  STD_TORCH_CHECK(cost == "exp", "cost is '", cost, "'; allowed are 'hard', 'easy', 'exp'");
-  return mghf::TransportCost::exp;
-}
-
 mghf::SinkhornOptions check_sinkhorn(const Tensor& similarity, const std::string& cost,
                                      double epsilon, int64_t iterations,
                                      std::optional<double> tolerance) {
   check_square_matrices(similarity, "similarity");
-  // Beyond these bounds 1 / epsilon is no normal float32.
-  STD_TORCH_CHECK(epsilon >= 1e-30 && epsilon <= 1e30, "epsilon is ", epsilon,
-                  "; allowed is a finite number above 0 (from 1e-30 to 1e30)");
-  STD_TORCH_CHECK(iterations >= 1 && iterations <= 1'000'000, "iterations is ", iterations,
-                  "; allowed is 1 to 1000000");
+  check_scale(epsilon, "epsilon");
+  check_iterations(iterations);
   STD_TORCH_CHECK(!tolerance || *tolerance >= 0, "tolerance is ", tolerance.value_or(0),
                   "; allowed is None or a number of at least 0");
-  return {similarity.size(2), check_cost(cost),         epsilon, iterations,
-          tolerance.has_value(), static_cast<float>(tolerance.value_or(0))};
+  return {similarity.size(2), mghf::check_cost(cost), epsilon, iterations, tolerance.has_value(),
+          static_cast<float>(tolerance.value_or(0))};
 }
 
 // ---- implementations ----
-
-mghf::MatrixView matrix(const Tensor& batch, int64_t index) {
-  return {batch.const_data_ptr<float>() + index * batch.stride(0), batch.stride(1),
-          batch.stride(2)};
-}
 
 // The number of matrices that have entries.
 int64_t count(const Tensor& batch) { return batch.numel() == 0 ? 0 : batch.size(0); }

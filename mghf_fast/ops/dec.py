@@ -10,10 +10,37 @@ from torch import Tensor
 from ..precision import accumulation_dtype
 from ..reference.dec import dec as reference_forward
 from ..reference.dec import dec_backward as reference_backward
-from ._dispatch import Op, double_backward_requested, register_float32_autocast
+from ._dispatch import Op, can_run_cpu, double_backward_requested, register_float32_autocast
+
+
+def _reference_forward(sr: Tensor, gt: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    loss = reference_forward(sr, gt, *options)
+    return loss, loss.new_zeros((2, sr.shape[0]))  # it keeps no statistics
+
+
+def _reference_backward(
+    grad: Tensor, sr: Tensor, gt: Tensor, statistics: Tensor, *options: Any
+) -> Tensor:
+    return reference_backward(grad, sr, gt, *options)
+
+
+def _cpu_forward(sr: Tensor, gt: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    result: tuple[Tensor, Tensor] = torch.ops.mghf_native.dec(sr.float(), gt.float(), *options)
+    return result
+
+
+def _cpu_backward(
+    grad: Tensor, sr: Tensor, gt: Tensor, statistics: Tensor, *options: Any
+) -> Tensor:
+    grad_sr: Tensor = torch.ops.mghf_native.dec_backward(
+        grad.float(), sr.float(), gt.float(), statistics, *options
+    )
+    return grad_sr.to(sr.dtype)
+
 
 OP = Op("dec")
-OP.implement("reference", reference_forward, reference_backward)
+OP.implement("reference", _reference_forward, _reference_backward)
+OP.implement("cpu", _cpu_forward, _cpu_backward, can_run_cpu)
 
 
 @torch.library.custom_op("mghf_fast::dec", mutates_args=())
@@ -27,10 +54,12 @@ def dec(
     similarity: str,
     max_value: float,
     backend: str,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
+    """The loss, and a backend's statistics for its own backward, (2, P)."""
     temperatures = (positive_temperature, negative_temperature, temperature)
     run = OP.choose(backend, sr, gt).forward
-    result: Tensor = run(sr, gt, threshold_db, *temperatures, similarity, max_value)
+    result: tuple[Tensor, Tensor]
+    result = run(sr, gt, threshold_db, *temperatures, similarity, max_value)
     return result
 
 
@@ -39,6 +68,7 @@ def dec_backward(
     grad: Tensor,
     sr: Tensor,
     gt: Tensor,
+    statistics: Tensor,
     threshold_db: float,
     positive_temperature: float,
     negative_temperature: float,
@@ -48,14 +78,16 @@ def dec_backward(
     backend: str,
 ) -> Tensor:
     temperatures = (positive_temperature, negative_temperature, temperature)
-    run = OP.choose(backend, grad, sr, gt).differentiate
-    result: Tensor = run(grad, sr, gt, threshold_db, *temperatures, similarity, max_value)
+    run = OP.choose(backend, sr, gt).differentiate
+    result: Tensor
+    result = run(grad, sr, gt, statistics, threshold_db, *temperatures, similarity, max_value)
     return result.contiguous()
 
 
 @dec.register_fake
-def _(sr: Tensor, gt: Tensor, *_: Any) -> Tensor:
-    return sr.new_empty((), dtype=accumulation_dtype(sr.dtype))
+def _(sr: Tensor, gt: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    dtype = accumulation_dtype(sr.dtype)
+    return sr.new_empty((), dtype=dtype), sr.new_empty((2, sr.shape[0]), dtype=dtype)
 
 
 @dec_backward.register_fake
@@ -63,17 +95,19 @@ def _(grad: Tensor, sr: Tensor, gt: Tensor, *_: Any) -> Tensor:
     return sr.new_empty(sr.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     sr, gt, *ctx.options, ctx.backend = inputs
-    ctx.save_for_backward(sr, gt)
+    _, statistics = output
+    ctx.mark_non_differentiable(statistics)
+    ctx.save_for_backward(sr, gt, statistics)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    sr, gt = ctx.saved_tensors
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    sr, gt, statistics = ctx.saved_tensors
     if double_backward_requested():
         grad_sr = reference_backward(grad, sr, gt, *ctx.options)
     else:
-        grad_sr = dec_backward(grad, sr, gt, *ctx.options, ctx.backend)
+        grad_sr = dec_backward(grad, sr, gt, statistics, *ctx.options, ctx.backend)
     return grad_sr, None, None, None, None, None, None, None, None
 
 

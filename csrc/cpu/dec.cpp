@@ -1,0 +1,632 @@
+// DECLoss on the CPU. See mghf_fast/reference/dec.py for the mathematics.
+//
+// Method. With unit patches s, g and E = exp(./t) the loss needs, for every row i, the sums over
+// its positives and its negatives j of E(<s_i, s_j>) + 2 E(<g_i, s_j>). The pairs are visited tile
+// by tile and never stored. Being positive is symmetric, and so is <s_i, s_j>: a task takes tiles
+// (a, b) and (b, a) at once, and of a block of pairs three products (<s_i, s_j>, <g_i, s_j>,
+// <s_i, g_j>) give both tiles' exponentials. Tasks follow each other in rounds, tile a with tile
+// (r - a) mod n in round r: no two tasks of a round share a tile, so every sum is added up in an
+// order that depends on the shape only, whatever the number of threads.
+//
+// Derivative. With factor f_i = c / (t Qpos_i) for a positive pair, -c / (t Qneg_i) for a negative,
+//   d loss / d s_j = sum_i (f_i + f_j) E(<s_i, s_j>) s_i + 2 f_i E(<g_i, s_j>) g_i.
+// A task computes its tile's weights anew and multiplies them with s and g: four more products. The
+// projection off the norm comes last.
+//
+// Thresholds. A pair is positive if the float32 sum of (G_id - G_jd)^2 is at most `limit`. That sum
+// is taken only where it can matter: first, sums over 16 segments of the patches bound the distance
+// from below (Cauchy-Schwarz), which finds whole blocks of pairs negative; then the distance comes
+// from |G_i|^2 + |G_j|^2 - 2 <G_i, G_j>; and only pairs that this leaves within its proven rounding
+// error of the limit are decided by the sum of differences.
+//
+// Floor, with P^2 D the multiply-adds of one product of all pairs: 1.5 P^2 D forward and 3.5 P^2 D
+// backward, plus P^2 D / 2 where blocks hold similar pairs and 1.5 P^2 exponentials in either.
+//
+// This file is compiled once per instruction set, as MGHF_KERNELS, so everything in it has internal
+// linkage (see vector.h).
+
+#include "arena.h"
+#include "dec.h"
+#include "product.h"
+#include "vector.h"
+
+#ifndef MGHF_KERNELS
+#define MGHF_KERNELS dec_default
+#endif
+
+namespace mghf {
+namespace {
+
+constexpr int kN = kBlockVectors;
+constexpr int64_t kPanel = kN * kLanes;  // columns that lie side by side in a transposed operand
+constexpr int64_t kSegments = 16;
+constexpr float kNormFloor = 1e-8f;
+constexpr float kUnitRoundoff = 5.9604645e-8f;  // 2^-24
+constexpr float kInfinity = __builtin_inff();
+
+template <int kM>
+using Block = Vec[kM][kN];
+template <int kM>
+using Mask = IntVec[kM][kN];
+
+// Large tiles cost less traffic, many tiles keep more threads busy. 192 is a multiple of both sides
+// of every instruction set's block.
+int64_t tile_size(const DecOptions& options) { return options.patches >= 2048 ? 192 : 64; }
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Whether all lanes of a comparison are true. (Lanes are -1 or 0.)
+inline bool all(IntVec x) { return sum(__builtin_convertvector(x, Vec)) == -kLanes; }
+
+// 2^y: 0 below float32's normal range, infinity above its range; NaN stays NaN.
+inline Vec exp2(Vec y) {
+  const Vec low = splat(-126.0f), high = splat(128.49f);
+  y = low > y ? low : y;  // in this order the comparisons let NaN pass
+  y = high < y ? high : y;
+  const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: the sum's last bits are the nearest integer
+  const Vec rounded = y + magic;
+  const Vec x = y - (rounded - magic);
+  // 2 * 2^x on [-0.5, 0.5], vector.h's polynomial; the other half of the power is a normal number
+  // as long as the result does not overflow.
+  Vec p = splat(2 * 0.0001546986459288746f);
+  p = p * x + 2 * 0.0013400566531345248f;
+  p = p * x + 2 * 0.00961802527308464f;
+  p = p * x + 2 * 0.05550326779484749f;
+  p = p * x + 2 * 0.24022650718688965f;
+  p = p * x + 2 * 0.6931471824645996f;
+  p = p * x + 2.0f;
+  return p * reinterpret_cast<Vec>((reinterpret_cast<IntVec>(rounded) + 126) << 23);
+}
+
+// ---- the patches, as the products need them ----
+
+// `rows` are padded to whole vectors. `panels` hold kPanel patches each, transposed: value d of a
+// panel's patches side by side.
+struct Packed {
+  const int64_t depth;   // D
+  const int64_t padded;  // D, rounded up to whole vectors
+  float *s_rows, *s_panels;  // unit SR patches
+  float *g_rows, *g_panels;  // GT patches as they are
+  float *s_norm, *g_inverse;  // |S_i|; 1 / |G_i|, the norm floored
+  float* g_squared;           // |G_i|^2
+  // Lower bounds of distances: |G_i - G_j|^2 >= offset_i + offset_j + <rows_i, panels_j>, and that
+  // in spite of rounding. The offsets of padding and of what is not finite bound nothing.
+  float *segment_rows, *segment_panels, *segment_offset;
+  float *positive_factor, *negative_factor;  // backward only, as all below
+  float* grad;                               // rows, of the unit patches
+
+  Packed(const DecOptions& options, bool backward, Arena& arena)
+      : depth(options.depth), padded(round_up(options.depth, kLanes)) {
+    const int64_t patches = round_up(options.patches, kPanel);
+    s_rows = arena.floats(patches * padded);
+    s_panels = arena.floats(patches * depth);
+    g_rows = arena.floats(patches * padded);
+    g_panels = arena.floats(patches * depth);
+    s_norm = arena.floats(patches);
+    g_inverse = arena.floats(patches);
+    g_squared = arena.floats(patches);
+    segment_rows = arena.floats(patches * kSegments);
+    segment_panels = arena.floats(patches * kSegments);
+    segment_offset = arena.floats(patches);
+    positive_factor = arena.floats(backward ? patches : 0);
+    negative_factor = arena.floats(backward ? patches : 0);
+    grad = arena.floats(backward ? patches * padded : 0);
+  }
+};
+
+// Relative error of a float32 sum of `count` products, in any order.
+float rounding_bound(int64_t count) {
+  const float error = static_cast<float>(count) * kUnitRoundoff;
+  return error < 0.25f ? error / (1 - error) : kInfinity;
+}
+
+double sum_of_squares(const float* x, int64_t count) {
+  double partial[8] = {};
+  int64_t d = 0;
+  for (; d + 8 <= count; d += 8) {
+    for (int64_t k = 0; k < 8; ++k) {
+      partial[k] += static_cast<double>(x[d + k]) * static_cast<double>(x[d + k]);
+    }
+  }
+  for (; d < count; ++d) partial[0] += static_cast<double>(x[d]) * static_cast<double>(x[d]);
+  return ((partial[0] + partial[1]) + (partial[2] + partial[3])) +
+         ((partial[4] + partial[5]) + (partial[6] + partial[7]));
+}
+
+// Copies patch i into a padded row.
+void load_patch(PatchesView view, int64_t i, int64_t depth, int64_t padded, float* row) {
+  const float* source = view.data + i * view.patch_stride;
+  if (view.value_stride == 1) {
+    __builtin_memcpy(row, source, static_cast<size_t>(depth) * sizeof(float));
+  } else {
+    for (int64_t d = 0; d < depth; ++d) row[d] = source[d * view.value_stride];
+  }
+  for (int64_t d = depth; d < padded; ++d) row[d] = 0;
+}
+
+// rows, each `stride` long, of one panel -> (count, kPanel)
+void transpose(const float* rows, int64_t stride, int64_t count, float* panel) {
+  for (int64_t d = 0; d < count; ++d) {
+    for (int64_t i = 0; i < kPanel; ++i) panel[d * kPanel + i] = rows[i * stride + d];
+  }
+}
+
+void pack_segments(const Packed& p, int64_t i) {
+  const float* patch = p.g_rows + i * p.padded;
+  float* row = p.segment_rows + i * kSegments;
+  // Beyond this, products might overflow.
+  const bool usable = p.g_squared[i] < 1e36f;
+  const int64_t length = (p.depth + kSegments - 1) / kSegments;
+  double squared = 0;
+  for (int64_t k = 0; k < kSegments; ++k) {
+    const int64_t begin = smaller(k * length, p.depth), end = smaller(begin + length, p.depth);
+    double total = 0;
+    for (int64_t d = begin; d < end; ++d) total += static_cast<double>(patch[d]);
+    const double mean = end > begin && usable
+                            ? total / __builtin_sqrt(static_cast<double>(end - begin))
+                            : 0;
+    row[k] = static_cast<float>(mean);
+    squared += static_cast<double>(row[k]) * static_cast<double>(row[k]);
+  }
+  // The sum of both offsets and kSegments products: kSegments + 1 roundings of up to twice
+  // |G_i|^2 + |G_j|^2, and a few of the segments and the offsets themselves.
+  const double error = (2 * kSegments + 16) * static_cast<double>(kUnitRoundoff);
+  p.segment_offset[i] = usable ? static_cast<float>(squared - error * p.g_squared[i]) : -1e37f;
+}
+
+void pack(const DecOptions& options, PatchesView sr, PatchesView gt, const DecFactors* factors,
+          int64_t tile, void* packed) {
+  Arena arena{static_cast<char*>(packed)};
+  const Packed p(options, factors != nullptr, arena);
+  const int64_t size = tile_size(options), begin = tile * size;
+  const int64_t end = smaller(begin + size, options.patches);
+  for (int64_t i = begin; i < end; ++i) {
+    float *s = p.s_rows + i * p.padded, *g = p.g_rows + i * p.padded;
+    load_patch(sr, i, p.depth, p.padded, s);
+    load_patch(gt, i, p.depth, p.padded, g);
+    const float norm = static_cast<float>(__builtin_sqrt(sum_of_squares(s, p.depth)));
+    const float inverse = 1 / (norm < kNormFloor ? kNormFloor : norm);
+    for (int64_t d = 0; d < p.padded; d += kLanes) at(s + d) *= inverse;
+    const double g_squared = sum_of_squares(g, p.depth);
+    const float g_norm = static_cast<float>(__builtin_sqrt(g_squared));
+    p.s_norm[i] = norm;
+    p.g_inverse[i] = 1 / (g_norm < kNormFloor ? kNormFloor : g_norm);
+    p.g_squared[i] = static_cast<float>(g_squared);
+    pack_segments(p, i);
+    if (factors != nullptr) {
+      p.positive_factor[i] = factors->positive[i];
+      p.negative_factor[i] = factors->negative[i];
+      for (int64_t d = 0; d < p.padded; d += kLanes) at(p.grad + i * p.padded + d) = Vec{};
+    }
+  }
+  const int64_t padded_end = round_up(end, kPanel);
+  for (int64_t i = end; i < padded_end; ++i) {
+    for (int64_t d = 0; d < p.padded; d += kLanes) {
+      at(p.s_rows + i * p.padded + d) = at(p.g_rows + i * p.padded + d) = Vec{};
+    }
+    for (int64_t k = 0; k < kSegments; ++k) p.segment_rows[i * kSegments + k] = 0;
+    p.g_inverse[i] = p.g_squared[i] = 0;
+    p.segment_offset[i] = -1e37f;
+    if (factors != nullptr) p.positive_factor[i] = p.negative_factor[i] = 0;
+  }
+  for (int64_t j = begin; j < padded_end; j += kPanel) {
+    transpose(p.s_rows + j * p.padded, p.padded, p.depth, p.s_panels + j * p.depth);
+    transpose(p.g_rows + j * p.padded, p.padded, p.depth, p.g_panels + j * p.depth);
+    transpose(p.segment_rows + j * kSegments, kSegments, kSegments,
+              p.segment_panels + j * kSegments);
+  }
+  // The panels meet -2 times the rows: |a - b|^2 = |a|^2 + |b|^2 - 2 <a, b>.
+  for (int64_t k = begin * kSegments; k < padded_end * kSegments; ++k) p.segment_rows[k] *= -2;
+}
+
+// ---- blocks of pairs ----
+
+// The pairs of tile `a` (rows) with tile `b` (columns).
+struct Pairs {
+  const DecOptions& options;
+  const Packed& p;
+  const int64_t row_begin, row_end, column_begin, column_end;
+  const bool diagonal;
+  float clear_above, positive_below, negative_above, margin;
+
+  Pairs(const DecOptions& options, const Packed& p, int64_t a, int64_t b)
+      : options(options),
+        p(p),
+        row_begin(a * tile_size(options)),
+        row_end(smaller(row_begin + tile_size(options), options.patches)),
+        column_begin(b * tile_size(options)),
+        column_end(smaller(column_begin + tile_size(options), options.patches)),
+        diagonal(a == b) {
+    // The sum of differences, taken in float32, is within `own` of the exact distance, and may lose
+    // squares below float32's normal range altogether. Its bound is doubled for the roundings here.
+    const float own = 2 * rounding_bound(p.depth + 4);
+    const float tiny = static_cast<float>(p.depth) * 1e-37f;
+    clear_above = negative_above = options.limit * (1 + own) + tiny;
+    positive_below = options.limit * (1 - own) - tiny;
+    margin = rounding_bound(p.depth + 16);
+    if (!(negative_above < kInfinity && margin < kInfinity)) {  // nothing can be said without
+      clear_above = negative_above = kInfinity;
+      positive_below = -kInfinity;
+    }
+  }
+
+  // Calls visit.template operator()<kM>(i, j) for blocks of kM rows from i, kPanel columns from j.
+  template <class Visit>
+  void for_each_pair_block(const Visit& visit) const {
+    for (int64_t j = column_begin; j < column_end; j += kPanel) {
+      for_each_row_block(row_end - row_begin, [&]<int kM>(int64_t m) {
+        visit.template operator()<kM>(row_begin + m, j);
+      });
+    }
+  }
+
+  template <int kM>
+  void multiply(Block<kM>& block, const float* rows, int64_t i, const float* panels,
+                int64_t j) const {
+    multiply_add(block, rows + i * p.padded, p.padded, 1, panels + j * p.depth, kPanel, p.depth);
+  }
+
+  // Float32 squared distances of patch i from kLanes patches, from differences.
+  Vec distances(int64_t i, const float* panel_column) const {
+    const float* row = p.g_rows + i * p.padded;
+    Vec partial[4] = {};
+    int64_t d = 0;
+    for (; d + 4 <= p.depth; d += 4) {
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) {
+        const Vec difference = row[d + k] - at(panel_column + (d + k) * kPanel);
+        partial[k] += difference * difference;
+      }
+    }
+    for (; d < p.depth; ++d) {
+      const Vec difference = row[d] - at(panel_column + d * kPanel);
+      partial[0] += difference * difference;
+    }
+    return (partial[0] + partial[1]) + (partial[2] + partial[3]);
+  }
+
+  // Whether every pair of a block is a true negative (no padding among them).
+  template <int kM>
+  bool all_negative(int64_t i, int64_t j) const {
+    if (diagonal && i < j + kPanel && j < i + kM) return false;
+    Block<kM> bound;
+    for (int m = 0; m < kM; ++m) {
+      for (int n = 0; n < kN; ++n) {
+        bound[m][n] = p.segment_offset[i + m] + at(p.segment_offset + j + n * kLanes);
+      }
+    }
+    multiply_add(bound, p.segment_rows + i * kSegments, kSegments, 1,
+                 p.segment_panels + j * kSegments, kPanel, kSegments);
+    Vec least = bound[0][0];
+    for (int m = 0; m < kM; ++m) {
+      for (int n = 0; n < kN; ++n) least = min(least, bound[m][n]);
+    }
+    return all(least > clear_above);
+  }
+
+  template <int kM>
+  void find_positives(int64_t i, int64_t j, Mask<kM>& positive) const {
+    Block<kM> product = {};
+    multiply(product, p.g_rows, i, p.g_panels, j);
+    for (int m = 0; m < kM; ++m) {
+      for (int n = 0; n < kN; ++n) {
+        const int64_t column = j + n * kLanes;
+        const Vec total = p.g_squared[i + m] + at(p.g_squared + column);
+        const Vec distance = total - 2.0f * product[m][n], error = margin * total;
+        positive[m][n] = distance + error < positive_below;
+        if (!all(positive[m][n] | (distance - error > negative_above))) {
+          positive[m][n] =
+              distances(i + m, p.g_panels + j * p.depth + n * kLanes) <= options.limit;
+        }
+        positive[m][n] &= valid(column);
+        if (const int64_t self = i + m - column; self >= 0 && self < kLanes) {
+          positive[m][n][self] = -1;
+        }
+      }
+    }
+  }
+
+  // The columns of a vector that are no padding.
+  IntVec valid(int64_t column) const {
+    IntVec result;
+    for (int64_t k = 0; k < kLanes; ++k) result[k] = column + k < column_end ? -1 : 0;
+    return result;
+  }
+};
+
+// ---- exponentials ----
+
+// What a block of products still has to be multiplied with to become cosines.
+enum class Scale { none, rows, columns };
+
+// In the place of a mask: no pair is positive.
+struct AllNegative {};
+
+// From products to exp(cosine / t), with the temperature that a pair has: `positive` is a mask, or
+// AllNegative.
+template <Scale kScale, int kM, class Positive>
+inline void take_exponentials(const Block<kM>& block, const Positive& positive, const Pairs& pairs,
+                              int64_t i, int64_t j, Block<kM>& result) {
+  const float *row_scale = pairs.p.g_inverse + i, *column_scale = pairs.p.g_inverse + j;
+  for (int m = 0; m < kM; ++m) {
+#pragma GCC unroll 4
+    for (int n = 0; n < kN; ++n) {
+      Vec exponent = splat(pairs.options.negative_exponent);
+      if constexpr (!__is_same(Positive, AllNegative)) {
+        exponent = positive[m][n] ? splat(pairs.options.positive_exponent) : exponent;
+      }
+      if constexpr (kScale == Scale::rows) exponent *= row_scale[m];
+      if constexpr (kScale == Scale::columns) exponent *= at(column_scale + n * kLanes);
+      result[m][n] = exp2(block[m][n] * exponent);
+    }
+  }
+}
+
+// The exponentials of a block of <rows_i, panels_j>. Not inlined: next to other blocks the compiler
+// would keep the sums of the product in memory instead of registers.
+template <Scale kScale, int kM>
+__attribute__((noinline)) void exponentials(const float* rows, const float* panels,
+                                            const Mask<kM>* positive, const Pairs& pairs,
+                                            int64_t i, int64_t j, Block<kM>& result) {
+  Block<kM> block = {};
+  pairs.template multiply<kM>(block, rows, i, panels, j);
+  if (positive == nullptr) {
+    take_exponentials<kScale, kM>(block, AllNegative{}, pairs, i, j, result);
+  } else {
+    take_exponentials<kScale, kM>(block, *positive, pairs, i, j, result);
+  }
+}
+
+// A block of pairs, worked out.
+template <int kM>
+struct Exponentials {
+  Block<kM> own, cross, other_cross;  // of <s_i, s_j>, <g_i, s_j>, <s_i, g_j>
+  Mask<kM> mask;
+  const Mask<kM>* positive;  // null if all are negatives
+
+  Exponentials(const Pairs& pairs, int64_t i, int64_t j) : positive(nullptr) {
+    const Packed& p = pairs.p;
+    if (!pairs.template all_negative<kM>(i, j)) {
+      pairs.template find_positives<kM>(i, j, mask);
+      positive = &mask;
+    }
+    exponentials<Scale::none, kM>(p.s_rows, p.s_panels, positive, pairs, i, j, own);
+    exponentials<Scale::rows, kM>(p.g_rows, p.s_panels, positive, pairs, i, j, cross);
+    if (pairs.diagonal) return;
+    exponentials<Scale::columns, kM>(p.s_rows, p.g_panels, positive, pairs, i, j, other_cross);
+  }
+};
+
+// ---- forward ----
+
+// Sums over the pairs of one task; rows' sums are kept lane by lane.
+struct TaskSums {
+  float *row_positive, *row_negative, *row_any;           // _any: above 0 if there is a negative
+  float *column_positive, *column_negative, *column_any;
+
+  TaskSums(int64_t tile, Arena& arena) {
+    row_positive = arena.floats(tile * kLanes);
+    row_negative = arena.floats(tile * kLanes);
+    row_any = arena.floats(tile * kLanes);
+    column_positive = arena.floats(tile);
+    column_negative = arena.floats(tile);
+    column_any = arena.floats(tile);
+  }
+
+  void clear(int64_t tile) const {
+    for (int64_t k = 0; k < tile * kLanes; ++k) row_positive[k] = row_negative[k] = row_any[k] = 0;
+    for (int64_t k = 0; k < tile; ++k) {
+      column_positive[k] = column_negative[k] = column_any[k] = 0;
+    }
+  }
+};
+
+// Adds own + 2 cross to the rows' sums and, off the diagonal, own + 2 other_cross to the columns'.
+template <int kM, class Positive>
+inline void add(const Exponentials<kM>& e, const Positive& positive, const Pairs& pairs,
+                const TaskSums& sums, int64_t i, int64_t j) {
+  constexpr bool kMixed = !__is_same(Positive, AllNegative);
+  const int64_t row = (i - pairs.row_begin) * kLanes, column = j - pairs.column_begin;
+  for (int m = 0; m < kM; ++m) {
+    Vec negatives = {}, positives = {}, any = kMixed ? Vec{} : splat(1);
+    for (int n = 0; n < kN; ++n) {
+      const Vec x = e.own[m][n] + 2.0f * e.cross[m][n];
+      if constexpr (kMixed) {
+        const IntVec is_negative = pairs.valid(j + n * kLanes) & ~positive[m][n];
+        positives += positive[m][n] ? x : Vec{};
+        negatives += is_negative ? x : Vec{};
+        any += is_negative ? splat(1) : Vec{};
+      } else {
+        negatives += x;
+      }
+    }
+    at(sums.row_negative + row + m * kLanes) += negatives;
+    at(sums.row_any + row + m * kLanes) += any;
+    if constexpr (kMixed) at(sums.row_positive + row + m * kLanes) += positives;
+  }
+  if (pairs.diagonal) return;
+  for (int n = 0; n < kN; ++n) {
+    Vec negatives = {}, positives = {}, any = kMixed ? Vec{} : splat(1);
+    for (int m = 0; m < kM; ++m) {
+      const Vec x = e.own[m][n] + 2.0f * e.other_cross[m][n];
+      if constexpr (kMixed) {
+        positives += positive[m][n] ? x : Vec{};
+        negatives += positive[m][n] ? Vec{} : x;
+        any += positive[m][n] ? Vec{} : splat(1);
+      } else {
+        negatives += x;
+      }
+    }
+    at(sums.column_negative + column + n * kLanes) += negatives;
+    at(sums.column_any + column + n * kLanes) += any;
+    if constexpr (kMixed) at(sums.column_positive + column + n * kLanes) += positives;
+  }
+}
+
+void forward(const DecOptions& options, int64_t tile, int64_t other, void* packed, DecSums result,
+             void* workspace) {
+  Arena arena{static_cast<char*>(packed)};
+  const Packed p(options, false, arena);
+  const Pairs pairs(options, p, tile, other);
+  Arena scratch{static_cast<char*>(workspace)};
+  const int64_t size = tile_size(options);
+  const TaskSums sums(size, scratch);
+  sums.clear(size);
+
+  pairs.for_each_pair_block([&]<int kM>(int64_t i, int64_t j) {
+    const Exponentials<kM> e(pairs, i, j);
+    if (e.positive == nullptr) {
+      add(e, AllNegative{}, pairs, sums, i, j);
+    } else {
+      add(e, e.mask, pairs, sums, i, j);
+    }
+  });
+
+  for (int64_t i = pairs.row_begin; i < pairs.row_end; ++i) {
+    const int64_t row = (i - pairs.row_begin) * kLanes;
+    result.positive[i] += static_cast<double>(sum(at(sums.row_positive + row)));
+    result.negative[i] += static_cast<double>(sum(at(sums.row_negative + row)));
+    result.has_negative[i] |= sum(at(sums.row_any + row)) > 0;
+  }
+  if (pairs.diagonal) return;
+  for (int64_t j = pairs.column_begin; j < pairs.column_end; ++j) {
+    const int64_t column = j - pairs.column_begin;
+    result.positive[j] += static_cast<double>(sums.column_positive[column]);
+    result.negative[j] += static_cast<double>(sums.column_negative[column]);
+    result.has_negative[j] |= sums.column_any[column] > 0;
+  }
+}
+
+// ---- backward ----
+
+// The factors of s and g in the gradients of rows and of columns, (tile, tile). The products read
+// them down the columns too: a stride of a power of two would keep a column in a few of the cache's
+// sets.
+struct Weights {
+  const int64_t stride;
+  float *own, *cross, *other_cross;
+
+  Weights(int64_t tile, Arena& arena) : stride(tile + kLanes) {
+    own = arena.floats(tile * stride);
+    cross = arena.floats(tile * stride);
+    other_cross = arena.floats(tile * stride);
+  }
+};
+
+// From exponentials to weights: those of own cosines get both rows' factors, (dR + dR^T).
+template <int kM, class Positive>
+inline void store(const Exponentials<kM>& e, const Positive& positive, const Pairs& pairs,
+                  const Weights& weights, int64_t i, int64_t j) {
+  const Packed& p = pairs.p;
+  const int64_t place = (i - pairs.row_begin) * weights.stride + j - pairs.column_begin;
+  for (int n = 0; n < kN; ++n) {
+    const Vec column_positive = at(p.positive_factor + j + n * kLanes);
+    const Vec column_negative = at(p.negative_factor + j + n * kLanes);
+    const Vec column_scale = 2.0f * at(p.g_inverse + j + n * kLanes);
+    for (int m = 0; m < kM; ++m) {
+      Vec row = splat(p.negative_factor[i + m]), column = column_negative;
+      if constexpr (!__is_same(Positive, AllNegative)) {
+        row = positive[m][n] ? splat(p.positive_factor[i + m]) : row;
+        column = positive[m][n] ? column_positive : column;
+      }
+      const int64_t k = place + m * weights.stride + n * kLanes;
+      at(weights.own + k) = e.own[m][n] * (row + column);
+      at(weights.cross + k) = e.cross[m][n] * (row * (2 * p.g_inverse[i + m]));
+      if (pairs.diagonal) continue;
+      at(weights.other_cross + k) = e.other_cross[m][n] * (column * column_scale);
+    }
+  }
+}
+
+// One operand of the products below: weight(m, k) = data[m * row + k * step].
+struct Factors {
+  const float* data;
+  int64_t row, step;
+};
+
+// grad_m += sum_k a(m, k) s_k + b(m, k) g_k, for `count` patches from `begin` and `depth` patches
+// from `source`.
+void add_products(const Packed& p, int64_t begin, int64_t count, Factors a, Factors b,
+                  int64_t source, int64_t depth) {
+  const float *s = p.s_rows + source * p.padded, *g = p.g_rows + source * p.padded;
+  for_each_block(count, p.padded / kLanes, [&]<int kM, int kVectors>(int64_t m, int64_t n) {
+    float* grad = p.grad + (begin + m) * p.padded + n * kLanes;
+    Vec block[kM][kVectors];
+    for (int r = 0; r < kM; ++r) {
+      for (int c = 0; c < kVectors; ++c) block[r][c] = at(grad + r * p.padded + c * kLanes);
+    }
+    multiply_add(block, a.data + m * a.row, a.row, a.step, s + n * kLanes, p.padded, depth);
+    multiply_add(block, b.data + m * b.row, b.row, b.step, g + n * kLanes, p.padded, depth);
+    for (int r = 0; r < kM; ++r) {
+      for (int c = 0; c < kVectors; ++c) at(grad + r * p.padded + c * kLanes) = block[r][c];
+    }
+  });
+}
+
+void backward(const DecOptions& options, int64_t tile, int64_t other, void* packed,
+              void* workspace) {
+  Arena arena{static_cast<char*>(packed)};
+  const Packed p(options, true, arena);
+  const Pairs pairs(options, p, tile, other);
+  Arena scratch{static_cast<char*>(workspace)};
+  const Weights weights(tile_size(options), scratch);
+
+  pairs.for_each_pair_block([&]<int kM>(int64_t i, int64_t j) {
+    const Exponentials<kM> e(pairs, i, j);
+    if (e.positive == nullptr) {
+      store(e, AllNegative{}, pairs, weights, i, j);
+    } else {
+      store(e, e.mask, pairs, weights, i, j);
+    }
+  });
+
+  const int64_t rows = pairs.row_end - pairs.row_begin;
+  const int64_t columns = pairs.column_end - pairs.column_begin, size = weights.stride;
+  const Factors by_row{pairs.diagonal ? weights.cross : weights.other_cross,
+                       pairs.diagonal ? 1 : size, pairs.diagonal ? size : 1};
+  add_products(p, pairs.row_begin, rows, {weights.own, size, 1}, by_row, pairs.column_begin,
+               columns);
+  if (pairs.diagonal) return;
+  add_products(p, pairs.column_begin, columns, {weights.own, 1, size}, {weights.cross, 1, size},
+               pairs.row_begin, rows);
+}
+
+void project(const DecOptions& options, int64_t tile, void* packed, float* grad_sr) {
+  Arena arena{static_cast<char*>(packed)};
+  const Packed p(options, true, arena);
+  const int64_t begin = tile * tile_size(options);
+  const int64_t end = smaller(begin + tile_size(options), options.patches);
+  for (int64_t i = begin; i < end; ++i) {
+    const float *s = p.s_rows + i * p.padded, *grad = p.grad + i * p.padded;
+    float* out = grad_sr + i * p.depth;
+    Vec product = {};
+    for (int64_t d = 0; d < p.padded; d += kLanes) product += at(s + d) * at(grad + d);
+    // Below the floor a patch is divided by a constant and nothing is projected out.
+    const float along = p.s_norm[i] > kNormFloor ? sum(product) : 0;
+    const float inverse = 1 / (p.s_norm[i] < kNormFloor ? kNormFloor : p.s_norm[i]);
+    for (int64_t d = 0; d < p.depth; ++d) out[d] = (grad[d] - s[d] * along) * inverse;
+  }
+}
+
+size_t packed_bytes(const DecOptions& options, bool backward) {
+  Arena arena{nullptr};
+  const Packed p(options, backward, arena);
+  return arena.used;
+}
+
+size_t workspace_bytes(const DecOptions& options, bool backward) {
+  Arena arena{nullptr};
+  if (backward) {
+    const Weights weights(tile_size(options), arena);
+  } else {
+    const TaskSums sums(tile_size(options), arena);
+  }
+  return arena.used;
+}
+
+}  // namespace
+
+const DecKernels MGHF_KERNELS = {tile_size, packed_bytes, workspace_bytes, pack,
+                                 forward,   backward,     project};
+
+}  // namespace mghf

@@ -1,0 +1,54 @@
+// The interface between the op `dec` and its kernels, one per instruction set.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace mghf {
+
+struct DecOptions {
+  int64_t patches, depth;   // P and D: both inputs are (P, D)
+  float positive_exponent;  // log2(e) / temperature: exp(s / t) = 2^(s * exponent)
+  float negative_exponent;
+  float limit;  // a pair is positive up to this squared distance; below 0: no pair is
+};
+
+// (P, D) patches, strides in elements.
+struct PatchesView {
+  const float* data;
+  int64_t patch_stride, value_stride;
+};
+
+// Of every row i the sums of exp(cos(S_i, S_j)/t) + 2 exp(cos(G_i, S_j)/t) over its positives and
+// over its negatives, and whether it has negatives.
+struct DecSums {
+  double *positive, *negative;
+  bool* has_negative;
+};
+
+// d loss / d sums of row i, as factors of a pair's exponentials: the derivative with respect to
+// cos(S_i, S_j) is factor_i * exp(cos(S_i, S_j)/t), to cos(G_i, S_j) twice the same.
+struct DecFactors {
+  const float *positive, *negative;
+};
+
+// The pairs are worked on tile by tile: `tile` patches, and their pairs with `tile` others. Tiles
+// (a, b) and (b, a) are one task. Tasks that have no tile in common may run at the same time.
+struct DecKernels {
+  int64_t (*tile)(const DecOptions&);
+  size_t (*packed_bytes)(const DecOptions&, bool backward);
+  size_t (*workspace_bytes)(const DecOptions&, bool backward);
+  // Copies one tile of patches into the 64-byte aligned `packed`, which all calls share. The
+  // backward gives factors too, and clears the tile's gradient.
+  void (*pack)(const DecOptions&, PatchesView sr, PatchesView gt, const DecFactors*, int64_t tile,
+               void* packed);
+  void (*forward)(const DecOptions&, int64_t tile, int64_t other, void* packed, DecSums,
+                  void* workspace);
+  void (*backward)(const DecOptions&, int64_t tile, int64_t other, void* packed, void* workspace);
+  // From the gradient of the unit patches to that of sr, contiguous.
+  void (*project)(const DecOptions&, int64_t tile, void* packed, float* grad_sr);
+};
+
+extern const DecKernels dec_default, dec_avx2, dec_avx512;
+
+}  // namespace mghf
