@@ -11,7 +11,7 @@ import torch
 
 from mghf_fast import available_backends, functional, use_backend
 from mghf_fast.backends import BACKENDS, current_backend, unavailable_reasons
-from mghf_fast.ops import OPS
+from mghf_fast.ops import OPS, Op
 
 
 def test_the_reference_is_always_there_and_runs_everything() -> None:
@@ -50,19 +50,21 @@ def test_a_forced_backend_that_cannot_run_says_why() -> None:
 
 @pytest.mark.skipif("cpu" not in available_backends(), reason="no compiled CPU kernels here")
 def test_a_backend_without_a_kernel_for_the_op_names_those_with_one() -> None:
+    op = Op("example")
+    op.implement("reference", lambda x: x)
     with pytest.raises(RuntimeError, match=r"no kernel for this op yet \(which has: 'reference'\)"):
-        functional.gram_matrix(torch.rand(1, 2, 4, 4), backend="cpu")
+        op.choose("cpu", torch.rand(2))
 
 
 def test_auto_logs_each_reason_once(caplog: pytest.LogCaptureFixture) -> None:
-    op = OPS["gram"]
-    op._logged.clear()
+    op = Op("example")
+    op.implement("reference", lambda x: x)
     with caplog.at_level(logging.DEBUG, "mghf_fast"):
-        functional.gram_matrix(torch.rand(1, 2, 4, 4))
-        functional.gram_matrix(torch.rand(1, 2, 4, 4))
+        op.choose("auto", torch.rand(2))
+        op.choose("auto", torch.rand(2))
     messages = [r.message for r in caplog.records if r.name == "mghf_fast"]
     assert len(messages) == len(set(messages)) == 3
-    assert any(m.startswith("cuda cannot run gram: ") for m in messages)
+    assert any(m.startswith("cuda cannot run example: ") for m in messages)
 
 
 def test_unknown_names_are_refused() -> None:

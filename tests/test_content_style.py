@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import CAPABILITIES, in_parent, run_file_under
 from torch import Tensor
 
-from mghf_fast import functional, ops
+from mghf_fast import available_backends, functional, ops
 from mghf_fast.reference import content_style as reference
 
 
@@ -61,7 +62,7 @@ def test_reference_gradient(gram: str) -> None:
     gt, sr = pair(2, 6, 5, 4, dtype=torch.float64)
     sr[0, 2] = 0.7  # a constant map
     sr.requires_grad_()
-    *terms, kept, weights = reference.content_style(gt, sr, 3, 1.1, 2**0.5, 16, gram)
+    *terms, kept, weights, _, _ = reference.content_style(gt, sr, 3, 1.1, 2**0.5, 16, gram)
     upstream = [torch.randn_like(t) for t in terms]
     (expected,) = torch.autograd.grad(terms, sr, upstream)
     got = reference.content_style_backward(*upstream, gt, sr.detach(), kept, weights, gram)
@@ -78,8 +79,10 @@ def test_gradcheck(gram: str) -> None:
 
 
 @pytest.mark.parametrize("gram", ["channel", "map"])
-@pytest.mark.parametrize("shape", [(1, 2, 1, 2), (2, 4, 5, 3), (1, 16, 17, 13), (2, 8, 32, 32)])
+@pytest.mark.parametrize("shape", [(1, 2, 1, 3), (2, 4, 5, 3), (1, 16, 17, 13), (2, 8, 32, 32)])
 def test_values_and_gradients(backend: str, shape: tuple[int, ...], gram: str) -> None:
+    if gram == "map" and backend == "cpu":
+        backend = "auto"  # which falls back
     gt, sr = pair(*shape)
     top_m = shape[1] // 2
 
@@ -183,6 +186,148 @@ def test_non_finite_input_gives_nan(backend: str, bad: float, which: str) -> Non
     (gt if which == "gt" else sr)[1, 3, 2, 2] = bad
     for term in functional.content_style_terms(gt, sr, top_m=1, backend=backend):
         assert term[0].isfinite() and not term[1].isfinite()
+
+
+# ---- kernels ----
+
+Options = tuple[int, float, float, int, str]
+
+
+def check_pair(backend: str, gt: Tensor, sr: Tensor, top_m: int, bins: int = 256) -> None:
+    """Terms, choice, weights and gradient of every term against the float64 reference."""
+    op = ops.content_style
+    options: Options = (top_m, 1.1, 2**0.5, bins, "channel")
+    *terms, kept, weights, moments, difference = op.content_style(gt, sr, *options, backend)
+    exact = reference.content_style(gt.double(), sr.double(), *options)
+    assert torch.equal(kept, exact[4])
+    for got, want in zip((*terms, weights, difference), (*exact[:4], *exact[5::2]), strict=True):
+        assert contract.relative_error(got, want) <= contract.VALUE_TOLERANCE
+    for term in range(4):
+        upstream = [torch.randn(gt.shape[0]) * (i == term) for i in range(4)]
+        got = op.content_style_backward(
+            *upstream, gt, sr, kept, weights, moments, difference, "channel", backend
+        )
+        want = reference.content_style_backward(
+            *(u.double() for u in upstream), gt.double(), sr.double(), *exact[4:6], "channel"
+        )
+        assert got.dtype == sr.dtype and got.shape == sr.shape
+        rounding = 4e-3 if sr.dtype == torch.bfloat16 else 0
+        assert contract.relative_error(got, want) <= contract.GRADIENT_TOLERANCE + rounding
+        if sr.is_contiguous(memory_format=torch.channels_last) and not sr.is_contiguous():
+            assert got.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("shape", "top_m"),
+    [
+        ((1, 16, 1, 9), 16),
+        ((2, 17, 9, 1), 3),
+        ((1, 112, 7, 13), 50),
+        ((3, 1, 67, 65), 1),
+        ((2, 35, 48, 50), 17),
+        ((1, 5, 130, 191), 2),
+    ],
+)
+def test_sizes_that_fill_no_tile(backend: str, shape: tuple[int, ...], top_m: int) -> None:
+    if backend == "reference":
+        pytest.skip("it has no tiles")
+    gt, sr = torch.randn(shape), 2 * torch.randn(shape)
+    for dtype in (torch.float32, torch.bfloat16):
+        plain = gt.to(dtype), sr.to(dtype)
+        check_pair(backend, *plain, top_m)
+        for _, strided in contract.image_layouts(plain[1]):
+            check_pair(backend, plain[0], strided, top_m)
+            check_pair(backend, strided, plain[0], top_m)
+        last = [x.contiguous(memory_format=torch.channels_last) for x in plain]
+        check_pair(backend, last[0], last[1], top_m)
+    check_pair(backend, gt, sr, top_m, 5000)
+    check_pair(backend, last[0].float(), last[1].float(), top_m, 5000)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_large_means_and_pairs_that_are_alike(layout: torch.memory_format) -> None:
+    """Where sums of squares and differences of Gram matrices would lose their digits."""
+    if "cpu" not in available_backends():
+        pytest.skip("no compiled CPU kernels here")
+    gt = torch.randn(2, 20, 40, 41)
+    noise = torch.randn_like(gt)
+    for sr in (gt + noise + 30, noise + 30 - gt, gt + 1e-3 * noise, 1e-3 * (gt + noise) + 2):
+        check_pair(
+            "cpu", gt.contiguous(memory_format=layout), sr.contiguous(memory_format=layout), 9
+        )
+    gt += 100 * torch.randn(2, 20, 1, 1)
+    check_pair("cpu", gt, (gt + 0.1 * noise).contiguous(memory_format=layout), 9)
+
+
+def test_two_pixels(backend: str) -> None:
+    """Whose correlation is 1 or -1, without a gradient."""
+    gt, sr = pair(1, 6, 1, 2)
+    sr.requires_grad_()
+    terms = functional.content_style_terms(gt, sr, top_m=6, backend=backend)
+    assert 3 * terms.correlation.item() == pytest.approx(
+        ((gt.diff() * sr.diff()) < 0).sum().item(), abs=1e-5
+    )
+    terms.correlation.sum().backward()
+    assert sr.grad is not None and sr.grad.abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_constant_map_has_no_correlation(backend: str, layout: torch.memory_format) -> None:
+    gt, sr = (x.contiguous(memory_format=layout) for x in pair(1, 16, 30, 31))
+    gt[:, :4] = 0.3
+    sr[:, 2:6] = 0.7
+    sr.requires_grad_()
+    terms = functional.content_style_terms(gt, sr, top_m=6, backend=backend)
+    assert terms.correlation.item() == pytest.approx(1.0, abs=1e-6)
+    terms.correlation.sum().backward()
+    assert sr.grad is not None and sr.grad[:, :2].abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_threads_do_not_change_a_bit(backend: str, layout: torch.memory_format) -> None:
+    gt, sr = (x.contiguous(memory_format=layout) for x in pair(2, 20, 130, 190))
+    contract.check_deterministic(
+        backend, lambda sr: functional.content_style_terms(gt, sr, backend=backend), sr
+    )
+
+
+def test_statistics_of_the_backends_agree(backend: str) -> None:
+    gt, sr = pair(2, 8, 12, 13)
+    options: Options = (5, 1.1, 2**0.5, 64, "channel")
+    got = ops.content_style.content_style(gt, sr, *options, backend)[4:]
+    for value, want in zip(got, reference.content_style(gt, sr, *options)[4:], strict=True):
+        torch.testing.assert_close(value, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif("cpu" not in available_backends(), reason="no compiled CPU kernels here")
+def test_gram_of_single_maps_is_the_references() -> None:
+    gt, sr = pair(1, 4, 6, 6)
+    with pytest.raises(RuntimeError, match="'cpu' cannot run content_style: .*gram='channel' only"):
+        functional.content_style_terms(gt, sr, gram="map", backend="cpu")
+    for got, want in zip(
+        functional.content_style_terms(gt, sr, gram="map"),
+        functional.content_style_terms(gt, sr, gram="map", backend="reference"),
+        strict=True,
+    ):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.skipif("cpu" not in available_backends(), reason="no compiled CPU kernels here")
+@pytest.mark.parametrize(("index", "message"), [(4, "index 4; allowed is 0 to 3"), (0, "twice")])
+def test_kept_maps_that_cannot_be_are_refused(index: int, message: str) -> None:
+    gt, sr = pair(1, 4, 6, 6)
+    statistics = ops.content_style.content_style(gt, sr, 2, 1.1, 1.4, 16, "channel", "cpu")[4:]
+    kept = torch.tensor([[0, index]])
+    with pytest.raises(RuntimeError, match=message):
+        ops.content_style.content_style_backward(
+            *torch.ones(4, 1), gt, sr, kept, *statistics[1:], "channel", "cpu"
+        )
+
+
+@in_parent
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_under_each_instruction_set(capability: str) -> None:
+    run_file_under(capability, __file__, "-k", "cpu or alike")
 
 
 def test_no_gradient_to_gt() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import CAPABILITIES, in_parent, run_file_under
 
 from mghf_fast import functional, ops
 from mghf_fast.reference import entropy as reference
@@ -100,6 +101,73 @@ def test_any_map(bins: int, height: int, width: int, scale: float, shift: float,
     x = (scale * torch.randn(1, 2, height, width) + shift).float()
     got = reference.channel_entropy(x, bins)
     torch.testing.assert_close(got.double(), by_hand(x, bins), atol=1e-5, rtol=1e-5)
+
+
+# ---- what the kernels cut and where ----
+
+
+@pytest.mark.parametrize("bins", [2, 256, 5000])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 16, 1, 1),
+        (2, 17, 9, 1),
+        (1, 40, 5, 13),
+        (2, 128, 3, 43),
+        (1, 1, 67, 65),
+        (1, 2, 150, 333),
+    ],
+)
+def test_sizes_that_fill_no_tile(backend: str, shape: tuple[int, ...], bins: int) -> None:
+    x = torch.randn(shape)
+    expected = reference.channel_entropy(x, bins)
+    for _, strided in (("contiguous", x), *contract.image_layouts(x)):
+        got = functional.channel_entropy(strided, bins, backend=backend)
+        torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)
+        half = strided.bfloat16()
+        torch.testing.assert_close(
+            functional.channel_entropy(half, bins, backend=backend),
+            reference.channel_entropy(half, bins),
+            atol=1e-6,
+            rtol=1e-6,
+        )
+
+
+def test_values_on_the_edges_of_bins(backend: str) -> None:
+    """Every count is the reference's, so entropies agree to the last bit of a float32."""
+    bins = 7
+    edges = (torch.arange(8.0) / bins).repeat(32).view(1, 1, 16, 16)
+    around = torch.nextafter(edges, torch.randn_like(edges))
+    x = torch.cat((edges, around, 3e-39 * edges, 1e30 * around, around - 1000), 1)
+    for maps in (x, x.repeat(1, 4, 1, 1).contiguous(memory_format=torch.channels_last)):
+        got = functional.channel_entropy(maps, bins, backend=backend)
+        torch.testing.assert_close(got, reference.channel_entropy(maps, bins), atol=1e-7, rtol=1e-7)
+
+
+def test_a_range_beyond_float32_is_nan(backend: str) -> None:
+    x = torch.rand(1, 16, 4, 4)
+    x[0, 3, 0, :2] = torch.tensor([-3e38, 3e38])
+    for maps in (x, x.contiguous(memory_format=torch.channels_last)):
+        got = functional.channel_entropy(maps, backend=backend)
+        assert got[0, 3].isnan() and got.isnan().sum() == 1
+
+
+def test_threads_do_not_change_a_bit(backend: str) -> None:
+    x = torch.randn(2, 20, 130, 190).contiguous(memory_format=torch.channels_last)
+    before, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results += [functional.channel_entropy(v, backend=backend) for v in (x, x.contiguous())]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0], result) for result in results)
+
+
+@in_parent
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_under_each_instruction_set(capability: str) -> None:
+    run_file_under(capability, __file__, "-k", "cpu")
 
 
 def test_bad_input() -> None:

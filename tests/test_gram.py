@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import CAPABILITIES, in_parent, run_file_under
 
 from mghf_fast import functional, ops
 from mghf_fast.reference import gram as reference
@@ -78,6 +79,51 @@ def test_any_shape(shape: tuple[int, ...], seed: int) -> None:
         lambda x: reference.gram_matrix(x, 1.0),
         [torch.randn(shape)],
     )
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 16, 1, 1), (2, 33, 9, 1), (1, 112, 7, 13), (3, 1, 67, 65), (1, 5, 130, 191)]
+)
+def test_sizes_that_fill_no_tile(backend: str, shape: tuple[int, ...]) -> None:
+    if backend == "reference":
+        pytest.skip("it has no tiles")
+    x = torch.randn(shape)
+    contract.check_against_reference(
+        lambda x: functional.gram_matrix(x, backend=backend), functional.gram_matrix, [x]
+    )
+    for _, strided in contract.image_layouts(x):
+        contract.check_layout(lambda x: functional.gram_matrix(x, backend=backend), x, strided)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_has_the_layout_and_type_of_its_image(
+    backend: str, dtype: torch.dtype, layout: torch.memory_format
+) -> None:
+    x = torch.randn(2, 20, 9, 11).to(dtype, memory_format=layout)
+    got = ops.gram.gram_backward(torch.randn(2, 20, 20), x, 0.1, backend)
+    assert got.dtype == dtype and got.is_contiguous(memory_format=layout)
+
+
+def test_the_matrix_is_symmetric_to_the_last_bit(backend: str) -> None:
+    if backend == "reference":
+        pytest.skip("PyTorch's product computes both halves")
+    got = functional.gram_matrix(torch.randn(1, 50, 30, 31), backend=backend)
+    assert torch.equal(got, got.mT)
+
+
+def test_threads_do_not_change_a_bit(backend: str) -> None:
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(2, 20, 130, 190).contiguous(memory_format=layout)
+        contract.check_deterministic(
+            backend, lambda x: functional.gram_matrix(x, backend=backend), x
+        )
+
+
+@in_parent
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_under_each_instruction_set(capability: str) -> None:
+    run_file_under(capability, __file__, "-k", "cpu")
 
 
 def test_nan_stays_nan(backend: str) -> None:

@@ -85,6 +85,11 @@ def can_run_cpu(*tensors: Tensor) -> str | None:
     return None
 
 
+def readable_on_cpu(x: Tensor) -> Tensor:
+    """An image as the compiled CPU kernels read it: float32 or bfloat16."""
+    return x.float() if x.dtype == torch.float16 else x
+
+
 def _memory_format(x: Tensor) -> torch.memory_format:
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return torch.channels_last if channels_last else torch.contiguous_format

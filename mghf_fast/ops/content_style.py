@@ -12,14 +12,69 @@ from ..reference.content_style import content_style as reference_forward
 from ..reference.content_style import content_style_backward as reference_backward
 from ._dispatch import (
     Op,
+    can_run_cpu,
     double_backward_requested,
     empty_like_laid_out,
     laid_out_as,
+    readable_on_cpu,
     register_float32_autocast,
 )
 
+# naive, mse, correlation, gram: (B,) each; kept, weights: (B, M); moments: (B, 6, M);
+# difference: (B, M, M), or (B, 0, 0) for gram="map". The last two are the statistics with which the
+# backward is one sweep.
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _reference_backward(*args: Any) -> Tensor:
+    naive, mse, correlation, style, gt, sr, kept, weights, _moments, _difference, gram = args
+    return reference_backward(naive, mse, correlation, style, gt, sr, kept, weights, gram)
+
+
+def _can_run_cpu(*tensors: Tensor, gram: str = "channel") -> str | None:
+    if gram == "map":
+        return "it has kernels for gram='channel' only"
+    return can_run_cpu(*tensors)
+
+
+def _cpu_forward(
+    gt: Tensor, sr: Tensor, top_m: int, alpha: float, gamma: float, bins: int, gram: str
+) -> Outputs:
+    result: Outputs = torch.ops.mghf_native.content_style(
+        readable_on_cpu(gt), readable_on_cpu(sr), top_m, alpha, gamma, bins
+    )
+    return result
+
+
+def _cpu_backward(
+    grad_naive: Tensor,
+    grad_mse: Tensor,
+    grad_correlation: Tensor,
+    grad_gram: Tensor,
+    gt: Tensor,
+    sr: Tensor,
+    kept: Tensor,
+    weights: Tensor,
+    moments: Tensor,
+    difference: Tensor,
+    gram: str,
+) -> Tensor:
+    grads = (grad_naive, grad_mse, grad_correlation, grad_gram)
+    grad_sr: Tensor = torch.ops.mghf_native.content_style_backward(
+        *(grad.float() for grad in grads),
+        readable_on_cpu(gt),
+        readable_on_cpu(sr),
+        kept,
+        weights,
+        moments,
+        difference,
+    )
+    return grad_sr.to(sr.dtype)
+
+
 OP = Op("content_style")
-OP.implement("reference", reference_forward, reference_backward)
+OP.implement("reference", reference_forward, _reference_backward)
+OP.implement("cpu", _cpu_forward, _cpu_backward, _can_run_cpu)
 
 
 @torch.library.custom_op("mghf_fast::content_style", mutates_args=())
@@ -32,11 +87,10 @@ def content_style(
     bins: int,
     gram: str,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """naive, mse, correlation, gram: (B,) each; the kept maps' indices and weights: (B, M)."""
-    run = OP.choose(backend, gt, sr).forward
-    result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-    result = run(gt, sr, top_m, alpha, gamma, bins, gram)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """naive, mse, correlation, gram, kept, weights, moments, difference: see Outputs."""
+    run = OP.choose(backend, gt, sr, gram=gram).forward
+    result: Outputs = run(gt, sr, top_m, alpha, gamma, bins, gram)
     return result
 
 
@@ -50,22 +104,36 @@ def content_style_backward(
     sr: Tensor,
     kept: Tensor,
     weights: Tensor,
+    moments: Tensor,
+    difference: Tensor,
     gram: str,
     backend: str,
 ) -> Tensor:
-    run = OP.choose(backend, gt, sr).differentiate
+    run = OP.choose(backend, gt, sr, gram=gram).differentiate
     grads = (grad_naive, grad_mse, grad_correlation, grad_gram)
-    return laid_out_as(sr, run(*grads, gt, sr, kept, weights, gram))
+    statistics = (kept, weights, moments, difference)
+    return laid_out_as(sr, run(*grads, gt, sr, *statistics, gram))
 
 
 @content_style.register_fake
 def _(
-    gt: Tensor, sr: Tensor, top_m: int, *_: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    gt: Tensor,
+    sr: Tensor,
+    top_m: int,
+    alpha: float,
+    gamma: float,
+    bins: int,
+    gram: str,
+    backend: str,
+) -> Outputs:
     b, dtype = sr.shape[0], accumulation_dtype(sr.dtype)
-    naive, mse, correlation, gram = (sr.new_empty((b,), dtype=dtype) for _ in range(4))
+    naive, mse, correlation, style = (sr.new_empty((b,), dtype=dtype) for _ in range(4))
     kept = sr.new_empty((b, top_m), dtype=torch.int64)
-    return naive, mse, correlation, gram, kept, sr.new_empty((b, top_m), dtype=dtype)
+    weights = sr.new_empty((b, top_m), dtype=dtype)
+    moments = sr.new_empty((b, 6, top_m), dtype=dtype)
+    size = 0 if gram == "map" else top_m
+    difference = sr.new_empty((b, size, size), dtype=dtype)
+    return naive, mse, correlation, style, kept, weights, moments, difference
 
 
 @content_style_backward.register_fake
@@ -83,19 +151,20 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     gt, sr, *_, ctx.gram, ctx.backend = inputs
-    kept, weights = output[4:]
-    ctx.mark_non_differentiable(kept, weights)
-    ctx.save_for_backward(gt, sr, kept, weights)
+    statistics = output[4:]
+    ctx.mark_non_differentiable(*statistics)
+    ctx.save_for_backward(gt, sr, *statistics)
 
 
 def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     naive, mse, correlation, gram = grads[:4]
-    gt, sr, kept, weights = ctx.saved_tensors
+    gt, sr, kept, weights, *statistics = ctx.saved_tensors
     tensors = (naive, mse, correlation, gram, gt, sr, kept, weights)
     if double_backward_requested():
+        # The statistics depend on sr, so the derivative computes them anew.
         grad_sr = reference_backward(*tensors, ctx.gram)
     else:
-        grad_sr = content_style_backward(*tensors, ctx.gram, ctx.backend)
+        grad_sr = content_style_backward(*tensors, *statistics, ctx.gram, ctx.backend)
     return None, grad_sr, None, None, None, None, None, None
 
 

@@ -19,12 +19,9 @@ from ._dispatch import (
     double_backward_requested,
     empty_like_laid_out,
     laid_out_as,
+    readable_on_cpu,
     register_float32_autocast,
 )
-
-
-def _kernel_dtype(x: Tensor) -> Tensor:
-    return x if x.dtype in (torch.float32, torch.bfloat16) else x.float()
 
 
 def _flat(tensors: list[Tensor]) -> Tensor:
@@ -39,7 +36,7 @@ def _cpu_options(block: BlockWeights) -> tuple[int, int, str, float]:
 
 def _cpu_forward(x: Tensor, block: BlockWeights) -> Tensor:
     y: Tensor = torch.ops.mghf_native.coupling(
-        _kernel_dtype(x), _flat(block.tensors()), *_cpu_options(block)
+        readable_on_cpu(x), _flat(block.tensors()), *_cpu_options(block)
     )
     return y.to(x.dtype)
 
@@ -49,8 +46,8 @@ def _cpu_backward(
 ) -> tuple[Tensor, list[Tensor]]:
     weights = block.tensors()
     grad_x, flat = torch.ops.mghf_native.coupling_backward(
-        _kernel_dtype(grad),
-        _kernel_dtype(x),
+        readable_on_cpu(grad),
+        readable_on_cpu(x),
         _flat(weights),
         *_cpu_options(block),
         need_weights,
@@ -69,7 +66,11 @@ def _cpu_inverse(y: Tensor, block: BlockWeights) -> Tensor:
     bias = -inverse @ block.mix_bias.detach().double()
     channels, _, activation, clamp = _cpu_options(block)
     x: Tensor = torch.ops.mghf_native.coupling_inverse(
-        _kernel_dtype(y), _flat([inverse, bias, *block.tensors()[2:]]), channels, activation, clamp
+        readable_on_cpu(y),
+        _flat([inverse, bias, *block.tensors()[2:]]),
+        channels,
+        activation,
+        clamp,
     )
     return x.to(y.dtype)
 

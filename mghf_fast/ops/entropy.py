@@ -7,10 +7,17 @@ from torch import Tensor
 
 from ..precision import accumulation_dtype
 from ..reference.entropy import channel_entropy
-from ._dispatch import Op, register_float32_autocast
+from ._dispatch import Op, can_run_cpu, readable_on_cpu, register_float32_autocast
+
+
+def _cpu_forward(x: Tensor, bins: int) -> Tensor:
+    result: Tensor = torch.ops.mghf_native.entropy(readable_on_cpu(x), bins)
+    return result
+
 
 OP = Op("entropy")
 OP.implement("reference", channel_entropy)
+OP.implement("cpu", _cpu_forward, can_run=can_run_cpu)
 
 
 @torch.library.custom_op("mghf_fast::entropy", mutates_args=())

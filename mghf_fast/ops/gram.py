@@ -11,14 +11,28 @@ from ..precision import accumulation_dtype
 from ..reference.gram import gram_matrix, gram_matrix_backward
 from ._dispatch import (
     Op,
+    can_run_cpu,
     double_backward_requested,
     empty_like_laid_out,
     laid_out_as,
+    readable_on_cpu,
     register_float32_autocast,
 )
 
+
+def _cpu_forward(x: Tensor, scale: float) -> Tensor:
+    result: Tensor = torch.ops.mghf_native.gram(readable_on_cpu(x), scale)
+    return result
+
+
+def _cpu_backward(grad: Tensor, x: Tensor, scale: float) -> Tensor:
+    grad_x: Tensor = torch.ops.mghf_native.gram_backward(grad.float(), readable_on_cpu(x), scale)
+    return grad_x.to(x.dtype)
+
+
 OP = Op("gram")
 OP.implement("reference", gram_matrix, gram_matrix_backward)
+OP.implement("cpu", _cpu_forward, _cpu_backward, can_run_cpu)
 
 
 @torch.library.custom_op("mghf_fast::gram", mutates_args=())

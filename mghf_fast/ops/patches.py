@@ -20,6 +20,7 @@ from ._dispatch import (
     double_backward_requested,
     empty_like_laid_out,
     laid_out_as,
+    readable_on_cpu,
     register_float32_autocast,
 )
 
@@ -54,9 +55,8 @@ def _reference_backward(
 
 
 def _for_cpu(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-    """The kernels read float32 and bfloat16 images, and dense float32 parameters."""
-    image = x.float() if x.dtype == torch.float16 else x
-    return image, *(p.float().contiguous() for p in parameters)
+    """The image as the kernels read it, and dense float32 parameters."""
+    return readable_on_cpu(x), *(p.float().contiguous() for p in parameters)
 
 
 def _cpu_forward(

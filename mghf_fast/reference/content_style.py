@@ -14,6 +14,11 @@ The weights are constants. Gradient of S, n = H W, m the mean, rho a map's corre
     correlation: -(1 / M) [(G - m_G) / (n sqrt(..)) - rho (S - m_S) / (n var S)]   (second term 0
                  where the floor of var S is active)
     gram: 4 w D (w S) / (M^2 n)       gram="map": 4 w D (w S) / (M W)
+
+The forward also returns what a backward needs of the maps to be one sweep over S and G: `moments`,
+for each kept map m_S, m_G, m_(S-G), 1 / sqrt(..), rho / var S and the difference of these two, and
+the matrix D (empty for gram="map"). The backward here computes them anew, so that it can itself be
+differentiated.
 """
 
 from __future__ import annotations
@@ -62,8 +67,9 @@ def _gram_difference(gt: Tensor, sr: Tensor, height: int, gram: str) -> Tensor:
 
 def content_style(
     gt: Tensor, sr: Tensor, top_m: int, alpha: float, gamma: float, bins: int, gram: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(B, C, H, W) x 2 -> naive, mse, correlation, gram, each (B,); kept and weights, (B, M)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(B, C, H, W) x 2 -> naive, mse, correlation, gram, each (B,); kept and weights, (B, M);
+    moments, (B, 6, M); difference, (B, M, M) or (B, 0, 0)."""
     dtype = accumulation_dtype(sr.dtype)
     naive = (sr.to(dtype) - gt.to(dtype)).square().mean((1, 2, 3))
     kept, weights = importance_weights(gt, sr, top_m, alpha, gamma, bins)
@@ -71,11 +77,18 @@ def content_style(
 
     mse = (w * (s - g)).square().mean((1, 2))
     (g0, var_g), (s0, var_s) = _centred(g), _centred(s)
-    floors = var_g.clamp_min(VARIANCE_FLOOR) * var_s.clamp_min(VARIANCE_FLOOR)
-    correlation = 1 - ((g0 * s0).mean(2) / floors.sqrt()).mean(1)
+    root = (var_g.clamp_min(VARIANCE_FLOOR) * var_s.clamp_min(VARIANCE_FLOOR)).sqrt()
+    rho = (g0 * s0).mean(2) / root
+    correlation = 1 - rho.mean(1)
     difference = _gram_difference(w * g, w * s, gt.shape[2], gram)
     style = difference.square().flatten(1).sum(1) / top_m
-    return naive, mse, correlation, style, kept, weights
+
+    slope = torch.where(var_s > VARIANCE_FLOOR, rho / var_s.clamp_min(VARIANCE_FLOOR), 0)
+    means = s.mean(2), g.mean(2), (s - g).mean(2)
+    moments = torch.stack((*means, 1 / root, slope, 1 / root - slope), 1)
+    if gram == "map":
+        difference = difference.new_empty((gt.shape[0], 0, 0))
+    return naive, mse, correlation, style, kept, weights, moments.detach(), difference.detach()
 
 
 def content_style_backward(
