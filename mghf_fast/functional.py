@@ -39,6 +39,7 @@ __all__ = [
     "js_divergence_loss",
     "marginal_error",
     "monce_loss",
+    "naive_term",
     "patch_nce_loss",
     "patch_projection",
     "sinkhorn_plan",
@@ -208,6 +209,53 @@ def content_style_terms(
     return ContentStyleTerms(*terms[:4])
 
 
+def naive_term(gt: Tensor, sr: Tensor, *, backend: str | None = None) -> Tensor:
+    """MGHF-n of a pair of feature stacks, mean (sr - gt)^2 (MGHF eq. 2), alone: the ``naive`` of
+    :func:`content_style_terms` without the sweeps of the other terms.
+
+    Args:
+        gt: features of the ground truth, (B, C, H, W). Gets no gradient.
+        sr: features of the super-resolved image, same shape.
+
+    Returns:
+        (B,), float32 (float64 for float64). Nothing but the arguments is kept for the backward.
+    """
+    check.check_tensor("gt", gt, "(B, C, H, W)")
+    check.check_tensor("sr", sr, "(B, C, H, W)")
+    check.check_pair("gt", gt, "sr", sr)
+    naive: Tensor = ops.content_style.content_style(
+        gt.detach(), sr, 0, 1.0, 1.0, 2, "channel", current_backend(backend)
+    )[0]
+    return naive
+
+
+def _check_patches(
+    x: Tensor, parameters: tuple[Tensor, Tensor, Tensor, Tensor], patch_size: int, stride: int
+) -> None:
+    weight1, bias1, weight2, bias2 = parameters
+    check.check_tensor("x", x, "(B, C, H, W)")
+    check.check_integer("patch_size", patch_size, 1)
+    check.check_integer("stride", stride, 1)
+    check.check_tensor("weight1", weight1, "(hidden, patch_size ** 2)")
+    check.check_tensor("bias1", bias1, "(hidden)")
+    check.check_tensor("weight2", weight2, "(D, hidden)")
+    check.check_tensor("bias2", bias2, "(D)")
+    hidden, dimension = weight1.shape[0], weight2.shape[0]
+    got = (tuple(weight1.shape), tuple(bias1.shape), tuple(weight2.shape), tuple(bias2.shape))
+    expected = ((hidden, patch_size**2), (hidden,), (dimension, hidden), (dimension,))
+    if got != expected:
+        raise ValueError(
+            f"weight1, bias1, weight2, bias2 must have shapes {expected} for patch_size "
+            f"{patch_size}, got {got}"
+        )
+    check.check_device("x", x, "weight1", weight1)
+    if min(x.shape[2:]) < patch_size:
+        raise ValueError(
+            f"x must be at least patch_size = {patch_size} pixels high and wide, got "
+            f"{x.shape[2]} x {x.shape[3]}"
+        )
+
+
 def patch_projection(
     x: Tensor,
     weight1: Tensor,
@@ -232,30 +280,26 @@ def patch_projection(
         (B * C, N, D) in the dtype of ``x``, N = ((H - patch_size) // stride + 1) times the same of
         W, patches in row-major order; rows have length 1 (y / (|y| + 1e-7)).
     """
-    check.check_tensor("x", x, "(B, C, H, W)")
-    check.check_integer("patch_size", patch_size, 1)
-    check.check_integer("stride", stride, 1)
-    check.check_tensor("weight1", weight1, "(hidden, patch_size ** 2)")
-    check.check_tensor("bias1", bias1, "(hidden)")
-    check.check_tensor("weight2", weight2, "(D, hidden)")
-    check.check_tensor("bias2", bias2, "(D)")
-    hidden, dimension = weight1.shape[0], weight2.shape[0]
-    got = (tuple(weight1.shape), tuple(bias1.shape), tuple(weight2.shape), tuple(bias2.shape))
-    expected = ((hidden, patch_size**2), (hidden,), (dimension, hidden), (dimension,))
-    if got != expected:
-        raise ValueError(
-            f"weight1, bias1, weight2, bias2 must have shapes {expected} for patch_size "
-            f"{patch_size}, got {got}"
-        )
-    check.check_device("x", x, "weight1", weight1)
-    if min(x.shape[2:]) < patch_size:
-        raise ValueError(
-            f"x must be at least patch_size = {patch_size} pixels high and wide, got "
-            f"{x.shape[2]} x {x.shape[3]}"
-        )
     parameters = (weight1, bias1, weight2, bias2)
+    _check_patches(x, parameters, patch_size, stride)
     result: Tensor
     result, _ = ops.patches.patches(x, *parameters, patch_size, stride, current_backend(backend))
+    return result
+
+
+def _patch_projection_and_input(
+    x: Tensor,
+    parameters: tuple[Tensor, Tensor, Tensor, Tensor],
+    patch_size: int,
+    stride: int,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`patch_projection`, and ``x`` for exactly one more use, an op of this library, with
+    which it then shares the memory of its gradient."""
+    _check_patches(x, parameters, patch_size, stride)
+    result: tuple[Tensor, Tensor] = ops.patches.ProjectAndPass.apply(
+        x, *parameters, patch_size, stride, current_backend(backend)
+    )
     return result
 
 

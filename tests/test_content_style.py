@@ -330,6 +330,29 @@ def test_under_each_instruction_set(capability: str) -> None:
     run_file_under(capability, __file__, "-k", "cpu or alike")
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 5, 7, 9), (2, 33, 40, 31)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_naive_term(backend: str, shape: tuple[int, ...], layout: torch.memory_format) -> None:
+    gt, sr = (x.contiguous(memory_format=layout) for x in pair(*shape))
+    contract.check_against_reference(
+        lambda sr: functional.naive_term(gt, sr, backend=backend),
+        lambda sr: (sr - gt.double()).square().mean((1, 2, 3)),
+        [sr],
+    )
+    terms = functional.content_style_terms(gt, sr, backend=backend)
+    alone = functional.naive_term(gt, sr, backend=backend)
+    torch.testing.assert_close(alone, terms.naive, rtol=1e-6, atol=0)
+    op = ops.content_style.content_style
+    contract.check_opcheck(op, gt, sr.clone().requires_grad_(), 0, 1.0, 1.0, 2, "channel", backend)
+
+
+def test_naive_term_of_what_is_not_finite(backend: str) -> None:
+    gt, sr = pair(2, 4, 6, 6)
+    sr[1, 2, 3, 3] = torch.nan
+    naive = functional.naive_term(gt, sr, backend=backend)
+    assert naive[0].isfinite() and naive[1].isnan()
+
+
 def test_no_gradient_to_gt() -> None:
     gt, sr = pair(1, 4, 6, 6)
     gt.requires_grad_()

@@ -149,8 +149,10 @@ inline Vec small_power_of_two(Vec x) {
   const Vec magic = splat(12582912.0f);
   const Vec shifted = x + magic;  // the nearest integer, in the lowest bits
   const Vec power = power_of_two_within_half(x - (shifted - magic));
-  return reinterpret_cast<Vec>(reinterpret_cast<IntVec>(power) +
-                               (reinterpret_cast<IntVec>(shifted) << 23));
+  // Unsigned, for the exponents wrap around.
+  typedef uint32_t Bits __attribute__((vector_size(kLanes * sizeof(float))));
+  return reinterpret_cast<Vec>(reinterpret_cast<Bits>(power) +
+                               (reinterpret_cast<Bits>(shifted) << 23));
 }
 
 inline Vec exponential(Vec x) {

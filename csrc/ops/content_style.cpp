@@ -120,6 +120,20 @@ std::pair<float, float> range_of(Moments& moments, int64_t b, int64_t c, bool sr
   return {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::quiet_NaN()};
 }
 
+void moments_of(const mghf::ContentStyleKernels& kernels, const StylePair& pair,
+                Moments& moments) {
+  if (!kernels.by_maps(pair)) return moments_of_runs(kernels, pair, moments);
+  const int64_t channels = pair.sr.channels;
+  mghf::for_each(pair.sr.batch * channels, kernels.workspace_bytes(pair, 1),
+                 [&](int64_t i, void* workspace) {
+                   double map[mghf::kMoments];
+                   kernels.map_moments(pair, i / channels, i % channels, map, workspace);
+                   for (int64_t k = 0; k < mghf::kMoments; ++k) {
+                     moments.of(i / channels, k, i % channels) = map[k];
+                   }
+                 });
+}
+
 // The entropies of both images' maps, (B, C) each, and the moments on the way.
 struct Entropies {
   std::vector<double> gt, sr;
@@ -217,7 +231,7 @@ Result content_style(const Tensor& gt, const Tensor& sr, int64_t top_m, double a
   const StylePair pair = check_pair(gt, sr);
   const int64_t batch = pair.sr.batch, channels = pair.sr.channels;
   const int64_t pixels = pair.sr.height * pair.sr.width;
-  STD_TORCH_CHECK(top_m >= 1 && top_m <= channels, "top_m is ", top_m, "; allowed is 1 to ",
+  STD_TORCH_CHECK(top_m >= 0 && top_m <= channels, "top_m is ", top_m, "; allowed is 0 to ",
                   channels);
   mghf::check_bins(bins);
   const auto& kernels = MGHF_KERNELS_OF(content_style);
@@ -232,7 +246,13 @@ Result content_style(const Tensor& gt, const Tensor& sr, int64_t top_m, double a
   Tensor kept = mghf::new_tensor(sr, kept_shape, ScalarType::Long);
 
   Moments moments(pair, kernels.padded(channels));
-  const Entropies entropies = entropies_of(pair, bins, moments);
+  // Without kept maps MGHF-n is all there is, and the moments are enough.
+  Entropies entropies;
+  if (top_m == 0) {
+    moments_of(kernels, pair, moments);
+  } else {
+    entropies = entropies_of(pair, bins, moments);
+  }
 
   // Per image: the kept maps, most important first, their weights, and where they are among the
   // kept maps in ascending order.
@@ -242,8 +262,10 @@ Result content_style(const Tensor& gt, const Tensor& sr, int64_t top_m, double a
     std::vector<double> importance(channels);
     double squares = 0;
     for (int64_t c = 0; c < channels; ++c) {
-      importance[c] =
-          1 - (entropies.gt[b * channels + c] + entropies.sr[b * channels + c]) / 2;
+      if (top_m > 0) {
+        importance[c] =
+            1 - (entropies.gt[b * channels + c] + entropies.sr[b * channels + c]) / 2;
+      }
       const double mean = moments.of(b, mghf::kMeanDifference, c);
       squares += moments.of(b, mghf::kDifferenceDifference, c) + mean * mean;
     }
@@ -277,11 +299,16 @@ Result content_style(const Tensor& gt, const Tensor& sr, int64_t top_m, double a
       row(kSlope, rho.slope);
       row(kExcess, rho.excess);
     }
-    const auto maps = static_cast<double>(top_m);
+    const auto maps = static_cast<double>(std::max<int64_t>(top_m, 1));
     naive.mutable_data_ptr<float>()[b] =
         static_cast<float>(squares / static_cast<double>(channels));
     mse.mutable_data_ptr<float>()[b] = static_cast<float>(weighted_squares / maps);
     correlation.mutable_data_ptr<float>()[b] = static_cast<float>(distance / maps);
+  }
+
+  if (top_m == 0) {
+    std::fill_n(gram.mutable_data_ptr<float>(), batch, 0.0f);
+    return {naive, mse, correlation, gram, kept, weights, moments_out, difference};
   }
 
   // Gram's difference.
@@ -351,7 +378,6 @@ Tensor content_style_backward(const Tensor& grad_naive, const Tensor& grad_mse,
   STD_TORCH_CHECK(kept.is_cpu() && kept.scalar_type() == ScalarType::Long && kept.dim() == 2,
                   "kept is not an int64 matrix on the CPU");
   const int64_t top_m = kept.size(1);
-  STD_TORCH_CHECK(top_m >= 1, "kept has shape ", shape_of(kept), "; it must not be empty");
   check_shape(kept, "kept", {batch, top_m});
   check_float32(weights, "weights", 2);
   check_shape(weights, "weights", {batch, top_m});

@@ -79,7 +79,7 @@ class LocalInformationLoss(nn.Module):
             }
         )
 
-    def _projection(self, x: Tensor) -> nn.Module:
+    def _projection(self, x: Tensor) -> PatchProjection:
         sizes = [int(size) for size in self.projections]
         side = min(x.shape[2:])
         fitting = [size for size in sizes if size <= side]
@@ -91,17 +91,30 @@ class LocalInformationLoss(nn.Module):
                 f"sr must be at least {min(sizes)} pixels high and wide for patch_size "
                 f"{self.patch_size!r}, got {x.shape[2]} x {x.shape[3]}{advice}"
             )
-        return self.projections[str(max(fitting))]
+        projection = self.projections[str(max(fitting))]
+        assert isinstance(projection, PatchProjection)
+        return projection
 
     def forward(self, sr: Tensor, gt: Tensor) -> Tensor:
         """Features of the super-resolved image and of the ground truth, (B, C, H, W) each."""
+        return self._compare(sr, gt, self._projection_of(sr, gt)(sr, backend=self.backend))
+
+    def compare_and_pass(self, sr: Tensor, gt: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`forward`, and ``sr`` for exactly one more use by an op of this library: both uses
+        then share the memory of its gradient."""
+        query, sr = self._projection_of(sr, gt).project_and_pass(sr, backend=self.backend)
+        return self._compare(sr, gt, query), sr
+
+    def _projection_of(self, sr: Tensor, gt: Tensor) -> PatchProjection:
         check.check_tensor("sr", sr, "(B, C, H, W)")
         check.check_tensor("gt", gt, "(B, C, H, W)")
         check.check_pair("sr", sr, "gt", gt)
-        project = self._projection(sr)
+        return self._projection(sr)
+
+    def _compare(self, sr: Tensor, gt: Tensor, query: Tensor) -> Tensor:
         losses = functional.monce_loss(
-            project(sr, backend=self.backend),
-            project(gt.detach(), backend=self.backend),
+            query,
+            self._projection(gt)(gt.detach(), backend=self.backend),
             temperature=self.temperature,
             epsilon=self.epsilon,
             iterations=self.iterations,

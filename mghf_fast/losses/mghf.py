@@ -6,10 +6,10 @@ import copy
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _checks as check
+from .. import functional
 from ..backends import check_backend
 from ..nn import DetailFeatureExtractor
 from .content_style import ContentStyleLoss
@@ -143,12 +143,11 @@ class MGHFLoss(nn.Module):
                 gt_features = self._features(gt.to(dtype))
             sr_features = self._features(sr.to(dtype))
             if self.variant == "n":
-                # Unlike (sr - gt) ** 2 this keeps no difference for the backward.
-                naive = F.mse_loss(sr_features, gt_features, reduction="none").mean((1, 2, 3))
+                naive = functional.naive_term(gt_features, sr_features, backend=self.backend)
                 return {"total": naive, "naive": naive}
-            # The later of the two differentiates first. In this order G is released before the
-            # local term asks for its gradient, and three stacks of features are the peak, not four.
-            lip = self.local_information(sr_features, gt_features)
+            # Both terms differentiate into one gradient of the features. What comes later in the
+            # forward is differentiated first, so gt's features are released before the rest.
+            lip, sr_features = self.local_information.compare_and_pass(sr_features, gt_features)
             style = self.content_style.terms(sr_features, gt_features)
             csc = self.content_style.combine(style)
             gamma1, gamma2, gamma3 = self.preset.gammas

@@ -73,6 +73,40 @@ def _cpu_forward(
     return embedding.to(x.dtype), state
 
 
+def _exact_state(
+    grad: Tensor, embedding: Tensor, state: Tensor, x: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient and what the forward left, as the kernels take them."""
+    if x.dtype != torch.float32:
+        # The embedding was rounded, which would cost the gradient more than its own rounding does.
+        *parameters, patch_size, stride = rest
+        tensors = _for_cpu(x, *parameters)
+        embedding, state = torch.ops.mghf_native.patches(*tensors, patch_size, stride)
+    return grad.float(), embedding.contiguous(), state
+
+
+def _cpu_add_backward(
+    grad_x: Tensor,
+    grad: Tensor,
+    embedding: Tensor,
+    state: Tensor,
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    patch_size: int,
+    stride: int,
+) -> None:
+    options = (patch_size, stride)
+    saved = _exact_state(grad, embedding, state, x, weight1, bias1, weight2, bias2, *options)
+    w1, w2 = weight1.float().contiguous(), weight2.float().contiguous()
+    if grad_x.dtype == torch.float16:
+        grad_x += torch.ops.mghf_native.patches_backward(*saved, x.float(), w1, w2, *options)
+        return
+    torch.ops.mghf_native.patches_backward_add_(grad_x, *saved, w1, w2, *options)
+
+
 def _cpu_backward(
     grad: Tensor,
     embedding: Tensor,
@@ -86,12 +120,9 @@ def _cpu_backward(
     stride: int,
     need_weights: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    image, w1, b1, w2, b2 = _for_cpu(x, weight1, bias1, weight2, bias2)
+    image, w1, b1, w2, _ = _for_cpu(x, weight1, bias1, weight2, bias2)
     options = (patch_size, stride)
-    if x.dtype != torch.float32:
-        # The embedding was rounded, which would cost the gradient more than its own rounding does.
-        embedding, state = torch.ops.mghf_native.patches(image, w1, b1, w2, b2, *options)
-    saved = (grad.float(), embedding.contiguous(), state)
+    saved = _exact_state(grad, embedding, state, x, weight1, bias1, weight2, bias2, *options)
     grad_x = torch.ops.mghf_native.patches_backward(*saved, image, w1, w2, *options).to(x.dtype)
     if not need_weights:
         return grad_x, []
@@ -199,3 +230,62 @@ def _backward(ctx: Any, grad: Tensor, _: None) -> tuple[Any, ...]:
 
 patches.register_autograd(_backward, setup_context=_setup_context)
 register_float32_autocast(patches)
+
+
+@torch.library.custom_op("mghf_fast::patches_backward_add_", mutates_args=("grad_x",))
+def patches_backward_add_(
+    grad_x: Tensor,
+    grad: Tensor,
+    embedding: Tensor,
+    state: Tensor,
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    patch_size: int,
+    stride: int,
+    backend: str,
+) -> None:
+    """Adds the gradient of x to ``grad_x``."""
+    parameters = (weight1, bias1, weight2, bias2)
+    options = (patch_size, stride)
+    if OP.choose(backend, x, *parameters).backward is _cpu_backward:
+        _cpu_add_backward(grad_x, grad, embedding, state, x, *parameters, *options)
+    else:
+        grad_x += patch_projection_backward(grad, x, *parameters, patch_size, stride, False)[0]
+
+
+@patches_backward_add_.register_fake
+def _(grad_x: Tensor, *_: Any) -> None:
+    return None
+
+
+class ProjectAndPass(torch.autograd.Function):
+    """The embeddings of x, and x for one more use. The gradient that comes back from that use is
+    added to in place, so that two uses of a large x need one gradient of its size. That is right
+    only if nobody else gets hold of that gradient, so the x returned must have exactly one use,
+    which makes its gradient anew: an op of this library."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        *parameters, ctx.patch_size, ctx.stride, ctx.backend = rest
+        embedding, state = patches(x, *parameters, ctx.patch_size, ctx.stride, ctx.backend)
+        ctx.save_for_backward(embedding, state, x, *parameters)
+        return embedding, x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        grad, grad_x = grads
+        options = (ctx.patch_size, ctx.stride)
+        saved = ctx.saved_tensors
+        grad_parameters: list[Any] = [None] * 4
+        if double_backward_requested():
+            own, grad_parameters = _reference_backward(grad, *saved, *options, True)
+            grad_x = grad_x + own
+        elif any(ctx.needs_input_grad[1:5]):
+            own, *grad_parameters = patches_backward(grad, *saved, *options, True, ctx.backend)
+            grad_x = grad_x + own
+        else:
+            patches_backward_add_(grad_x, grad, *saved, *options, ctx.backend)
+        return grad_x, *grad_parameters, None, None, None

@@ -69,9 +69,14 @@ def content_style(
     gt: Tensor, sr: Tensor, top_m: int, alpha: float, gamma: float, bins: int, gram: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(B, C, H, W) x 2 -> naive, mse, correlation, gram, each (B,); kept and weights, (B, M);
-    moments, (B, 6, M); difference, (B, M, M) or (B, 0, 0)."""
+    moments, (B, 6, M); difference, (B, M, M) or (B, 0, 0). M = 0 is MGHF-n alone, the rest 0."""
     dtype = accumulation_dtype(sr.dtype)
     naive = (sr.to(dtype) - gt.to(dtype)).square().mean((1, 2, 3))
+    if top_m == 0:
+        zero, b = torch.zeros_like(naive), sr.shape[0]
+        kept, weights = zero.new_empty((b, 0), dtype=torch.int64), zero.new_empty((b, 0))
+        nothing = weights.new_empty((b, 6, 0)), weights.new_empty((b, 0, 0))
+        return naive, zero, zero.clone(), zero.clone(), kept, weights, *nothing
     kept, weights = importance_weights(gt, sr, top_m, alpha, gamma, bins)
     g, s, w = _kept_maps(gt, kept), _kept_maps(sr, kept), weights.unsqueeze(2)
 
@@ -106,6 +111,9 @@ def content_style_backward(
     dtype = accumulation_dtype(sr.dtype)
     (c, h, width), m = sr.shape[1:], kept.shape[1]
     n = h * width
+    grad_sr = (2 / (c * n)) * grad_naive.view(-1, 1, 1, 1) * (sr.to(dtype) - gt.to(dtype))
+    if m == 0:
+        return grad_sr.to(sr.dtype)
     g, s, w = _kept_maps(gt, kept), _kept_maps(sr, kept), weights.unsqueeze(2)
 
     grad = (2 / (m * n)) * grad_mse.view(-1, 1, 1) * w * w * (s - g)
@@ -123,7 +131,5 @@ def content_style_backward(
     else:
         product = difference @ (w * s) * (4 / (m * m * n))
     grad = grad + grad_gram.view(-1, 1, 1) * w * product
-
-    grad_sr = (2 / (c * n)) * grad_naive.view(-1, 1, 1, 1) * (sr.to(dtype) - gt.to(dtype))
     index = kept.unsqueeze(2).expand(-1, -1, n)
     return grad_sr.flatten(2).scatter_add(1, index, grad).view(sr.shape).to(sr.dtype)
