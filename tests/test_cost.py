@@ -63,6 +63,8 @@ def test_parameters() -> None:
     assert ROWS["vgg16"].published.parameters == 14_714_688
     per_pixel = cost.invertible_block(PAPER).macs / (2 * PAPER.pixels)
     assert (per_pixel, cost.stem(PAPER).macs / (2 * PAPER.pixels)) == (68_992, 3_456)
+    # the stem in the place of the first mix
+    assert ROWS["dfe"].ours.macs / (2 * PAPER.pixels) == 68_992 - 128**2 + 3_456
 
 
 def test_total_is_the_sum_of_the_rows_above_it() -> None:

@@ -1,5 +1,5 @@
-// AMX tiles for products of bfloat16, or the same in plain C++ so that the kernels which use them can
-// be tested on any machine (MGHF_EMULATE_AMX).
+// AMX tiles for products of bfloat16, or the same in plain C++, so that the kernels which use them
+// can be tested on any machine (MGHF_EMULATE_AMX).
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,8 @@ inline void tile_zero() {
 template <int tile>
 inline void tile_load(const void* data, int64_t row_bytes) {
   for (int row = 0; row < kTileRows; ++row) {
-    __builtin_memcpy(tiles[tile][row], static_cast<const char*>(data) + row * row_bytes, kTileBytes);
+    const char* source = static_cast<const char*>(data) + row * row_bytes;
+    __builtin_memcpy(tiles[tile][row], source, kTileBytes);
   }
 }
 template <int tile>

@@ -1,9 +1,10 @@
-// Matrix products of bfloat16 with float32 sums, where the CPU has instructions for them: AVX512-BF16
-// or, with MGHF_AMX, AMX. The counterpart of product.h.
+// Matrix products of bfloat16 with float32 sums, where the CPU has instructions for them:
+// AVX512-BF16 or, with MGHF_AMX, AMX. The counterpart of product.h.
 //
-// The instructions take two columns of a at a time, so b is packed with b(k, n) and b(k + 1, n) side
-// by side, in panels of 32 columns; the depth is padded with zeros to a multiple of 32, so rows of a
-// need as many readable, finite values. Rows of a are read in blocks of up to 16 beyond the last.
+// The instructions take two columns of a at a time, so b is packed with b(k, n) and b(k + 1, n)
+// side by side, in panels of 32 columns; the depth is padded with zeros to a multiple of 32, so
+// rows of a need as many readable, finite values. Rows of a are read in blocks of up to 16 beyond
+// the last.
 #pragma once
 
 #if defined(__AVX512BF16__) || defined(MGHF_AMX)
@@ -86,8 +87,8 @@ inline void multiply_pairs(Vec (*block)[2], int64_t rows, const BFloat16* a, int
 
 // Calls store(m, n, value) with every vector n of every row m of a b, `vectors` of them.
 template <class Store>
-inline void multiply(int64_t rows, int64_t vectors, const BFloat16* a, int64_t a_row,
-                     int64_t depth, const BFloat16* packed, const Store& store) {
+inline void multiply(int64_t rows, int64_t vectors, const BFloat16* a, int64_t a_row, int64_t depth,
+                     const BFloat16* packed, const Store& store) {
   const int64_t padded = round_up(depth, kPairDepth);
   for (int64_t n = 0; n < vectors; n += 2) {
     const BFloat16* panel = packed + n * kLanes * padded;

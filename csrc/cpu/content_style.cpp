@@ -11,8 +11,8 @@
 //   3. Gradient: an affine map of S and G per channel and one M x M product per pixel, in one sweep
 //      with the moments and Gram's difference that the forward found.
 //
-// Floor, for C = 128, M = 64, 512 x 512: each step, the histograms too, reads S and G once, 256 MiB;
-// the third also writes 128 MiB; the products of the last two take 1.07 G multiply-adds each. Both
+// Floor, for C = 128, M = 64, 512 x 512: each step, the histograms too, reads S and G once, 256
+// MiB; the third also writes 128 MiB; the products of the last two take 1.07 G multiply-adds each. Both
 // products fetch what comes next while they compute (overlap.h): one step then costs little more
 // than the dearer of its two floors.
 

@@ -1,5 +1,5 @@
-// The invertible block, its inverse and its gradients on the CPU. See mghf_fast/reference/coupling.py
-// for the mathematics.
+// The invertible block, its inverse and its gradients, on the CPU. For the mathematics see
+// mghf_fast/reference/coupling.py.
 //
 // Method. A task writes one tile, 64 columns by 128 rows, and streams down its rows. Every stage
 // (mix, phi's hidden layer, the new z2, the hidden layers of rho and eta, ...) keeps only the rows
@@ -132,8 +132,8 @@ struct Operands<BFloat16> {
   static void put(BFloat16* p, Vec x) { to_bfloat16(x, p); }
   static Vec get(const BFloat16* p) {
     typedef uint16_t Half __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
-    return reinterpret_cast<Vec>(
-        __builtin_convertvector(*reinterpret_cast<const Half*>(p), IntVec) << 16);
+    return reinterpret_cast<Vec>(__builtin_convertvector(*reinterpret_cast<const Half*>(p), IntVec)
+                                 << 16);
   }
 };
 #endif
@@ -219,21 +219,29 @@ void pack_weights(const CouplingShape& shape, const CouplingWeights& weights, vo
   };
   const auto &phi = weights.phi, &rho = weights.rho, &eta = weights.eta;
   Operands<Operand>::pack_matrix(w.half, w.hidden, transposed(phi.expand, w.half), p.phi_expand);
-  Operands<Operand>::pack_matrix(w.hidden, w.half, matrix(phi.expand, w.half), p.phi_expand_transposed);
-  Operands<Operand>::pack_matrix(w.hidden, w.half, transposed(phi.project, w.hidden), p.phi_project);
-  Operands<Operand>::pack_matrix(w.half, w.hidden, matrix(phi.project, w.hidden), p.phi_project_transposed);
-  Operands<Operand>::pack_matrix(w.hidden, w.half, transposed(rho.project, w.hidden), p.rho_project);
-  Operands<Operand>::pack_matrix(w.half, w.hidden, matrix(rho.project, w.hidden), p.rho_project_transposed);
-  Operands<Operand>::pack_matrix(w.hidden, w.half, transposed(eta.project, w.hidden), p.eta_project);
-  Operands<Operand>::pack_matrix(w.half, w.hidden, matrix(eta.project, w.hidden), p.eta_project_transposed);
+  Operands<Operand>::pack_matrix(w.hidden, w.half, matrix(phi.expand, w.half),
+                                 p.phi_expand_transposed);
+  Operands<Operand>::pack_matrix(w.hidden, w.half, transposed(phi.project, w.hidden),
+                                 p.phi_project);
+  Operands<Operand>::pack_matrix(w.half, w.hidden, matrix(phi.project, w.hidden),
+                                 p.phi_project_transposed);
+  Operands<Operand>::pack_matrix(w.hidden, w.half, transposed(rho.project, w.hidden),
+                                 p.rho_project);
+  Operands<Operand>::pack_matrix(w.half, w.hidden, matrix(rho.project, w.hidden),
+                                 p.rho_project_transposed);
+  Operands<Operand>::pack_matrix(w.hidden, w.half, transposed(eta.project, w.hidden),
+                                 p.eta_project);
+  Operands<Operand>::pack_matrix(w.half, w.hidden, matrix(eta.project, w.hidden),
+                                 p.eta_project_transposed);
   const auto pair_expand = [&](int64_t input, int64_t n) {
     const int64_t channel = n % w.padded_hidden;
     const auto& subnet = n < w.padded_hidden ? rho : eta;
     return channel < w.hidden ? subnet.expand[channel * w.half + input] : 0.0f;
   };
   Operands<Operand>::pack_matrix(w.half, 2 * w.padded_hidden, pair_expand, p.pair_expand);
-  Operands<Operand>::pack_matrix(2 * w.padded_hidden, w.half, [&](int64_t k, int64_t n) { return pair_expand(n, k); },
-       p.pair_expand_transposed);
+  Operands<Operand>::pack_matrix(
+      2 * w.padded_hidden, w.half, [&](int64_t k, int64_t n) { return pair_expand(n, k); },
+      p.pair_expand_transposed);
   for (int64_t tap = 0; tap < kTaps; ++tap) {
     for (int64_t n = 0; n < w.padded_hidden; ++n) {
       const bool used = n < w.hidden;
@@ -350,8 +358,8 @@ struct Stream {
         hidden1(ring1, kCouplingTileColumns + 2 * halo, w.padded_hidden, arena),
         depthwise1(ring_depthwise, kCouplingTileColumns + 2 * halo, w.padded_hidden, arena),
         hidden2(ring2, kCouplingTileColumns + 2 * halo, 2 * w.padded_hidden, arena),
-        rounded(arena.take<Operand>(
-            (kCouplingTileColumns + 2 * halo + Ops::kExtraRows) * w.padded_half)) {
+        rounded(arena.take<Operand>((kCouplingTileColumns + 2 * halo + Ops::kExtraRows) *
+                                    w.padded_half)) {
     place(input, z, hidden1, depthwise1, hidden2);
   }
 
@@ -442,7 +450,8 @@ struct Stream {
   void hidden1_row(int64_t y, Range at_x) {
     float* out = hidden1.row(y, at_x.begin);
     const auto z1 = operand(z.row(y, at_x.begin), z.width, at_x.size());
-    multiply(at_x.size(), hidden1.width / kLanes, z1.data, z1.width, w.half, p.phi_expand, [&](int64_t pixel, int64_t v, Vec value) {
+    multiply(at_x.size(), hidden1.width / kLanes, z1.data, z1.width, w.half, p.phi_expand,
+             [&](int64_t pixel, int64_t v, Vec value) {
                at(out + (v * hidden1.columns + pixel) * kLanes) = activate<kind>(value);
              });
     pad_row(hidden1, y, at_x, shape.width);
@@ -452,7 +461,8 @@ struct Stream {
   void hidden2_row(int64_t y, Range at_x) {
     float* out = hidden2.row(y, at_x.begin);
     const auto z2 = operand(z.row(y, at_x.begin) + w.padded_half, z.width, at_x.size());
-    multiply(at_x.size(), hidden2.width / kLanes, z2.data, z2.width, w.half, p.pair_expand, [&](int64_t pixel, int64_t v, Vec value) {
+    multiply(at_x.size(), hidden2.width / kLanes, z2.data, z2.width, w.half, p.pair_expand,
+             [&](int64_t pixel, int64_t v, Vec value) {
                at(out + (v * hidden2.columns + pixel) * kLanes) = activate<kind>(value);
              });
     pad_row(hidden2, y, at_x, shape.width);
@@ -588,7 +598,8 @@ struct Inverse : Stream<kind, Operand> {
                                       this->z.row(row, at_x.begin) + w.padded_half};
       multiply(at_x.size(), out.width / kLanes, halves, this->z.width, w.half, this->p.mix,
                [&](int64_t pixel, int64_t v, Vec value) {
-                 at(result + pixel * out.width + v * kLanes) = value + at(this->p.bias + v * kLanes);
+                 at(result + pixel * out.width + v * kLanes) =
+                     value + at(this->p.bias + v * kLanes);
                });
       for (int64_t half = 0; half < 2; ++half) {
         write_pixels(x, this->tile.batch, row, at_x.begin, at_x.size(), half * w.half, w.half,
@@ -683,8 +694,7 @@ inline void add_depthwise_products(const BlockedRows& layout, const float* const
     for (int64_t p = 0; p < pixels; ++p) {
       const Vec value = at(g + c * gradient.columns + p * kLanes);
       for (int64_t tap = 0; tap < kTaps; ++tap) {
-        sums[tap] +=
-            value * at(rows[tap / 3] + c * layout.columns + (p + tap % 3) * kLanes);
+        sums[tap] += value * at(rows[tap / 3] + c * layout.columns + (p + tap % 3) * kLanes);
       }
     }
     for (int64_t tap = 0; tap < kTaps; ++tap) at(total + tap * width + c) = sums[tap];
@@ -902,13 +912,12 @@ struct Backward : Stream<kind, Operand> {
     const int64_t first = at_x.begin, half_vectors = w.padded_half / kLanes;
     Operand* hidden_gradient = grad_hidden2.row(y, first);
     const float* hidden = this->hidden2.row(y, first);
-    depthwise_transposed(grad2, y, at_x, this->p.pair_depthwise, this->shape.height,
-                         this->shape.width, [&](int64_t pixel, int64_t c, Vec value) {
-                           const Vec layer =
-                               at(hidden + c * this->hidden2.columns + pixel * kLanes);
-                           Ops::put(hidden_gradient + pixel * grad2.width + c,
-                                    through<kind>(layer, value));
-                         });
+    depthwise_transposed(
+        grad2, y, at_x, this->p.pair_depthwise, this->shape.height, this->shape.width,
+        [&](int64_t pixel, int64_t c, Vec value) {
+          const Vec layer = at(hidden + c * this->hidden2.columns + pixel * kLanes);
+          Ops::put(hidden_gradient + pixel * grad2.width + c, through<kind>(layer, value));
+        });
     const float* g2 = upstream.row(y, first) + w.padded_half;
     float* target = grad_z2.row(y, first);
     multiply(at_x.size(), half_vectors, hidden_gradient, grad_hidden2.width, grad_hidden2.width,
@@ -939,8 +948,7 @@ struct Backward : Stream<kind, Operand> {
                  grad_z2.row(y, x), grad_z2.width, g.phi_project);
     const float* sources[3];
     this->around(this->hidden1, y, x, sources);
-    add_depthwise_products(this->hidden1, sources, grad1, grad1.row(y, x), pixels,
-                           g.phi_depthwise);
+    add_depthwise_products(this->hidden1, sources, grad1, grad1.row(y, x), pixels, g.phi_depthwise);
   }
 
   // At row y: the gradient of what the mix gave, and its products with the mix.
@@ -950,13 +958,12 @@ struct Backward : Stream<kind, Operand> {
     const int64_t first = at_x.begin, half_vectors = w.padded_half / kLanes;
     Operand* hidden_gradient = grad_hidden1.row(y, first);
     const float* hidden = this->hidden1.row(y, first);
-    depthwise_transposed(grad1, y, at_x, this->p.phi_depthwise, this->shape.height,
-                         this->shape.width, [&](int64_t pixel, int64_t c, Vec value) {
-                           const Vec layer =
-                               at(hidden + c * this->hidden1.columns + pixel * kLanes);
-                           Ops::put(hidden_gradient + pixel * grad1.width + c,
-                                    through<kind>(layer, value));
-                         });
+    depthwise_transposed(
+        grad1, y, at_x, this->p.phi_depthwise, this->shape.height, this->shape.width,
+        [&](int64_t pixel, int64_t c, Vec value) {
+          const Vec layer = at(hidden + c * this->hidden1.columns + pixel * kLanes);
+          Ops::put(hidden_gradient + pixel * grad1.width + c, through<kind>(layer, value));
+        });
     float* target = mixed.row(y, first);
     const float *g1 = upstream.row(y, first), *scales = scale.row(y, first);
     const float* z2 = grad_z2.row(y, first);
@@ -986,7 +993,8 @@ struct Backward : Stream<kind, Operand> {
     const float* gradient = mixed.row(y, x);
     for (int64_t c = 0; c < mixed.width; c += kLanes) {
       Vec total = at(g.bias + c);
-      for (int64_t pixel = 0; pixel < pixels; ++pixel) total += at(gradient + pixel * mixed.width + c);
+      for (int64_t pixel = 0; pixel < pixels; ++pixel)
+        total += at(gradient + pixel * mixed.width + c);
       at(g.bias + c) = total;
     }
     mix_products(y, mine, gradient, g.mix);
@@ -1104,9 +1112,8 @@ size_t packed_bytes(const CouplingShape& shape) {
 }
 
 void pack_weights(const CouplingShape& shape, const CouplingWeights& weights, void* packed) {
-  instantiate(shape, [&]<Activation, class Operand>() {
-    pack_weights<Operand>(shape, weights, packed);
-  });
+  instantiate(shape,
+              [&]<Activation, class Operand>() { pack_weights<Operand>(shape, weights, packed); });
 }
 
 void forward(const CouplingShape& shape, const void* packed, const CouplingTile& tile, ImageView x,
@@ -1159,9 +1166,8 @@ size_t backward_workspace(const CouplingShape& shape, bool with_weights) {
 }  // namespace
 
 const CouplingKernels MGHF_KERNELS = {
-    packed_bytes, pack_weights,       forward_workspace, forward,
-    inverse,      backward_workspace, backward,          gradient_floats,
-    unpack_gradients,
+    packed_bytes,       pack_weights, forward_workspace, forward,          inverse,
+    backward_workspace, backward,     gradient_floats,   unpack_gradients,
 };
 
 }  // namespace mghf

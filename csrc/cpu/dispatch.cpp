@@ -22,7 +22,7 @@ namespace mghf {
 namespace {
 
 #ifdef MGHF_X86_KERNELS
-// Whether the CPU has AMX tiles and products of bfloat16, and the system lets this process use them.
+// Whether the CPU has AMX tiles and their bfloat16 products, and the system allows them.
 bool has_amx() {
 #if defined(MGHF_EMULATE_AMX)
   return true;

@@ -81,7 +81,7 @@ struct Streams {
 };
 
 // A block of out = a b or out += a b; a and b as in multiply_add(), whose loop this is but for the
-// fetching. The product is summed by itself before it is added, so that long sums lose fewer digits.
+// fetching. The product is summed by itself before it is added, so long sums lose fewer digits.
 template <bool kAdd, int kM, int kN>
 __attribute__((noinline)) void product_block(const float* a, int64_t a_row, int64_t a_step,
                                              const float* b, int64_t b_step, int64_t depth,

@@ -15,8 +15,8 @@ constexpr int kBlockVectors = 2;
 #endif
 
 // block[m][n] += sum_k a(m, k) b(k, n) over `depth` values of k; a(m, k) = a[m a_row + k a_step],
-// b(k, n) is the n-th vector from b + k b_step (aligned). Of either operand any layout will do whose
-// columns of b lie side by side, so the transposed products need no transposed copy of a.
+// b(k, n) is the n-th vector from b + k b_step (aligned). Any layout of a will do, so a transposed
+// product needs no transposed copy.
 //
 // Not inlined: among its users' code the compiler runs out of registers.
 template <int kM, int kN>
@@ -99,8 +99,8 @@ inline void multiply_add(Vec* block, int64_t rows, const float* a, int64_t a_row
   }
 }
 
-// As for_each_block(): calls visit(m, n, rows, vectors) with a block's first row and vector, and its
-// rows and vectors.
+// As for_each_block(): calls visit(m, n, rows, vectors) with a block's first row and vector, and
+// how many it has of both.
 template <class Visit>
 inline void for_each_sized_block(int64_t rows, int64_t vectors, const Visit& visit) {
   for (int64_t n = 0; n < vectors;) {

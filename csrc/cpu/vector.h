@@ -33,7 +33,8 @@ inline const Vec& at(const float* p) { return *reinterpret_cast<const Vec*>(p); 
 // The same for memory that is not aligned to whole vectors.
 inline Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
 inline void store(float* p, Vec x) { *reinterpret_cast<UnalignedVec*>(p) = x; }
-inline Vec splat(float x) { return x - Vec{}; }  // x + 0 would cost an addition, for -0 + 0 is 0
+// x - 0 is x; x + 0 would cost an addition, for -0 + 0 is 0.
+inline Vec splat(float x) { return x - Vec{}; }
 inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 inline Vec abs(Vec a) { return reinterpret_cast<Vec>(reinterpret_cast<IntVec>(a) & 0x7fffffff); }

@@ -72,7 +72,7 @@ inline Tensor new_tensor(const Tensor& like, torch::headeronly::IntHeaderOnlyArr
   return result;
 }
 
-// Of the size and type of an image, with `channels`; channels_last if that is, contiguous otherwise.
+// Of the size, type and layout of an image, with `channels`; contiguous unless it is channels_last.
 inline Tensor new_image_like(const Tensor& image, int64_t channels) {
   const int64_t b = image.size(0), c = image.size(1), h = image.size(2), w = image.size(3);
   const auto lies_at = [](const Tensor& t, int64_t d, int64_t stride) {

@@ -1,14 +1,15 @@
 // The native op `coupling`: schemas, argument checks, the calls of its kernels.
 
+#include "../cpu/coupling.h"
+
+#include <torch/csrc/stable/library.h>
+
 #include <algorithm>
 #include <cstddef>
 #include <string>
 #include <tuple>
 #include <vector>
 
-#include <torch/csrc/stable/library.h>
-
-#include "../cpu/coupling.h"
 #include "arguments.h"
 
 namespace {
@@ -62,8 +63,13 @@ CouplingShape check_block(const Tensor& x, const char* argument, const Tensor& w
   const bool bfloat16_products = x.scalar_type() == ScalarType::BFloat16 && channels % 64 == 0 &&
                                  cpu_capability() >= CpuCapability::avx512_bf16 &&
                                  !weight_gradients;
-  const CouplingShape shape{x.size(1), channels,  kernel, x.size(2), x.size(3),
-                            check_activation(activation), static_cast<float>(clamp),
+  const CouplingShape shape{x.size(1),
+                            channels,
+                            kernel,
+                            x.size(2),
+                            x.size(3),
+                            check_activation(activation),
+                            static_cast<float>(clamp),
                             bfloat16_products};
   check_float32(weights, "weights", 1);
   STD_TORCH_CHECK(weights.is_contiguous() && weights.size(0) == weight_count(shape),
@@ -149,8 +155,8 @@ std::tuple<Tensor, Tensor> coupling_backward(const Tensor& grad, const Tensor& x
                                              const Tensor& weights, int64_t channels,
                                              int64_t kernel, const std::string& activation,
                                              double clamp, bool need_weights) {
-  const auto shape = check_block(x, "x", weights, channels, kernel, activation, clamp,
-                                 need_weights);
+  const auto shape =
+      check_block(x, "x", weights, channels, kernel, activation, clamp, need_weights);
   check_image(grad, "grad");
   STD_TORCH_CHECK(grad.size(0) == x.size(0) && grad.size(1) == channels &&
                       grad.size(2) == x.size(2) && grad.size(3) == x.size(3),
@@ -187,8 +193,7 @@ std::tuple<Tensor, Tensor> coupling_backward(const Tensor& grad, const Tensor& x
     sums[i] = static_cast<float>(total);
   }
   kernels.unpack_gradients(
-      shape, sums,
-      split<CouplingWeightGradients>(shape, grad_weights.mutable_data_ptr<float>()));
+      shape, sums, split<CouplingWeightGradients>(shape, grad_weights.mutable_data_ptr<float>()));
   return {grad_x, grad_weights};
 }
 

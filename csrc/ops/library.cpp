@@ -1,5 +1,5 @@
-// The native library's own op. Every other op registers itself in the file that has its name: schema,
-// argument checks and the call of its kernels. The library knows nothing of Python or autograd;
+// The native library's own op. Every other op registers itself in the file that has its name:
+// schema, argument checks and the call of its kernels. The library knows nothing of Python or autograd;
 // mghf_fast/ops/ gives these raw ops their gradients and contracts.
 
 #include <string>
