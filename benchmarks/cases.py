@@ -27,8 +27,8 @@ from mghf_fast.workloads import CHANNELS, PATCH_SIZE, STRIDE
 
 LIMITS = {"ours": 300.0, "eager": 100.0, "compile": 360.0, "peer": 100.0}  # seconds for a row
 ROUNDS = 50  # timed calls of a part at most
-# Seconds after which no call is started. A first call that takes longer is the only one, and it pays
-# for fresh memory too; so ours and the peers, with which it is compared, get more.
+# Seconds after which no call is started. A first call that takes longer is the only one, and it
+# pays for fresh memory too; so ours and the peers, with which it is compared, get more.
 BUDGETS = {"ours": 2.0, "eager": 1.0, "compile": 1.0, "peer": 3.0}
 
 
