@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
-import subprocess
-import sys
 
 import contract
 import pytest
@@ -14,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import CAPABILITIES, in_parent, run_file_under
 from torch import Tensor
 
 from mghf_fast import functional, native, ops
@@ -366,7 +363,6 @@ def test_bad_input() -> None:
 
 # ---- the compiled kernel ----
 
-IN_CHILD = "MGHF_TEST_CAPABILITY_CHILD"
 needs_kernels = pytest.mark.skipif(
     native.unavailable_reason() is not None, reason=str(native.unavailable_reason())
 )
@@ -415,21 +411,8 @@ def test_empty_batches() -> None:
         assert grad.shape == shape
 
 
-@needs_kernels
-@pytest.mark.skipif(IN_CHILD in os.environ, reason="this is the run under one instruction set")
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+@in_parent
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_under_each_instruction_set(capability: str) -> None:
-    """The kernel's tests again, in a process that is held to one instruction set."""
-    if capability == torch.ops.mghf_native.cpu_capability():
-        return  # that is what this process runs
-    options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:benchmark"]
-    if importlib.util.find_spec("xdist") is not None:
-        options += ["-p", "no:xdist"]
-    tests = "cpu and (any_size or small or temperature or stays)"
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, "-k", tests, __file__],
-        env=os.environ | {"MGHF_CPU_CAPABILITY": capability, IN_CHILD: "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    selection = "cpu and (any_size or small or temperature or stays)"
+    run_file_under(capability, __file__, "-k", selection)
