@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM, LEGEND = 340, 250, 74, 18, 34, 30, 15
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM, LEGEND = 380, 250, 74, 50, 34, 30, 15
 COLOURS = {"a": "#218bff", "b": "#e5534b", "c": "#bf8700", "d": "#2da44e"}  # on white and on black
 STYLE = (
     "text{font:11px system-ui,sans-serif;fill:#818b98}.title{font-size:13px;font-weight:600}"
