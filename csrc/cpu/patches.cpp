@@ -158,6 +158,7 @@ inline void write_group(const MutableImageView& v, const Group& group, int64_t y
 
 // Zero where a group has no maps, so that no arithmetic meets what memory held before.
 inline void clear(float* data, int64_t floats) {
+  if (floats == 0) return;  // data may be null, which memset must not get
   __builtin_memset(data, 0, static_cast<size_t>(floats) * sizeof(float));
 }
 
