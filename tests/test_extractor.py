@@ -63,6 +63,31 @@ def test_memory_modes_agree() -> None:
         store(image)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_drawing_in_the_stem_changes_nothing(dtype: torch.dtype) -> None:
+    extractor = DetailFeatureExtractor(3, 8, 2).to(dtype)
+    image = torch.randn(2, 3, 9, 70, dtype=dtype, requires_grad=True)
+    plain = extractor.stem(image)
+    for block in extractor.blocks:
+        plain = block(plain)
+    features = extractor(image)
+    upstream = torch.randn_like(features)
+    leaves = [image, *extractor.parameters()]
+    expected = torch.autograd.grad(plain, leaves, upstream)
+    assert contract.relative_error(features, plain) <= 1e-5
+    for got, want in zip(torch.autograd.grad(features, leaves, upstream), expected, strict=True):
+        assert contract.relative_error(got, want) <= 1e-4
+
+
+def test_a_frozen_extractor_keeps_nothing_but_the_image() -> None:
+    extractor = DetailFeatureExtractor(3, 8).requires_grad_(False)
+    kept: list[Tensor] = []
+    image = torch.randn(1, 3, 32, 32, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        extractor(image)
+    assert [t.shape for t in kept if t.shape[-2:] == (32, 32)] == [image.shape]
+
+
 def test_frozen_extractor_still_passes_gradient_to_the_image() -> None:
     extractor = DetailFeatureExtractor(3, 8).requires_grad_(False)
     image = torch.randn(1, 3, 8, 8, requires_grad=True)

@@ -110,6 +110,44 @@ def test_float64_oracle() -> None:
         )
 
 
+def apart(loss: MGHFLoss, sr: Tensor, gt: Tensor) -> Tensor:
+    """MGHF-c from its parts in plain PyTorch, each with a gradient of the features of its own."""
+    (gamma1, gamma2, gamma3), betas = loss.preset.gammas, loss.preset.betas
+    with torch.no_grad():
+        g = loss.extractor(gt)
+    s = loss.extractor(sr)
+    terms = functional.content_style_terms(g, s, backend="reference")
+    csc = sum(b * t for b, t in zip(betas, terms[1:], strict=True))
+    lip = LocalInformationLoss(stride=loss.preset.stride, reduction="none", backend="reference").to(
+        sr.dtype
+    )(s, g)
+    return (gamma1 * terms.naive + gamma2 * csc + gamma3 * lip).mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_terms_that_share_a_gradient_lose_none_of_it(dtype: torch.dtype) -> None:
+    # Weights that make both terms count alike, so that neither can go missing unseen.
+    preset = Preset((0.1, 10, 10), (1, 1, 1), 1.1, 2**0.5, 24)
+    loss = MGHFLoss(extractor=small_extractor(), preset=preset).to(dtype)
+    sr, gt = pair(dtype=dtype)
+    (expected,) = torch.autograd.grad(apart(loss, sr, gt), sr)
+    result = loss(sr, gt)
+    (first,) = torch.autograd.grad(result, sr, retain_graph=True)
+    (second,) = torch.autograd.grad(result, sr, retain_graph=True)
+    (recorded,) = torch.autograd.grad(result, sr, create_graph=True)
+    assert torch.equal(first, second)
+    for got in (first, recorded):
+        assert contract.relative_error(got, expected) <= 1e-4
+    # One term alone leaves the other's gradient undefined.
+    terms = loss.terms(sr, gt)
+    (lip,) = torch.autograd.grad(terms["lip"], sr, retain_graph=True)
+    (csc,) = torch.autograd.grad(terms["csc"], sr, retain_graph=True)
+    (naive,) = torch.autograd.grad(terms["naive"], sr)
+    assert min(lip.norm(), csc.norm()) > 0.01 * expected.norm()
+    total = 0.1 * naive + 10 * csc + 10 * lip
+    assert contract.relative_error(total, expected) <= 1e-4
+
+
 def test_default_extractor_is_the_same_every_time() -> None:
     state = torch.random.get_rng_state()
     a, b = MGHFLoss(), MGHFLoss()
@@ -243,6 +281,21 @@ def test_trainable_projection() -> None:
     s, g = torch.randn(2, 1, 2, 56, 56)
     loss(s, g).backward()
     assert all(p.grad is not None for p in loss.parameters())
+
+
+def test_trainable_projection_whose_features_have_another_use() -> None:
+    loss = LocalInformationLoss(trainable_projection=True)
+    s, g = torch.randn(2, 1, 2, 56, 56)
+    inputs = [s.requires_grad_(), *loss.parameters()]
+    expected = torch.autograd.grad(
+        loss(s, g) + functional.naive_term(g, s).sum(), inputs, allow_unused=True
+    )
+    lip, passed = loss.compare_and_pass(s, g)
+    total = lip + functional.naive_term(g, passed).sum()
+    for got, want in zip(
+        torch.autograd.grad(total, inputs, allow_unused=True), expected, strict=True
+    ):
+        torch.testing.assert_close(got, want)
 
 
 def test_content_style_loss() -> None:
