@@ -98,3 +98,17 @@ def test_a_compiled_function_follows_the_backend() -> None:
     with use_backend("cuda"), pytest.raises(RuntimeError, match="cannot run gram"):
         compiled(x)
     compiled(x)
+
+
+def test_one_context_manager_may_nest() -> None:
+    outer = use_backend("reference")
+    with outer, use_backend("cpu"):
+        with outer:
+            assert current_backend() == "reference"
+        assert current_backend() == "cpu"
+
+
+@pytest.mark.skipif("cpu" not in available_backends(), reason="no compiled CPU kernels here")
+def test_the_cpu_kernels_refuse_tensors_of_another_device() -> None:
+    with pytest.raises(RuntimeError, match="it runs on CPU tensors, and one is on meta"):
+        OPS["gram"].choose("cpu", torch.empty(1, 2, 4, 4, device="meta"))

@@ -394,3 +394,21 @@ def test_bad_input() -> None:
         functional.content_style_terms(gt, sr, gram="both")
     with pytest.raises(ValueError, match="alpha must be finite, got nan"):
         functional.content_style_terms(gt, sr, alpha=float("nan"))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_map_with_a_nan_is_kept_first(backend: str, layout: torch.memory_format) -> None:
+    gt, sr = torch.zeros(2, 1, 4, 16, 16)
+    gt[0, :, 0, 0] = sr[0, :, 0, 0] = 1  # entropies near 0: important
+    sr[0, 2] = torch.linspace(0, 1, 256).view(16, 16)
+    sr[0, 2, 3, 4] = torch.nan
+    gt, sr = (t.contiguous(memory_format=layout) for t in (gt, sr))
+    assert functional.content_style_terms(gt, sr, top_m=1, backend=backend).mse.isnan().all()
+
+
+def test_correlation_just_above_the_variance_floor(backend: str) -> None:
+    gt = torch.randn(1, 2, 9, 9)
+    sr = 3e-4 * (gt + torch.randn_like(gt))
+    expected = functional.content_style_terms(gt.double(), sr.double()).correlation
+    got = functional.content_style_terms(gt, sr, backend=backend).correlation
+    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)

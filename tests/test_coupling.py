@@ -379,3 +379,31 @@ def test_under_each_instruction_set(capability: str) -> None:
 @pytest.mark.parametrize("capability", BFLOAT16_CAPABILITIES)
 def test_products_of_bfloat16(capability: str) -> None:
     run_file_under(capability, __file__, "-k", "bfloat16", bfloat16=True)
+
+
+def test_more_tiles_than_partial_sums(backend: str) -> None:
+    weights = block_weights()
+    tensors = weights.tensors()
+    contract.check_against_reference(
+        lambda x, *w: functional.invertible_block(x, with_tensors(weights, w), backend=backend),
+        lambda x, *w: reference.invertible_block(x, with_tensors(weights, w)),
+        (torch.randn(37, 6, 2, 3), *tensors),
+    )
+
+
+def test_weight_gradients_of_a_bfloat16_image(backend: str) -> None:
+    weights = block_weights(64)
+    x, upstream = torch.randn(2, 1, 64, 5, 6).bfloat16()
+    leaves = [w.clone().requires_grad_() for w in weights.tensors()]
+    y = functional.invertible_block(x, with_tensors(weights, tuple(leaves)), backend=backend)
+    exact = as_dtype(weights, torch.float64)
+    _, expected = reference.invertible_block_backward(upstream.double(), x.double(), exact, True)
+    for got, want in zip(torch.autograd.grad(y, leaves, upstream), expected, strict=True):
+        assert contract.relative_error(got, want) <= 1e-2
+
+
+def test_autocast() -> None:
+    x, weights = torch.randn(1, 6, 4, 5).bfloat16(), block_weights()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert functional.invertible_block(x, weights).dtype == torch.float32
+        assert functional.invertible_block_inverse(x, weights).dtype == torch.float32

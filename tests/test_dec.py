@@ -427,3 +427,9 @@ def test_bad_input() -> None:
         functional.dec_loss(sr, gt, similarity="psnr")
     with pytest.raises(ValueError, match="max_value must be finite and above 0"):
         functional.dec_loss(sr, gt, max_value=0)
+
+
+def test_gradient_of_patches_below_the_norms_floor(backend: str) -> None:
+    sr, gt = patches(7, 12)
+    sr[2] *= 1e-9 / sr[2].norm()
+    contract.check_against_reference(loss_on(backend, gt), exact_loss(gt), (sr,))

@@ -179,3 +179,9 @@ def test_bad_input() -> None:
         functional.channel_entropy(torch.rand(2, 2))
     with pytest.raises(ValueError, match="x must not be empty"):
         functional.channel_entropy(torch.rand(1, 1, 0, 2))
+
+
+@pytest.mark.parametrize("size", [(9, 9), (13, 17), (1, 67)])
+def test_constant_maps_that_fill_no_vector(backend: str, size: tuple[int, int]) -> None:
+    x = torch.full((1, 2, *size), 0.3)
+    assert (functional.channel_entropy(x, backend=backend) == 0).all()

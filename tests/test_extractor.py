@@ -174,3 +174,14 @@ def test_trainable_projection_gets_gradients() -> None:
     y: Tensor = projection(torch.randn(1, 2, 16, 16))
     (y * torch.randn_like(y)).sum().backward()
     assert all(p.grad is not None for p in projection.parameters())
+
+
+def test_every_block_takes_the_backend() -> None:
+    extractor = DetailFeatureExtractor(3, 4, blocks=2)
+    with use_backend("cuda"):
+        extractor(torch.rand(1, 3, 5, 6), backend="reference")
+
+
+def test_features_are_channels_last_on_the_cpu() -> None:
+    features = DetailFeatureExtractor(3, 4)(torch.rand(2, 3, 5, 6))
+    assert features.is_contiguous(memory_format=torch.channels_last)

@@ -359,3 +359,12 @@ def test_public_names() -> None:
         assert hasattr(mghf_fast, name)
     for name in functional.__all__:
         assert getattr(functional, name).__doc__
+
+
+def test_a_preset_of_ones_own_sets_the_entropy_weights() -> None:
+    extractor = small_extractor()
+    preset = Preset((2, 2, 8e-2), (6e-3, 1e-1, 5e-4), 0.3, 3.0, 24)
+    sr, gt = pair()
+    style = functional.content_style_terms(extractor(gt), extractor(sr), alpha=0.3, gamma=3.0)
+    terms = MGHFLoss("c", preset, extractor).terms(sr, gt)
+    torch.testing.assert_close(terms["csc_mse"], style.mse.mean())

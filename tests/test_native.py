@@ -250,3 +250,23 @@ def test_build_facts_name_the_instruction_set_in_use() -> None:
     facts = native.build_facts()
     assert torch.ops.mghf_native.cpu_capability() in facts["capabilities"]
     assert {"compiler", "flags", "torch", "torch_target_version"} <= facts.keys()
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 4, 4), (2, 3, 4), (2, 4, 3), (3, 4, 4)], ids=lambda shape: str(shape)
+)
+def test_gram_backward_refuses_a_gradient_of_another_shape(shape: tuple[int, ...]) -> None:
+    with pytest.raises(RuntimeError, match="grad has shape"):
+        torch.ops.mghf_native.gram_backward(torch.zeros(shape), torch.zeros(2, 4, 5, 6), 1.0)
+
+
+def test_coupling_refuses_what_does_not_fit_together() -> None:
+    ops, options = torch.ops.mghf_native, (6, 1, "relu6", 0.0)
+    x, weights = torch.zeros(2, 6, 4, 5), torch.zeros(6 * 7 + 3 * (36 + 54))
+    ops.coupling_backward(x, x, weights, *options, False)
+    for shape in ((1, 6, 4, 5), (2, 4, 4, 5), (2, 6, 3, 5), (2, 6, 4, 4)):
+        with pytest.raises(RuntimeError, match="grad has shape"):
+            ops.coupling_backward(torch.zeros(shape), x, weights, *options, False)
+    for wrong in (weights[1:], torch.cat((weights, weights))[::2]):
+        with pytest.raises(RuntimeError, match="weights has shape"):
+            ops.coupling(x, wrong, *options)
