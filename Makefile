@@ -57,8 +57,9 @@ lint: $(STAMPS)/dev  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The reference is plain PyTorch and left out; of the products of bfloat16, AMX is emulated; the tests that start a process for each instruction
-# set are told that they run in one already. Python's own leaks are none of ours.
+# The reference is plain PyTorch and left out. AMX is emulated, and of its tests only those of
+# bfloat16 run. The tests that start a process for each instruction set are told that they run in one
+# already. Python's own leaks are none of ours.
 ASAN_OPS := coupling entropy gram content_style patches sinkhorn monce dec native
 ASAN_ENVIRONMENT = MGHF_NATIVE_LIBRARY=$(abspath build/asan/libmghf_fast_cpu.so) \
     MGHF_TEST_CAPABILITY_CHILD=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
@@ -71,7 +72,10 @@ asan: $(STAMPS)/dev  ## the ops' tests on kernels built with the address and und
 	    echo "sanitized kernels, at most $$capability"; \
 	    run="env $(ASAN_ENVIRONMENT) MGHF_CPU_CAPABILITY=$$capability LD_PRELOAD=$$(cat build/asan/preload.txt) $(BIN)/python"; \
 	    files="$(ASAN_OPS:%=tests/test_%.py)"; only=""; \
-	    if test $$capability = amx; then files=tests/test_coupling.py; only="bfloat16 and relu6 and "; fi; \
+	    if test $$capability = amx; then \
+	        files="tests/test_coupling.py tests/test_patches.py"; \
+	        only="bfloat16 and (relu6 or test_patches) and "; \
+	    fi; \
 	    $$run -c 'import sys; from mghf_fast import native; sys.exit(native.unavailable_reason())' && \
 	    $$run -m pytest -q --capture=sys -p no:cacheprovider $$files \
 	        -k "$${only}not [reference and not -reference and not gather" $(ARGS) || exit 1; \

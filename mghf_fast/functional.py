@@ -277,8 +277,8 @@ def patch_projection(
         stride: distance between patches in pixels.
 
     Returns:
-        (B * C, N, D) in the dtype of ``x``, N = ((H - patch_size) // stride + 1) times the same of
-        W, patches in row-major order; rows have length 1 (y / (|y| + 1e-7)).
+        (B * C, N, D) in float32 (float64 for a float64 ``x``), N = ((H - patch_size) // stride + 1)
+        times the same of W, patches in row-major order; rows have length 1 (y / (|y| + 1e-7)).
     """
     parameters = (weight1, bias1, weight2, bias2)
     _check_patches(x, parameters, patch_size, stride)

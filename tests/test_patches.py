@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from instruction_sets import CAPABILITIES, in_parent, run_file_under
+from instruction_sets import BFLOAT16_CAPABILITIES, CAPABILITIES, in_parent, run_file_under
 from torch import Tensor
 
 from mghf_fast import functional, native, ops
@@ -124,6 +124,17 @@ def test_zero_embeddings_are_finite(backend: str) -> None:
     assert x.grad is not None and x.grad.isfinite().all()
 
 
+def test_gradient_of_tiny_embeddings(backend: str) -> None:
+    """|y| about as small as the floor of the norm."""
+    w = parameters(3, 5, 4)
+    w[2], w[3] = 1e-8 * torch.randn(4, 5), torch.zeros(4)
+    contract.check_against_reference(
+        lambda x: functional.patch_projection(x, *w, patch_size=3, stride=2, backend=backend),
+        lambda x: reference.patch_projection(x, *(p.double() for p in w), 3, 2),
+        [torch.randn(1, 3, 6, 6)],
+    )
+
+
 def test_pixels_without_a_patch_get_no_gradient(backend: str) -> None:
     x = torch.randn(1, 1, 9, 10, requires_grad=True)
     w = parameters(4)
@@ -211,17 +222,71 @@ def test_kernel_sizes(size: tuple[int, ...], layout: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 def test_kernel_gradients_in_half_precision(layout: str, dtype: torch.dtype) -> None:
-    """They are those of float32, rounded once."""
+    """Embeddings are those of float32; gradients too, rounded once."""
     half = image(2, 18, 12, 23, layout).to(dtype)
     w = parameters(5, 12, 9)
 
     def fn(x: Tensor) -> Tensor:
         return functional.patch_projection(x, *w, patch_size=5, stride=3, backend="cpu")
 
-    upstream = torch.randn(36, 21, 9).to(dtype)
+    assert torch.equal(fn(half), fn(half.float()))
+    upstream = torch.randn(36, 21, 9)
     (got,) = contract.gradients(fn, [half], [upstream])
-    (exact,) = contract.gradients(fn, [half.float()], [upstream.float()])
+    (exact,) = contract.gradients(fn, [half.float()], [upstream])
     assert got.dtype == dtype and torch.equal(got, exact.to(dtype))
+
+
+# Patch sizes that products of bfloat16 take, by vectors or (32 and 64 wide) by tiles of AMX.
+BFLOAT16_SIZES = [
+    (2, 5, 9, 11, 2, 5, 3, 4),
+    (1, 40, 33, 41, 8, 3, 33, 9),
+    (1, 18, 75, 86, 32, 24, 64, 20),
+    (2, 19, 64, 99, 32, 35, 32, 6),
+    (1, 17, 66, 130, 64, 64, 96, 8),
+]
+
+
+@kernel
+@pytest.mark.parametrize("size", BFLOAT16_SIZES)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+def test_kernel_products_of_bfloat16(size: tuple[int, ...], layout: str) -> None:
+    """Image and weights are exact in them, so the embeddings are those of float32; the gradient has
+    the rounding of one hidden layer beyond its own."""
+    batch, channels, height, width, patch_size, stride, hidden, dimension = size
+    x = image(batch, channels, height, width, layout).bfloat16()
+    w = [p.bfloat16() for p in parameters(patch_size, hidden, dimension)]
+
+    def fn(x: Tensor) -> Tensor:
+        options = {"patch_size": patch_size, "stride": stride, "backend": "cpu"}
+        return functional.patch_projection(x, *w, **options)
+
+    def plain(x: Tensor) -> Tensor:
+        return by_hand(x, [p.to(x.dtype) for p in w], patch_size, stride)
+
+    embedding = fn(x)
+    assert contract.relative_error(embedding, plain(x.double())) < 1e-5
+    upstream = [torch.randn_like(embedding)]
+    (got,) = contract.gradients(fn, [x], upstream)
+    (own,) = contract.gradients(plain, [x], [upstream[0].bfloat16()])
+    (want,) = contract.gradients(plain, [x.double()], [upstream[0].double()])
+    assert contract.relative_error(got, want) <= contract.relative_error(own, want)
+
+
+@kernel
+@pytest.mark.parametrize("patch_size", [8, 32])
+def test_kernel_products_of_bfloat16_keep_nan_in_its_patches(patch_size: int) -> None:
+    x = torch.randn(1, 17, patch_size, 3 * patch_size).bfloat16()
+    w = [p.bfloat16().float() for p in parameters(patch_size, 32, 5)]
+    for column in (patch_size, 2 * patch_size - 1):
+        x[0, 4, 1, column] = torch.nan
+        embedding, _, grad_x, *_ = raw(x, w, patch_size, patch_size, torch.randn(17, 3, 5))
+        damaged = torch.zeros(17, 3, dtype=torch.bool)
+        damaged[4, 1] = True
+        assert torch.equal(embedding.isnan().all(2), damaged)
+        assert torch.equal(embedding.isnan().any(2), damaged)
+        inside = damaged[None, :, None].repeat_interleave(patch_size, 3)
+        assert torch.equal(grad_x.isnan(), inside.expand_as(grad_x))
+        x[0, 4, 1, column] = 0
 
 
 @kernel
@@ -254,15 +319,17 @@ def raw(x: Tensor, w: list[Tensor], size: int, stride: int, grad: Tensor) -> lis
 
 
 @kernel
-def test_kernel_threads_do_not_change_a_bit() -> None:
-    x, w = image(2, 40, 41, 37, "channels_last"), parameters(9, 20, 11)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernel_threads_do_not_change_a_bit(dtype: torch.dtype) -> None:
+    x = image(2, 40, 42, 38, "channels_last").to(dtype)
+    w = [p.to(dtype).float() for p in parameters(10, 20, 11)]
     grad = torch.randn(80, 25, 11)
     threads = torch.get_num_threads()
     try:
         results = []
         for count in (1, 2, 7):
             torch.set_num_threads(count)
-            results.append(raw(x, w, 9, 7, grad))
+            results.append(raw(x, w, 10, 7, grad))
     finally:
         torch.set_num_threads(threads)
     for result in results[1:]:
@@ -361,3 +428,9 @@ def test_kernel_bad_arguments_are_named(argument: str, change: dict[str, object]
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_under_each_instruction_set(capability: str) -> None:
     run_file_under(capability, __file__, "-k", "kernel")
+
+
+@in_parent
+@pytest.mark.parametrize("capability", BFLOAT16_CAPABILITIES)
+def test_under_each_set_with_products_of_bfloat16(capability: str) -> None:
+    run_file_under(capability, __file__, "-k", "kernel and bfloat16", bfloat16=True)

@@ -15,6 +15,10 @@
 //   d_x = sum_st sum_h W1[h][r + s stride][p + t stride] d_hidden[i - s, j - t][h]
 // is one sum in registers, and every pixel is written once.
 //
+// bfloat16. Where the CPU multiplies bfloat16, and image and weight1 have its values, the first
+// layer and its gradient take such products with float32 sums: pairs of neighbouring pixels, then
+// pairs of hidden units. Only d_hidden is rounded.
+//
 // Floor. With M maps, N patches of P pixels, H hidden units and D dimensions, each way takes
 // M N H (P + D) multiply-adds; the forward reads x, the backward writes its gradient. The weights'
 // gradients take the forward once more and M N H (P + D) on top.
@@ -25,6 +29,7 @@
 #include "patches.h"
 
 #include "arena.h"
+#include "patch_product.h"
 #include "pixels.h"
 #include "product.h"
 #include "vector.h"
@@ -38,45 +43,6 @@ namespace {
 
 constexpr float kNormFloor = 1e-7f;
 constexpr float kTiny = 1.17549435e-38f;
-
-// ---- register blocks ----
-
-// kUnits x kPatches vectors of a block, kPatches operands and a weight fill the registers.
-#if defined(__AVX512F__)
-constexpr int kUnits = 8, kPatches = 3;
-#else
-constexpr int kUnits = 4, kPatches = 3;
-#endif
-
-// block[m][n] += sum_k a(m, k) b(n, k) over `depth` values of k: a(m, k) = a[m a_row + k a_step] is
-// a weight, b(n, k) the vector at b[n] + k kLanes.
-template <int kM, int kN>
-inline void multiply_add(Vec (&block)[kM][kN], const float* a, int64_t a_row, int64_t a_step,
-                         const float* const (&b)[kN], int64_t depth) {
-  for (int64_t k = 0; k < depth; ++k) {
-    Vec columns[kN];
-#pragma GCC unroll 4
-    for (int n = 0; n < kN; ++n) columns[n] = at(b[n] + k * kLanes);
-#pragma GCC unroll 8
-    for (int m = 0; m < kM; ++m) {
-      const Vec row = splat(a[m * a_row]);
-#pragma GCC unroll 4
-      for (int n = 0; n < kN; ++n) block[m][n] += row * columns[n];
-    }
-    a += a_step;
-  }
-}
-
-// Covers `count` rows of blocks: visit.template operator()<kM>(m) from row m on, kM at most kMost.
-template <int kMost, class Visit>
-inline void for_each_run(int64_t count, const Visit& visit) {
-  int64_t m = 0;
-  for (; m + kMost <= count; m += kMost) visit.template operator()<kMost>(m);
-  if constexpr (kMost > 1) {
-    for_each_run<kMost / 2>(
-        count - m, [&]<int kFewer>(int64_t k) { visit.template operator()<kFewer>(m + k); });
-  }
-}
 
 // ---- groups of maps ----
 
@@ -219,6 +185,12 @@ class Ahead {
   int64_t row_ = 0, map_ = 0, item_ = 0;
 };
 
+#if defined(MGHF_AMX)
+inline bool tiles_fit(const PatchesOptions& o) {
+  return o.patch_size % (2 * kTileWords) == 0 && o.hidden % (2 * kTileWords) == 0;
+}
+#endif
+
 // ---- the two layers ----
 
 // A group's row of patches.
@@ -295,14 +267,22 @@ struct Layers {
   }
 
   // The hidden layer, before the ReLU, of kN patches of a strip from column j on.
-  template <int kN>
+  template <class Factors, int kN>
   void first_layer(const ImageView& x, const Strip& strip, int64_t j) const {
-    const int64_t size = o.patch_size, blocks = o.hidden / kUnits + 1;
+    const int64_t size = o.patch_size, words = size / Factors::kWidth;
+    const int64_t blocks = o.hidden / kUnits + 1;
     for (int64_t first = 0; first < size; first += chunk_rows) {
       const int64_t rows = size - first < chunk_rows ? size - first : chunk_rows;
       read_chunk<kN>(x, strip, j, first, rows);
+      if constexpr (Factors::kWidth == 2) Factors::pair_neighbours(pixels, rows * run(kN));
       Ahead ahead = next_chunk(x, strip, j, first + rows, kN);
       const int64_t requests = ahead.size() / blocks + 1;
+#if defined(MGHF_AMX)
+      if (Factors::kWidth == 2 && tiles_fit(o)) {
+        first_layer_tiles<kN>(first, rows, [&] { ahead.request<false>(2 * requests); });
+        continue;
+      }
+#endif
       for_each_run<kUnits>(o.hidden, [&]<int kM>(int64_t unit) {
         ahead.request<false>(requests);
         Vec block[kM][kN];
@@ -314,7 +294,8 @@ struct Layers {
         for (int64_t r = 0; r < rows; ++r) {
           const float* b[kN];
           for (int n = 0; n < kN; ++n) b[n] = pixels + (r * run(kN) + n * pitch) * kLanes;
-          multiply_add(block, o.weight1 + ((first + r) * o.hidden + unit) * size, size, 1, b, size);
+          const float* a = o.weight1 + ((first + r) * o.hidden + unit) * words;
+          add_products<Factors, Factors::kWidth>(block, a, words, 1, b, words);
         }
         for (int m = 0; m < kM; ++m) {
           for (int n = 0; n < kN; ++n) at(hidden_at(n, unit + m)) = block[m][n];
@@ -322,6 +303,34 @@ struct Layers {
       });
     }
   }
+
+#if defined(MGHF_AMX)
+  // The same for rows `first` to `first + rows` of the patches, whose pixels have been read.
+  template <int kN, class Progress>
+  void first_layer_tiles(int64_t first, int64_t rows, const Progress& progress) const {
+    const int64_t size = o.patch_size, words = size / 2;
+    if (first == 0) {
+      for (int64_t n = 0; n < kN; ++n) {
+        for (int64_t unit = 0; unit < o.hidden; ++unit) {
+          at(hidden_at(n, unit)) = splat(o.bias1[unit]);
+        }
+      }
+    }
+    for (int64_t unit = 0; unit < o.hidden; unit += kTileRows) {
+      progress();
+      PatchTiles<kN>::load_sums([&](int64_t n) { return hidden_at(n, unit); });
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t word = 0; word < words; word += kTileWords) {
+          const float* a = o.weight1 + ((first + r) * o.hidden + unit) * words + word;
+          const float* b = pixels + (r * run(kN) + 2 * word) * kLanes;
+          PatchTiles<kN>::add_products(
+              a, words, [&](int64_t n) { return b + n * pitch * kLanes; }, 2 * kLanes);
+        }
+      }
+      PatchTiles<kN>::store_sums([&](int64_t n) { return hidden_at(n, unit); });
+    }
+  }
+#endif
 
   // ReLU in place; a NaN stays one. `signs` is told each word of sign bits: patch, word, bits.
   template <int kN, class Signs>
@@ -350,7 +359,7 @@ struct Layers {
         b[n] = hidden_at(n, 0);
         for (int m = 0; m < kM; ++m) block[m][n] = splat(o.bias2[d + m]);
       }
-      multiply_add(block, o.weight2 + d * o.hidden, o.hidden, 1, b, o.hidden);
+      add_products<Floats, 1>(block, o.weight2 + d * o.hidden, o.hidden, 1, b, o.hidden);
       for (int n = 0; n < kN; ++n) {
         for (int m = 0; m < kM; ++m) at(output_at(n, d + m)) = block[m][n];
       }
@@ -365,8 +374,9 @@ struct Layers {
   }
 };
 
-void forward(const PatchesOptions& o, const ImageView& x, int64_t task, float* embedding,
-             int32_t* state, void* workspace) {
+template <class Factors>
+void forward_with(const PatchesOptions& o, const ImageView& x, int64_t task, float* embedding,
+                  int32_t* state, void* workspace) {
   Arena arena{static_cast<char*>(workspace)};
   const Layers layers(o, arena);
   const Strip strip(o, task);
@@ -378,7 +388,7 @@ void forward(const PatchesOptions& o, const ImageView& x, int64_t task, float* e
     const auto word = [&](int64_t n, int64_t index) {
       return state + ((patch + n) * o.state_words() + index) * o.maps + group.first;
     };
-    layers.first_layer<kN>(x, strip, j);
+    layers.first_layer<Factors, kN>(x, strip, j);
     layers.relu<kN>([&](int64_t n, int64_t index, IntVec bits) {
       __builtin_memcpy(word(n, 1 + index), &bits, state_bytes);
     });
@@ -398,6 +408,17 @@ void forward(const PatchesOptions& o, const ImageView& x, int64_t task, float* e
                    kLanes);
     }
   });
+}
+
+void forward(const PatchesOptions& o, const ImageView& x, int64_t task, float* embedding,
+             int32_t* state, void* workspace) {
+#if defined(__AVX512BF16__)
+  if (o.pairs) {
+    [[maybe_unused]] const Tiles tiles;
+    return forward_with<Pairs>(o, x, task, embedding, state, workspace);
+  }
+#endif
+  forward_with<Floats>(o, x, task, embedding, state, workspace);
 }
 
 size_t forward_bytes(const PatchesOptions& o) {
@@ -469,7 +490,7 @@ struct OutputGradient {
     for (int n = 0; n < kN; ++n) b[n] = grad_at(n, 0);
     for_each_run<kUnits>(o.hidden, [&]<int kM>(int64_t unit) {
       Vec block[kM][kN] = {};
-      multiply_add(block, o.weight2 + unit, 1, o.hidden, b, o.dimension);
+      add_products<Floats, 1>(block, o.weight2 + unit, 1, o.hidden, b, o.dimension);
       for (int n = 0; n < kN; ++n) {
         for (int m = 0; m < kM; ++m) at(out + (n * o.hidden + unit + m) * kLanes) = block[m][n];
       }
@@ -488,23 +509,49 @@ struct OutputGradient {
   }
 };
 
+struct HiddenGradient {
+  OutputGradient output_gradient;
+  float* floats;  // [patch][unit][lane], before it becomes pairs
+
+  HiddenGradient(const PatchesOptions& o, const PatchesGradient& gradient, Arena& arena)
+      : output_gradient(o, gradient, arena) {
+    floats = arena.floats(o.pairs ? kPatches * o.hidden * kLanes : 0);
+  }
+};
+
 void hidden(const PatchesOptions& o, const PatchesGradient& gradient, int64_t task,
             float* grad_hidden, void* workspace) {
   Arena arena{static_cast<char*>(workspace)};
-  const OutputGradient output_gradient(o, gradient, arena);
+  const HiddenGradient s(o, gradient, arena);
   const Strip strip(o, task);
-  output_gradient.start(strip.group);
-  float* out = grad_hidden + task % groups(o) * o.patches() * o.hidden * kLanes;
+  const int64_t patch_floats = o.hidden_words() * kLanes;
+  s.output_gradient.start(strip.group);
+  grad_hidden += task % groups(o) * o.patches() * patch_floats;
   for_each_run<kPatches>(o.columns, [&]<int kN>(int64_t j) {
     const int64_t patch = strip.row * o.columns + j;
-    output_gradient.output<kN>(strip.group, patch);
-    output_gradient.hidden<kN>(strip.group, patch, out + patch * o.hidden * kLanes);
+    float* out = grad_hidden + patch * patch_floats;
+    s.output_gradient.output<kN>(strip.group, patch);
+#if defined(__AVX512BF16__)
+    if (o.pairs) {
+      s.output_gradient.hidden<kN>(strip.group, patch, s.floats);
+      for (int64_t n = 0; n < kN; ++n) {
+        const float* from = s.floats + n * o.hidden * kLanes;
+        for (int64_t unit = 0; unit < o.hidden; unit += 2, out += kLanes) {
+          const bool both = unit + 1 < o.hidden;
+          const Vec second = both ? at(from + (unit + 1) * kLanes) : Vec{};
+          at(out) = Pairs::pair(at(from + unit * kLanes), second);
+        }
+      }
+      return;
+    }
+#endif
+    s.output_gradient.hidden<kN>(strip.group, patch, out);
   });
 }
 
 size_t hidden_bytes(const PatchesOptions& o) {
   Arena arena{nullptr};
-  OutputGradient(o, {}, arena);
+  HiddenGradient(o, {}, arena);
   return arena.used;
 }
 
@@ -525,61 +572,109 @@ struct Gather {
         cell(o.stride < o.width ? o.stride : o.width),
         terms((o.patch_size + o.stride - 1) / o.stride),
         full(o.patch_size - (terms - 1) * o.stride) {
-    zeros = arena.floats(o.hidden * kLanes);
+    zeros = arena.floats(o.hidden_words() * kLanes);
     pixels = arena.floats(kPatches * cell * kLanes);
     before = arena.floats(kPatches * cell * kLanes);
   }
 
   // Row r of kN cells of row i from column j on.
-  template <int kN, class Progress>
+  template <class Factors, int kN, class Progress>
   void row(const float* grad_hidden, int64_t i, int64_t j, int64_t r,
            const Progress& progress) const {
-    const auto columns = [&](int64_t begin, int64_t end, int64_t count) {
-      for_each_run<kUnits>(end - begin, [&]<int kM>(int64_t offset) {
-        progress();
-        const int64_t p = begin + offset;
-        Vec block[kM][kN] = {};
-        for (int64_t s = 0; s < terms && r + s * o.stride < o.patch_size; ++s) {
-          if (i - s < 0 || i - s >= o.rows) continue;
-          for (int64_t t = 0; t < count; ++t) {
-            const float* b[kN];
-            bool any = false;
-            for (int n = 0; n < kN; ++n) {
-              const int64_t column = j + n - t;
-              const bool exists = column >= 0 && column < o.columns;
-              any |= exists;
-              b[n] = exists
-                         ? grad_hidden + ((i - s) * o.columns + column) * o.hidden * kLanes
-                         : zeros;
-            }
-            if (!any) continue;
-            const float* a = o.weight1 + (r + s * o.stride) * o.hidden * o.patch_size;
-            multiply_add(block, a + p + t * o.stride, 1, o.patch_size, b, o.hidden);
+    columns<Factors, kN>(grad_hidden, i, j, r, 0, full < cell ? full : cell, terms, progress);
+    if (full < cell) {
+      columns<Factors, kN>(grad_hidden, i, j, r, full, cell, terms - 1, progress);
+    }
+  }
+
+  // Its pixels `begin` to `end` of every cell, under which `count` patches lie side by side.
+  template <class Factors, int kN, class Progress>
+  void columns(const float* grad_hidden, int64_t i, int64_t j, int64_t r, int64_t begin,
+               int64_t end, int64_t count, const Progress& progress) const {
+    const int64_t words = o.hidden_words();
+    // Calls visit(a, b): a are the weights of pixel `begin`, b[n] the gradient of cell n's patch.
+    const auto for_each_term = [&](const auto& visit) {
+      for (int64_t s = 0; s < terms && r + s * o.stride < o.patch_size; ++s) {
+        if (i - s < 0 || i - s >= o.rows) continue;
+        for (int64_t t = 0; t < count; ++t) {
+          const float* b[kN];
+          bool any = false;
+          for (int n = 0; n < kN; ++n) {
+            const int64_t column = j + n - t;
+            const bool exists = column >= 0 && column < o.columns;
+            any |= exists;
+            b[n] = exists ? grad_hidden + ((i - s) * o.columns + column) * words * kLanes : zeros;
           }
+          if (!any) continue;
+          const int64_t row = r + s * o.stride, column = begin + t * o.stride;
+          visit(o.weight1 + row * words * o.patch_size + column * pixel_step<Factors>(), b);
         }
-        for (int n = 0; n < kN; ++n) {
-          for (int m = 0; m < kM; ++m) at(pixels + (n * cell + p + m) * kLanes) = block[m][n];
-        }
-      });
+      }
     };
-    columns(0, full < cell ? full : cell, terms);
-    if (full < cell) columns(full, cell, terms - 1);
+#if defined(MGHF_AMX)
+    if (Factors::kWidth == 2 && tiles_fit(o)) {
+      for (int64_t offset = 0; offset < end - begin; offset += kTileRows) {
+        progress();
+        PatchTiles<kN>::zero_sums();
+        for_each_term([&](const float* a, const float* const(&b)[kN]) {
+          for (int64_t word = 0; word < words; word += kTileWords) {
+            PatchTiles<kN>::add_products(
+                a + offset * words + word, words,
+                [&](int64_t n) { return b[n] + word * kLanes; }, kLanes);
+          }
+        });
+        alignas(64) float sums[kN][kTileRows * kLanes];
+        PatchTiles<kN>::store_sums([&](int64_t n) { return sums[n]; });
+        const int64_t rest = end - begin - offset, rows = rest < kTileRows ? rest : kTileRows;
+        for (int64_t n = 0; n < kN; ++n) {
+          __builtin_memcpy(pixels + (n * cell + begin + offset) * kLanes, sums[n],
+                           static_cast<size_t>(rows * kLanes) * sizeof(float));
+        }
+      }
+      return;
+    }
+#endif
+    for_each_run<kUnits>(end - begin, [&]<int kM>(int64_t offset) {
+      progress();
+      Vec block[kM][kN] = {};
+      for_each_term([&](const float* a, const float* const(&b)[kN]) {
+        add_products<Factors, 1>(block, a + offset * pixel_step<Factors>(), pixel_step<Factors>(),
+                                 word_step<Factors>(), b, words);
+      });
+      for (int n = 0; n < kN; ++n) {
+        for (int m = 0; m < kM; ++m) {
+          at(pixels + (n * cell + begin + offset + m) * kLanes) = block[m][n];
+        }
+      }
+    });
+  }
+
+  // From pixel to pixel and from word to word of the weights: floats lie as in the forward, pairs
+  // by [pixel][word].
+  template <class Factors>
+  int64_t pixel_step() const {
+    return Factors::kWidth == 1 ? 1 : o.hidden_words();
+  }
+  template <class Factors>
+  int64_t word_step() const {
+    return Factors::kWidth == 1 ? o.patch_size : 1;
   }
 };
 
-void image(const PatchesOptions& o, const float* grad_hidden, const MutableImageView& grad_x,
-           bool add, int64_t task, void* workspace) {
+template <class Factors>
+void image_with(const PatchesOptions& o, const float* grad_hidden, const MutableImageView& grad_x,
+                bool add, int64_t task, void* workspace) {
   Arena arena{static_cast<char*>(workspace)};
   const Gather gather(o, arena);
   const Group group(o, task % groups(o));
   const int64_t i = task / groups(o), rest = o.height - i * o.stride;
   const int64_t rows = rest < o.stride ? rest : o.stride;
-  clear(gather.zeros, o.hidden * kLanes);
+  clear(gather.zeros, o.hidden_words() * kLanes);
   const ImageView old{grad_x.data,          grad_x.kind,           grad_x.batch,
                       grad_x.channels,      grad_x.height,         grad_x.width,
                       grad_x.batch_stride,  grad_x.channel_stride, grad_x.row_stride,
                       grad_x.column_stride};
-  grad_hidden += task % groups(o) * o.patches() * o.hidden * kLanes;
+  grad_hidden += task % groups(o) * o.patches() * o.hidden_words() * kLanes;
   for_each_run<kPatches>((o.width + o.stride - 1) / o.stride, [&]<int kN>(int64_t j) {
     const int64_t left = o.width - j * o.stride;
     const int64_t pixels = left < kN * gather.cell ? left : kN * gather.cell;
@@ -588,7 +683,7 @@ void image(const PatchesOptions& o, const float* grad_hidden, const MutableImage
       Ahead ahead(grad_x, group, y, j * o.stride, 1, pixels);
       const int64_t requests =
           (ahead.size() * kUnits + gather.cell - 1) / gather.cell;
-      gather.row<kN>(grad_hidden, i, j, r, [&] { ahead.request<true>(requests); });
+      gather.row<Factors, kN>(grad_hidden, i, j, r, [&] { ahead.request<true>(requests); });
       if (add) {
         read_group(old, group, y, j * o.stride, pixels, gather.before);
         for (int64_t p = 0; p < pixels * kLanes; p += kLanes) {
@@ -598,6 +693,17 @@ void image(const PatchesOptions& o, const float* grad_hidden, const MutableImage
       write_group(grad_x, group, y, j * o.stride, pixels, gather.pixels);
     }
   });
+}
+
+void image(const PatchesOptions& o, const float* grad_hidden, const MutableImageView& grad_x,
+           bool add, int64_t task, void* workspace) {
+#if defined(__AVX512BF16__)
+  if (o.pairs) {
+    [[maybe_unused]] const Tiles tiles;
+    return image_with<Pairs>(o, grad_hidden, grad_x, add, task, workspace);
+  }
+#endif
+  image_with<Floats>(o, grad_hidden, grad_x, add, task, workspace);
 }
 
 size_t image_bytes(const PatchesOptions& o) {
@@ -681,7 +787,7 @@ void layer2(const PatchesOptions& o, const PatchesGradient& gradient, const Imag
     float* out = grad_hidden + patch * patch_floats;
     s.output_gradient.output<kN>(group, patch);
     s.output_gradient.hidden<kN>(group, patch, s.grad);
-    s.layers.first_layer<kN>(x, strip, j);
+    s.layers.first_layer<Floats, kN>(x, strip, j);
     s.layers.relu<kN>([](int64_t, int64_t, IntVec) {});
     clear(out, kN * patch_floats);
     for (int64_t n = 0; n < kN; ++n) {
@@ -734,9 +840,16 @@ void layer1(const PatchesOptions& o, const float* grad_hidden, const ImageView& 
 
 }  // namespace
 
-const PatchesKernels MGHF_KERNELS = {kLanes,       forward_bytes, forward,     hidden_bytes,
-                                     hidden,       image_bytes,   image,       padded_hidden,
-                                     layer2_size,  layer2_bytes,  layer2,      kParts,
-                                     forward_bytes, layer1};
+#if defined(__AVX512BF16__)
+constexpr bool kPairs = true;
+#else
+constexpr bool kPairs = false;
+#endif
+
+const PatchesKernels MGHF_KERNELS = {
+    kLanes, kPairs,        forward_bytes, forward,      hidden_bytes, hidden, image_bytes,
+    image,  padded_hidden, layer2_size,   layer2_bytes, layer2,       kParts, forward_bytes,
+    layer1,
+};
 
 }  // namespace mghf

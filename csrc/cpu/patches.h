@@ -14,7 +14,8 @@ struct PatchesOptions {
   int64_t rows, columns;      // patches of a map
   int64_t maps;               // B C
   int64_t hidden, dimension;
-  const float* weight1;       // (row of the patch, hidden, column of the patch)
+  bool pairs;                 // products of bfloat16, by pairs; never for the weights' gradients
+  const float* weight1;       // (row of the patch, hidden, column of the patch); pairs see below
   const float* bias1;         // (hidden)
   const float* weight2;       // (dimension, hidden)
   const float* bias2;         // (dimension)
@@ -23,7 +24,15 @@ struct PatchesOptions {
   // The state of one patch and map: the bits of |y|, then one bit per hidden unit, whether it is
   // above 0.
   int64_t state_words() const { return 1 + (hidden + 31) / 32; }
+  // A patch's hidden layer in words of 32 bits, in the image's gradient.
+  int64_t hidden_words() const { return pairs ? (hidden + 1) / 2 : hidden; }
 };
+
+// A word of 32 bits holds a pair of bfloat16 numbers, the first in its lower half. For the forward
+// weight1 is then (row, hidden, pair of columns), for the gradient of the image
+// (row, column, pair of hidden units) and kPairSlack columns more that may be anything finite. It
+// takes an even patch_size.
+constexpr int64_t kPairSlack = 16;
 
 // (B C, N, D), strides in elements.
 struct EmbeddingView {
@@ -42,6 +51,7 @@ struct PatchesGradient {
 // the caller's, 64-byte aligned.
 struct PatchesKernels {
   int64_t lanes;
+  bool pairs;  // whether the CPU multiplies pairs of bfloat16
 
   // One row of patches of one group of maps: tasks groups * rows, of which index % groups is the
   // group.
@@ -49,7 +59,7 @@ struct PatchesKernels {
   void (*forward)(const PatchesOptions&, const ImageView& x, int64_t task, float* embedding,
                   int32_t* state, void* workspace);
 
-  // The gradient before the ReLU, grad_hidden (group, N, hidden, lanes): the same tasks.
+  // The gradient before the ReLU, grad_hidden (group, N, hidden_words, lanes): the same tasks.
   size_t (*hidden_bytes)(const PatchesOptions&);
   void (*hidden)(const PatchesOptions&, const PatchesGradient&, int64_t task, float* grad_hidden,
                  void* workspace);
@@ -78,6 +88,7 @@ struct PatchesKernels {
                  float* layer1, void* workspace);
 };
 
-extern const PatchesKernels patches_default, patches_avx2, patches_avx512;
+extern const PatchesKernels patches_default, patches_avx2, patches_avx512, patches_avx512_bf16,
+    patches_amx;
 
 }  // namespace mghf

@@ -74,9 +74,23 @@ PatchesGradient check_gradient(const PatchesOptions& options, const Tensor& grad
 
 // ---- implementations ----
 
+const auto& kernels_of() { return MGHF_BFLOAT16_KERNELS_OF(patches); }
+
 int64_t groups(const PatchesOptions& options) {
-  const int64_t lanes = MGHF_KERNELS_OF(patches).lanes;
+  const int64_t lanes = kernels_of().lanes;
   return (options.maps + lanes - 1) / lanes;
+}
+
+// Whether products of bfloat16 lose nothing in the forward: a rounded weight would flip the signs
+// of hidden units near 0, and with them the gradient.
+bool takes_pairs(const Tensor& image, const Tensor& weight1, int64_t patch_size) {
+  if (!kernels_of().pairs || image.scalar_type() != ScalarType::BFloat16 || patch_size % 2 != 0) {
+    return false;
+  }
+  const float* weight = weight1.const_data_ptr<float>();
+  return std::all_of(weight, weight + weight1.numel(), [](float value) {
+    return (__builtin_bit_cast(uint32_t, value) & 0xffff) == 0;
+  });
 }
 
 // (hidden, row, column) -> (row, hidden, column): what the kernels work on at a time lies together.
@@ -93,15 +107,54 @@ Tensor by_patch_row(const Tensor& weight1, int64_t size) {
   return result;
 }
 
+float pair(float first, float second) {
+  const uint32_t low = torch::headeronly::BFloat16(first).x;
+  const uint32_t high = torch::headeronly::BFloat16(second).x;
+  return __builtin_bit_cast(float, low | high << 16);
+}
+
+// The same as pairs of columns, for the forward.
+Tensor column_pairs(const Tensor& weight1, int64_t size) {
+  const int64_t hidden = weight1.size(0);
+  Tensor result = new_tensor(weight1, {size, hidden, size / 2});
+  const float* in = weight1.const_data_ptr<float>();
+  float* out = result.mutable_data_ptr<float>();
+  for (int64_t row = 0; row < size; ++row) {
+    for (int64_t unit = 0; unit < hidden; ++unit) {
+      const float* columns = in + (unit * size + row) * size;
+      for (int64_t k = 0; k < size; k += 2) *out++ = pair(columns[k], columns[k + 1]);
+    }
+  }
+  return result;
+}
+
+// (row, column, pair of hidden units), for the gradient of the image.
+Tensor unit_pairs(const Tensor& weight1, int64_t size) {
+  const int64_t hidden = weight1.size(0), words = (hidden + 1) / 2, pixels = size * size;
+  Tensor result = new_tensor(weight1, {pixels + mghf::kPairSlack, words});
+  const float* in = weight1.const_data_ptr<float>();
+  float* out = result.mutable_data_ptr<float>();
+  for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+    for (int64_t unit = 0; unit < hidden; unit += 2) {
+      const float* weight = in + unit * pixels + pixel;
+      *out++ = pair(*weight, unit + 1 < hidden ? weight[pixels] : 0.0f);
+    }
+  }
+  std::fill_n(out, mghf::kPairSlack * words, 0.0f);
+  return result;
+}
+
 std::tuple<Tensor, Tensor> patches(const Tensor& x, const Tensor& weight1, const Tensor& bias1,
                                    const Tensor& weight2, const Tensor& bias2, int64_t patch_size,
                                    int64_t stride) {
   PatchesOptions options = check_patches(x, weight1, weight2, patch_size, stride);
   options.bias1 = check_parameter(bias1, "bias1", options.hidden, -1);
   options.bias2 = check_parameter(bias2, "bias2", options.dimension, -1);
-  const auto& kernels = MGHF_KERNELS_OF(patches);
-  const Tensor by_row = by_patch_row(weight1, patch_size);
-  options.weight1 = by_row.const_data_ptr<float>();
+  options.pairs = takes_pairs(x, weight1, patch_size);
+  const auto& kernels = kernels_of();
+  const Tensor packed =
+      options.pairs ? column_pairs(weight1, patch_size) : by_patch_row(weight1, patch_size);
+  options.weight1 = packed.const_data_ptr<float>();
 
   Tensor embedding = new_tensor(weight1, {options.maps, options.patches(), options.dimension});
   Tensor state = new_tensor(weight1, {options.patches(), options.state_words(), options.maps},
@@ -121,12 +174,14 @@ void image_gradient(const Tensor& grad_x, bool add, const Tensor& grad, const Te
                     int64_t patch_size, int64_t stride) {
   PatchesOptions options = check_patches(grad_x, weight1, weight2, patch_size, stride);
   const PatchesGradient gradient = check_gradient(options, grad, embedding, state);
-  const auto& kernels = MGHF_KERNELS_OF(patches);
-  const Tensor by_row = by_patch_row(weight1, patch_size);
-  options.weight1 = by_row.const_data_ptr<float>();
+  options.pairs = takes_pairs(grad_x, weight1, patch_size);
+  const auto& kernels = kernels_of();
+  const Tensor packed =
+      options.pairs ? unit_pairs(weight1, patch_size) : by_patch_row(weight1, patch_size);
+  options.weight1 = packed.const_data_ptr<float>();
 
   Tensor grad_hidden = new_tensor(
-      weight1, {groups(options), options.patches(), options.hidden, kernels.lanes});
+      weight1, {groups(options), options.patches(), options.hidden_words(), kernels.lanes});
   float* grad_hidden_data = grad_hidden.mutable_data_ptr<float>();
   mghf::for_each(groups(options) * options.rows, kernels.hidden_bytes(options),
                  [&](int64_t task, void* workspace) {
@@ -161,7 +216,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> patches_backward_weights(
   PatchesOptions options = check_patches(x, weight1, weight2, patch_size, stride);
   options.bias1 = check_parameter(bias1, "bias1", options.hidden, -1);
   const PatchesGradient gradient = check_gradient(options, grad, embedding, state);
-  const auto& kernels = MGHF_KERNELS_OF(patches);
+  const auto& kernels = kernels_of();
   const Tensor by_row = by_patch_row(weight1, patch_size);
   options.weight1 = by_row.const_data_ptr<float>();
   const mghf::ImageView view = mghf::read_view(x, "x");

@@ -1,5 +1,8 @@
 """The contract of `patches`: the strided patch projection.
 
+Embeddings are float32 for images of half precision too (float64 for float64): they are a small part
+of the features' size, and rounded ones would cost the gradient more than its own rounding does.
+
 Besides the embeddings the forward returns a `state` for the backward, int32 (N, 1 + ceil(hidden /
 32), B C): per patch and map the bits of the norm |y|, then one bit per hidden unit, whether it is
 above 0. From the two the gradient of the image needs neither the image nor its hidden layer again.
@@ -13,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..precision import accumulation_dtype
 from ..reference.patches import patch_projection, patch_projection_backward
 from ._dispatch import (
     Op,
@@ -69,20 +73,8 @@ def _cpu_forward(
     stride: int,
 ) -> tuple[Tensor, Tensor]:
     tensors = _for_cpu(x, weight1, bias1, weight2, bias2)
-    embedding, state = torch.ops.mghf_native.patches(*tensors, patch_size, stride)
-    return embedding.to(x.dtype), state
-
-
-def _exact_state(
-    grad: Tensor, embedding: Tensor, state: Tensor, x: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient and what the forward left, as the kernels take them."""
-    if x.dtype != torch.float32:
-        # The embedding was rounded, which would cost the gradient more than its own rounding does.
-        *parameters, patch_size, stride = rest
-        tensors = _for_cpu(x, *parameters)
-        embedding, state = torch.ops.mghf_native.patches(*tensors, patch_size, stride)
-    return grad.float(), embedding.contiguous(), state
+    result: tuple[Tensor, Tensor] = torch.ops.mghf_native.patches(*tensors, patch_size, stride)
+    return result
 
 
 def _cpu_add_backward(
@@ -99,7 +91,7 @@ def _cpu_add_backward(
     stride: int,
 ) -> None:
     options = (patch_size, stride)
-    saved = _exact_state(grad, embedding, state, x, weight1, bias1, weight2, bias2, *options)
+    saved = (grad.float(), embedding, state)
     w1, w2 = weight1.float().contiguous(), weight2.float().contiguous()
     if grad_x.dtype == torch.float16:
         grad_x += torch.ops.mghf_native.patches_backward(*saved, x.float(), w1, w2, *options)
@@ -122,7 +114,7 @@ def _cpu_backward(
 ) -> tuple[Tensor, list[Tensor]]:
     image, w1, b1, w2, _ = _for_cpu(x, weight1, bias1, weight2, bias2)
     options = (patch_size, stride)
-    saved = _exact_state(grad, embedding, state, x, weight1, bias1, weight2, bias2, *options)
+    saved = (grad.float(), embedding, state)
     grad_x = torch.ops.mghf_native.patches_backward(*saved, image, w1, w2, *options).to(x.dtype)
     if not need_weights:
         return grad_x, []
@@ -190,7 +182,10 @@ def _(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     embedding, state = _result_shapes(x, weight1, weight2, patch_size, stride)
-    return x.new_empty(embedding), x.new_empty(state, dtype=torch.int32)
+    return (
+        x.new_empty(embedding, dtype=accumulation_dtype(x.dtype)),
+        x.new_empty(state, dtype=torch.int32),
+    )
 
 
 @patches_backward.register_fake

@@ -34,12 +34,12 @@ def patch_projection(
     patch_size: int,
     stride: int,
 ) -> Tensor:
-    """(B, C, H, W) -> (B C, N, D), rows of unit length."""
+    """(B, C, H, W) -> (B C, N, D), rows of unit length; float32 for half precision."""
     dtype = accumulation_dtype(x.dtype)
     w1, b1, w2, b2 = (t.to(dtype) for t in (weight1, bias1, weight2, bias2))
     hidden = F.relu(_hidden(x.to(dtype), w1, b1, patch_size, stride))
     y = F.linear(hidden.flatten(2).mT, w2, b2)
-    return (y / (torch.linalg.vector_norm(y, dim=2, keepdim=True) + NORM_FLOOR)).to(x.dtype)
+    return y / (torch.linalg.vector_norm(y, dim=2, keepdim=True) + NORM_FLOOR)
 
 
 def patch_projection_backward(
