@@ -174,6 +174,7 @@ def compare(run: Run, committed: Run | None, partial: bool = False) -> Compariso
             text = f"another machine: {fact} is {now!r}, in the committed result {was!r}"
             result.failures.append(text)
     rows = {_key(row): row for row in run["rows"]}
+    left_out = 0
     for old in select(committed, kind="ours"):
         key, new = _key(old), rows.get(_key(old))
         for part in old["parts"]:
@@ -181,7 +182,9 @@ def compare(run: Run, committed: Run | None, partial: bool = False) -> Compariso
                 continue
             label = f"{', '.join(key)}, {part}"
             if new is None:
-                (result.notes if partial else result.failures).append(f"{label}: not in this run")
+                left_out += 1
+                if not partial:
+                    result.failures.append(f"{label}: not in this run")
                 continue
             if (after := value(new, part, "min_s")) is None:
                 reason = new["parts"].get(part, {}).get("failure", "not measured")
@@ -202,6 +205,8 @@ def compare(run: Run, committed: Run | None, partial: bool = False) -> Compariso
                 result.slower.append((*key, baseline))
                 text = f"{label}: {slowdown:.2f} times as slow against {baseline} as it was"
                 result.failures.append(text)
+    if left_out and partial:
+        result.notes.append(f"{left_out} figures of the committed result are not in this run")
     known = {_key(row) for row in committed["rows"]}
     result.notes.extend(
         f"{', '.join(key)}: new"

@@ -74,17 +74,20 @@ PatchesGradient check_gradient(const PatchesOptions& options, const Tensor& grad
 
 // ---- implementations ----
 
-const auto& kernels_of() { return MGHF_BFLOAT16_KERNELS_OF(patches); }
+// Floats stay with the kernels that know nothing else: GCC compiles them better without the pairs.
+const auto& kernels_of(const PatchesOptions& options) {
+  return options.pairs ? MGHF_BFLOAT16_KERNELS_OF(patches) : MGHF_KERNELS_OF(patches);
+}
 
 int64_t groups(const PatchesOptions& options) {
-  const int64_t lanes = kernels_of().lanes;
+  const int64_t lanes = kernels_of(options).lanes;
   return (options.maps + lanes - 1) / lanes;
 }
 
 // Whether products of bfloat16 lose nothing in the forward: a rounded weight would flip the signs
 // of hidden units near 0, and with them the gradient.
 bool takes_pairs(const Tensor& image, const Tensor& weight1, int64_t patch_size) {
-  if (!kernels_of().pairs || image.scalar_type() != ScalarType::BFloat16 || patch_size % 2 != 0) {
+  if (!MGHF_BFLOAT16_KERNELS_OF(patches).pairs || image.scalar_type() != ScalarType::BFloat16 || patch_size % 2 != 0) {
     return false;
   }
   const float* weight = weight1.const_data_ptr<float>();
@@ -151,7 +154,7 @@ std::tuple<Tensor, Tensor> patches(const Tensor& x, const Tensor& weight1, const
   options.bias1 = check_parameter(bias1, "bias1", options.hidden, -1);
   options.bias2 = check_parameter(bias2, "bias2", options.dimension, -1);
   options.pairs = takes_pairs(x, weight1, patch_size);
-  const auto& kernels = kernels_of();
+  const auto& kernels = kernels_of(options);
   const Tensor packed =
       options.pairs ? column_pairs(weight1, patch_size) : by_patch_row(weight1, patch_size);
   options.weight1 = packed.const_data_ptr<float>();
@@ -175,7 +178,7 @@ void image_gradient(const Tensor& grad_x, bool add, const Tensor& grad, const Te
   PatchesOptions options = check_patches(grad_x, weight1, weight2, patch_size, stride);
   const PatchesGradient gradient = check_gradient(options, grad, embedding, state);
   options.pairs = takes_pairs(grad_x, weight1, patch_size);
-  const auto& kernels = kernels_of();
+  const auto& kernels = kernels_of(options);
   const Tensor packed =
       options.pairs ? unit_pairs(weight1, patch_size) : by_patch_row(weight1, patch_size);
   options.weight1 = packed.const_data_ptr<float>();
@@ -216,7 +219,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> patches_backward_weights(
   PatchesOptions options = check_patches(x, weight1, weight2, patch_size, stride);
   options.bias1 = check_parameter(bias1, "bias1", options.hidden, -1);
   const PatchesGradient gradient = check_gradient(options, grad, embedding, state);
-  const auto& kernels = kernels_of();
+  const auto& kernels = kernels_of(options);
   const Tensor by_row = by_patch_row(weight1, patch_size);
   options.weight1 = by_row.const_data_ptr<float>();
   const mghf::ImageView view = mghf::read_view(x, "x");
