@@ -33,21 +33,24 @@ struct Pairs {
     return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
   }
 
+  // Vectors, not intrinsics, for GCC 12 warns of its own intrinsics here.
+  typedef uint16_t Halves __attribute__((vector_size(kLanes * sizeof(uint16_t))));
+  typedef uint32_t Words __attribute__((vector_size(kLanes * sizeof(uint32_t))));
+
   // Words of two vectors of floats, rounded to bfloat16.
   static Vec pair(Vec first, Vec second) {
     const auto round = [](Vec x) {
-      return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x));
+      return __builtin_convertvector((Halves)_mm512_cvtneps_pbh(x), Words);
     };
-    return (Vec)_mm512_or_si512(round(first), _mm512_slli_epi32(round(second), 16));
+    return (Vec)(round(first) | round(second) << 16);
   }
 
   // data[p] and data[p + 1], which have the values of bfloat16 numbers, become the word data[p].
   // The last of `count` vectors is left alone.
   static void pair_neighbours(float* data, int64_t count) {
     for (int64_t p = 0; p + 1 < count; ++p) {
-      const IntVec second = reinterpret_cast<IntVec>(at(data + (p + 1) * kLanes));
-      const auto first = _mm512_srli_epi32((__m512i)at(data + p * kLanes), 16);
-      at(data + p * kLanes) = reinterpret_cast<Vec>((IntVec)first | (second & ~0xffff));
+      const Words first = (Words)at(data + p * kLanes), second = (Words)at(data + (p + 1) * kLanes);
+      at(data + p * kLanes) = (Vec)(first >> 16 | (second & 0xffff0000u));
     }
   }
 };
