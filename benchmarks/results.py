@@ -15,8 +15,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from mghf_fast import native
-from mghf_fast.backends import BACKENDS
+from mghf_fast.backends import current_backend
 from mghf_fast.measure import MIB, Measurement, cpu_model, machine_facts
 from mghf_fast.ops import OPS
 
@@ -62,15 +64,17 @@ def new_row(
 ) -> Row:
     case, facts = CASES[op], machine_facts(threads)
     how = case.forms[form]
-    row: Row = {"op": op, "shape": str(shape), "form": form, "device": "cpu", "versions": {}}
+    row: Row = {"op": op, "shape": str(shape), "form": form, "versions": {}}
+    row["device"] = torch.get_default_device().type
     row |= {key: getattr(how, key) for key in ("kind", "dtype", "channels_last")}
     row |= {key: facts[key] for key in ("threads", "load")}
     row["versions"] |= {key: facts[key] for key in ("torch", "mghf_fast")}
     if how.package is not None:
         row["versions"][how.package] = package_version(how.package)
     if how.kind == "ours":
+        forced = current_backend()
         row["backends"] = {
-            name: next(b for b in BACKENDS if OPS[name].why_not(b) is None)
+            name: OPS[name].preferred() if forced == "auto" else forced
             for name in case.ops or (op,)
         }
     row["parts"] = {part: _part(measurement) for part, measurement in found.items()}

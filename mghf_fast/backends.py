@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import os
 from types import TracebackType
+
+import torch
 
 from . import native
 
@@ -68,12 +72,25 @@ class use_backend:
         _current = self._previous.pop()
 
 
+def triton_is_interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter, on the CPU: TRITON_INTERPRET=1, for tests."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def _triton_unavailable_reason() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if not triton_is_interpreted() and not torch.cuda.is_available():
+        return "there is no CUDA device (and TRITON_INTERPRET is not 1)"
+    return None
+
+
 def unavailable_reasons() -> dict[str, str]:
     """Why each backend that cannot run here cannot: backend name -> one sentence."""
-    reasons = {
-        "cuda": "this version has no CUDA kernels",
-        "triton": "this version has no Triton kernels",
-    }
+    reasons = {"cuda": "this version has no CUDA kernels"}
+    if (reason := _triton_unavailable_reason()) is not None:
+        reasons["triton"] = reason
     if (reason := native.unavailable_reason()) is not None:
         reasons["cpu"] = reason
     return reasons

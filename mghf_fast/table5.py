@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from . import cost
-from .backends import BACKENDS
 from .measure import MIB, Measurement, machine_facts, measure_apart
 from .ops import OPS
 from .workloads import CHANNELS, ROW_OPS, VARIANTS
@@ -34,9 +33,7 @@ MEASURED_NOTES = (
 
 def kernels(row: str) -> dict[str, str]:
     """Which backend "auto" takes for each op of a row on this machine's CPU: op -> backend."""
-    return {
-        name: next(b for b in BACKENDS if OPS[name].why_not(b) is None) for name in ROW_OPS[row]
-    }
+    return {name: OPS[name].preferred() for name in ROW_OPS[row]}
 
 
 def measure_row(

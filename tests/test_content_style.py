@@ -81,7 +81,7 @@ def test_gradcheck(gram: str) -> None:
 @pytest.mark.parametrize("gram", ["channel", "map"])
 @pytest.mark.parametrize("shape", [(1, 2, 1, 3), (2, 4, 5, 3), (1, 16, 17, 13), (2, 8, 32, 32)])
 def test_values_and_gradients(backend: str, shape: tuple[int, ...], gram: str) -> None:
-    if gram == "map" and backend == "cpu":
+    if gram == "map" and backend in ("cpu", "triton"):
         backend = "auto"  # which falls back
     gt, sr = pair(*shape)
     top_m = shape[1] // 2
@@ -244,19 +244,31 @@ def test_sizes_that_fill_no_tile(backend: str, shape: tuple[int, ...], top_m: in
     check_pair(backend, last[0].float(), last[1].float(), top_m, 5000)
 
 
+@pytest.mark.parametrize("kernels", ["triton", "cpu"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_large_means_and_pairs_that_are_alike(layout: torch.memory_format) -> None:
+def test_large_means_and_pairs_that_are_alike(kernels: str, layout: torch.memory_format) -> None:
     """Where sums of squares and differences of Gram matrices would lose their digits."""
-    if "cpu" not in available_backends():
-        pytest.skip("no compiled CPU kernels here")
+    if kernels not in available_backends():
+        pytest.skip(f"backend {kernels!r} does not run here")
     gt = torch.randn(2, 20, 40, 41)
     noise = torch.randn_like(gt)
     for sr in (gt + noise + 30, noise + 30 - gt, gt + 1e-3 * noise, 1e-3 * (gt + noise) + 2):
         check_pair(
-            "cpu", gt.contiguous(memory_format=layout), sr.contiguous(memory_format=layout), 9
+            kernels, gt.contiguous(memory_format=layout), sr.contiguous(memory_format=layout), 9
         )
     gt += 100 * torch.randn(2, 20, 1, 1)
-    check_pair("cpu", gt, (gt + 0.1 * noise).contiguous(memory_format=layout), 9)
+    check_pair(kernels, gt, (gt + 0.1 * noise).contiguous(memory_format=layout), 9)
+
+
+def test_a_nan_does_not_spread_to_maps_that_are_not_kept(backend: str) -> None:
+    gt, sr = pair(1, 4, 6, 6)
+    sr[0, 1, 2, 2] = sr[0, 3, 4, 5] = torch.nan
+    sr.requires_grad_()
+    terms = functional.content_style_terms(gt, sr, top_m=1, backend=backend)  # keeps map 1
+    sum(t.sum() for t in terms).backward()
+    assert sr.grad is not None
+    assert sr.grad[0, 1].isnan().all() and sr.grad[0, [0, 2]].isfinite().all()
+    assert sr.grad[0, 3, 4, 5].isnan() and sr.grad[0, 3].isnan().sum() == 1
 
 
 def test_two_pixels(backend: str) -> None:

@@ -192,7 +192,7 @@ def test_reference_gradient_with_a_3x3_mix() -> None:
 
 @pytest.mark.parametrize(("subnet", "activation", "clamp"), VARIANTS)
 def test_every_option(backend: str, subnet: str, activation: str, clamp: float | None) -> None:
-    if backend == "cpu" and subnet != "bottleneck":
+    if backend in ("cpu", "triton") and subnet != "bottleneck":
         with pytest.raises(RuntimeError, match="made for subnet 'bottleneck', and this block's is"):
             functional.invertible_block(
                 torch.randn(1, 4, 3, 3), block_weights(4, subnet), backend=backend
@@ -389,6 +389,41 @@ def test_more_tiles_than_partial_sums(backend: str) -> None:
         lambda x, *w: reference.invertible_block(x, with_tensors(weights, w)),
         (torch.randn(37, 6, 2, 3), *tensors),
     )
+
+
+# A row at a time; two images of three, but for the gradient of the weights, which needs more room.
+@pytest.mark.parametrize(("workspace", "batch", "height"), [(1, 1, 7), (10_000, 3, 3)])
+def test_bands_of_triton(
+    monkeypatch: pytest.MonkeyPatch, workspace: int, batch: int, height: int
+) -> None:
+    x = torch.randn(batch, 3, height, 3)
+    if (reason := ops.coupling.OP.why_not("triton", x)) is not None:
+        pytest.skip(reason)
+    from mghf_fast.kernels import coupling as kernels
+
+    monkeypatch.setattr(kernels, "WORKSPACE_BYTES", workspace)
+    weights = with_3x3_mix(block_weights(8), 3)
+    contract.check_against_reference(
+        lambda x, *w: functional.invertible_block(x, with_tensors(weights, w), backend="triton"),
+        lambda x, *w: reference.invertible_block(x, with_tensors(weights, w)),
+        (x, *weights.tensors()),
+    )
+    weights = block_weights(8)
+    exact = as_dtype(weights, torch.float64)
+    contract.check_against_reference(
+        lambda y: functional.invertible_block_inverse(y, weights, backend="triton"),
+        lambda y: reference.invertible_block_inverse(y, exact),
+        [torch.randn(batch, 8, height, 3)],
+        differentiable=False,
+    )
+
+
+def test_triton_refuses_more_channels_than_fit() -> None:
+    x, weights = torch.randn(1, 514, 2, 2), block_weights(514)
+    if (reason := ops.coupling.OP.why_not("triton", x)) is not None:
+        pytest.skip(reason)
+    with pytest.raises(RuntimeError, match="up to 512 channels, and this block has 514"):
+        functional.invertible_block(x, weights, backend="triton")
 
 
 def test_weight_gradients_of_a_bfloat16_image(backend: str) -> None:

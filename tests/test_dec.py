@@ -287,6 +287,11 @@ def test_sizes_that_fit_no_tile(backend: str, p: int, d: int) -> None:
     contract.check_against_reference(loss_on(backend, gt), exact_loss(gt), [sr])
 
 
+def test_long_patches(backend: str) -> None:
+    sr, gt = patches(65, 300)
+    contract.check_against_reference(loss_on(backend, gt), exact_loss(gt), [sr])
+
+
 def test_many_patches(backend: str) -> None:
     if backend == "reference":
         pytest.skip("it has no tiles, large or small")

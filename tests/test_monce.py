@@ -170,6 +170,16 @@ def test_any_size(backend: str, n: int, d: int) -> None:
     check_map(*pair(3, n, d), backend, *OPTIONS)
 
 
+def test_many_maps(backend: str) -> None:
+    """More than a kernel may take at a time."""
+    query, key = pair(11, 5, 3)
+    contract.check_against_reference(
+        lambda q: functional.monce_loss(q, key, iterations=3, reduction="none", backend=backend),
+        lambda q: reference.monce(q, key.double(), 0.07, 1.0, 3, 1.0, "hard", "exact"),
+        [query],
+    )
+
+
 @pytest.mark.parametrize("cost", ["hard", "exp"])
 def test_the_papers_size(backend: str, cost: str) -> None:
     check_map(*pair(1, 441, 64), backend, 0.07, 1.0, 50, 1.0, cost, "exact")

@@ -236,6 +236,57 @@ def test_kernel_gradients_in_half_precision(layout: str, dtype: torch.dtype) -> 
     assert got.dtype == dtype and torch.equal(got, exact.to(dtype))
 
 
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+def test_sizes_that_fit_no_block(backend: str, size: tuple[int, ...], layout: str) -> None:
+    batch, channels, height, width, patch_size, stride, hidden, dimension = size
+    contract.check_against_reference(
+        lambda *t: functional.patch_projection(
+            *t, patch_size=patch_size, stride=stride, backend=backend
+        ),
+        lambda *t: reference.patch_projection(*t, patch_size, stride),
+        [image(batch, channels, height, width, layout), *parameters(patch_size, hidden, dimension)],
+    )
+
+
+def test_more_hidden_units_than_a_block(backend: str) -> None:
+    contract.check_against_reference(
+        lambda *t: functional.patch_projection(*t, patch_size=5, stride=4, backend=backend),
+        lambda *t: reference.patch_projection(*t, 5, 4),
+        [torch.randn(1, 3, 9, 13), *parameters(5, 150, 70)],
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "sliced"])
+def test_adds_to_a_gradient(backend: str, layout: str, dtype: torch.dtype) -> None:
+    x, w = image(2, 5, 21, 25, layout).to(dtype), parameters(6, 12, 5)
+    embedding, state = ops.patches.patches(x, *w, 6, 4, backend)
+    grad, total = torch.randn_like(embedding), image(2, 5, 21, 25, layout).to(dtype)
+    exact, _ = reference.patch_projection_backward(
+        grad.double(), *(t.double() for t in (x, *w)), 6, 4, False
+    )
+    expected = total.double() + exact
+    ops.patches.patches_backward_add_(total, grad, embedding, state, x, *w, 6, 4, backend)
+    rounding = contract.relative_error(expected.to(dtype), expected)
+    assert contract.relative_error(total, expected) <= 2 * rounding + 1e-6
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_what_is_not_finite_stays_in_its_patches(backend: str, layout: str, value: float) -> None:
+    x, w = image(2, 9, 21, 25, layout), parameters(6, 12, 5)
+    x[1, 3, 9, 10] = value
+    expected = reference.patch_projection(x, *w, 6, 4)
+    grad = torch.randn_like(expected)
+    embedding, state = ops.patches.patches(x, *w, 6, 4, backend)
+    assert torch.equal(embedding.isnan(), expected.isnan()) and expected.isnan().any()
+    got = ops.patches.patches_backward(grad, embedding, state, x, *w, 6, 4, True, backend)
+    grad_x, weights = reference.patch_projection_backward(grad, x, *w, 6, 4, True)
+    for result, want in zip(got, [grad_x, *weights], strict=True):
+        assert torch.equal(result.isnan(), want.isnan()) and want.isnan().any()
+
+
 # Patch sizes that products of bfloat16 take, by vectors or (32 and 64 wide) by tiles of AMX.
 BFLOAT16_SIZES = [
     (2, 5, 9, 11, 2, 5, 3, 4),

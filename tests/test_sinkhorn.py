@@ -95,6 +95,19 @@ def test_small_epsilon_stays_finite(backend: str, cost: str) -> None:
         assert contract.relative_error(plan, want) < 1e-4
 
 
+@pytest.mark.parametrize("tolerance", [None, 1e-3])
+def test_matrices_of_several_blocks(backend: str, tolerance: float | None) -> None:
+    # Few dimensions and a small epsilon: columns that no row prefers at first.
+    for similarity, epsilon in ((cosines(2, 150), 0.5), (cosines(1, 150, 2), 0.02)):
+        contract.check_against_reference(
+            lambda s, epsilon=epsilon: functional.sinkhorn_plan(
+                s, epsilon=epsilon, iterations=12, tolerance=tolerance, backend=backend
+            ),
+            lambda s, epsilon=epsilon: reference.sinkhorn_plan(s, "hard", epsilon, 12, tolerance),
+            [similarity],
+        )
+
+
 def test_marginals(backend: str) -> None:
     plan = functional.sinkhorn_plan(cosines(2, 40), epsilon=0.5, backend=backend)
     ones = torch.ones(2, 40)

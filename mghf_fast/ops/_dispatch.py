@@ -15,9 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import BACKENDS, unavailable_reasons
+from ..backends import BACKENDS, triton_is_interpreted, unavailable_reasons
 
 logger = logging.getLogger("mghf_fast")
+
+ON_TRIAL = {"triton": "its kernels have not run on a GPU yet; ask for it by name"}
+"""Why "auto" leaves a backend out that could run."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +69,14 @@ class Op:
             if (reason := self.why_not(backend, *tensors, **options)) is not None:
                 raise RuntimeError(f"backend {backend!r} cannot run {self.name}: {reason}")
             return self._implementations[backend]
+        return self._implementations[self.preferred(*tensors, **options)]
+
+    def preferred(self, *tensors: Tensor, **options: Any) -> str:
+        """The backend that "auto" picks; why not a better one is logged once."""
         for candidate in BACKENDS:
-            if (reason := self.why_not(candidate, *tensors, **options)) is None:
-                return self._implementations[candidate]
+            reason = self.why_not(candidate, *tensors, **options) or ON_TRIAL.get(candidate)
+            if reason is None:
+                return candidate
             if (message := f"{candidate} cannot run {self.name}: {reason}") not in self._logged:
                 self._logged.add(message)
                 logger.debug(message)
@@ -80,6 +88,17 @@ def can_run_cpu(*tensors: Tensor) -> str | None:
     for tensor in tensors:
         if tensor.device.type != "cpu":
             return f"it runs on CPU tensors, and one is on {tensor.device}"
+        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return f"it takes float32, float16 or bfloat16, and one tensor is {tensor.dtype}"
+    return None
+
+
+def can_run_triton(*tensors: Tensor) -> str | None:
+    """Why the Triton kernels cannot take these tensors, or None."""
+    wanted = "cpu" if triton_is_interpreted() else "cuda"
+    for tensor in tensors:
+        if tensor.device.type != wanted:
+            return f"it runs on {wanted} tensors here, and one is on {tensor.device}"
         if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             return f"it takes float32, float16 or bfloat16, and one tensor is {tensor.dtype}"
     return None

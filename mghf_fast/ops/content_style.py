@@ -13,6 +13,7 @@ from ..reference.content_style import content_style_backward as reference_backwa
 from ._dispatch import (
     Op,
     can_run_cpu,
+    can_run_triton,
     double_backward_requested,
     empty_like_laid_out,
     laid_out_as,
@@ -72,8 +73,44 @@ def _cpu_backward(
     return grad_sr.to(sr.dtype)
 
 
+def _can_run_triton(*tensors: Tensor, gram: str = "channel") -> str | None:
+    if gram == "map":
+        return "it has kernels for gram='channel' only"
+    return can_run_triton(*tensors)
+
+
+def _triton_forward(
+    gt: Tensor, sr: Tensor, top_m: int, alpha: float, gamma: float, bins: int, gram: str
+) -> Outputs:
+    from ..kernels import content_style as kernels
+
+    return kernels.content_style(gt, sr, top_m, alpha, gamma, bins)
+
+
+def _triton_backward(
+    grad_naive: Tensor,
+    grad_mse: Tensor,
+    grad_correlation: Tensor,
+    grad_gram: Tensor,
+    gt: Tensor,
+    sr: Tensor,
+    kept: Tensor,
+    weights: Tensor,
+    moments: Tensor,
+    difference: Tensor,
+    gram: str,
+) -> Tensor:
+    from ..kernels import content_style as kernels
+
+    grads = (grad_naive, grad_mse, grad_correlation, grad_gram)
+    grad_sr = empty_like_laid_out(sr)
+    kernels.content_style_backward(grads, gt, sr, kept, weights, moments, difference, grad_sr)
+    return grad_sr
+
+
 OP = Op("content_style")
 OP.implement("reference", reference_forward, _reference_backward)
+OP.implement("triton", _triton_forward, _triton_backward, _can_run_triton)
 OP.implement("cpu", _cpu_forward, _cpu_backward, _can_run_cpu)
 
 

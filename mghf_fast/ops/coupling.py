@@ -16,6 +16,7 @@ from ..reference.coupling import (
 from ._dispatch import (
     Op,
     can_run_cpu,
+    can_run_triton,
     double_backward_requested,
     empty_like_laid_out,
     laid_out_as,
@@ -75,6 +76,53 @@ def _cpu_inverse(y: Tensor, block: BlockWeights) -> Tensor:
     return x.to(y.dtype)
 
 
+def _triton_forward(x: Tensor, block: BlockWeights) -> Tensor:
+    from ..kernels import coupling as kernels
+
+    y = empty_like_laid_out(x, block.mix_weight.shape[0])
+    kernels.forward(x, y, block.tensors(), block.activation, block.clamp)
+    return y
+
+
+def _triton_backward(
+    grad: Tensor, x: Tensor, block: BlockWeights, need_weights: bool
+) -> tuple[Tensor, list[Tensor]]:
+    from ..kernels import coupling as kernels
+
+    grad_x, weights = empty_like_laid_out(x), block.tensors()
+    grad_weights = kernels.backward(
+        grad, x, grad_x, weights, block.activation, block.clamp, need_weights
+    )
+    if not need_weights:
+        return grad_x, []
+    return grad_x, [g.to(w.dtype) for g, w in zip(grad_weights, weights, strict=True)]
+
+
+def _triton_inverse(y: Tensor, block: BlockWeights) -> Tensor:
+    from ..kernels import coupling as kernels
+
+    x = empty_like_laid_out(y)
+    # Without the check for a singular matrix, for which the GPU would have to be waited for.
+    inverse, _ = torch.linalg.inv_ex(block.mix_weight.detach().flatten(1).double())
+    bias = -inverse @ block.mix_bias.detach().double()
+    weights = [inverse.float(), bias.float(), *block.tensors()[2:]]
+    kernels.inverse(y, x, weights, block.activation, block.clamp)
+    return x
+
+
+def _can_run_triton(*tensors: Tensor, subnet: str = "bottleneck") -> str | None:
+    if subnet != "bottleneck":
+        return f"its kernels are made for subnet 'bottleneck', and this block's is {subnet!r}"
+    # The bias of the mix is the only vector among them, and has the block's channels.
+    channels = max((t.shape[0] for t in tensors if t.dim() == 1), default=0)
+    if channels > 512:
+        return (
+            "its kernels keep half of a pixel's channels on chip, which goes up to 512 channels, "
+            f"and this block has {channels}"
+        )
+    return can_run_triton(*tensors)
+
+
 def _can_run_cpu(*tensors: Tensor, subnet: str = "bottleneck") -> str | None:
     if subnet != "bottleneck":
         return f"its kernels are made for subnet 'bottleneck', and this block's is {subnet!r}"
@@ -83,9 +131,11 @@ def _can_run_cpu(*tensors: Tensor, subnet: str = "bottleneck") -> str | None:
 
 OP = Op("coupling")
 OP.implement("reference", invertible_block, invertible_block_backward)
+OP.implement("triton", _triton_forward, _triton_backward, _can_run_triton)
 OP.implement("cpu", _cpu_forward, _cpu_backward, _can_run_cpu)
 INVERSE = Op("coupling_inverse")
 INVERSE.implement("reference", invertible_block_inverse)
+INVERSE.implement("triton", _triton_inverse, can_run=_can_run_triton)
 INVERSE.implement("cpu", _cpu_inverse, can_run=_can_run_cpu)
 
 

@@ -10,7 +10,13 @@ from torch import Tensor
 from ..precision import accumulation_dtype
 from ..reference.dec import dec as reference_forward
 from ..reference.dec import dec_backward as reference_backward
-from ._dispatch import Op, can_run_cpu, double_backward_requested, register_float32_autocast
+from ._dispatch import (
+    Op,
+    can_run_cpu,
+    can_run_triton,
+    double_backward_requested,
+    register_float32_autocast,
+)
 
 
 def _reference_forward(sr: Tensor, gt: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
@@ -38,8 +44,23 @@ def _cpu_backward(
     return grad_sr.to(sr.dtype)
 
 
+def _triton_forward(sr: Tensor, gt: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    from ..kernels import dec as kernels
+
+    return kernels.forward(sr, gt, *options)
+
+
+def _triton_backward(
+    grad: Tensor, sr: Tensor, gt: Tensor, statistics: Tensor, *options: Any
+) -> Tensor:
+    from ..kernels import dec as kernels
+
+    return kernels.backward(grad, sr, gt, statistics, *options)
+
+
 OP = Op("dec")
 OP.implement("reference", _reference_forward, _reference_backward)
+OP.implement("triton", _triton_forward, _triton_backward, can_run_triton)
 OP.implement("cpu", _cpu_forward, _cpu_backward, can_run_cpu)
 
 

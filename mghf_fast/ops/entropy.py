@@ -7,7 +7,13 @@ from torch import Tensor
 
 from ..precision import accumulation_dtype
 from ..reference.entropy import channel_entropy
-from ._dispatch import Op, can_run_cpu, readable_on_cpu, register_float32_autocast
+from ._dispatch import (
+    Op,
+    can_run_cpu,
+    can_run_triton,
+    readable_on_cpu,
+    register_float32_autocast,
+)
 
 
 def _cpu_forward(x: Tensor, bins: int) -> Tensor:
@@ -15,8 +21,15 @@ def _cpu_forward(x: Tensor, bins: int) -> Tensor:
     return result
 
 
+def _triton_forward(x: Tensor, bins: int) -> Tensor:
+    from ..kernels import entropy as kernels
+
+    return kernels.channel_entropy(x, bins)
+
+
 OP = Op("entropy")
 OP.implement("reference", channel_entropy)
+OP.implement("triton", _triton_forward, can_run=can_run_triton)
 OP.implement("cpu", _cpu_forward, can_run=can_run_cpu)
 
 

@@ -12,6 +12,7 @@ from ..reference.gram import gram_matrix, gram_matrix_backward
 from ._dispatch import (
     Op,
     can_run_cpu,
+    can_run_triton,
     double_backward_requested,
     empty_like_laid_out,
     laid_out_as,
@@ -30,8 +31,23 @@ def _cpu_backward(grad: Tensor, x: Tensor, scale: float) -> Tensor:
     return grad_x.to(x.dtype)
 
 
+def _triton_forward(x: Tensor, scale: float) -> Tensor:
+    from ..kernels import gram as kernels
+
+    return kernels.gram_matrix(x, scale)
+
+
+def _triton_backward(grad: Tensor, x: Tensor, scale: float) -> Tensor:
+    from ..kernels import gram as kernels
+
+    grad_x = empty_like_laid_out(x)
+    kernels.gram_matrix_backward(grad, x, scale, grad_x)
+    return grad_x
+
+
 OP = Op("gram")
 OP.implement("reference", gram_matrix, gram_matrix_backward)
+OP.implement("triton", _triton_forward, _triton_backward, can_run_triton)
 OP.implement("cpu", _cpu_forward, _cpu_backward, can_run_cpu)
 
 

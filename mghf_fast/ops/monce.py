@@ -10,7 +10,25 @@ from torch import Tensor
 from ..precision import accumulation_dtype
 from ..reference.monce import monce as reference_forward
 from ..reference.monce import monce_backward as reference_backward
-from ._dispatch import Op, can_run_cpu, double_backward_requested, register_float32_autocast
+from ._dispatch import (
+    Op,
+    can_run_cpu,
+    can_run_triton,
+    double_backward_requested,
+    register_float32_autocast,
+)
+
+
+def _triton_forward(query: Tensor, key: Tensor, *options: Any) -> Tensor:
+    from ..kernels import monce as kernels
+
+    return kernels.monce(query, key, *options)
+
+
+def _triton_backward(grad: Tensor, query: Tensor, key: Tensor, *options: Any) -> Tensor:
+    from ..kernels import monce as kernels
+
+    return kernels.monce_backward(grad, query, key, *options)
 
 
 def _cpu_forward(query: Tensor, key: Tensor, *options: Any) -> Tensor:
@@ -27,6 +45,7 @@ def _cpu_backward(grad: Tensor, query: Tensor, key: Tensor, *options: Any) -> Te
 
 OP = Op("monce")
 OP.implement("reference", reference_forward, reference_backward)
+OP.implement("triton", _triton_forward, _triton_backward, can_run_triton)
 OP.implement("cpu", _cpu_forward, _cpu_backward, can_run_cpu)
 
 

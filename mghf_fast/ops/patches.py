@@ -11,6 +11,7 @@ The reference starts from the image and leaves its state at 0.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from ..reference.patches import patch_projection, patch_projection_backward
 from ._dispatch import (
     Op,
     can_run_cpu,
+    can_run_triton,
     double_backward_requested,
     empty_like_laid_out,
     laid_out_as,
@@ -56,6 +58,12 @@ def _reference_backward(
     grad: Tensor, embedding: Tensor, state: Tensor, *rest: Any
 ) -> tuple[Tensor, list[Tensor]]:
     return patch_projection_backward(grad, *rest)
+
+
+def _reference_add_backward(
+    grad_x: Tensor, grad: Tensor, embedding: Tensor, state: Tensor, *rest: Any
+) -> None:
+    grad_x += _reference_backward(grad, embedding, state, *rest, False)[0]
 
 
 def _for_cpu(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
@@ -123,9 +131,87 @@ def _cpu_backward(
     return grad_x, [g.to(p.dtype) for g, p in zip(grads, parameters, strict=True)]
 
 
+def _can_run_triton(*tensors: Tensor) -> str | None:
+    if (reason := can_run_triton(*tensors)) is not None or len(tensors) < 5:
+        return reason
+    from ..kernels.patches import LARGEST_DIMENSION
+
+    if (dimension := tensors[3].shape[0]) > LARGEST_DIMENSION:
+        return (
+            "one of its programs holds all dimensions of an embedding, at most "
+            f"{LARGEST_DIMENSION}, and weight2 has {dimension}"
+        )
+    return None
+
+
+def _triton_forward(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    patch_size: int,
+    stride: int,
+) -> tuple[Tensor, Tensor]:
+    from ..kernels import patches as kernels
+
+    return kernels.forward(x, weight1, bias1, weight2, bias2, patch_size, stride)
+
+
+def _triton_add_backward(
+    grad_x: Tensor,
+    grad: Tensor,
+    embedding: Tensor,
+    state: Tensor,
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    patch_size: int,
+    stride: int,
+) -> None:
+    from ..kernels import patches as kernels
+
+    saved, weights = (grad, embedding, state), (weight1, weight2)
+    kernels.backward_x(grad_x, *saved, *weights, patch_size, stride, add=True)
+
+
+def _triton_backward(
+    grad: Tensor,
+    embedding: Tensor,
+    state: Tensor,
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    patch_size: int,
+    stride: int,
+    need_weights: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    from ..kernels import patches as kernels
+
+    grad_x, saved, options = empty_like_laid_out(x), (grad, embedding, state), (patch_size, stride)
+    if not need_weights:
+        kernels.backward_x(grad_x, *saved, weight1, weight2, *options, add=False)
+        return grad_x, []
+    parameters = (weight1, bias1, weight2, bias2)
+    grads = kernels.backward(grad_x, *saved, x, *parameters, *options)
+    return grad_x, [g.to(p.dtype) for g, p in zip(grads, parameters, strict=True)]
+
+
 OP = Op("patches")
 OP.implement("reference", _reference_forward, _reference_backward)
+OP.implement("triton", _triton_forward, _triton_backward, _can_run_triton)
 OP.implement("cpu", _cpu_forward, _cpu_backward, can_run_cpu)
+
+# How a backend, known by its backward, adds the gradient of x to one that exists.
+_ADD_BACKWARD: dict[Any, Callable[..., None]] = {
+    _reference_backward: _reference_add_backward,
+    _triton_backward: _triton_add_backward,
+    _cpu_backward: _cpu_add_backward,
+}
 
 
 @torch.library.custom_op("mghf_fast::patches", mutates_args=())
@@ -245,10 +331,8 @@ def patches_backward_add_(
     """Adds the gradient of x to ``grad_x``."""
     parameters = (weight1, bias1, weight2, bias2)
     options = (patch_size, stride)
-    if OP.choose(backend, x, *parameters).backward is _cpu_backward:
-        _cpu_add_backward(grad_x, grad, embedding, state, x, *parameters, *options)
-    else:
-        grad_x += patch_projection_backward(grad, x, *parameters, patch_size, stride, False)[0]
+    add_backward = _ADD_BACKWARD[OP.choose(backend, x, *parameters).backward]
+    add_backward(grad_x, grad, embedding, state, x, *parameters, *options)
 
 
 @patches_backward_add_.register_fake

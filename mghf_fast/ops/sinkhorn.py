@@ -8,7 +8,34 @@ import torch
 from torch import Tensor
 
 from ..reference.sinkhorn import sinkhorn_plan, sinkhorn_plan_backward
-from ._dispatch import Op, can_run_cpu, double_backward_requested, register_float32_autocast
+from ._dispatch import (
+    Op,
+    can_run_cpu,
+    can_run_triton,
+    double_backward_requested,
+    register_float32_autocast,
+)
+
+
+def _triton_forward(
+    similarity: Tensor, cost: str, epsilon: float, iterations: int, tolerance: float | None
+) -> Tensor:
+    from ..kernels import sinkhorn as kernels
+
+    return kernels.sinkhorn(similarity, cost, epsilon, iterations, tolerance)
+
+
+def _triton_backward(
+    grad: Tensor,
+    similarity: Tensor,
+    cost: str,
+    epsilon: float,
+    iterations: int,
+    tolerance: float | None,
+) -> Tensor:
+    from ..kernels import sinkhorn as kernels
+
+    return kernels.sinkhorn_backward(grad, similarity, cost, epsilon, iterations, tolerance)
 
 
 def _cpu_forward(
@@ -36,6 +63,7 @@ def _cpu_backward(
 
 OP = Op("sinkhorn")
 OP.implement("reference", sinkhorn_plan, sinkhorn_plan_backward)
+OP.implement("triton", _triton_forward, _triton_backward, can_run_triton)
 OP.implement("cpu", _cpu_forward, _cpu_backward, can_run_cpu)
 
 

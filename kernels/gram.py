@@ -1,0 +1,312 @@
+"""Gram matrices of feature maps, F being the (C, H W) matrix of an image's maps.
+
+    G = scale F F^T                          dF = scale (dG + dG^T) F
+
+Products are float32's on tensor cores: tf32x3, three products of 10-bit halves. What is stored in
+half precision is exact in TF32 and takes one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .image import layout_arguments, layout_of, pixel_offsets, power_of_two, runs_of
+
+PROGRAMS = 512
+SUM_PRODUCTS = {"BLOCK_S": 16, "BLOCK": 64}
+
+
+# Products over a run of pixels, of two blocks of maps, the first not after the second:
+#
+#     partial_ij = sum_p F_ip F_jp
+#
+# Floor for B = 1, C = 128, 512 x 512: reads 134 MB (bfloat16 67), 31 us at 4.3 TB/s (16 us); writes
+# 8 MB of partial sums; the three of four blocks that are computed take 3.2 G multiply-adds, as
+# tf32x3 9.7 G: 48 us at 400 TFLOP/s (one product of TF32 16 us).
+@triton.jit
+def _product_kernel(
+    x,
+    partial,
+    channels,
+    pixels,
+    width,
+    runs,
+    run_pixels,
+    x_batch,
+    x_channel,
+    x_row,
+    x_column,
+    X_FLAT: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    program = tl.program_id(0)
+    blocks = tl.cdiv(channels, BLOCK_C)
+    block_i = program % blocks
+    block_j = program // blocks % blocks
+    run = program // blocks // blocks % runs
+    b = (program // blocks // blocks // runs).to(tl.int64)
+    if block_i <= block_j:
+        i = block_i * BLOCK_C + tl.arange(0, BLOCK_C)
+        j = block_j * BLOCK_C + tl.arange(0, BLOCK_C)
+        rows_i = x + b * x_batch + i.to(tl.int64)[:, None] * x_channel
+        rows_j = x + b * x_batch + j.to(tl.int64)[:, None] * x_channel
+        product = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
+        begin = run * run_pixels
+        end = tl.minimum(begin + run_pixels, pixels)
+        for first in range(begin, end, BLOCK_P):
+            p = first + tl.arange(0, BLOCK_P)
+            offsets = pixel_offsets(p, width, x_row, x_column, X_FLAT)[None, :]
+            inside = (i < channels)[:, None] & (p < pixels)[None, :]
+            left = tl.load(rows_i + offsets, mask=inside, other=0).to(tl.float32)
+            if ONE_BLOCK:
+                right = left
+            else:
+                inside = (j < channels)[:, None] & (p < pixels)[None, :]
+                right = tl.load(rows_j + offsets, mask=inside, other=0).to(tl.float32)
+            product = tl.dot(left, tl.trans(right), product, input_precision=PRECISION)
+        target = partial + (b * runs + run) * channels * channels
+        target += i.to(tl.int64)[:, None] * channels + j[None, :]
+        tl.store(target, product, mask=(i < channels)[:, None] & (j < channels)[None, :])
+
+
+# Their sum over the runs, in order, and its mirror image, so that G is symmetric to the last bit.
+#
+# Floor: reads the 8 MB that were just written, 2 us.
+@triton.jit
+def _sum_kernel(partial, result, scale, channels, runs, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr):
+    program = tl.program_id(0)
+    blocks = tl.cdiv(channels * channels, BLOCK)
+    b = (program // blocks).to(tl.int64)
+    element = (program % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = element < channels * channels
+    i, j = element // channels, element % channels
+    source = partial + tl.minimum(i, j) * channels + tl.maximum(i, j)
+    total = tl.zeros([BLOCK_S, BLOCK], tl.float32)
+    for first in range(0, runs, BLOCK_S):
+        run = first + tl.arange(0, BLOCK_S)
+        at = source[None, :] + (b * runs + run)[:, None] * channels * channels
+        total += tl.load(at, mask=(run < runs)[:, None] & inside[None, :], other=0)
+    value = tl.sum(total, axis=0) * scale
+    tl.store(result + b * channels * channels + element, value, mask=inside)
+
+
+# dF = A F for a tile of pixels and a block of maps, A = scale (dG + dG^T).
+#
+# Floor for B = 1, C = 128, 512 x 512: reads and writes 134 MB each (bfloat16 67), 62 us at 4.3 TB/s
+# (31 us); 4.3 G multiply-adds, as tf32x3 12.9 G: 64 us at 400 TFLOP/s, which bounds it together
+# with the splitting into halves.
+@triton.jit
+def _backward_kernel(
+    x,
+    matrix,
+    grad_x,
+    channels,
+    pixels,
+    width,
+    tiles,
+    x_batch,
+    x_channel,
+    x_row,
+    x_column,
+    grad_batch,
+    grad_channel,
+    grad_row,
+    grad_column,
+    X_FLAT: tl.constexpr,
+    GRAD_FLAT: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    # The blocks of maps of one tile come one after the other: they read the same pixels.
+    program = tl.program_id(0)
+    blocks = tl.cdiv(channels, BLOCK_C)
+    c = program % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    p = program // blocks % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
+    b = (program // blocks // tiles).to(tl.int64)
+    pixel = (p < pixels)[:, None]
+    source = x + b * x_batch + pixel_offsets(p, width, x_row, x_column, X_FLAT)[:, None]
+    columns = matrix + (b * channels + c)[None, :] * channels
+    product = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for first in range(0, channels, BLOCK_J):
+        j = first + tl.arange(0, BLOCK_J)
+        at = source + j.to(tl.int64)[None, :] * x_channel
+        value = tl.load(at, mask=pixel & (j < channels)[None, :], other=0).to(tl.float32)
+        inside = (j < channels)[:, None] & (c < channels)[None, :]
+        factor = tl.load(columns + j[:, None], mask=inside, other=0)
+        product = tl.dot(value, factor, product, input_precision="tf32x3")
+    offsets = pixel_offsets(p, width, grad_row, grad_column, GRAD_FLAT)[:, None]
+    target = grad_x + b * grad_batch + c.to(tl.int64)[None, :] * grad_channel + offsets
+    tl.store(target, product.to(grad_x.dtype.element_ty), mask=pixel & (c < channels)[None, :])
+
+
+# ---- launches ----
+
+
+def _product_options(channels: int, dtype: torch.dtype) -> dict[str, Any]:
+    block = power_of_two(channels, 16, 64)
+    return {
+        "ONE_BLOCK": channels <= block,
+        "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
+        "BLOCK_C": block,
+        "BLOCK_P": 32,
+    }
+
+
+def _backward_options(channels: int) -> dict[str, Any]:
+    return {
+        "BLOCK_C": power_of_two(channels, 16, 64),
+        "BLOCK_J": power_of_two(channels, 16, 32),
+        "BLOCK_P": 128,
+    }
+
+
+def gram_matrix(x: Tensor, scale: float) -> Tensor:
+    """(B, C, H, W) -> (B, C, C) float32."""
+    batch, channels, height, width = x.shape
+    layout, pixels = layout_of(x), height * width
+    options = _product_options(channels, x.dtype)
+    others = batch * launch.blocks(channels, options["BLOCK_C"]) ** 2
+    runs = runs_of(pixels, options["BLOCK_P"], others, PROGRAMS)
+    result = torch.empty(batch, channels, channels, dtype=torch.float32, device=x.device)
+    partial = result.new_empty(batch, runs.number, channels, channels)
+    with launch.on_device_of(x):
+        _product_kernel[(others * runs.number,)](
+            x,
+            partial,
+            channels,
+            pixels,
+            width,
+            runs.number,
+            runs.size,
+            layout.batch,
+            layout.channel,
+            layout.row,
+            layout.column,
+            X_FLAT=layout.flat,
+            **options,
+            num_warps=8,
+            num_stages=3,
+        )
+        programs = batch * launch.blocks(channels * channels, SUM_PRODUCTS["BLOCK"])
+        _sum_kernel[(programs,)](
+            partial,
+            result,
+            scale,
+            channels,
+            runs.number,
+            **SUM_PRODUCTS,
+            num_warps=4,
+            num_stages=2,
+        )
+    return result
+
+
+def gram_matrix_backward(grad: Tensor, x: Tensor, scale: float, grad_x: Tensor) -> None:
+    """Writes the gradient of ``x`` into ``grad_x``, of the shape and type of ``x``."""
+    batch, channels, height, width = x.shape
+    layout, target = layout_of(x), layout_of(grad_x)
+    options = _backward_options(channels)
+    tiles = launch.blocks(height * width, options["BLOCK_P"])
+    with launch.on_device_of(x):
+        matrix = ((grad + grad.mT) * scale).float().contiguous()
+        _backward_kernel[(batch * tiles * launch.blocks(channels, options["BLOCK_C"]),)](
+            x,
+            matrix,
+            grad_x,
+            channels,
+            height * width,
+            width,
+            tiles,
+            layout.batch,
+            layout.channel,
+            layout.row,
+            layout.column,
+            target.batch,
+            target.channel,
+            target.row,
+            target.column,
+            X_FLAT=layout.flat,
+            GRAD_FLAT=target.flat,
+            **options,
+            num_warps=8,
+            num_stages=3,
+        )
+
+
+def _configurations() -> tuple[launch.Configuration, ...]:
+    sizes = {name: "i32" for name in ("channels", "pixels", "width")}
+    found = []
+    for dtype, pointer in launch.TYPES.items():
+        for last in (False, True):
+            label = f"{str(dtype).removeprefix('torch.')}{', channels_last' if last else ''}"
+            strides, constants = layout_arguments("x", last)
+            more, grad_constants = layout_arguments("grad", last)
+            found.append(
+                launch.Configuration(
+                    _product_kernel,
+                    {
+                        "x": pointer,
+                        "partial": "*fp32",
+                        **sizes,
+                        "runs": "i32",
+                        "run_pixels": "i32",
+                        **strides,
+                    },
+                    {**constants, **_product_options(128, dtype)},
+                    num_warps=8,
+                    num_stages=3,
+                    label=label,
+                    divisible=frozenset({"x", "partial", *sizes, "run_pixels", *strides}),
+                )
+            )
+            found.append(
+                launch.Configuration(
+                    _backward_kernel,
+                    {
+                        "x": pointer,
+                        "matrix": "*fp32",
+                        "grad_x": pointer,
+                        **sizes,
+                        "tiles": "i32",
+                        **strides,
+                        **more,
+                    },
+                    {**constants, **grad_constants, **_backward_options(128)},
+                    num_warps=8,
+                    num_stages=3,
+                    label=label,
+                    divisible=frozenset(
+                        {"x", "matrix", "grad_x", *sizes, "tiles", *strides, *more}
+                    ),
+                )
+            )
+    found.append(
+        launch.Configuration(
+            _sum_kernel,
+            {
+                "partial": "*fp32",
+                "result": "*fp32",
+                "scale": "fp32",
+                "channels": "i32",
+                "runs": "i32",
+            },
+            SUM_PRODUCTS,
+            num_warps=4,
+            num_stages=2,
+            divisible=frozenset({"partial", "result", "channels"}),
+        )
+    )
+    return tuple(found)
+
+
+CONFIGURATIONS = _configurations()

@@ -1,0 +1,877 @@
+"""Sinkhorn's plans and their gradients. See mghf_fast/reference/sinkhorn.py for the mathematics.
+
+Everything is in powers of two: K_ij = 2^y_ij with y = score / (epsilon ln 2), and the potentials f
+and g are in the same unit, so plan_ij = 2^(y_ij + f_i + g_j). Every one of the three is kept as an
+integer and a rest of about [-1/2, 1/2]. The integers add up without rounding, so an exponent that
+comes out small has all its digits, however large its terms are: plans at epsilon = 0.005 are as
+exact as those at 1.
+
+An iteration is one pass over the matrix. A block of rows takes the maxima and sums of 2^(y + g)
+over its columns, which give f, and adds its 2^(y + f + g), whose rows sum to one, to the columns'
+sums c; then g decreases by log2 c. No exponent is positive. Where a column gets so little that
+float32's range could have cut its terms, the columns are summed again with maxima of their own.
+
+The recursion of the gradient is one pass per iteration as well; it stores the vectors dg and df of
+every iteration, from which the entries of the gradient of log K are then computed independently.
+
+Iterations that change nothing in float32 are left out: the first pass whose changes of g are all
+equal but for rounding, having fallen to that fast, is the last (a constant that f and g exchange is
+no change of the plan). The recursion goes through all iterations, those left out included, until
+what dg could still add is negligible.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..backends import triton_is_interpreted
+from . import launch
+
+FAR = tl.constexpr(-1e30)  # an exponent below all others
+TINY = tl.constexpr(5e-20)  # column sums from 2^-64 on have lost nothing to float32's range
+# Rounding alone changes log2 g by a few units in the last place of its rest.
+ROUNDING = tl.constexpr(1e-6)
+LN2 = tl.constexpr(0.6931471805599453)
+NEGLIGIBLE = 1e-7
+"""Part of the sum of |dlog plan| that the recursion may leave out."""
+
+
+# ---- arithmetic shared with `monce` ----
+
+
+@triton.jit
+def round_to_integer(x: tl.tensor) -> Any:
+    """The nearest integer, for |x| up to 2^22: additions, where floor and rint run at an eighth of
+    their rate."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def exponential(x: tl.tensor) -> Any:
+    """e^x to float32's precision, which 2^(x log2 e) misses by the rounding of the product."""
+    whole = round_to_integer(x * 1.4426950408889634)
+    r = (x - whole * 0.693359375) + whole * 2.12194440054690583e-4
+    p = 1.0 / 5040.0
+    p = p * r + 1.0 / 720.0
+    p = p * r + 1.0 / 120.0
+    p = p * r + 1.0 / 24.0
+    p = p * r + 1.0 / 6.0
+    p = p * r + 0.5
+    p = p * r + 1.0
+    p = p * r + 1.0
+    return p * tl.exp2(whole)
+
+
+@triton.jit
+def score_of(similarity: tl.tensor, COST: tl.constexpr) -> Any:
+    """What the plan maximises, up to its sign, which is the factor's, and a constant, which f
+    absorbs."""
+    score = similarity
+    if COST == "exp":
+        score = exponential(similarity)
+    return score
+
+
+@triton.jit
+def split_exponent(
+    score: tl.tensor, factor: tl.tensor, step_high: tl.tensor, step_low: tl.tensor
+) -> Any:
+    """score * factor as an integer and a rest. factor = 1 / (step_high + step_low), and
+    step_high has 12 digits, so its product with an integer below 2^12 is exact."""
+    whole = round_to_integer(score * factor)
+    part = ((score - whole * step_high) - whole * step_low) * factor
+    return whole, part
+
+
+@triton.jit
+def load_tile(
+    matrix: tl.tensor,
+    stride_i: tl.tensor,
+    stride_j: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    n: tl.tensor,
+) -> Any:
+    offsets = rows.to(tl.int64)[:, None] * stride_i + columns.to(tl.int64)[None, :] * stride_j
+    inside = (rows[:, None] < n) & (columns[None, :] < n)
+    return tl.load(matrix + offsets, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def off_diagonal(rows: tl.tensor, columns: tl.tensor, n: tl.tensor) -> Any:
+    return (rows[:, None] < n) & (columns[None, :] < n) & (rows[:, None] != columns[None, :])
+
+
+@triton.jit
+def load_potential(
+    history: tl.tensor, slot: tl.tensor, which: tl.constexpr, index: tl.tensor, n: tl.tensor
+) -> Any:
+    """Integer and rest of f (which = 0) or g (which = 2) after iteration `slot`."""
+    base = history + slot.to(tl.int64) * 4 * n + which * n
+    whole = tl.load(base + index, mask=index < n, other=0.0)
+    part = tl.load(base + n + index, mask=index < n, other=0.0)
+    return whole, part
+
+
+@triton.jit
+def negative_weights(
+    s: tl.tensor,
+    whole: tl.tensor,
+    part: tl.tensor,
+    whole_g: tl.tensor,
+    part_g: tl.tensor,
+    statistics: tl.tensor,
+    rows: tl.tensor,
+    n: tl.tensor,
+    log2_slope: tl.tensor,
+) -> Any:
+    """W of `monce`, the gradient of log plan: the row's weight r_i times the softmax of
+    log a_ij + s_ij / t, from the row's statistics (see kernels/monce.py)."""
+    inside = rows < n
+    whole_z = tl.load(statistics + rows, mask=inside, other=0.0)
+    part_z = tl.load(statistics + n + rows, mask=inside, other=0.0)
+    highest = tl.load(statistics + 2 * n + rows, mask=inside, other=0.0)
+    weight = tl.load(statistics + 3 * n + rows, mask=inside, other=0.0)
+    exponent = ((whole + whole_g[None, :]) - whole_z[:, None]) + (
+        (s - highest[:, None]) * log2_slope
+    )
+    return weight[:, None] * tl.exp2(exponent + ((part + part_g[None, :]) - part_z[:, None]))
+
+
+@triton.jit
+def corrections(
+    whole: tl.tensor,
+    part: tl.tensor,
+    history: tl.tensor,
+    terms: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    n: tl.tensor,
+    made: tl.tensor,
+    first: tl.tensor,
+    last: tl.tensor,
+) -> Any:
+    """sum over the terms of B_ij dg_j + A_ij df_i: what the recursion takes off W. The entries on
+    the diagonal and outside are arbitrary."""
+    total = tl.zeros_like(part)
+    for term in range(first, last + 1):
+        # Term made + 1 stands for all iterations after the last one made: f and g rest in them.
+        now = tl.minimum(term, made)
+        before = tl.minimum(term - 1, made)
+        whole_f, part_f = load_potential(history, now, 0, rows, n)
+        whole_g, part_g = load_potential(history, now, 2, columns, n)
+        whole_p, part_p = load_potential(history, before, 2, columns, n)
+        base = terms + tl.minimum(term, made + 1).to(tl.int64) * 2 * n
+        dg = tl.load(base + columns, mask=columns < n, other=0.0)
+        df = tl.load(base + n + rows, mask=rows < n, other=0.0)
+        x = whole + whole_f[:, None]
+        y = part + part_f[:, None]
+        total += tl.exp2((x + whole_g[None, :]) + (y + part_g[None, :])) * dg[None, :]
+        total += tl.exp2((x + whole_p[None, :]) + (y + part_p[None, :])) * df[:, None]
+    return total
+
+
+# ---- the potentials ----
+#
+# One program per matrix, one pass over it per iteration. B = 1 image, 128 maps of N = 441, float32:
+# a pass reads 128 x 441^2 x 4 = 99.6 MB, 23 us at 4.3 TB/s (a map is 778 KB, and 128 of them are
+# twice an H100's L2). It takes 25 M powers of two, one per entry, and some 14 float32 operations
+# each: 0.35 G, 6 us at 60 TFLOP/s, and 7 us for the powers at 16 a cycle and multiprocessor.
+# Floor: 23 us per iteration made; 6 are made at epsilon = 1 (140 us), 1.2 ms if all 50 are.
+
+
+@triton.jit
+def column_potentials(
+    matrix: tl.tensor,
+    potentials: tl.tensor,
+    stride_i: tl.tensor,
+    stride_j: tl.tensor,
+    n: tl.tensor,
+    factor: tl.tensor,
+    step_high: tl.tensor,
+    step_low: tl.tensor,
+    COST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+) -> Any:
+    """g from f with a maximum for every column, taken on the way: what always works."""
+    columns = tl.arange(0, BLOCK_N)
+    tops = tl.full([BLOCK_M, BLOCK_N], FAR, tl.float32)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, n, BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
+        s = load_tile(matrix, stride_i, stride_j, rows, columns, n)
+        counted = off_diagonal(rows, columns, n)
+        whole, part = split_exponent(score_of(s, COST), factor, step_high, step_low)
+        whole_f = tl.load(potentials + rows, mask=rows < n, other=0.0)
+        part_f = tl.load(potentials + n + rows, mask=rows < n, other=0.0)
+        whole = tl.where(counted, whole + whole_f[:, None], FAR)
+        part += part_f[:, None]
+        higher = tl.maximum(tops, whole)
+        total = total * tl.exp2(tops - higher) + tl.where(
+            counted, tl.exp2((whole - higher) + part), 0.0
+        )
+        tops = higher
+    top = tl.max(tops, 0)
+    sums = tl.sum(total * tl.exp2(tops - top[None, :]), 0)
+    logs = tl.log2(tl.where(columns < n, sums, 1.0))
+    rounded = round_to_integer(logs)
+    return -(top + rounded), rounded - logs
+
+
+@triton.jit
+def solve_kernel(
+    similarity: tl.tensor,
+    potentials: tl.tensor,
+    steps: tl.tensor,
+    stride_b: tl.tensor,
+    stride_i: tl.tensor,
+    stride_j: tl.tensor,
+    n: tl.tensor,
+    slots: tl.tensor,
+    iterations: tl.tensor,
+    tolerance: tl.tensor,
+    factor: tl.tensor,
+    step_high: tl.tensor,
+    step_low: tl.tensor,
+    COST: tl.constexpr,
+    HAS_TOLERANCE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+) -> None:
+    b = tl.program_id(0).to(tl.int64)
+    matrix = similarity + b * stride_b
+    history = potentials + b * slots * 4 * n
+    columns = tl.arange(0, BLOCK_N)
+    real = columns < n
+    whole_g = tl.zeros([BLOCK_N], tl.float32)
+    part_g = tl.zeros([BLOCK_N], tl.float32)
+    for which in tl.static_range(4):
+        tl.store(history + which * n + columns, whole_g, mask=real)
+    tl.debug_barrier()
+
+    t = iterations * 0
+    stopped = iterations * 0
+    spread = factor * 0.0
+    while (t < iterations) & (stopped == 0):
+        old = history + (t % slots).to(tl.int64) * 4 * n
+        new = history + ((t + 1) % slots).to(tl.int64) * 4 * n
+        total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        error = tl.zeros([BLOCK_M], tl.float32)
+        for start in tl.range(0, n, BLOCK_M, num_stages=STAGES):
+            rows = start + tl.arange(0, BLOCK_M)
+            s = load_tile(matrix, stride_i, stride_j, rows, columns, n)
+            counted = off_diagonal(rows, columns, n)
+            whole, part = split_exponent(score_of(s, COST), factor, step_high, step_low)
+            whole = tl.where(counted, whole + whole_g[None, :], FAR)
+            part += part_g[None, :]
+            top = tl.max(whole, 1)
+            terms = tl.where(counted, tl.exp2((whole - top[:, None]) + part), 0.0)
+            sums = tl.sum(terms, 1)
+            inside = rows < n
+            sums = tl.where(inside, sums, 1.0)
+            total += terms * (1.0 / sums)[:, None]  # rows beyond n have no terms
+            logs = tl.log2(sums)
+            rounded = round_to_integer(logs)
+            whole_f = -(top + rounded)
+            part_f = rounded - logs
+            if HAS_TOLERANCE:
+                # 2^(f - new f) is the row sum of the plan as it stands.
+                old_whole = tl.load(old + rows, mask=inside, other=0.0)
+                old_part = tl.load(old + n + rows, mask=inside, other=0.0)
+                ratio = tl.exp2((old_whole - whole_f) + (old_part - part_f))
+                deviation = tl.abs(ratio - 1.0)
+                # max() may drop a NaN, the comparison must not
+                deviation = tl.where(deviation == deviation, deviation, -FAR)
+                error = tl.maximum(error, tl.where(inside, deviation, 0.0))
+            tl.store(new + rows, whole_f, mask=inside)
+            tl.store(new + n + rows, part_f, mask=inside)
+        sums = tl.where(real, tl.sum(total, 0), 1.0)
+        smallest = tl.min(sums, 0)
+        rest = part_g - tl.log2(sums)
+        rounded = round_to_integer(rest)
+        new_whole = whole_g + rounded
+        new_part = rest - rounded
+        tl.debug_barrier()  # f is read by other threads than those that stored it
+        if smallest < TINY:
+            new_whole, new_part = column_potentials(
+                matrix,
+                new,
+                stride_i,
+                stride_j,
+                n,
+                factor,
+                step_high,
+                step_low,
+                COST,
+                BLOCK_M,
+                BLOCK_N,
+            )
+        new_part += 0.0 * tl.sum(tl.where(real, new_part, 0.0), 0)  # NaN anywhere is NaN everywhere
+        tl.store(new + 2 * n + columns, new_whole, mask=real)
+        tl.store(new + 3 * n + columns, new_part, mask=real)
+
+        change = (new_whole - whole_g) + (new_part - part_g)
+        highest = tl.max(tl.where(real, change, FAR), 0)
+        lowest = tl.min(tl.where(real, change, -FAR), 0)
+        previous = spread
+        spread = highest - lowest
+        settled = (t > 0) & (spread <= ROUNDING) & (spread <= 0.5 * previous)
+        stopped = tl.where(settled, 1, 0)
+        whole_g = new_whole
+        part_g = new_part
+        t += 1
+        if HAS_TOLERANCE:  # noqa: SIM102 (known when compiling)
+            # The error is that of the iterate before, which has none at the start.
+            if (t > 1) & (tl.max(error, 0) <= tolerance):
+                stopped = stopped * 0 + 2
+                t -= 1
+    tl.store(steps + 2 * b, t)  # iterations made, and how many they stand for
+    tl.store(steps + 2 * b + 1, tl.where(stopped == 1, iterations, t))
+
+
+# ---- the plan ----
+#
+# plan_ij = 2^(y_ij + f_i + g_j). Reads and writes 99.6 MB each: 46 us at 4.3 TB/s; 25 M powers.
+
+
+@triton.jit
+def plan_kernel(
+    plan: tl.tensor,
+    similarity: tl.tensor,
+    potentials: tl.tensor,
+    steps: tl.tensor,
+    stride_b: tl.tensor,
+    stride_i: tl.tensor,
+    stride_j: tl.tensor,
+    n: tl.tensor,
+    slots: tl.tensor,
+    factor: tl.tensor,
+    step_high: tl.tensor,
+    step_low: tl.tensor,
+    COST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+) -> None:
+    tiles_i = tl.cdiv(n, BLOCK_M)
+    tiles_j = tl.cdiv(n, BLOCK_N)
+    program = tl.program_id(0)
+    b = (program // (tiles_i * tiles_j)).to(tl.int64)
+    rows = program // tiles_j % tiles_i * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = program % tiles_j * BLOCK_N + tl.arange(0, BLOCK_N)
+    s = load_tile(similarity + b * stride_b, stride_i, stride_j, rows, columns, n)
+    whole, part = split_exponent(score_of(s, COST), factor, step_high, step_low)
+    history = potentials + b * slots * 4 * n
+    slot = tl.load(steps + 2 * b) % slots
+    whole_f, part_f = load_potential(history, slot, 0, rows, n)
+    whole_g, part_g = load_potential(history, slot, 2, columns, n)
+    exponent = ((whole + whole_f[:, None]) + whole_g[None, :]) + (
+        (part + part_f[:, None]) + part_g[None, :]
+    )
+    # The diagonal is 0, or NaN with the rest of the matrix.
+    value = tl.where(rows[:, None] == columns[None, :], 0.0 * part_g[None, :], tl.exp2(exponent))
+    offsets = (b * n + rows.to(tl.int64)[:, None]) * n + columns[None, :]
+    inside = (rows[:, None] < n) & (columns[None, :] < n)
+    tl.store(plan + offsets, value.to(plan.dtype.element_ty), mask=inside)
+
+
+# ---- the gradient ----
+#
+# With W the gradient of log plan, df = W 1 and dg = W^T 1, for every iteration from the last on:
+#   B = 2^(y + f + g):   df -= B dg;   A = 2^(y + f + g of the iteration before):   dg = -A^T df
+# and dg and df of the iteration are stored. One program per matrix; a pass reads the matrix once
+# and takes two powers an entry: floor 23 us at 4.3 TB/s (14 us of powers, some 20 operations an
+# entry 8 us), plus one pass for W, which reads the incoming gradient as well: 46 us. Where the
+# iterations settle the recursion ends as fast: about 6 + 1 passes at epsilon = 1, 190 us.
+
+
+@triton.jit
+def recursion_kernel(
+    similarity: tl.tensor,
+    potentials: tl.tensor,
+    steps: tl.tensor,
+    upstream: tl.tensor,
+    statistics: tl.tensor,
+    terms: tl.tensor,
+    bounds: tl.tensor,
+    stride_b: tl.tensor,
+    stride_i: tl.tensor,
+    stride_j: tl.tensor,
+    upstream_b: tl.tensor,
+    upstream_i: tl.tensor,
+    upstream_j: tl.tensor,
+    n: tl.tensor,
+    slots: tl.tensor,
+    factor: tl.tensor,
+    step_high: tl.tensor,
+    step_low: tl.tensor,
+    log2_slope: tl.tensor,
+    negligible: tl.tensor,
+    steepness: tl.tensor,
+    COST: tl.constexpr,
+    MONCE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+) -> None:
+    """W is upstream * plan, or that of `monce`. The recursion stops where what is left of dg adds
+    up to less than the part `negligible` of sum |W|, which counts by 1 / steepness (times the
+    steepest slope of the score) where that is more than one."""
+    b = tl.program_id(0).to(tl.int64)
+    matrix = similarity + b * stride_b
+    history = potentials + b * slots * 4 * n
+    storage = terms + b * slots * 2 * n
+    columns = tl.arange(0, BLOCK_N)
+    real = columns < n
+    made = tl.load(steps + 2 * b)
+    started = tl.load(steps + 2 * b + 1)
+    t = started
+    last = tl.minimum(t, made + 1)
+
+    whole_g, part_g = load_potential(history, made, 2, columns, n)
+    column_sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    size = tl.zeros([BLOCK_M], tl.float32)
+    steepest = tl.zeros([BLOCK_M], tl.float32) + 1.0
+    if COST == "exp":
+        steepest = tl.zeros([BLOCK_M], tl.float32)
+    for start in tl.range(0, n, BLOCK_M, num_stages=STAGES):
+        rows = start + tl.arange(0, BLOCK_M)
+        s = load_tile(matrix, stride_i, stride_j, rows, columns, n)
+        counted = off_diagonal(rows, columns, n)
+        score = score_of(s, COST)
+        whole, part = split_exponent(score, factor, step_high, step_low)
+        if MONCE:
+            w = negative_weights(
+                s, whole, part, whole_g, part_g, statistics + b * 4 * n, rows, n, log2_slope
+            )
+        else:
+            whole_f, part_f = load_potential(history, made, 0, rows, n)
+            w = tl.exp2(
+                ((whole + whole_f[:, None]) + whole_g[None, :])
+                + ((part + part_f[:, None]) + part_g[None, :])
+            ) * load_tile(upstream + b * upstream_b, upstream_i, upstream_j, rows, columns, n)
+        w = tl.where(counted, w, 0.0)
+        column_sums += w
+        size += tl.sum(tl.abs(w), 1)
+        if COST == "exp":
+            steepest = tl.maximum(steepest, tl.max(tl.where(counted, score, 0.0), 1))
+        tl.store(storage + n + rows, tl.sum(w, 1), mask=rows < n)
+    dg = tl.sum(column_sums, 0)
+    share = tl.minimum(1.0, 1.0 / (steepness * tl.max(steepest, 0)))
+    least = negligible * tl.sum(size, 0) * share
+    tl.debug_barrier()
+
+    first = last
+    going = t > 0
+    while going:
+        now = tl.minimum(t, made)
+        before = tl.minimum(t - 1, made)
+        first = tl.minimum(t, made + 1)
+        term = storage + first.to(tl.int64) * 2 * n
+        # Entries of the term that others are in already, and of the df to start with: all or none.
+        joined = tl.where((t > made) & (t < started), n, 0)
+        given = tl.where(t == started, n, 0)
+        earlier = tl.load(term + columns, mask=columns < joined, other=0.0)
+        tl.store(term + columns, dg + earlier, mask=real)
+        whole_g, part_g = load_potential(history, now, 2, columns, n)
+        whole_p, part_p = load_potential(history, before, 2, columns, n)
+        column_sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for start in tl.range(0, n, BLOCK_M, num_stages=STAGES):
+            rows = start + tl.arange(0, BLOCK_M)
+            s = load_tile(matrix, stride_i, stride_j, rows, columns, n)
+            counted = off_diagonal(rows, columns, n)
+            whole, part = split_exponent(score_of(s, COST), factor, step_high, step_low)
+            whole_f, part_f = load_potential(history, now, 0, rows, n)
+            whole += whole_f[:, None]
+            part += part_f[:, None]
+            exponent = (whole + whole_g[None, :]) + (part + part_g[None, :])
+            averaged = tl.where(counted, tl.exp2(exponent) * dg[None, :], 0.0)
+            df = tl.load(storage + n + rows, mask=rows < given, other=0.0)
+            df -= tl.sum(averaged, 1)
+            exponent = (whole + whole_p[None, :]) + (part + part_p[None, :])
+            column_sums -= tl.where(counted, tl.exp2(exponent) * df[:, None], 0.0)
+            previous_df = tl.load(term + n + rows, mask=rows < joined, other=0.0)
+            tl.store(term + n + rows, df + previous_df, mask=rows < n)
+        dg = tl.sum(column_sums, 0)
+        mean = tl.sum(tl.where(real, dg, 0.0), 0) / n
+        spread = tl.sum(tl.where(real, tl.abs(dg - mean), 0.0), 0)
+        going = (t > 1) & (t * spread > least)
+        t -= 1
+        tl.debug_barrier()
+    tl.store(bounds + 2 * b, first)
+    tl.store(bounds + 2 * b + 1, last)
+
+
+# dsimilarity = (W - sum over the terms of B dg^T + df A) dscore / dsimilarity / epsilon.
+# Reads the matrix and the incoming gradient and writes one, 299 MB: 70 us at 4.3 TB/s; the powers,
+# two a term and entry, 7 us a term and 42 us for 6.
+
+
+@triton.jit
+def gradient_kernel(
+    out: tl.tensor,
+    upstream: tl.tensor,
+    similarity: tl.tensor,
+    potentials: tl.tensor,
+    steps: tl.tensor,
+    terms: tl.tensor,
+    bounds: tl.tensor,
+    stride_b: tl.tensor,
+    stride_i: tl.tensor,
+    stride_j: tl.tensor,
+    upstream_b: tl.tensor,
+    upstream_i: tl.tensor,
+    upstream_j: tl.tensor,
+    n: tl.tensor,
+    slots: tl.tensor,
+    factor: tl.tensor,
+    step_high: tl.tensor,
+    step_low: tl.tensor,
+    COST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+) -> None:
+    tiles_i = tl.cdiv(n, BLOCK_M)
+    tiles_j = tl.cdiv(n, BLOCK_N)
+    program = tl.program_id(0)
+    b = (program // (tiles_i * tiles_j)).to(tl.int64)
+    rows = program // tiles_j % tiles_i * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = program % tiles_j * BLOCK_N + tl.arange(0, BLOCK_N)
+    s = load_tile(similarity + b * stride_b, stride_i, stride_j, rows, columns, n)
+    score = score_of(s, COST)
+    whole, part = split_exponent(score, factor, step_high, step_low)
+    history = potentials + b * slots * 4 * n
+    made = tl.load(steps + 2 * b)
+    whole_f, part_f = load_potential(history, made, 0, rows, n)
+    whole_g, part_g = load_potential(history, made, 2, columns, n)
+    w = tl.exp2(
+        ((whole + whole_f[:, None]) + whole_g[None, :])
+        + ((part + part_f[:, None]) + part_g[None, :])
+    ) * load_tile(upstream + b * upstream_b, upstream_i, upstream_j, rows, columns, n)
+    value = w - corrections(
+        whole,
+        part,
+        history,
+        terms + b * slots * 2 * n,
+        rows,
+        columns,
+        n,
+        made,
+        tl.load(bounds + 2 * b),
+        tl.load(bounds + 2 * b + 1),
+    )
+    value *= factor * LN2
+    if COST == "exp":
+        value *= score
+    value = tl.where(rows[:, None] == columns[None, :], 0.0 * part_g[None, :], value)
+    offsets = (b * n + rows.to(tl.int64)[:, None]) * n + columns[None, :]
+    inside = (rows[:, None] < n) & (columns[None, :] < n)
+    tl.store(out + offsets, value.to(out.dtype.element_ty), mask=inside)
+
+
+# ---- launches ----
+
+TILE = {"BLOCK_M": 16, "BLOCK_N": 128}
+"""Of the kernels that take the entries independently."""
+
+
+def stored_as(dtype: torch.dtype) -> torch.dtype:
+    """Triton's interpreter cuts float32 to bfloat16 where a GPU rounds: there PyTorch rounds."""
+    return torch.float32 if triton_is_interpreted() and dtype == torch.bfloat16 else dtype
+
+
+def exponent_scale(cost: str, epsilon: float) -> tuple[float, float, float]:
+    """factor, step_high and step_low of split_exponent()."""
+    step = (1 if cost == "hard" else -1) * epsilon * math.log(2)
+    mantissa, exponent = math.frexp(step)
+    high = math.ldexp(round(mantissa * 4096), exponent - 12)
+    return 1 / step, high, step - high
+
+
+def row_blocks(n: int, elements: int) -> dict[str, int]:
+    """Blocks of whole rows with about so many entries."""
+    width = max(16, int(triton.next_power_of_2(n)))
+    return {"BLOCK_M": min(width, max(1, elements // width)), "BLOCK_N": width}
+
+
+def warps(blocks: dict[str, int]) -> int:
+    """16 entries for each thread, as far as that goes."""
+    return min(16, max(4, blocks["BLOCK_M"] * blocks["BLOCK_N"] // 512))
+
+
+def _pass_options(n: int, elements: int, stages: int) -> dict[str, Any]:
+    """Of the kernels with one program per matrix. A multiprocessor has one of them to work on, and
+    its threads have registers for many entries."""
+    blocks = row_blocks(n, elements)
+    return {**blocks, "STAGES": stages, "num_warps": min(8, warps(blocks)), "num_stages": 2}
+
+
+def _solve_options(n: int, tolerance: bool) -> dict[str, Any]:
+    return _pass_options(n, 4096 if tolerance else 8192, 2)
+
+
+def _recursion_options(n: int) -> dict[str, Any]:
+    return _pass_options(n, 4096, 3)
+
+
+def solve(
+    similarity: Tensor,
+    cost: str,
+    epsilon: float,
+    iterations: int,
+    tolerance: float | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """The potentials (B, slots, 4, N): integer and rest of f and of g after iteration t in slot
+    t % slots, every one if ``keep``, else the last two; and (B, 2) counts: the iterations made, and
+    how many they stand for. Needs N > 1."""
+    b, n, _ = similarity.shape
+    slots = iterations + 1 if keep else 2
+    potentials = torch.empty((b, slots, 4, n), dtype=torch.float32, device=similarity.device)
+    steps = torch.empty((b, 2), dtype=torch.int32, device=similarity.device)
+    solve_kernel[(b,)](
+        similarity,
+        potentials,
+        steps,
+        *similarity.stride(),
+        n,
+        slots,
+        iterations,
+        0.0 if tolerance is None else tolerance,
+        *exponent_scale(cost, epsilon),
+        COST=cost,
+        HAS_TOLERANCE=tolerance is not None,
+        **_solve_options(n, tolerance is not None),
+    )
+    return potentials, steps
+
+
+def recur(
+    similarity: Tensor,
+    potentials: Tensor,
+    steps: Tensor,
+    cost: str,
+    epsilon: float,
+    *,
+    upstream: Tensor | None = None,
+    statistics: Tensor | None = None,
+    temperature: float = 1.0,
+    negligible: float = NEGLIGIBLE,
+) -> tuple[Tensor, Tensor]:
+    """dg and df of the iterations (B, slots, 2, N), and the first and last of them (B, 2): from the
+    gradient of the plan, ``upstream``, or the ``statistics`` of `monce`."""
+    b, n, _ = similarity.shape
+    slots = potentials.shape[1]
+    terms = torch.empty((b, slots, 2, n), dtype=torch.float32, device=similarity.device)
+    bounds = torch.empty((b, 2), dtype=torch.int32, device=similarity.device)
+    given = similarity if upstream is None else upstream
+    recursion_kernel[(b,)](
+        similarity,
+        potentials,
+        steps,
+        given,
+        potentials if statistics is None else statistics,
+        terms,
+        bounds,
+        *similarity.stride(),
+        *given.stride(),
+        n,
+        slots,
+        *exponent_scale(cost, epsilon),
+        1 / (temperature * math.log(2)),
+        negligible,
+        1.0 if statistics is None else temperature / epsilon,
+        COST=cost,
+        MONCE=statistics is not None,
+        **_recursion_options(n),
+    )
+    return terms, bounds
+
+
+def _tiles(b: int, n: int) -> tuple[int]:
+    return (b * launch.blocks(n, TILE["BLOCK_M"]) * launch.blocks(n, TILE["BLOCK_N"]),)
+
+
+def sinkhorn(
+    similarity: Tensor, cost: str, epsilon: float, iterations: int, tolerance: float | None
+) -> Tensor:
+    """The plans (B, N, N)."""
+    b, n, _ = similarity.shape
+    if n == 1:
+        return similarity * 0
+    with launch.on_device_of(similarity):
+        potentials, steps = solve(similarity, cost, epsilon, iterations, tolerance, False)
+        plan = torch.empty((b, n, n), dtype=stored_as(similarity.dtype), device=similarity.device)
+        plan_kernel[_tiles(b, n)](
+            plan,
+            similarity,
+            potentials,
+            steps,
+            *similarity.stride(),
+            n,
+            potentials.shape[1],
+            *exponent_scale(cost, epsilon),
+            COST=cost,
+            **TILE,
+            num_warps=4,
+            num_stages=1,
+        )
+    return plan.to(similarity.dtype)
+
+
+def sinkhorn_backward(
+    grad: Tensor,
+    similarity: Tensor,
+    cost: str,
+    epsilon: float,
+    iterations: int,
+    tolerance: float | None,
+) -> Tensor:
+    """The gradient of the similarities (B, N, N)."""
+    b, n, _ = similarity.shape
+    if n == 1:
+        return (grad * 0).to(similarity.dtype)
+    with launch.on_device_of(similarity):
+        potentials, steps = solve(similarity, cost, epsilon, iterations, tolerance, True)
+        terms, bounds = recur(similarity, potentials, steps, cost, epsilon, upstream=grad)
+        out = torch.empty((b, n, n), dtype=stored_as(similarity.dtype), device=similarity.device)
+        gradient_kernel[_tiles(b, n)](
+            out,
+            grad,
+            similarity,
+            potentials,
+            steps,
+            terms,
+            bounds,
+            *similarity.stride(),
+            *grad.stride(),
+            n,
+            potentials.shape[1],
+            *exponent_scale(cost, epsilon),
+            COST=cost,
+            **TILE,
+            num_warps=4,
+            num_stages=1,
+        )
+    return out.to(similarity.dtype)
+
+
+# ---- what is compiled ahead of time ----
+
+MATRIX = {"stride_b": "i32", "stride_i": "i32", "n": "i32", "slots": "i32"}
+UPSTREAM = {"upstream_b": "i32", "upstream_i": "i32"}
+EXPONENT = {"factor": "fp32", "step_high": "fp32", "step_low": "fp32"}
+POTENTIALS = {"potentials": "*fp32", "steps": "*i32"}
+TERMS = {"terms": "*fp32", "bounds": "*i32"}
+ALIGNED = frozenset(
+    {"similarity", "potentials", "steps", "terms", "bounds", "upstream", "plan", "out"}
+)
+
+
+def configuration(
+    kernel: Any,
+    label: str,
+    types: dict[str, str],
+    options: dict[str, Any],
+    divisible: frozenset[str] = ALIGNED,
+) -> launch.Configuration:
+    constants = dict(options)
+    return launch.Configuration(
+        kernel,
+        types,
+        num_warps=constants.pop("num_warps"),
+        num_stages=constants.pop("num_stages"),
+        constants=constants,
+        label=label,
+        divisible=divisible & types.keys(),
+    )
+
+
+def solve_configuration(
+    n: int, element: str, cost: str, tolerance: bool, label: str, divisible: frozenset[str]
+) -> launch.Configuration:
+    types = {
+        "similarity": element,
+        **POTENTIALS,
+        **MATRIX,
+        "iterations": "i32",
+        "tolerance": "fp32",
+        **EXPONENT,
+    }
+    options = {"stride_j": 1, "COST": cost, "HAS_TOLERANCE": tolerance}
+    options |= _solve_options(n, tolerance)
+    return configuration(solve_kernel, label, types, options, divisible)
+
+
+def recursion_configuration(
+    n: int, element: str, cost: str, monce: bool, label: str, divisible: frozenset[str]
+) -> launch.Configuration:
+    types = {
+        "similarity": element,
+        **POTENTIALS,
+        "upstream": element,
+        "statistics": "*fp32",
+        **TERMS,
+        **MATRIX,
+        **UPSTREAM,
+        **EXPONENT,
+        "log2_slope": "fp32",
+        "negligible": "fp32",
+        "steepness": "fp32",
+    }
+    options = {
+        "stride_j": 1,
+        "upstream_j": 1,
+        "COST": cost,
+        "MONCE": monce,
+        **_recursion_options(n),
+    }
+    return configuration(recursion_kernel, label, types, options, divisible)
+
+
+def _configurations() -> tuple[launch.Configuration, ...]:
+    entries = {**TILE, "stride_j": 1, "num_warps": 4, "num_stages": 1}
+    found = []
+    for dtype, element in launch.TYPES.items():
+        name = str(dtype).removeprefix("torch.")
+        for cost in ("hard", "exp") if dtype == torch.float32 else ("hard",):
+            label = f"{name} {cost} N=441"
+            found += [
+                solve_configuration(441, element, cost, False, label, ALIGNED),
+                recursion_configuration(441, element, cost, False, label, ALIGNED),
+                configuration(
+                    plan_kernel,
+                    label,
+                    {"plan": element, "similarity": element, **POTENTIALS, **MATRIX, **EXPONENT},
+                    {**entries, "COST": cost},
+                ),
+                configuration(
+                    gradient_kernel,
+                    label,
+                    {
+                        "out": element,
+                        "upstream": element,
+                        "similarity": element,
+                        **POTENTIALS,
+                        **TERMS,
+                        **MATRIX,
+                        **UPSTREAM,
+                        **EXPONENT,
+                    },
+                    {**entries, "upstream_j": 1, "COST": cost},
+                ),
+            ]
+    found.append(
+        solve_configuration(441, "*fp32", "hard", True, "float32 hard N=441 tolerance", ALIGNED)
+    )
+    return tuple(found)
+
+
+CONFIGURATIONS: tuple[launch.Configuration, ...] = _configurations()
