@@ -14,7 +14,7 @@ STAMPS := build/stamps/$(subst /,_,$(abspath $(VENV)))
 PACKAGE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install dev demo test lint asan bench wheel wheel-check clean
+.PHONY: help venv install dev demo test lint asan triton gpu bench wheel wheel-check clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -80,6 +80,23 @@ asan: $(STAMPS)/dev  ## the ops' tests on kernels built with the address and und
 	    $$run -m pytest -q --capture=sys -p no:cacheprovider $$files \
 	        -k "$${only}not [reference and not -reference and not gather" $(ARGS) || exit 1; \
 	done
+
+# Triton's kernels without a GPU: their tests in its interpreter, and what every configuration takes,
+# compiled ahead of time with the installed Triton and with the oldest that GPU images have.
+OLD_TRITON := 3.6.0
+triton: $(STAMPS)/dev  ## the Triton kernels in the interpreter; registers and shared memory ahead of time
+	TRITON_INTERPRET=1 MGHF_TEST_CAPABILITY_CHILD=1 $(BIN)/python -m pytest -q tests -k triton $(ARGS)
+	$(BIN)/python -m mghf_fast.kernels.resources
+	test -d build/triton-$(OLD_TRITON) || $(BIN)/python -m pip install --quiet --no-deps \
+	    --target build/triton-$(OLD_TRITON) triton==$(OLD_TRITON)
+	PYTHONPATH=build/triton-$(OLD_TRITON) $(BIN)/python -m mghf_fast.kernels.resources
+
+# On a machine with an NVIDIA GPU: with its own Python, torch and Triton, and without the internet.
+GPU_SITE := build/gpu/site
+gpu:  ## test and measure on this machine's NVIDIA GPU: ARGS=--quick
+	rm -rf $(GPU_SITE) && mkdir -p $(GPU_SITE)
+	cp -r mghf_fast benchmarks $(GPU_SITE)/ && cp -r kernels $(GPU_SITE)/mghf_fast/kernels
+	PYTHONPATH=$(abspath $(GPU_SITE)) $(PYTHON) -m benchmarks.gpu --out benchmarks/results $(ARGS)
 
 bench: $(STAMPS)/dev  ## measure, write benchmarks/results/, README and plots: ARGS="--quick --compare"
 	$(BIN)/python -m pytest benchmarks/bench_*.py --benchmark-columns=min,median,iqr,rounds $(ARGS)

@@ -127,11 +127,14 @@ class Case:
     def step(self, function: Callable[..., Tensor], shape: Shape, form: str, part: str) -> Any:
         """The function of no arguments that is timed."""
         layout = torch.channels_last if self.forms[form].channels_last else torch.contiguous_format
+        device = torch.get_default_device()
 
         def laid_out(x: Tensor) -> Tensor:
-            return x.contiguous(memory_format=layout) if x.dim() == 4 else x
+            return x.to(device).contiguous(memory_format=layout) if x.dim() == 4 else x.to(device)
 
-        leaf, *others = (laid_out(x.detach()) for x in self.inputs(shape))
+        with torch.device("cpu"):  # the same numbers on every device
+            inputs = self.inputs(shape)
+        leaf, *others = (laid_out(x.detach()) for x in inputs)
         if part == "forward":
             return lambda: torch.no_grad()(function)(leaf, *others)
         upstream = None if self.output is None else laid_out(torch.rand(self.output(shape)))

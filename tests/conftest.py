@@ -17,6 +17,31 @@ if os.environ.get("CI"):
     settings.load_profile("ci")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device",
+        default="cpu",
+        help="where tensors are made; on 'cuda' only the tests of every backend and those of the "
+        "GPU run",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_default_device(config.getoption("--device"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="there is no CUDA device"))
+    if config.getoption("--device") != "cpu":
+        items[:] = [
+            item
+            for item in items
+            if item.get_closest_marker("gpu") or "backend" in getattr(item, "fixturenames", ())
+        ]
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
