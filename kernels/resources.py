@@ -2,6 +2,7 @@
 
     python -m mghf_fast.kernels.resources            check against the table of this Triton version
     python -m mghf_fast.kernels.resources --write    make the table anew
+    python -m mghf_fast.kernels.resources gram dec   only these ops, in either form
 
 Every configuration is compiled ahead of time for each architecture; the tables,
 `kernels/resources/triton-<version>.json`, are committed, so that a change of a kernel or of Triton
@@ -37,13 +38,10 @@ TABLES = Path(__file__).parent / "resources"
 Resources = dict[str, int]
 
 
-def configurations() -> Iterator[tuple[str, Configuration]]:
-    """Every configuration of every op with the name of its row."""
-    for op in OPS:
-        try:
-            module = importlib.import_module(f".{op}", __package__)
-        except ModuleNotFoundError:
-            continue
+def configurations(ops: Sequence[str] = OPS) -> Iterator[tuple[str, Configuration]]:
+    """Every configuration of the ops with the name of its row."""
+    for op in ops:
+        module = importlib.import_module(f".{op}", __package__)
         for c in module.CONFIGURATIONS:
             yield f"{op}: {c.kernel.__name__}{f' ({c.label})' if c.label else ''}", c
 
@@ -87,20 +85,23 @@ def _usage(binary: bytes) -> tuple[int, int]:
     return registers, stack + local
 
 
-def _row(job: tuple[int, int]) -> Resources:
-    index, architecture = job
-    return compile_for(list(configurations())[index][1], architecture)
+def _resources(job: tuple[str, int]) -> Resources:
+    name, architecture = job
+    return compile_for(dict(configurations([op_of(name)]))[name], architecture)
 
 
-def measure(jobs: int | None = None) -> dict[str, dict[str, Resources]]:
+def op_of(row: str) -> str:
+    return row.partition(":")[0]
+
+
+def measure(ops: Sequence[str] = OPS) -> dict[str, dict[str, Resources]]:
     """Configuration -> architecture -> what it takes."""
-    rows = list(configurations())
-    work = [(i, a) for i in range(len(rows)) for a in ARCHITECTURES]
-    with ProcessPoolExecutor(jobs or os.cpu_count()) as pool:
-        found = list(pool.map(_row, work))
+    work = [(name, a) for name, _ in configurations(ops) for a in ARCHITECTURES]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        found = list(pool.map(_resources, work))
     table: dict[str, dict[str, Resources]] = {}
-    for (index, architecture), resources in zip(work, found, strict=True):
-        table.setdefault(rows[index][0], {})[f"sm_{architecture}"] = resources
+    for (name, architecture), resources in zip(work, found, strict=True):
+        table.setdefault(name, {})[f"sm_{architecture}"] = resources
     return table
 
 
@@ -134,17 +135,24 @@ def path_of_table() -> Path:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m mghf_fast.kernels.resources")
     parser.add_argument("--write", action="store_true", help="make the table anew")
-    write = parser.parse_args(arguments).write
-    path, table = path_of_table(), measure()
+    parser.add_argument("ops", nargs="*", metavar="op", help=f"default: {' '.join(OPS)}")
+    options = parser.parse_args(arguments)
+    if unknown := [op for op in options.ops if op not in OPS]:
+        parser.error(f"op is {unknown[0]!r}; allowed are {', '.join(OPS)}")
+    ops = options.ops or OPS
+    path, table = path_of_table(), measure(ops)
+    committed = json.loads(path.read_text()) if path.exists() else {}
     complaints = problems(table)
-    if write:
+    if options.write:
         path.parent.mkdir(exist_ok=True)
-        rows = ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in sorted(table.items()))
+        whole = {k: v for k, v in committed.items() if op_of(k) not in ops} | table
+        rows = ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in sorted(whole.items()))
         path.write_text(f"{{\n{rows}\n}}\n")
-    elif not path.exists():
+    elif not committed:
         complaints.append(f"there is no table {path.name}; --write makes it")
     else:
-        complaints += differences(table, json.loads(path.read_text()))
+        old = {k: v for k, v in committed.items() if op_of(k) in ops}
+        complaints += differences(table, old)
     for text in complaints:
         print(text, file=sys.stderr)
     print(f"{len(table)} configurations on {len(ARCHITECTURES)} architectures, {path.name}")
