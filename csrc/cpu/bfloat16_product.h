@@ -59,9 +59,7 @@ __attribute__((noinline)) void multiply_pairs(Vec (*block)[2], const BFloat16* a
     const auto second = (__m512bh)at(reinterpret_cast<const float*>(b + 2 * kLanes));
 #pragma GCC unroll 16
     for (int m = 0; m < kM; ++m) {
-      float pair;
-      __builtin_memcpy(&pair, a + m * a_row + k, sizeof pair);
-      const auto row = (__m512bh)splat(pair);
+      const auto row = (__m512bh)splat_word(a + m * a_row + k);
       sums[m][0] = _mm512_dpbf16_ps(sums[m][0], row, first);
       sums[m][1] = _mm512_dpbf16_ps(sums[m][1], row, second);
     }

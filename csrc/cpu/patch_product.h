@@ -23,12 +23,14 @@ constexpr int kUnits = 4, kPatches = 3;
 
 struct Floats {
   static constexpr int kWidth = 1;  // factors in a word
+  static Vec weight(const float* p) { return splat(*p); }
   static Vec add_product(Vec sum, Vec a, Vec b) { return sum + a * b; }
 };
 
 #if defined(__AVX512BF16__)
 struct Pairs {
   static constexpr int kWidth = 2;
+  static Vec weight(const float* p) { return splat_word(p); }
   static Vec add_product(Vec sum, Vec a, Vec b) {
     return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
   }
@@ -67,7 +69,7 @@ inline void add_products(Vec (&block)[kM][kN], const float* a, int64_t a_row, in
     for (int n = 0; n < kN; ++n) columns[n] = at(b[n] + k * kStep * kLanes);
 #pragma GCC unroll 8
     for (int m = 0; m < kM; ++m) {
-      const Vec row = splat(a[m * a_row]);
+      const Vec row = Factors::weight(a + m * a_row);
 #pragma GCC unroll 4
       for (int n = 0; n < kN; ++n) block[m][n] = Factors::add_product(block[m][n], row, columns[n]);
     }

@@ -35,6 +35,12 @@ inline Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(
 inline void store(float* p, Vec x) { *reinterpret_cast<UnalignedVec*>(p) = x; }
 // x - 0 is x; x + 0 would cost an addition, for -0 + 0 is 0.
 inline Vec splat(float x) { return x - Vec{}; }
+// A word of 32 bits that need not be a number: nothing may compute with it.
+inline Vec splat_word(const void* p) {
+  int32_t word;
+  __builtin_memcpy(&word, p, sizeof word);
+  return reinterpret_cast<Vec>(IntVec{} | word);
+}
 inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 inline Vec abs(Vec a) { return reinterpret_cast<Vec>(reinterpret_cast<IntVec>(a) & 0x7fffffff); }
