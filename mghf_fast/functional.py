@@ -11,21 +11,23 @@ shape, device or value, ``RuntimeError`` for a forced backend that cannot run, w
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks as check
 from . import ops
 from ._gather import gather_rows
 from .backends import current_backend
+from .precision import accumulation_dtype
 from .reference import coupling as _coupling
 from .reference import dec as _dec
 from .reference import monce as _monce
 from .reference import sinkhorn as _sinkhorn
 from .reference.coupling import BlockWeights
-from .reference.js_divergence import js_divergence
 
 __all__ = [
     "BlockWeights",
@@ -511,6 +513,8 @@ def _flat_patches(x: Tensor, size: int) -> Tensor:
 def js_divergence_loss(p: Tensor, q: Tensor, *, backend: str | None = None) -> Tensor:
     """Jensen-Shannon divergence between the softmaxes of two embeddings (HF-Diff section 3.3).
 
+    (KL(p | m) + KL(q | m)) / 2 of the softmaxes, m = (p + q) / 2 their mean.
+
     Args:
         p: embeddings, (B, D) or (B, T, D); the softmax is over D.
         q: embeddings of the other image, same shape. Both get a gradient.
@@ -524,4 +528,8 @@ def js_divergence_loss(p: Tensor, q: Tensor, *, backend: str | None = None) -> T
     check.check_tensor("q", q, shape)
     check.check_pair("p", p, "q", q)
     current_backend(backend)
-    return js_divergence(p, q).mean()
+    dtype = accumulation_dtype(p.dtype)
+    log_p, log_q = F.log_softmax(p.to(dtype), -1), F.log_softmax(q.to(dtype), -1)
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    divergence = log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)
+    return 0.5 * divergence.sum(-1).mean()

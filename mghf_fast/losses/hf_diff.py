@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import _checks as check
 from .. import functional
-from ..reference.distillation import DistillationTerms, Student, distillation_terms
+from .distillation import DistillationTerms, Student, distillation_terms
 from .mghf import MGHFLoss
 
 __all__ = ["DistillationTerms", "HFDiffLoss", "distillation_terms"]
