@@ -7,14 +7,14 @@ ARGS   ?=
 
 # OpenMP threads that wait shall sleep, not spin: with another process on the cores spinning made a
 # training step 8 times slower; alone on them, sleeping costs 5 to 30 %. Benchmarks keep the default.
-demo test asan wheel-check: export OMP_WAIT_POLICY := $(or $(OMP_WAIT_POLICY),PASSIVE)
+demo test asan triton wheel-check: export OMP_WAIT_POLICY := $(or $(OMP_WAIT_POLICY),PASSIVE)
 
 BIN    := $(VENV)/bin
 STAMPS := build/stamps/$(subst /,_,$(abspath $(VENV)))
 PACKAGE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install dev demo test lint asan triton gpu bench wheel wheel-check clean
+.PHONY: help venv install dev demo test lint asan triton triton-resources gpu bench wheel wheel-check clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -81,15 +81,19 @@ asan: $(STAMPS)/dev  ## the ops' tests on kernels built with the address and und
 	        -k "$${only}not [reference and not -reference and not gather" $(ARGS) || exit 1; \
 	done
 
-# Triton's kernels without a GPU: their tests in its interpreter, and what every configuration takes,
-# compiled ahead of time with the installed Triton and with the oldest that GPU images have.
+# The interpreter is slow: of the tests of every backend, those of values, gradients and NaN.
+TRITON_TESTS ?= triton and (definition or values or nan or zero or equal or known)
+triton: $(STAMPS)/dev  ## the Triton kernels in Triton's interpreter, which needs no GPU: TRITON_TESTS=triton for all
+	TRITON_INTERPRET=1 MGHF_TEST_CAPABILITY_CHILD=1 $(BIN)/python -m pytest -q tests -k "$(TRITON_TESTS)" $(ARGS)
+
+# With the installed Triton and with the oldest that GPU images have.
 OLD_TRITON := 3.6.0
-triton: $(STAMPS)/dev  ## the Triton kernels in the interpreter; registers and shared memory ahead of time
-	TRITON_INTERPRET=1 MGHF_TEST_CAPABILITY_CHILD=1 $(BIN)/python -m pytest -q tests -k triton $(ARGS)
-	$(BIN)/python -m mghf_fast.kernels.resources
+triton-resources: $(STAMPS)/dev  ## their registers, shared memory and spills, compiled ahead of time: ARGS=--write
 	test -d build/triton-$(OLD_TRITON) || $(BIN)/python -m pip install --quiet --no-deps \
 	    --target build/triton-$(OLD_TRITON) triton==$(OLD_TRITON)
-	PYTHONPATH=build/triton-$(OLD_TRITON) $(BIN)/python -m mghf_fast.kernels.resources
+	for path in "" build/triton-$(OLD_TRITON); do \
+	    PYTHONPATH=$$path $(BIN)/python -m mghf_fast.kernels.resources $(ARGS) || failed=1; \
+	done; test -z "$$failed"
 
 # On a machine with an NVIDIA GPU: with its own Python, torch and Triton, and without the internet.
 GPU_SITE := build/gpu/site
