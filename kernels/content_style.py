@@ -29,15 +29,8 @@ from torch import Tensor
 
 from . import launch
 from .entropy import counts_of, entropies_of
-from .image import (
-    Layout,
-    layout_arguments,
-    layout_of,
-    pixel_offsets,
-    place_of,
-    power_of_two,
-    runs_of,
-)
+from .image import Layout, layout_of, pixel_offsets, place_of, power_of_two, runs_of
+from .selection import gram_difference, select
 
 SWEEP_PROGRAMS = 4096
 PRODUCT_PROGRAMS = 256
@@ -311,15 +304,15 @@ def _merge_kernel(
     tl.store(target + DISTANCE * channels, distance, mask=ok)
     tl.store(target + SQUARE * channels, dd + d * d, mask=ok)
 
-    # gt's lows and highs, then sr's, each (B, C).
+    # The lows of gt and of sr, then their highs, each (B, C).
     nothing = float("nan")
     size = images * channels
     target = ranges + b * channels + c
     finite = g - g == 0
     tl.store(target, tl.where(finite, tl.min(low_g, axis=0), nothing), mask=ok)
-    tl.store(target + size, tl.where(finite, tl.max(high_g, axis=0), nothing), mask=ok)
+    tl.store(target + 2 * size, tl.where(finite, tl.max(high_g, axis=0), nothing), mask=ok)
     finite = s - s == 0
-    tl.store(target + 2 * size, tl.where(finite, tl.min(low_s, axis=0), nothing), mask=ok)
+    tl.store(target + size, tl.where(finite, tl.min(low_s, axis=0), nothing), mask=ok)
     tl.store(target + 3 * size, tl.where(finite, tl.max(high_s, axis=0), nothing), mask=ok)
 
 
@@ -636,8 +629,8 @@ def _naive(gt: Tensor, sr: Tensor) -> Tensor:
 
 
 def _statistics(gt: Tensor, sr: Tensor) -> tuple[Tensor, Tensor]:
-    """Statistics of all maps, (B, 8, C) float64, and ranges, (2, 2, B, C): of gt and of sr, lows
-    and highs."""
+    """Statistics of all maps, (B, 8, C) float64, and ranges, (2, 2, B, C): lows and highs, of gt
+    and of sr."""
     batch, channels, height, width = sr.shape
     of_gt, of_sr, pixels = layout_of(gt), layout_of(sr), height * width
     options = _sweep_options(of_sr.by_maps, channels, MOMENT_VALUES)
@@ -680,8 +673,8 @@ def _statistics(gt: Tensor, sr: Tensor) -> tuple[Tensor, Tensor]:
     return statistics, ranges
 
 
-def _gram_difference(gt: Tensor, sr: Tensor, kept: Tensor, weights: Tensor) -> Tensor:
-    """Gram(w S) - Gram(w G) of the kept maps, (B, M, M), in float64."""
+def _products(gt: Tensor, sr: Tensor, kept: Tensor) -> Tensor:
+    """Of the kept maps over each run of pixels, (B, runs, M, M)."""
     batch, _, height, width = sr.shape
     of_gt, of_sr, pixels, maps = layout_of(gt), layout_of(sr), height * width, kept.shape[1]
     options = _product_options(maps)
@@ -706,9 +699,7 @@ def _gram_difference(gt: Tensor, sr: Tensor, kept: Tensor, weights: Tensor) -> T
         num_warps=8,
         num_stages=3,
     )
-    product = partial.sum(1, dtype=torch.float64)
-    product = (product + product.mT) / (2 * maps * pixels)
-    return product * weights.unsqueeze(1) * weights.unsqueeze(2)
+    return partial
 
 
 def content_style(
@@ -729,32 +720,21 @@ def content_style(
 
         statistics, ranges = _statistics(gt, sr)
         counts = torch.zeros(2, batch, channels, bins, dtype=torch.int32, device=sr.device)
-        for x, (low, high), count in zip((gt, sr), ranges, counts, strict=True):
+        for x, low, high, count in zip((gt, sr), *ranges, counts, strict=True):
             counts_of(x, low, high, bins, count)
-        entropy = entropies_of(counts, ranges[:, 0], ranges[:, 1], pixels)
-
-        # As in the reference, ties and NaN included.
-        importance = 1 - (entropy[0] + entropy[1]) / 2
-        order = importance.float().sort(dim=1, descending=True, stable=True)[1]
-        kept = order[:, :top_m].contiguous()
-        weights = (1 + alpha * importance.gather(1, kept)) ** gamma
-
-        of_kept = statistics.gather(2, kept.unsqueeze(1).expand(-1, STATISTICS.value, -1))
-        naive = statistics[:, SQUARE.value].mean(1)
-        mse = (weights * weights * of_kept[:, SQUARE.value]).mean(1)
-        correlation = of_kept[:, DISTANCE.value].mean(1)
-        difference = _gram_difference(gt, sr, kept, weights)
-        gram = difference.square().sum((1, 2)) / top_m
-    return (
-        naive.float(),
-        mse.float(),
-        correlation.float(),
-        gram.float(),
-        kept,
-        weights.float(),
-        of_kept[:, : MOMENTS.value].float(),
-        difference.float(),
-    )
+        entropies = entropies_of(counts, ranges[0], ranges[1], pixels, torch.float64)
+        naive, mse, correlation, kept, weights, moments = select(
+            entropies,
+            statistics,
+            top_m,
+            alpha,
+            gamma,
+            moments=MOMENTS.value,
+            distance=DISTANCE.value,
+            square=SQUARE.value,
+        )
+        difference, gram = gram_difference(_products(gt, sr, kept), weights, pixels)
+    return naive, mse, correlation, gram, kept, weights, moments, difference
 
 
 def content_style_backward(
@@ -824,114 +804,3 @@ def content_style_backward(
             num_warps=8,
             num_stages=3,
         )
-
-
-def _configurations() -> tuple[launch.Configuration, ...]:
-    sizes = {name: "i32" for name in ("channels", "pixels", "width")}
-    runs = {"runs": "i32", "run_pixels": "i32"}
-    found = []
-    for dtype, pointer in launch.TYPES.items():
-        for last in (False, True):
-            label = f"{str(dtype).removeprefix('torch.')}{', channels_last' if last else ''}"
-            gt_types, gt_constants = layout_arguments("gt", last)
-            sr_types, sr_constants = layout_arguments("sr", last)
-            grad_types, grad_constants = layout_arguments("grad", last)
-            images = {"gt": pointer, "sr": pointer}
-            strides = {**gt_types, **sr_types}
-            constants = {**gt_constants, **sr_constants}
-            for kernel, values in (
-                (_moments_kernel, MOMENT_VALUES),
-                (_squares_kernel, SQUARE_VALUES),
-            ):
-                types = {**images, "partial": "*fp32", **sizes, **runs, **strides}
-                found.append(
-                    launch.Configuration(
-                        kernel,
-                        types,
-                        {**constants, **_sweep_options(not last, 128, values)},
-                        num_warps=4,
-                        num_stages=2,
-                        label=label,
-                        divisible=frozenset(types) - {"runs"},
-                    )
-                )
-            types = {**images, "kept": "*i64", "partial": "*fp32", **sizes, **runs, **strides}
-            types["maps"] = types.pop("channels")
-            found.append(
-                launch.Configuration(
-                    _product_kernel,
-                    types,
-                    {**constants, **_product_options(64)},
-                    num_warps=8,
-                    num_stages=3,
-                    label=label,
-                    divisible=frozenset(types) - {"runs"},
-                )
-            )
-            types = {
-                **images,
-                "grad": pointer,
-                "kept": "*i64",
-                "matrix": "*fp32",
-                "coefficients": "*fp32",
-                "grad_naive": "*fp32",
-                "naive_scale": "fp32",
-                **sizes,
-                "maps": "i32",
-                "tiles": "i32",
-                **strides,
-                **grad_types,
-            }
-            found.append(
-                launch.Configuration(
-                    _gradient_kernel,
-                    types,
-                    {**constants, **grad_constants, **_gradient_options(128, 64)},
-                    num_warps=8,
-                    num_stages=3,
-                    label=label,
-                    divisible=frozenset(types) - {"naive_scale"},
-                )
-            )
-    merge = {
-        "partial": "*fp32",
-        "statistics": "*fp64",
-        "ranges": "*fp32",
-        "images": "i32",
-        "channels": "i32",
-        "pixels": "i32",
-        **runs,
-    }
-    pointers = {
-        name: "*fp32"
-        for name in (
-            "grad_mse",
-            "grad_correlation",
-            "grad_gram",
-            "weights",
-            "moments",
-            "difference",
-            "coefficients",
-            "matrix",
-        )
-    }
-    scales = {name: "fp32" for name in ("mse_scale", "correlation_scale", "gram_scale")}
-    numbers = {"kept": "*i64", **scales, "channels": "i32", "maps": "i32"}
-    for kernel, types, blocks in (
-        (_merge_kernel, merge, MERGE_BLOCKS),
-        (_coefficients_kernel, {**pointers, **numbers}, COEFFICIENT_BLOCKS),
-    ):
-        found.append(
-            launch.Configuration(
-                kernel,
-                types,
-                blocks,
-                num_warps=4,
-                num_stages=2,
-                divisible=frozenset(types) - {"runs", "images", *scales},
-            )
-        )
-    return tuple(found)
-
-
-CONFIGURATIONS = _configurations()

@@ -48,6 +48,22 @@ from torch import Tensor
 
 from ..backends import triton_is_interpreted
 from . import launch
+from .coupling_backward import (
+    depthwise_weights_kernel,
+    gather_kernel,
+    grad_hidden2_kernel,
+    grad_mixed_kernel,
+    grad_z2_kernel,
+    weights_kernel,
+)
+from .coupling_forward import (
+    couple_kernel,
+    expand_kernel,
+    mix_expand_kernel,
+    phi_expand_kernel,
+    uncouple_kernel,
+    unmix_kernel,
+)
 
 WORKSPACE_BYTES = 192 << 20
 """What the hidden layers may take of memory at a time: a twelfth of what the gradient of the
@@ -56,1082 +72,18 @@ of pixel indices."""
 
 
 TILE_COLUMNS = 16  # 16 neighbours of a row of NCHW are whole sectors of memory
-BLOCK_HIDDEN = 32
+MULTIPLE_OF_HIDDEN = 32  # to which the channels of hidden layers are padded
+BLOCK_HIDDEN_EXACT, BLOCK_HIDDEN_HALF = 16, 32  # float32 channels at a time, and of half precision
 BLOCK_INPUTS = 32
 BLOCK_WEIGHTS = 64
 NUM_WARPS = 8
 NUM_STAGES = 1  # more would copy the weights, and all taps of a layer, into shared memory ahead
+MOST_REGISTERS_EXACT = {"grad_hidden2_kernel": 255, "grad_mixed_kernel": 255}
+MOST_REGISTERS_HALF = {"phi_expand_kernel": 128, "grad_z2_kernel": 128}
+"""Of a thread. Left to itself ptxas spills a few words to get by with a round number of them. Those of
+float32 layers are more than let two programs share a multiprocessor."""
 MOST_PARTS = 64  # of a sum over pixels
 PIXELS_OF_A_PART = 256
-
-# ---- pointwise ----
-
-
-@triton.jit
-def _activated(x: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
-    # Comparisons and not minimum and maximum: a NaN stays one.
-    if ACTIVATION == "relu6":
-        x = tl.where(x < 0.0, 0.0, x)
-        return tl.where(x > 6.0, 6.0, x)
-    elif ACTIVATION == "softplus":
-        # max(x, 0) + log(1 + u), the logarithm as 2 artanh(u / (2 + u)): exact for small u too.
-        u = tl.exp(-tl.abs(x))
-        s = u / (u + 2.0)
-        q = s * s
-        p = q * (1.0 / 15) + 1.0 / 13
-        p = p * q + 1.0 / 11
-        p = p * q + 1.0 / 9
-        p = p * q + 1.0 / 7
-        p = p * q + 1.0 / 5
-        p = p * q + 1.0 / 3
-        return tl.where(x > 0.0, x, 0.0) + 2.0 * s * (p * q + 1.0)
-    else:
-        return tl.where(x > 0.0, x, 0.01 * x)
-
-
-@triton.jit
-def _slope(value: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
-    """The activation's derivative, from its value."""
-    if ACTIVATION == "relu6":
-        return tl.where((value > 0.0) & (value < 6.0), 1.0, 0.0)
-    elif ACTIVATION == "softplus":
-        small = value * (1.0 - value * (0.5 - value * (1.0 / 6)))
-        return tl.where(value < 0.01, small, 1.0 - tl.exp(-value))
-    else:
-        return tl.where(value > 0.0, 1.0, 0.01)
-
-
-@triton.jit
-def _tanh(x: tl.tensor) -> tl.tensor:
-    q = x * x
-    p = q * (62.0 / 2835) - 17.0 / 315
-    p = p * q + 2.0 / 15
-    p = p * q - 1.0 / 3
-    large = 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
-    return tl.where(tl.abs(x) < 0.25, x + x * q * p, large)
-
-
-@triton.jit
-def _log_scale(raw: tl.tensor, CLAMP: tl.constexpr) -> tl.tensor:
-    if CLAMP > 0.0:
-        return CLAMP * _tanh(raw / CLAMP)
-    else:
-        return raw
-
-
-# ---- tiles ----
-
-
-@triton.jit
-def _tile(
-    rows: tl.tensor, width: tl.tensor, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr
-) -> tl.tensor:
-    """This program's image of the band, and the rows (of the band) and columns of its pixels; some
-    may lie beyond the last."""
-    across = tl.cdiv(width, TILE_COLUMNS)
-    down = tl.cdiv(rows, TILE_ROWS)
-    tile = tl.program_id(0)
-    pixel = tl.arange(0, TILE_ROWS * TILE_COLUMNS)
-    y = tile // across % down * TILE_ROWS + pixel // TILE_COLUMNS
-    x = tile % across * TILE_COLUMNS + pixel % TILE_COLUMNS
-    return tile // (across * down), y, x
-
-
-@triton.jit
-def _pixel(
-    image: tl.tensor, y: tl.tensor, x: tl.tensor, rows: tl.tensor, width: tl.tensor
-) -> tl.tensor:
-    """The index of a pixel of the band."""
-    return ((image * rows + y) * width + x).to(tl.int64)
-
-
-@triton.jit
-def _offsets(
-    image: tl.tensor,
-    row: tl.tensor,
-    column: tl.tensor,
-    channel: tl.tensor,
-    batch_stride: tl.tensor,
-    channel_stride: tl.tensor,
-    row_stride: tl.tensor,
-    column_stride: tl.tensor,
-) -> tl.tensor:
-    """[pixel, channel] offsets into an image with any strides."""
-    pixel = row.to(tl.int64) * row_stride + column.to(tl.int64) * column_stride
-    pixel += image.to(tl.int64) * batch_stride
-    return pixel[:, None] + (channel.to(tl.int64) * channel_stride)[None, :]
-
-
-@triton.jit
-def _kept(value: tl.tensor, channel: tl.tensor, COUNT: tl.constexpr) -> tl.tensor:
-    """Zeros in the channels beyond the last, where an infinite factor may have made a NaN of a
-    weight of zero."""
-    if value.shape[1] > COUNT:
-        value = tl.where((channel < COUNT)[None, :], value, 0.0)
-    return value
-
-
-@triton.jit
-def _matrix(
-    pointer: tl.tensor,
-    k: tl.tensor,
-    n: tl.tensor,
-    K_STRIDE: tl.constexpr,
-    N_STRIDE: tl.constexpr,
-    K: tl.constexpr,
-    N: tl.constexpr,
-) -> tl.tensor:
-    """[k, n] of a matrix of weights, zero beyond K and N."""
-    known = (k < K)[:, None] & (n < N)[None, :]
-    at = pointer + k[:, None] * K_STRIDE + n[None, :] * N_STRIDE
-    return tl.load(at, mask=known, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _product(
-    a: tl.tensor, b: tl.tensor, total: tl.tensor, OPERAND: tl.constexpr, PRECISION: tl.constexpr
-) -> tl.tensor:
-    return tl.dot(a.to(OPERAND), b.to(OPERAND), total, input_precision=PRECISION)
-
-
-# ---- the depthwise layers ----
-
-
-@triton.jit
-def _reflected(i: tl.tensor, n: tl.tensor) -> tl.tensor:
-    """Reflection by one; a side of length one is repeated. Within 0 and n - 1 for any i >= -1."""
-    i = tl.abs(i)
-    i = tl.where(i < n, i, 2 * (n - 1) - i)
-    return tl.maximum(i, 0)
-
-
-@triton.jit
-def _within(y: tl.tensor, rows: tl.tensor) -> tl.tensor:
-    """A row of the band in place of one outside, which is only asked for by rows whose result
-    nobody reads."""
-    return tl.minimum(tl.maximum(y, 0), rows - 1)
-
-
-@triton.jit
-def _depthwise(
-    hidden: tl.tensor,
-    weight: tl.tensor,
-    image: tl.tensor,
-    y: tl.tensor,
-    x: tl.tensor,
-    channel: tl.tensor,
-    first_row: tl.tensor,
-    rows: tl.tensor,
-    height: tl.tensor,
-    width: tl.tensor,
-    LAYER_WIDTH: tl.constexpr,
-    HIDDEN: tl.constexpr,
-) -> tl.tensor:
-    """The depthwise layer at the pixels of a tile, before its activation; `hidden` points at the
-    sub-network's first channel of a layer of LAYER_WIDTH channels."""
-    total = tl.zeros((y.shape[0], channel.shape[0]), tl.float32)
-    # A loop and not nine copies of its body, whose loads together would overflow the registers.
-    for i in tl.range(0, 3, num_stages=1):
-        row = tl.abs(first_row + y + (i - 1))
-        row = tl.where(row < height, row, 2 * (height - 1) - row) - first_row
-        row = image * rows + tl.minimum(tl.maximum(row, 0), rows - 1)
-        for j in tl.static_range(3):
-            column = tl.abs(x + (j - 1))
-            column = tl.maximum(tl.where(column < width, column, 2 * (width - 1) - column), 0)
-            pixel = (row * width + column).to(tl.int64)
-            at = weight + channel * 9 + (i * 3 + j)
-            w = tl.load(at, mask=channel < HIDDEN, other=0.0).to(tl.float32)
-            values = tl.load(hidden + pixel[:, None] * LAYER_WIDTH + channel[None, :])
-            total += values.to(tl.float32) * w[None, :]
-    return total
-
-
-@triton.jit
-def _depthwise_transposed(
-    gradient: tl.tensor,
-    weight: tl.tensor,
-    image: tl.tensor,
-    y: tl.tensor,
-    x: tl.tensor,
-    channel: tl.tensor,
-    first_row: tl.tensor,
-    rows: tl.tensor,
-    height: tl.tensor,
-    width: tl.tensor,
-    LAYER_WIDTH: tl.constexpr,
-    HIDDEN: tl.constexpr,
-) -> tl.tensor:
-    """The transposed depthwise layer with its reflections, in gather form.
-
-    Along an axis a pixel has three terms, its neighbours with the taps 2, 1, 0; and two more near
-    the borders, where the window of the image's first (or last) pixel reaches out with its tap 0
-    (or 2) and is reflected back onto the second (or last but one)."""
-    total = tl.zeros((y.shape[0], channel.shape[0]), tl.float32)
-    at_y = first_row + y
-    border = (at_y <= 1) | (at_y >= height - 2) | (x <= 1) | (x >= width - 2)
-    terms = 3 + 2 * tl.max(border.to(tl.int32), axis=0)
-    for i in tl.range(0, terms, num_stages=1):
-        step = tl.where(i < 3, i - 1, 2 * i - 7)
-        row = at_y + step
-        row_tap = tl.where(i < 3, 1 - step, 1 + step)
-        second = tl.where(step < 0, tl.minimum(height - 1, 1), tl.maximum(height - 2, 0))
-        row_valid = tl.where(i < 3, (row >= 0) & (row < height), at_y == second)
-        # Rows outside of the band are only asked for by rows whose result nobody reads.
-        row = tl.minimum(tl.maximum(tl.minimum(row, height - 1) - first_row, 0), rows - 1)
-        row = image * rows + row
-        for j in tl.range(0, terms, num_stages=1):
-            step = tl.where(j < 3, j - 1, 2 * j - 7)
-            column = x + step
-            tap = row_tap * 3 + tl.where(j < 3, 1 - step, 1 + step)
-            second = tl.where(step < 0, tl.minimum(width - 1, 1), tl.maximum(width - 2, 0))
-            valid = tl.where(j < 3, (column >= 0) & (column < width), x == second) & row_valid
-            column = tl.minimum(tl.maximum(column, 0), width - 1)
-            pixel = (row * width + column).to(tl.int64)
-            w = tl.load(weight + channel * 9 + tap, mask=channel < HIDDEN, other=0.0)
-            values = tl.load(
-                gradient + pixel[:, None] * LAYER_WIDTH + channel[None, :],
-                mask=valid[:, None],
-                other=0.0,
-            )
-            total += values.to(tl.float32) * w.to(tl.float32)[None, :]
-    return total
-
-
-# ---- forward ----
-
-# Sizes that differ from band to band, and would be compiled for anew.
-_BAND = ("first_image", "first_row", "own_begin", "own_end", "rows", "height")
-
-
-# z = M x + b,  h = A(Ep z1).
-# Floor: x read, z and h written: 403 MB, 0.09 ms; 24,576 multiply-adds a pixel, 0.10 ms.
-@triton.jit(do_not_specialize=_BAND)
-def _mix_expand_kernel(
-    x: tl.tensor,
-    mix: tl.tensor,
-    bias: tl.tensor,
-    phi_expand: tl.tensor,
-    z: tl.tensor,
-    hidden1: tl.tensor,
-    x_batch: tl.tensor,
-    x_channel: tl.tensor,
-    x_row: tl.tensor,
-    x_column: tl.tensor,
-    first_image: tl.tensor,
-    first_row: tl.tensor,
-    rows: tl.tensor,
-    height: tl.tensor,
-    width: tl.tensor,
-    INPUTS: tl.constexpr,
-    KERNEL: tl.constexpr,
-    HALF: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
-    BLOCK_HIDDEN: tl.constexpr,
-    PADDED_HIDDEN: tl.constexpr,
-    BLOCK_INPUTS: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    TILE_COLUMNS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
-) -> None:
-    TERMS: tl.constexpr = INPUTS * KERNEL * KERNEL
-    image, y, column = _tile(rows, width, TILE_ROWS, TILE_COLUMNS)
-    inside = (y < rows) & (column < width)
-    row = first_row + y
-    n = tl.arange(0, BLOCK_HALF)
-    z1 = tl.zeros((TILE_ROWS * TILE_COLUMNS, BLOCK_HALF), tl.float32)
-    z2 = tl.zeros((TILE_ROWS * TILE_COLUMNS, BLOCK_HALF), tl.float32)
-    origin = x + (first_image + image).to(tl.int64) * x_batch
-    for start in range(0, TERMS, BLOCK_INPUTS):
-        # The terms of an output pixel in the order of the weights: input channel, then tap.
-        k = start + tl.arange(0, BLOCK_INPUTS)
-        at = row.to(tl.int64)[:, None] * x_row + column.to(tl.int64)[:, None] * x_column
-        known = inside[:, None] & (k < TERMS)[None, :]
-        if KERNEL == 1:
-            at += (k.to(tl.int64) * x_channel)[None, :]
-        else:
-            down, right = k % 9 // 3 - 1, k % 3 - 1
-            to = (k // 9).to(tl.int64) * x_channel + down.to(tl.int64) * x_row
-            at += (to + right.to(tl.int64) * x_column)[None, :]
-            source_row = row[:, None] + down[None, :]
-            source_column = column[:, None] + right[None, :]
-            known &= (source_row >= 0) & (source_row < height)
-            known &= (source_column >= 0) & (source_column < width)
-        values = tl.load(origin + at, mask=known, other=0.0).to(tl.float32)
-        w1 = _matrix(mix, k, n, 1, TERMS, TERMS, HALF)
-        w2 = _matrix(mix + HALF * TERMS, k, n, 1, TERMS, TERMS, HALF)
-        z1 = _product(values, w1, z1, OPERAND, PRECISION)
-        z2 = _product(values, w2, z2, OPERAND, PRECISION)
-    z1 += tl.load(bias + n, mask=n < HALF, other=0.0).to(tl.float32)[None, :]
-    z2 += tl.load(bias + HALF + n, mask=n < HALF, other=0.0).to(tl.float32)[None, :]
-    z1 = _kept(z1, n, HALF)
-    z2 = _kept(z2, n, HALF)
-    pixel = _pixel(image, y, column, rows, width)
-    target = z + pixel[:, None] * (2 * BLOCK_HALF) + n[None, :]
-    tl.store(target, z1, mask=inside[:, None])
-    tl.store(target + BLOCK_HALF, z2, mask=inside[:, None])
-    for start in range(0, PADDED_HIDDEN, BLOCK_HIDDEN):
-        m = start + tl.arange(0, BLOCK_HIDDEN)
-        h = tl.zeros((TILE_ROWS * TILE_COLUMNS, BLOCK_HIDDEN), tl.float32)
-        w = _matrix(phi_expand, n, m, 1, HALF, HALF, HIDDEN)
-        h = _kept(_activated(_product(z1, w, h, OPERAND, PRECISION), ACTIVATION), m, HIDDEN)
-        tl.store(hidden1 + pixel[:, None] * PADDED_HIDDEN + m[None, :], h, mask=inside[:, None])
-
-
-# z2 <- z2 + Pp A(Dp h);  (hr, he) = A((Er, Ee) z2);  y2 = z2.
-# Floor: h and z2 read, y2 and (hr, he) written: 536 MB, 0.12 ms; 24,576 multiply-adds a pixel,
-# 0.10 ms, and 1,152 of the depthwise layer, 0.01 ms.
-@triton.jit(do_not_specialize=_BAND)
-def _phi_expand_kernel(
-    hidden1: tl.tensor,
-    phi_depthwise: tl.tensor,
-    phi_project: tl.tensor,
-    rho_expand: tl.tensor,
-    eta_expand: tl.tensor,
-    z: tl.tensor,
-    hidden2: tl.tensor,
-    y: tl.tensor,
-    y_batch: tl.tensor,
-    y_channel: tl.tensor,
-    y_row: tl.tensor,
-    y_column: tl.tensor,
-    first_image: tl.tensor,
-    first_row: tl.tensor,
-    own_begin: tl.tensor,
-    own_end: tl.tensor,
-    rows: tl.tensor,
-    height: tl.tensor,
-    width: tl.tensor,
-    FOR_GRADIENT: tl.constexpr,
-    HALF: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
-    BLOCK_HIDDEN: tl.constexpr,
-    PADDED_HIDDEN: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    TILE_COLUMNS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
-) -> None:
-    image, down, column = _tile(rows, width, TILE_ROWS, TILE_COLUMNS)
-    inside = (down < rows) & (column < width)
-    pixel = _pixel(image, down, column, rows, width)
-    n = tl.arange(0, BLOCK_HALF)
-    at_z2 = z + pixel[:, None] * (2 * BLOCK_HALF) + (BLOCK_HALF + n)[None, :]
-    z2 = tl.load(at_z2, mask=inside[:, None], other=0.0).to(tl.float32)
-    for start in tl.range(0, PADDED_HIDDEN, BLOCK_HIDDEN, num_stages=1):
-        m = start + tl.arange(0, BLOCK_HIDDEN)
-        d = _depthwise(
-            hidden1, phi_depthwise, image, down, column, m, first_row, rows, height, width,
-            PADDED_HIDDEN, HIDDEN,
-        )  # fmt: skip
-        w = _matrix(phi_project, m, n, 1, HIDDEN, HIDDEN, HALF)
-        z2 = _product(_activated(d, ACTIVATION), w, z2, OPERAND, PRECISION)
-    z2 = _kept(z2, n, HALF)
-    if FOR_GRADIENT:
-        tl.store(at_z2, z2, mask=inside[:, None])
-    else:
-        row = first_row + down
-        own = inside & (row >= own_begin) & (row < own_end)
-        at_y = _offsets(
-            first_image + image, row, column, HALF + n, y_batch, y_channel, y_row, y_column
-        )
-        tl.store(y + at_y, z2, mask=own[:, None] & (n < HALF)[None, :])
-    for start in range(0, PADDED_HIDDEN, BLOCK_HIDDEN):
-        m = start + tl.arange(0, BLOCK_HIDDEN)
-        target = hidden2 + pixel[:, None] * (2 * PADDED_HIDDEN) + m[None, :]
-        h = tl.zeros((TILE_ROWS * TILE_COLUMNS, BLOCK_HIDDEN), tl.float32)
-        w = _matrix(rho_expand, n, m, 1, HALF, HALF, HIDDEN)
-        h = _kept(_activated(_product(z2, w, h, OPERAND, PRECISION), ACTIVATION), m, HIDDEN)
-        tl.store(target, h, mask=inside[:, None])
-        h = tl.zeros((TILE_ROWS * TILE_COLUMNS, BLOCK_HIDDEN), tl.float32)
-        w = _matrix(eta_expand, n, m, 1, HALF, HALF, HIDDEN)
-        h = _kept(_activated(_product(z2, w, h, OPERAND, PRECISION), ACTIVATION), m, HIDDEN)
-        tl.store(target + PADDED_HIDDEN, h, mask=inside[:, None])
-
-
-# r = Pr A(Dr hr),  y1 = z1 exp(r) + Pe A(De he).
-# Floor: (hr, he) and z1 read, y1 written: 403 MB, 0.09 ms; 16,384 multiply-adds a pixel, 0.06 ms,
-# and 2,304 of the depthwise layers, 0.02 ms.
-@triton.jit(do_not_specialize=_BAND)
-def _couple_kernel(
-    hidden2: tl.tensor,
-    rho_depthwise: tl.tensor,
-    rho_project: tl.tensor,
-    eta_depthwise: tl.tensor,
-    eta_project: tl.tensor,
-    z: tl.tensor,
-    y: tl.tensor,
-    y_batch: tl.tensor,
-    y_channel: tl.tensor,
-    y_row: tl.tensor,
-    y_column: tl.tensor,
-    first_image: tl.tensor,
-    first_row: tl.tensor,
-    own_begin: tl.tensor,
-    own_end: tl.tensor,
-    rows: tl.tensor,
-    height: tl.tensor,
-    width: tl.tensor,
-    HALF: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
-    BLOCK_HIDDEN: tl.constexpr,
-    PADDED_HIDDEN: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    TILE_COLUMNS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    CLAMP: tl.constexpr,
-    OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
-) -> None:
-    image, down, column = _tile(rows, width, TILE_ROWS, TILE_COLUMNS)
-    inside = (down < rows) & (column < width)
-    n = tl.arange(0, BLOCK_HALF)
-    raw = tl.zeros((TILE_ROWS * TILE_COLUMNS, BLOCK_HALF), tl.float32)
-    for start in tl.range(0, PADDED_HIDDEN, BLOCK_HIDDEN, num_stages=1):
-        m = start + tl.arange(0, BLOCK_HIDDEN)
-        d = _depthwise(
-            hidden2, rho_depthwise, image, down, column, m, first_row, rows, height, width,
-            2 * PADDED_HIDDEN, HIDDEN,
-        )  # fmt: skip
-        w = _matrix(rho_project, m, n, 1, HIDDEN, HIDDEN, HALF)
-        raw = _product(_activated(d, ACTIVATION), w, raw, OPERAND, PRECISION)
-    pixel = _pixel(image, down, column, rows, width)
-    at_z1 = z + pixel[:, None] * (2 * BLOCK_HALF) + n[None, :]
-    z1 = tl.load(at_z1, mask=inside[:, None], other=0.0).to(tl.float32)
-    z1 = z1 * tl.exp(_log_scale(raw, CLAMP))
-    for start in tl.range(0, PADDED_HIDDEN, BLOCK_HIDDEN, num_stages=1):
-        m = start + tl.arange(0, BLOCK_HIDDEN)
-        d = _depthwise(
-            hidden2 + PADDED_HIDDEN, eta_depthwise, image, down, column, m, first_row, rows,
-            height, width, 2 * PADDED_HIDDEN, HIDDEN,
-        )  # fmt: skip
-        w = _matrix(eta_project, m, n, 1, HIDDEN, HIDDEN, HALF)
-        z1 = _product(_activated(d, ACTIVATION), w, z1, OPERAND, PRECISION)
-    row = first_row + down
-    own = inside & (row >= own_begin) & (row < own_end)
-    at_y = _offsets(first_image + image, row, column, n, y_batch, y_channel, y_row, y_column)
-    tl.store(y + at_y, z1, mask=own[:, None] & (n < HALF)[None, :])
-
-
-# ---- inverse ----
-
-
-# (hr, he) = A((Er, Ee) y2).
-# Floor: y2 read, (hr, he) written: 336 MB, 0.08 ms; 16,384 multiply-adds a pixel, 0.06 ms.
-@triton.jit(do_not_specialize=_BAND)
-def _expand_kernel(
-    y: tl.tensor,
-    rho_expand: tl.tensor,
-    eta_expand: tl.tensor,
-    hidden2: tl.tensor,
-    y_batch: tl.tensor,
-    y_channel: tl.tensor,
-    y_row: tl.tensor,
-    y_column: tl.tensor,
-    first_image: tl.tensor,
-    first_row: tl.tensor,
-    rows: tl.tensor,
-    width: tl.tensor,
-    HALF: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
-    BLOCK_HIDDEN: tl.constexpr,
-    PADDED_HIDDEN: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    TILE_COLUMNS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
-) -> None:
-    image, down, column = _tile(rows, width, TILE_ROWS, TILE_COLUMNS)
-    inside = (down < rows) & (column < width)
-    pixel = _pixel(image, down, column, rows, width)
-    n = tl.arange(0, BLOCK_HALF)
-    at_y = _offsets(
-        first_image + image, first_row + down, column, HALF + n, y_batch, y_channel, y_row, y_column
-    )
-    known = inside[:, None] & (n < HALF)[None, :]
-    z2 = tl.load(y + at_y, mask=known, other=0.0).to(tl.float32)
-    for start in range(0, PADDED_HIDDEN, BLOCK_HIDDEN):
-        m = start + tl.arange(0, BLOCK_HIDDEN)
-        target = hidden2 + pixel[:, None] * (2 * PADDED_HIDDEN) + m[None, :]
-        h = tl.zeros((TILE_ROWS * TILE_COLUMNS, BLOCK_HIDDEN), tl.float32)
-        w = _matrix(rho_expand, n, m, 1, HALF, HALF, HIDDEN)
-        h = _kept(_activated(_product(z2, w, h, OPERAND, PRECISION), ACTIVATION), m, HIDDEN)
-        tl.store(target, h, mask=inside[:, None])
-        h = tl.zeros((TILE_ROWS * TILE_COLUMNS, BLOCK_HIDDEN), tl.float32)
-        w = _matrix(eta_expand, n, m, 1, HALF, HALF, HIDDEN)
-        h = _kept(_activated(_product(z2, w, h, OPERAND, PRECISION), ACTIVATION), m, HIDDEN)
-        tl.store(target + PADDED_HIDDEN, h, mask=inside[:, None])
-
-
-# z1 = (y1 - Pe A(De he)) exp(-r),  h = A(Ep z1).
-# Floor: (hr, he) and y1 read, z1 and h written: 536 MB, 0.12 ms; 24,576 multiply-adds a pixel,
-# 0.10 ms, and 2,304 of the depthwise layers, 0.02 ms.
-@triton.jit(do_not_specialize=_BAND)
-def _uncouple_kernel(
-    hidden2: tl.tensor,
-    rho_depthwise: tl.tensor,
-    rho_project: tl.tensor,
-    eta_depthwise: tl.tensor,
-    eta_project: tl.tensor,
-    phi_expand: tl.tensor,
-    y: tl.tensor,
-    z: tl.tensor,
-    hidden1: tl.tensor,
-    y_batch: tl.tensor,
-    y_channel: tl.tensor,
-    y_row: tl.tensor,
-    y_column: tl.tensor,
-    first_image: tl.tensor,
-    first_row: tl.tensor,
-    rows: tl.tensor,
-    height: tl.tensor,
-    width: tl.tensor,
-    HALF: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
-    BLOCK_HIDDEN: tl.constexpr,
-    PADDED_HIDDEN: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    TILE_COLUMNS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    CLAMP: tl.constexpr,
-    OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
-) -> None:
-    image, down, column = _tile(rows, width, TILE_ROWS, TILE_COLUMNS)
-    inside = (down < rows) & (column < width)
-    pixel = _pixel(image, down, column, rows, width)
-    n = tl.arange(0, BLOCK_HALF)
-    eta = tl.zeros((TILE_ROWS * TILE_COLUMNS, BLOCK_HALF), tl.float32)
-    for start in tl.range(0, PADDED_HIDDEN, BLOCK_HIDDEN, num_stages=1):
-        m = start + tl.arange(0, BLOCK_HIDDEN)
-        d = _depthwise(
-            hidden2 + PADDED_HIDDEN, eta_depthwise, image, down, column, m, first_row, rows,
-            height, width, 2 * PADDED_HIDDEN, HIDDEN,
-        )  # fmt: skip
-        w = _matrix(eta_project, m, n, 1, HIDDEN, HIDDEN, HALF)
-        eta = _product(_activated(d, ACTIVATION), w, eta, OPERAND, PRECISION)
-    at_y = _offsets(
-        first_image + image, first_row + down, column, n, y_batch, y_channel, y_row, y_column
-    )
-    known = inside[:, None] & (n < HALF)[None, :]
-    z1 = tl.load(y + at_y, mask=known, other=0.0).to(tl.float32) - eta
-    raw = tl.zeros((TILE_ROWS * TILE_COLUMNS, BLOCK_HALF), tl.float32)
-    for start in tl.range(0, PADDED_HIDDEN, BLOCK_HIDDEN, num_stages=1):
-        m = start + tl.arange(0, BLOCK_HIDDEN)
-        d = _depthwise(
-            hidden2, rho_depthwise, image, down, column, m, first_row, rows, height, width,
-            2 * PADDED_HIDDEN, HIDDEN,
-        )  # fmt: skip
-        w = _matrix(rho_project, m, n, 1, HIDDEN, HIDDEN, HALF)
-        raw = _product(_activated(d, ACTIVATION), w, raw, OPERAND, PRECISION)
-    z1 = _kept(z1 * tl.exp(-_log_scale(raw, CLAMP)), n, HALF)
-    tl.store(z + pixel[:, None] * BLOCK_HALF + n[None, :], z1, mask=inside[:, None])
-    for start in range(0, PADDED_HIDDEN, BLOCK_HIDDEN):
-        m = start + tl.arange(0, BLOCK_HIDDEN)
-        h = tl.zeros((TILE_ROWS * TILE_COLUMNS, BLOCK_HIDDEN), tl.float32)
-        w = _matrix(phi_expand, n, m, 1, HALF, HALF, HIDDEN)
-        h = _kept(_activated(_product(z1, w, h, OPERAND, PRECISION), ACTIVATION), m, HIDDEN)
-        tl.store(hidden1 + pixel[:, None] * PADDED_HIDDEN + m[None, :], h, mask=inside[:, None])
-
-
-# z2 = y2 - Pp A(Dp h),  x = N (z1, z2) + e with N the inverse of M and e = -N b.
-# Floor: h, z1 and y2 read, x written: 403 MB, 0.09 ms; 24,576 multiply-adds a pixel, 0.10 ms, and
-# 1,152 of the depthwise layer, 0.01 ms.
-@triton.jit(do_not_specialize=_BAND)
-def _unmix_kernel(
-    hidden1: tl.tensor,
-    phi_depthwise: tl.tensor,
-    phi_project: tl.tensor,
-    inverse: tl.tensor,
-    bias: tl.tensor,
-    y: tl.tensor,
-    z: tl.tensor,
-    x: tl.tensor,
-    y_batch: tl.tensor,
-    y_channel: tl.tensor,
-    y_row: tl.tensor,
-    y_column: tl.tensor,
-    x_batch: tl.tensor,
-    x_channel: tl.tensor,
-    x_row: tl.tensor,
-    x_column: tl.tensor,
-    first_image: tl.tensor,
-    first_row: tl.tensor,
-    own_begin: tl.tensor,
-    own_end: tl.tensor,
-    rows: tl.tensor,
-    height: tl.tensor,
-    width: tl.tensor,
-    HALF: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
-    BLOCK_HIDDEN: tl.constexpr,
-    PADDED_HIDDEN: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    TILE_COLUMNS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
-) -> None:
-    image, down, column = _tile(rows, width, TILE_ROWS, TILE_COLUMNS)
-    inside = (down < rows) & (column < width)
-    pixel = _pixel(image, down, column, rows, width)
-    n = tl.arange(0, BLOCK_HALF)
-    phi = tl.zeros((TILE_ROWS * TILE_COLUMNS, BLOCK_HALF), tl.float32)
-    for start in tl.range(0, PADDED_HIDDEN, BLOCK_HIDDEN, num_stages=1):
-        m = start + tl.arange(0, BLOCK_HIDDEN)
-        d = _depthwise(
-            hidden1, phi_depthwise, image, down, column, m, first_row, rows, height, width,
-            PADDED_HIDDEN, HIDDEN,
-        )  # fmt: skip
-        w = _matrix(phi_project, m, n, 1, HIDDEN, HIDDEN, HALF)
-        phi = _product(_activated(d, ACTIVATION), w, phi, OPERAND, PRECISION)
-    row = first_row + down
-    source = first_image + image
-    at_y = _offsets(source, row, column, HALF + n, y_batch, y_channel, y_row, y_column)
-    known = inside[:, None] & (n < HALF)[None, :]
-    z2 = tl.load(y + at_y, mask=known, other=0.0).to(tl.float32) - phi
-    z2 = _kept(z2, n, HALF)
-    at_z1 = z + pixel[:, None] * BLOCK_HALF + n[None, :]
-    z1 = tl.load(at_z1, mask=inside[:, None], other=0.0).to(tl.float32)
-    own = inside & (row >= own_begin) & (row < own_end)
-    for start in range(0, 2 * HALF, BLOCK_HIDDEN):
-        m = start + tl.arange(0, BLOCK_HIDDEN)
-        result = tl.zeros((TILE_ROWS * TILE_COLUMNS, BLOCK_HIDDEN), tl.float32)
-        w = _matrix(inverse, n, m, 1, 2 * HALF, HALF, 2 * HALF)
-        result = _product(z1, w, result, OPERAND, PRECISION)
-        w = _matrix(inverse + HALF, n, m, 1, 2 * HALF, HALF, 2 * HALF)
-        result = _product(z2, w, result, OPERAND, PRECISION)
-        result += tl.load(bias + m, mask=m < 2 * HALF, other=0.0).to(tl.float32)[None, :]
-        at_x = _offsets(source, row, column, m, x_batch, x_channel, x_row, x_column)
-        tl.store(x + at_x, result, mask=own[:, None] & (m < 2 * HALF)[None, :])
-
-
-# ---- backward ----
-
-
-# r again; d_r = g1 z1 exp(r) (1 - (r / k)^2);  gr = A' Pr^T d_r,  ge = A' Pe^T g1;
-# g1 exp(r), the direct part of d1.
-# Floor: (hr, he), z1, g1 read, (gr, ge), g1 exp(r) written: 737 MB, 0.17 ms; 24,576 multiply-adds
-# a pixel, 0.10 ms, and 3,456 of the depthwise layers (rho's twice), 0.03 ms.
-@triton.jit(do_not_specialize=_BAND)
-def _grad_hidden2_kernel(
-    grad: tl.tensor,
-    hidden2: tl.tensor,
-    z: tl.tensor,
-    rho_depthwise: tl.tensor,
-    rho_project: tl.tensor,
-    eta_depthwise: tl.tensor,
-    eta_project: tl.tensor,
-    grad2: tl.tensor,
-    mixed: tl.tensor,
-    depthwise2: tl.tensor,
-    grad_rho: tl.tensor,
-    grad_batch: tl.tensor,
-    grad_channel: tl.tensor,
-    grad_row: tl.tensor,
-    grad_column: tl.tensor,
-    first_image: tl.tensor,
-    first_row: tl.tensor,
-    rows: tl.tensor,
-    height: tl.tensor,
-    width: tl.tensor,
-    WITH_WEIGHTS: tl.constexpr,
-    HALF: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
-    BLOCK_HIDDEN: tl.constexpr,
-    PADDED_HIDDEN: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    TILE_COLUMNS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    CLAMP: tl.constexpr,
-    OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
-) -> None:
-    image, down, column = _tile(rows, width, TILE_ROWS, TILE_COLUMNS)
-    inside = (down < rows) & (column < width)
-    pixel = _pixel(image, down, column, rows, width)
-    n = tl.arange(0, BLOCK_HALF)
-    raw = tl.zeros((TILE_ROWS * TILE_COLUMNS, BLOCK_HALF), tl.float32)
-    for start in tl.range(0, PADDED_HIDDEN, BLOCK_HIDDEN, num_stages=1):
-        m = start + tl.arange(0, BLOCK_HIDDEN)
-        d = _depthwise(
-            hidden2, rho_depthwise, image, down, column, m, first_row, rows, height, width,
-            2 * PADDED_HIDDEN, HIDDEN,
-        )  # fmt: skip
-        w = _matrix(rho_project, m, n, 1, HIDDEN, HIDDEN, HALF)
-        raw = _product(_activated(d, ACTIVATION), w, raw, OPERAND, PRECISION)
-    at_grad = _offsets(
-        first_image + image, first_row + down, column, n,
-        grad_batch, grad_channel, grad_row, grad_column,
-    )  # fmt: skip
-    known = inside[:, None] & (n < HALF)[None, :]
-    g1 = tl.load(grad + at_grad, mask=known, other=0.0).to(tl.float32)
-    at_z1 = pixel[:, None] * (2 * BLOCK_HALF) + n[None, :]
-    z1 = tl.load(z + at_z1, mask=inside[:, None], other=0.0).to(tl.float32)
-    log_scale = _log_scale(raw, CLAMP)
-    scaled = g1 * tl.exp(log_scale)
-    tl.store(mixed + at_z1, scaled, mask=inside[:, None])
-    d_rho = scaled * z1
-    if CLAMP > 0.0:
-        d_rho *= 1.0 - (log_scale / CLAMP) * (log_scale / CLAMP)
-    d_rho = _kept(d_rho, n, HALF)
-    if WITH_WEIGHTS:
-        at_rho = grad_rho + pixel[:, None] * BLOCK_HALF + n[None, :]
-        tl.store(at_rho, d_rho, mask=inside[:, None])
-    for start in tl.range(0, PADDED_HIDDEN, BLOCK_HIDDEN, num_stages=1):
-        m = start + tl.arange(0, BLOCK_HIDDEN)
-        at = pixel[:, None] * (2 * PADDED_HIDDEN) + m[None, :]
-        d = _depthwise(
-            hidden2, rho_depthwise, image, down, column, m, first_row, rows, height, width,
-            2 * PADDED_HIDDEN, HIDDEN,
-        )  # fmt: skip
-        d = _activated(d, ACTIVATION)
-        if WITH_WEIGHTS:
-            tl.store(depthwise2 + at, d, mask=inside[:, None])
-        g = tl.zeros((TILE_ROWS * TILE_COLUMNS, BLOCK_HIDDEN), tl.float32)
-        w = _matrix(rho_project, n, m, HIDDEN, 1, HALF, HIDDEN)
-        g = _product(d_rho, w, g, OPERAND, PRECISION) * _slope(d, ACTIVATION)
-        tl.store(grad2 + at, _kept(g, m, HIDDEN), mask=inside[:, None])
-    # Read again, so as not to be held in registers all the while.
-    g1 = tl.load(grad + at_grad, mask=known, other=0.0).to(tl.float32)
-    for start in tl.range(0, PADDED_HIDDEN, BLOCK_HIDDEN, num_stages=1):
-        m = start + tl.arange(0, BLOCK_HIDDEN)
-        at = pixel[:, None] * (2 * PADDED_HIDDEN) + (PADDED_HIDDEN + m)[None, :]
-        d = _depthwise(
-            hidden2 + PADDED_HIDDEN, eta_depthwise, image, down, column, m, first_row, rows,
-            height, width, 2 * PADDED_HIDDEN, HIDDEN,
-        )  # fmt: skip
-        d = _activated(d, ACTIVATION)
-        if WITH_WEIGHTS:
-            tl.store(depthwise2 + at, d, mask=inside[:, None])
-        g = tl.zeros((TILE_ROWS * TILE_COLUMNS, BLOCK_HIDDEN), tl.float32)
-        w = _matrix(eta_project, n, m, HIDDEN, 1, HALF, HIDDEN)
-        g = _product(g1, w, g, OPERAND, PRECISION) * _slope(d, ACTIVATION)
-        tl.store(grad2 + at, _kept(g, m, HIDDEN), mask=inside[:, None])
-
-
-# d2 = g2 + Er^T A' Dr^T gr + Ee^T A' De^T ge,  gp = A' Pp^T d2.
-# Floor: (gr, ge), (hr, he), h, g2 read, d2 and gp written: 939 MB, 0.22 ms; 24,576 multiply-adds a
-# pixel, 0.10 ms, and 3,456 of the depthwise layers, 0.03 ms.
-@triton.jit(do_not_specialize=_BAND)
-def _grad_z2_kernel(
-    grad: tl.tensor,
-    grad2: tl.tensor,
-    hidden2: tl.tensor,
-    hidden1: tl.tensor,
-    rho_depthwise: tl.tensor,
-    rho_expand: tl.tensor,
-    eta_depthwise: tl.tensor,
-    eta_expand: tl.tensor,
-    phi_depthwise: tl.tensor,
-    phi_project: tl.tensor,
-    mixed: tl.tensor,
-    grad1: tl.tensor,
-    through2: tl.tensor,
-    depthwise1: tl.tensor,
-    grad_batch: tl.tensor,
-    grad_channel: tl.tensor,
-    grad_row: tl.tensor,
-    grad_column: tl.tensor,
-    first_image: tl.tensor,
-    first_row: tl.tensor,
-    rows: tl.tensor,
-    height: tl.tensor,
-    width: tl.tensor,
-    WITH_WEIGHTS: tl.constexpr,
-    HALF: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
-    BLOCK_HIDDEN: tl.constexpr,
-    PADDED_HIDDEN: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    TILE_COLUMNS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
-) -> None:
-    image, down, column = _tile(rows, width, TILE_ROWS, TILE_COLUMNS)
-    inside = (down < rows) & (column < width)
-    pixel = _pixel(image, down, column, rows, width)
-    n = tl.arange(0, BLOCK_HALF)
-    at_grad = _offsets(
-        first_image + image, first_row + down, column, HALF + n,
-        grad_batch, grad_channel, grad_row, grad_column,
-    )  # fmt: skip
-    known = inside[:, None] & (n < HALF)[None, :]
-    d2 = tl.load(grad + at_grad, mask=known, other=0.0).to(tl.float32)
-    for start in tl.range(0, PADDED_HIDDEN, BLOCK_HIDDEN, num_stages=1):
-        m = start + tl.arange(0, BLOCK_HIDDEN)
-        at = pixel[:, None] * (2 * PADDED_HIDDEN) + m[None, :]
-        t = _depthwise_transposed(
-            grad2, rho_depthwise, image, down, column, m, first_row, rows, height, width,
-            2 * PADDED_HIDDEN, HIDDEN,
-        )  # fmt: skip
-        h = tl.load(hidden2 + at, mask=inside[:, None], other=0.0).to(tl.float32)
-        t *= _slope(h, ACTIVATION)
-        if WITH_WEIGHTS:
-            tl.store(through2 + at, t, mask=inside[:, None])
-        w = _matrix(rho_expand, m, n, HALF, 1, HIDDEN, HALF)
-        d2 = _product(t, w, d2, OPERAND, PRECISION)
-    for start in tl.range(0, PADDED_HIDDEN, BLOCK_HIDDEN, num_stages=1):
-        m = start + tl.arange(0, BLOCK_HIDDEN)
-        at = pixel[:, None] * (2 * PADDED_HIDDEN) + (PADDED_HIDDEN + m)[None, :]
-        t = _depthwise_transposed(
-            grad2 + PADDED_HIDDEN, eta_depthwise, image, down, column, m, first_row, rows, height,
-            width, 2 * PADDED_HIDDEN, HIDDEN,
-        )  # fmt: skip
-        h = tl.load(hidden2 + at, mask=inside[:, None], other=0.0).to(tl.float32)
-        t *= _slope(h, ACTIVATION)
-        if WITH_WEIGHTS:
-            tl.store(through2 + at, t, mask=inside[:, None])
-        w = _matrix(eta_expand, m, n, HALF, 1, HIDDEN, HALF)
-        d2 = _product(t, w, d2, OPERAND, PRECISION)
-    d2 = _kept(d2, n, HALF)
-    at_d2 = pixel[:, None] * (2 * BLOCK_HALF) + (BLOCK_HALF + n)[None, :]
-    tl.store(mixed + at_d2, d2, mask=inside[:, None])
-    for start in tl.range(0, PADDED_HIDDEN, BLOCK_HIDDEN, num_stages=1):
-        m = start + tl.arange(0, BLOCK_HIDDEN)
-        at = pixel[:, None] * PADDED_HIDDEN + m[None, :]
-        d = _depthwise(
-            hidden1, phi_depthwise, image, down, column, m, first_row, rows, height, width,
-            PADDED_HIDDEN, HIDDEN,
-        )  # fmt: skip
-        d = _activated(d, ACTIVATION)
-        if WITH_WEIGHTS:
-            tl.store(depthwise1 + at, d, mask=inside[:, None])
-        g = tl.zeros((TILE_ROWS * TILE_COLUMNS, BLOCK_HIDDEN), tl.float32)
-        w = _matrix(phi_project, n, m, HIDDEN, 1, HALF, HIDDEN)
-        g = _product(d2, w, g, OPERAND, PRECISION) * _slope(d, ACTIVATION)
-        tl.store(grad1 + at, _kept(g, m, HIDDEN), mask=inside[:, None])
-
-
-# d1 = g1 exp(r) + Ep^T A' Dp^T gp,  d_x = M^T (d1, d2); with a 3x3 mix the products with all of its
-# taps, which _gather_kernel adds up.
-# Floor: gp, h, d1's direct part and d2 read, d_x written: 536 MB, 0.12 ms; 24,576 multiply-adds a
-# pixel, 0.10 ms, and 1,152 of the depthwise layer, 0.01 ms.
-@triton.jit(do_not_specialize=_BAND)
-def _grad_mixed_kernel(
-    grad1: tl.tensor,
-    hidden1: tl.tensor,
-    phi_depthwise: tl.tensor,
-    phi_expand: tl.tensor,
-    mix: tl.tensor,
-    mixed: tl.tensor,
-    through1: tl.tensor,
-    products: tl.tensor,
-    grad_x: tl.tensor,
-    x_batch: tl.tensor,
-    x_channel: tl.tensor,
-    x_row: tl.tensor,
-    x_column: tl.tensor,
-    first_image: tl.tensor,
-    first_row: tl.tensor,
-    own_begin: tl.tensor,
-    own_end: tl.tensor,
-    rows: tl.tensor,
-    height: tl.tensor,
-    width: tl.tensor,
-    WITH_WEIGHTS: tl.constexpr,
-    INPUTS: tl.constexpr,
-    KERNEL: tl.constexpr,
-    HALF: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
-    BLOCK_HIDDEN: tl.constexpr,
-    PADDED_HIDDEN: tl.constexpr,
-    BLOCK_INPUTS: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    TILE_COLUMNS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
-) -> None:
-    TERMS: tl.constexpr = INPUTS * KERNEL * KERNEL
-    image, down, column = _tile(rows, width, TILE_ROWS, TILE_COLUMNS)
-    inside = (down < rows) & (column < width)
-    pixel = _pixel(image, down, column, rows, width)
-    n = tl.arange(0, BLOCK_HALF)
-    at_d1 = mixed + pixel[:, None] * (2 * BLOCK_HALF) + n[None, :]
-    d1 = tl.load(at_d1, mask=inside[:, None], other=0.0).to(tl.float32)
-    for start in tl.range(0, PADDED_HIDDEN, BLOCK_HIDDEN, num_stages=1):
-        m = start + tl.arange(0, BLOCK_HIDDEN)
-        at = pixel[:, None] * PADDED_HIDDEN + m[None, :]
-        t = _depthwise_transposed(
-            grad1, phi_depthwise, image, down, column, m, first_row, rows, height, width,
-            PADDED_HIDDEN, HIDDEN,
-        )  # fmt: skip
-        h = tl.load(hidden1 + at, mask=inside[:, None], other=0.0).to(tl.float32)
-        t *= _slope(h, ACTIVATION)
-        if WITH_WEIGHTS:
-            tl.store(through1 + at, t, mask=inside[:, None])
-        w = _matrix(phi_expand, m, n, HALF, 1, HIDDEN, HALF)
-        d1 = _product(t, w, d1, OPERAND, PRECISION)
-    d1 = _kept(d1, n, HALF)
-    if WITH_WEIGHTS:
-        tl.store(at_d1, d1, mask=inside[:, None])
-    d2 = tl.load(at_d1 + BLOCK_HALF, mask=inside[:, None], other=0.0).to(tl.float32)
-    row = first_row + down
-    own = inside & (row >= own_begin) & (row < own_end)
-    for start in range(0, TERMS, BLOCK_INPUTS):
-        k = start + tl.arange(0, BLOCK_INPUTS)
-        result = tl.zeros((TILE_ROWS * TILE_COLUMNS, BLOCK_INPUTS), tl.float32)
-        w = _matrix(mix, n, k, TERMS, 1, HALF, TERMS)
-        result = _product(d1, w, result, OPERAND, PRECISION)
-        w = _matrix(mix + HALF * TERMS, n, k, TERMS, 1, HALF, TERMS)
-        result = _product(d2, w, result, OPERAND, PRECISION)
-        if KERNEL == 1:
-            at_x = _offsets(
-                first_image + image, row, column, k, x_batch, x_channel, x_row, x_column
-            )
-            tl.store(grad_x + at_x, result, mask=own[:, None] & (k < TERMS)[None, :])
-        else:
-            at = pixel[:, None] * TERMS + k[None, :]
-            tl.store(products + at, result, mask=inside[:, None] & (k < TERMS)[None, :])
-
-
-# d_x of a 3x3 mix: the products of each pixel's neighbours with the tap that leads from it to them.
-# Floor, 3 inputs: 27 products read and 3 results written a pixel, 31 MB, 0.01 ms.
-@triton.jit(do_not_specialize=_BAND)
-def _gather_kernel(
-    products: tl.tensor,
-    grad_x: tl.tensor,
-    x_batch: tl.tensor,
-    x_channel: tl.tensor,
-    x_row: tl.tensor,
-    x_column: tl.tensor,
-    first_image: tl.tensor,
-    first_row: tl.tensor,
-    own_begin: tl.tensor,
-    own_end: tl.tensor,
-    rows: tl.tensor,
-    height: tl.tensor,
-    width: tl.tensor,
-    INPUTS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    TILE_COLUMNS: tl.constexpr,
-) -> None:
-    image, down, column = _tile(rows, width, TILE_ROWS, TILE_COLUMNS)
-    row = first_row + down
-    own = (down < rows) & (column < width) & (row >= own_begin) & (row < own_end)
-    channel = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-    known = own[:, None] & (channel < INPUTS)[None, :]
-    total = tl.zeros((TILE_ROWS * TILE_COLUMNS, BLOCK_CHANNELS), tl.float32)
-    for tap in tl.static_range(9):
-        to_row = row + (1 - tap // 3)
-        to_column = column + (1 - tap % 3)
-        valid = (to_row >= 0) & (to_row < height) & (to_column >= 0) & (to_column < width)
-        pixel = _pixel(image, to_row - first_row, to_column, rows, width)
-        at = pixel[:, None] * (INPUTS * 9) + (channel * 9 + tap)[None, :]
-        total += tl.load(products + at, mask=known & valid[:, None], other=0.0).to(tl.float32)
-    at_x = _offsets(first_image + image, row, column, channel, x_batch, x_channel, x_row, x_column)
-    tl.store(grad_x + at_x, total, mask=known)
-
-
-# ---- gradients of the weights ----
-
-
-# partial[part] = sum over the part's pixels of a b^T, a and b [pixel][channel].
-# Floor of all seven together: 69,120 multiply-adds a pixel, 0.27 ms, if the layers of a band are
-# still in the second-level cache.
-@triton.jit(do_not_specialize=("begin", "end", "pixels_of_a_part"))
-def _weights_kernel(
-    a: tl.tensor,
-    b: tl.tensor,
-    partial: tl.tensor,
-    begin: tl.tensor,
-    end: tl.tensor,
-    pixels_of_a_part: tl.tensor,
-    A_WIDTH: tl.constexpr,
-    A_COUNT: tl.constexpr,
-    B_WIDTH: tl.constexpr,
-    B_COUNT: tl.constexpr,
-    BLOCK_A: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_PIXELS: tl.constexpr,
-    PRECISION: tl.constexpr,
-) -> None:
-    part = tl.program_id(0)
-    i = tl.program_id(1) * BLOCK_A + tl.arange(0, BLOCK_A)
-    j = tl.program_id(2) * BLOCK_B + tl.arange(0, BLOCK_B)
-    first = begin + part * pixels_of_a_part
-    last = tl.minimum(first + pixels_of_a_part, end)
-    total = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
-    for start in range(first, last, BLOCK_PIXELS):
-        pixel = start + tl.arange(0, BLOCK_PIXELS)
-        at = pixel.to(tl.int64)
-        known = pixel < last
-        left = tl.load(
-            a + at[None, :] * A_WIDTH + i[:, None],
-            mask=known[None, :] & (i < A_COUNT)[:, None],
-            other=0.0,
-        )
-        right = tl.load(
-            b + at[:, None] * B_WIDTH + j[None, :],
-            mask=known[:, None] & (j < B_COUNT)[None, :],
-            other=0.0,
-        )
-        total = _product(left, right, total, tl.float32, PRECISION)
-    target = partial + (part.to(tl.int64) * A_COUNT + i[:, None]) * B_COUNT + j[None, :]
-    tl.store(target, total, mask=(i < A_COUNT)[:, None] & (j < B_COUNT)[None, :])
-
-
-# partial[part, c, tap] = sum over the part's pixels of the hidden layer at the reflected tap times
-# the gradient behind the depthwise layer.
-# Floor of both layers: 3,456 multiply-adds a pixel, 0.03 ms; read nine times from the caches.
-@triton.jit(do_not_specialize=(*_BAND, "begin", "end", "pixels_of_a_part"))
-def _depthwise_weights_kernel(
-    hidden: tl.tensor,
-    gradient: tl.tensor,
-    partial: tl.tensor,
-    begin: tl.tensor,
-    end: tl.tensor,
-    pixels_of_a_part: tl.tensor,
-    first_row: tl.tensor,
-    rows: tl.tensor,
-    height: tl.tensor,
-    width: tl.tensor,
-    LAYER_WIDTH: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    BLOCK_HIDDEN: tl.constexpr,
-    BLOCK_PIXELS: tl.constexpr,
-) -> None:
-    part = tl.program_id(0)
-    channel = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
-    tap = tl.program_id(2)
-    first = begin + part * pixels_of_a_part
-    last = tl.minimum(first + pixels_of_a_part, end)
-    total = tl.zeros((BLOCK_HIDDEN,), tl.float32)
-    for start in range(first, last, BLOCK_PIXELS):
-        pixel = start + tl.arange(0, BLOCK_PIXELS)
-        known = (pixel < last)[:, None] & (channel < HIDDEN)[None, :]
-        x = pixel % width
-        y = pixel // width % rows
-        image = pixel // width // rows
-        row = _within(_reflected(first_row + y + tap // 3 - 1, height) - first_row, rows)
-        column = _reflected(x + tap % 3 - 1, width)
-        source = _pixel(image, row, column, rows, width)
-        value = tl.load(
-            hidden + source[:, None] * LAYER_WIDTH + channel[None, :], mask=known, other=0.0
-        ).to(tl.float32)
-        at = pixel.to(tl.int64)[:, None] * LAYER_WIDTH + channel[None, :]
-        g = tl.load(gradient + at, mask=known, other=0.0).to(tl.float32)
-        total += tl.sum(value * g, axis=0)
-    target = partial + (part.to(tl.int64) * HIDDEN + channel) * 9 + tap
-    tl.store(target, total, mask=channel < HIDDEN)
-
-
-# ---- launches ----
 
 
 @dataclass(frozen=True)
@@ -1151,7 +103,11 @@ class Shape:
 
     @property
     def padded_hidden(self) -> int:
-        return launch.blocks(self.channels, BLOCK_HIDDEN) * BLOCK_HIDDEN
+        return launch.blocks(self.channels, MULTIPLE_OF_HIDDEN) * MULTIPLE_OF_HIDDEN
+
+    @property
+    def exact(self) -> bool:
+        return self.layers == torch.float32
 
     @property
     def terms(self) -> int:
@@ -1171,7 +127,7 @@ class Shape:
             "HALF": self.channels // 2,
             "HIDDEN": self.channels,
             "BLOCK_HALF": self.block_half,
-            "BLOCK_HIDDEN": BLOCK_HIDDEN,
+            "BLOCK_HIDDEN": BLOCK_HIDDEN_EXACT if self.exact else BLOCK_HIDDEN_HALF,
             "PADDED_HIDDEN": self.padded_hidden,
             "BLOCK_INPUTS": BLOCK_INPUTS,
             "BLOCK_CHANNELS": 4,
@@ -1294,14 +250,24 @@ class Run:
             name: known.get(name, anything) for name in kernel.arg_names if name not in constants
         }
         tiles = launch.blocks(band.rows, self.shape.tile_rows) * launch.blocks(width, TILE_COLUMNS)
+        most = MOST_REGISTERS_EXACT if self.shape.exact else MOST_REGISTERS_HALF
         kernel[(band.images * tiles, second)](
-            **arguments, **constants, num_warps=NUM_WARPS, num_stages=NUM_STAGES
+            **arguments,
+            **constants,
+            num_warps=NUM_WARPS,
+            num_stages=NUM_STAGES,
+            maxnreg=most.get(kernel.__name__),
         )
 
 
-def _named(tensors: list[Tensor]) -> dict[str, Tensor]:
+def _named_weights() -> list[str]:
+    """In their order."""
     subnets = [f"{subnet}_{layer}" for subnet in ("phi", "rho", "eta") for layer in _LAYERS]
-    return dict(zip(("mix", "bias", *subnets), tensors, strict=True))
+    return ["mix", "bias", *subnets]
+
+
+def _named(tensors: list[Tensor]) -> dict[str, Tensor]:
+    return dict(zip(_named_weights(), tensors, strict=True))
 
 
 _LAYERS = ("expand", "depthwise", "project")
@@ -1331,9 +297,9 @@ def forward(
         run.add_image("x", x, "x")
         run.add_image("y", target, "y")
         for band in run.bands:
-            run.start(_mix_expand_kernel, band)
-            run.start(_phi_expand_kernel, band, FOR_GRADIENT=False)
-            run.start(_couple_kernel, band)
+            run.start(mix_expand_kernel, band)
+            run.start(phi_expand_kernel, band, FOR_GRADIENT=False)
+            run.start(couple_kernel, band)
 
 
 def inverse(
@@ -1352,9 +318,9 @@ def inverse(
         run.add_image("y", y, "y")
         run.add_image("x", target, "x")
         for band in run.bands:
-            run.start(_expand_kernel, band)
-            run.start(_uncouple_kernel, band)
-            run.start(_unmix_kernel, band)
+            run.start(expand_kernel, band)
+            run.start(uncouple_kernel, band)
+            run.start(unmix_kernel, band)
 
 
 def backward(
@@ -1391,22 +357,23 @@ def backward(
             }
         run = Run(shape, _named(weights), x, 4 + shape.kernel // 2, layers)
         run.add_image("x", x, "x")
-        totals = [torch.zeros_like(w, dtype=torch.float32) for w in weights] if need_weights else []
+        sums = _Sums(run)
         for band in run.bands:
             run.add_image("x", x, "x")
-            run.start(_mix_expand_kernel, band)
-            run.start(_phi_expand_kernel, band, FOR_GRADIENT=True)
+            run.start(mix_expand_kernel, band)
+            run.start(phi_expand_kernel, band, FOR_GRADIENT=True)
             run.add_image("grad", grad, "grad")
-            run.start(_grad_hidden2_kernel, band, WITH_WEIGHTS=need_weights)
-            run.start(_grad_z2_kernel, band, WITH_WEIGHTS=need_weights)
+            run.start(grad_hidden2_kernel, band, WITH_WEIGHTS=need_weights)
+            run.start(grad_z2_kernel, band, WITH_WEIGHTS=need_weights)
             run.add_image("grad_x", target, "x")
-            run.start(_grad_mixed_kernel, band, WITH_WEIGHTS=need_weights)
+            run.start(grad_mixed_kernel, band, WITH_WEIGHTS=need_weights)
             if shape.kernel == 3:
-                run.start(_gather_kernel, band, launch.blocks(shape.inputs, 4))
+                run.start(gather_kernel, band, launch.blocks(shape.inputs, 4))
             if need_weights:
-                for total, more in zip(totals, _weight_gradients(run, band, grad, x), strict=True):
-                    total += more.view(total.shape)
-        return totals
+                _add_weight_gradients(sums, run, band, grad, x)
+        if not need_weights:
+            return []
+        return [t.reshape(w.shape) for t, w in zip(sums.in_order(), weights, strict=True)]
 
 
 def _pixel_major(image: Tensor, band: Band) -> Tensor:
@@ -1430,211 +397,109 @@ def _terms(x: Tensor, band: Band, kernel: int) -> Tensor:
     return terms.reshape(-1, x.shape[1] * 9).contiguous()  # of one image it is a view
 
 
-def _weight_gradients(run: Run, band: Band, grad: Tensor, x: Tensor) -> list[Tensor]:
-    """The band's part of the gradients of the weights, in the order of ``weights``."""
-    shape, width = run.shape, x.shape[3]
-    half, hidden = shape.channels // 2, shape.channels
-    block, layers = shape.block_half, run.tensors
-    begin = (band.own_begin - band.first_row) * width
-    count = band.images * (band.own_end - band.own_begin) * width
-    own = slice(begin, begin + count)
-
-    def products(a: Tensor, a_count: int, b: Tensor, b_count: int) -> Tensor:
-        return _outer_products(a[:, :a_count], b[:, :b_count])
-
-    def depthwise(layer: Tensor, gradient: Tensor) -> Tensor:
-        return _depthwise_products(run, band, layer, gradient, begin, begin + count)
-
-    z, mixed = layers["z"][own], layers["mixed"][own]
-    first, second = slice(shape.padded_hidden), slice(shape.padded_hidden, None)
-    d1, d2 = mixed[:, :half], mixed[:, block : block + half]
-    terms = _terms(x, band, shape.kernel)
-    g1 = _pixel_major(grad[:, :half], band)
-    return [
-        torch.cat([_outer_products(d, terms) for d in (d1, d2)]),
-        torch.cat([d1, d2], 1).sum(0),
-        products(layers["through1"][own], hidden, z, half),
-        depthwise(layers["hidden1"], layers["grad1"]),
-        products(d2, half, layers["depthwise1"][own], hidden),
-        products(layers["through2"][own], hidden, z[:, block:], half),
-        depthwise(layers["hidden2"][:, first], layers["grad2"][:, first]),
-        products(layers["grad_rho"][own], half, layers["depthwise2"][own], hidden),
-        products(layers["through2"][own, second], hidden, z[:, block:], half),
-        depthwise(layers["hidden2"][:, second], layers["grad2"][:, second]),
-        products(g1, half, layers["depthwise2"][own, second], hidden),
-    ]
-
-
 def _parts(pixels: int) -> tuple[int, int]:
     """Parts of a sum over pixels, and the pixels of one: a function of the size alone."""
     parts = min(MOST_PARTS, launch.blocks(pixels, PIXELS_OF_A_PART))
     return parts, launch.blocks(pixels, parts)
 
 
-def _outer_products(a: Tensor, b: Tensor) -> Tensor:
-    """a^T b for [pixel][channel] float32 with contiguous channels, summed in a fixed order."""
-    parts, pixels = _parts(a.shape[0])
-    partial = a.new_empty((parts, a.shape[1], b.shape[1]))
-    across = launch.blocks(a.shape[1], BLOCK_WEIGHTS), launch.blocks(b.shape[1], BLOCK_WEIGHTS)
-    _weights_kernel[(parts, *across)](
-        a,
-        b,
-        partial,
-        0,
-        a.shape[0],
-        pixels,
-        **_weights_constants(a.stride(0), a.shape[1], b.stride(0), b.shape[1]),
-        num_warps=4,
-        num_stages=NUM_STAGES,
-    )
-    return partial.sum(0)
+class _Sums:
+    """The gradients of the weights, added up band by band, each in a fixed number of parts."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.found: dict[str, Tensor] = {}
+
+    def _partial(self, name: str, parts: int, *shape: int) -> Tensor:
+        """The first band is the largest, and has the most parts."""
+        if name not in self.found:
+            self.found[name] = self.run.image.new_zeros((parts, *shape), dtype=torch.float32)
+        return self.found[name]
+
+    def in_order(self) -> list[Tensor]:
+        """In the order of the weights."""
+        mix = [self.found.pop(name).sum(0) for name in ("mix1", "mix2")]
+        totals = {name: partial.sum(0) for name, partial in self.found.items()}
+        totals["mix"] = torch.cat(mix)
+        return [totals[name] for name in _named_weights()]
+
+    def add_rows(self, name: str, a: Tensor) -> None:
+        """The sum of [pixel][channel] over the pixels."""
+        self._partial(name, 1, a.shape[1])[0] += a.sum(0)
+
+    def add_products(self, name: str, a: Tensor, b: Tensor) -> None:
+        """a^T b for [pixel][channel] float32 with contiguous channels."""
+        parts, pixels = _parts(a.shape[0])
+        across = launch.blocks(a.shape[1], BLOCK_WEIGHTS), launch.blocks(b.shape[1], BLOCK_WEIGHTS)
+        weights_kernel[(parts, *across)](
+            a,
+            b,
+            self._partial(name, parts, a.shape[1], b.shape[1]),
+            0,
+            a.shape[0],
+            pixels,
+            A_WIDTH=a.stride(0),
+            A_COUNT=a.shape[1],
+            B_WIDTH=b.stride(0),
+            B_COUNT=b.shape[1],
+            BLOCK_A=BLOCK_WEIGHTS,
+            BLOCK_B=BLOCK_WEIGHTS,
+            BLOCK_PIXELS=32,
+            PRECISION="tf32x3",
+            num_warps=4,
+            num_stages=NUM_STAGES,
+        )
+
+    def add_depthwise(
+        self, name: str, band: Band, layer: Tensor, gradient: Tensor, own: slice
+    ) -> None:
+        """The gradient of a depthwise layer's weights over the band's own pixels."""
+        parts, pixels = _parts(own.stop - own.start)
+        hidden = self.run.shape.channels
+        depthwise_weights_kernel[(parts, launch.blocks(hidden, MULTIPLE_OF_HIDDEN), 9)](
+            layer,
+            gradient,
+            self._partial(name, parts, hidden, 9),
+            own.start,
+            own.stop,
+            pixels,
+            band.first_row,
+            band.rows,
+            *self.run.image.shape[2:],
+            LAYER_WIDTH=layer.stride(0),
+            HIDDEN=hidden,
+            BLOCK_HIDDEN=MULTIPLE_OF_HIDDEN,
+            BLOCK_PIXELS=64,
+            num_warps=4,
+            num_stages=NUM_STAGES,
+        )
 
 
-def _weights_constants(a_width: int, a_count: int, b_width: int, b_count: int) -> dict[str, Any]:
-    return {
-        "A_WIDTH": a_width,
-        "A_COUNT": a_count,
-        "B_WIDTH": b_width,
-        "B_COUNT": b_count,
-        "BLOCK_A": BLOCK_WEIGHTS,
-        "BLOCK_B": BLOCK_WEIGHTS,
-        "BLOCK_PIXELS": 32,
-        "PRECISION": "tf32x3",
-    }
+def _add_weight_gradients(sums: _Sums, run: Run, band: Band, grad: Tensor, x: Tensor) -> None:
+    """Adds the band's part."""
+    shape, width = run.shape, x.shape[3]
+    half, hidden, layers = shape.channels // 2, shape.channels, run.tensors
+    begin = (band.own_begin - band.first_row) * width
+    own = slice(begin, begin + band.images * (band.own_end - band.own_begin) * width)
+    # Of layers of two: rho's, then eta's; z1, then z2.
+    second, z2 = shape.padded_hidden, shape.block_half
 
+    def layer(name: str, first: int, count: int) -> Tensor:
+        return layers[name][own, first : first + count]
 
-def _depthwise_products(
-    run: Run, band: Band, layer: Tensor, gradient: Tensor, begin: int, end: int
-) -> Tensor:
-    """The gradient of a depthwise layer's weights over the pixels from begin to end."""
-    parts, pixels = _parts(end - begin)
-    hidden = run.shape.channels
-    partial = layer.new_empty((parts, hidden, 9), dtype=torch.float32)
-    _depthwise_weights_kernel[(parts, launch.blocks(hidden, BLOCK_HIDDEN), 9)](
-        layer,
-        gradient,
-        partial,
-        begin,
-        end,
-        pixels,
-        band.first_row,
-        band.rows,
-        *run.image.shape[2:],
-        **_depthwise_constants(layer.stride(0), hidden),
-        num_warps=4,
-        num_stages=NUM_STAGES,
-    )
-    return partial.sum(0)
-
-
-def _depthwise_constants(layer_width: int, hidden: int) -> dict[str, Any]:
-    return {
-        "LAYER_WIDTH": layer_width,
-        "HIDDEN": hidden,
-        "BLOCK_HIDDEN": BLOCK_HIDDEN,
-        "BLOCK_PIXELS": 64,
-    }
-
-
-# ---- what is compiled ahead of time ----
-
-_IMAGES = ("x", "y", "grad", "grad_x")
-_WEIGHTS = ("mix", "bias", "inverse", *(f"{s}_{w}" for s in ("phi", "rho", "eta") for w in _LAYERS))
-
-
-def _configuration(
-    kernel: Any, shape: Shape, image: torch.dtype, channels_last: bool, **flags: bool
-) -> launch.Configuration:
-    """One kernel for float32 weights and images of multiples of 16."""
-    constants = shape.constants(kernel, **flags)
-    types: dict[str, str] = {}
-    for name in kernel.arg_names:
-        if name in constants:
-            continue
-        if name.endswith("_channel" if channels_last else "_column"):
-            constants[name] = 1
-        elif name in _IMAGES:
-            types[name] = launch.TYPES[image]
-        elif name in _WEIGHTS:
-            types[name] = "*fp32"
-        elif name in (*_BAND, "width") or name.endswith(("_batch", "_channel", "_row", "_column")):
-            types[name] = "i32"
-        else:
-            types[name] = launch.TYPES[shape.layers]
-    layout = "channels_last" if channels_last else "NCHW"
-    label = f"{str(image).removeprefix('torch.')} {layout} {shape.inputs} inputs"
-    for name, value in flags.items():
-        label += f" {name}={value}"
-    return launch.Configuration(
-        kernel,
-        types,
-        constants,
-        NUM_WARPS,
-        NUM_STAGES,
-        label,
-        frozenset(name for name in types if name not in _BAND),
-    )
-
-
-def _configurations() -> Iterator[launch.Configuration]:
-    for image in launch.TYPES:
-        for channels_last in (False, True):
-            block = Shape(128, 128, 1, "relu6", 0.0, image)
-            stem = Shape(3, 128, 3, "relu6", 0.0, image)
-
-            def of(
-                kernel: Any,
-                shape: Shape = block,
-                image: torch.dtype = image,
-                channels_last: bool = channels_last,
-                **flags: bool,
-            ) -> launch.Configuration:
-                return _configuration(kernel, shape, image, channels_last, **flags)
-
-            yield of(_mix_expand_kernel)
-            yield of(_mix_expand_kernel, stem)
-            yield of(_phi_expand_kernel, FOR_GRADIENT=False)
-            yield of(_phi_expand_kernel, FOR_GRADIENT=True)
-            yield of(_couple_kernel)
-            yield of(_grad_hidden2_kernel, WITH_WEIGHTS=False)
-            yield of(_grad_z2_kernel, WITH_WEIGHTS=False)
-            yield of(_grad_mixed_kernel, WITH_WEIGHTS=False)
-            yield of(_grad_mixed_kernel, stem, WITH_WEIGHTS=False)
-            yield of(_gather_kernel, stem)
-            exact = Shape(128, 128, 1, "relu6", 0.0, torch.float32)
-            yield of(_expand_kernel, exact)
-            yield of(_uncouple_kernel, exact)
-            yield of(_unmix_kernel, exact)
-            if image == torch.float32:
-                yield of(_grad_hidden2_kernel, WITH_WEIGHTS=True)
-                yield of(_grad_z2_kernel, WITH_WEIGHTS=True)
-                yield of(_grad_mixed_kernel, WITH_WEIGHTS=True)
-    sizes = ("begin", "end", "pixels_of_a_part")
-    yield launch.Configuration(
-        _weights_kernel,
-        {"a": "*fp32", "b": "*fp32", "partial": "*fp32", **dict.fromkeys(sizes, "i32")},
-        _weights_constants(256, 128, 128, 64),
-        4,
-        NUM_STAGES,
-        "float32",
-        frozenset(("a", "b", "partial")),
-    )
-    band = ("first_row", "rows", "height", "width")
-    yield launch.Configuration(
-        _depthwise_weights_kernel,
-        {
-            "hidden": "*fp32",
-            "gradient": "*fp32",
-            "partial": "*fp32",
-            **dict.fromkeys((*sizes, *band), "i32"),
-        },
-        _depthwise_constants(256, 128),
-        4,
-        NUM_STAGES,
-        "float32",
-        frozenset(("hidden", "gradient", "partial", "width")),
-    )
-
-
-CONFIGURATIONS: tuple[launch.Configuration, ...] = tuple(_configurations())
-"""Every kernel as it is launched for 128 channels, a mix of 128 or a stem of 3 inputs."""
+    d1, d2 = layer("mixed", 0, half), layer("mixed", z2, half)
+    terms, g1 = _terms(x, band, shape.kernel), _pixel_major(grad[:, :half], band)
+    sums.add_products("mix1", d1, terms)
+    sums.add_products("mix2", d2, terms)
+    sums.add_rows("bias", torch.cat([d1, d2], 1))
+    sums.add_products("phi_expand", layer("through1", 0, hidden), layer("z", 0, half))
+    sums.add_products("phi_project", d2, layer("depthwise1", 0, hidden))
+    outer = {"rho": (0, layer("grad_rho", 0, half)), "eta": (second, g1)}
+    for subnet, (first, projected) in outer.items():
+        through, deep = layer("through2", first, hidden), layer("depthwise2", first, hidden)
+        sums.add_products(f"{subnet}_expand", through, layer("z", z2, half))
+        sums.add_products(f"{subnet}_project", projected, deep)
+    sums.add_depthwise("phi_depthwise", band, layers["hidden1"], layers["grad1"], own)
+    for subnet, (first, _) in outer.items():
+        hidden2, grad2 = layers["hidden2"][:, first:], layers["grad2"][:, first:]
+        sums.add_depthwise(f"{subnet}_depthwise", band, hidden2, grad2, own)

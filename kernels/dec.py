@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import TYPES, Configuration, blocks, on_device_of
+from .launch import blocks, on_device_of
 
 NORM_FLOOR = tl.constexpr(1e-8)
 
@@ -349,6 +349,91 @@ def project_kernel(
     tl.store(target, result.to(grad_sr.dtype.element_ty), mask=mask)
 
 
+# ---- the ends ----
+
+
+# Of every row the sums over its runs, and log(positive / negative), in float64.
+#
+# Floor: reads what was just written, 12 splits P bytes, 6 MB at most: 2 us.
+@triton.jit
+def row_kernel(
+    partial,
+    any_negative,
+    statistics,
+    ratios,
+    patches,
+    padded_patches,
+    splits,
+    offset,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < patches
+    positive = tl.zeros([BLOCK], tl.float64)
+    negative = tl.zeros([BLOCK], tl.float64)
+    found = tl.zeros([BLOCK], tl.int32)
+    sums = partial + row
+    flags = any_negative + row
+    for _ in range(0, splits):
+        positive += tl.load(sums, mask=inside, other=1).to(tl.float64)
+        negative += tl.load(sums + padded_patches, mask=inside, other=1).to(tl.float64)
+        found |= tl.load(flags, mask=inside, other=0)
+        sums += 2 * padded_patches
+        flags += padded_patches
+    # A row without negatives counts for nothing, but a NaN in it is a NaN in the loss.
+    ratio = tl.log(positive)
+    ratio = tl.where(found > 0, ratio - tl.log(negative) + offset, 0 * ratio)
+    negative = tl.where(found > 0, negative, -1.0)
+    tl.store(ratios + row, ratio, mask=inside)
+    tl.store(statistics + row, positive.to(tl.float32), mask=inside)
+    tl.store(statistics + patches + row, negative.to(tl.float32), mask=inside)
+
+
+@triton.jit
+def _rows_with_negatives(statistics, patches, BLOCK: tl.constexpr):
+    """Their number, at least 1."""
+    count = tl.zeros([BLOCK], tl.int32)
+    for first in range(0, patches, BLOCK):
+        row = first + tl.arange(0, BLOCK)
+        negative = tl.load(statistics + patches + row, mask=row < patches, other=-1)
+        count += (negative != -1).to(tl.int32)
+    return tl.maximum(tl.sum(count, axis=0), 1)
+
+
+# The loss, by one program: the order of the sum is fixed.
+@triton.jit
+def loss_kernel(ratios, statistics, loss, patches, BLOCK: tl.constexpr):
+    total = tl.zeros([BLOCK], tl.float64)
+    for first in range(0, patches, BLOCK):
+        row = first + tl.arange(0, BLOCK)
+        total += tl.load(ratios + row, mask=row < patches, other=0)
+    mean = tl.sum(total, axis=0) / _rows_with_negatives(statistics, patches, BLOCK)
+    tl.store(loss, -mean.to(tl.float32))
+
+
+# What a row's positives and negatives are multiplied by in the gradient; 0 in the padding.
+@triton.jit
+def factor_kernel(
+    grad,
+    statistics,
+    factors,
+    positive_scale,
+    negative_scale,
+    patches,
+    padded_patches,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < patches
+    positive = tl.load(statistics + row, mask=inside, other=1)
+    negative = tl.load(statistics + patches + row, mask=inside, other=-1)
+    scale = -tl.load(grad).to(tl.float32) / _rows_with_negatives(statistics, patches, BLOCK)
+    scale = tl.where(negative != -1, scale, 0.0)
+    known = row < padded_patches
+    tl.store(factors + row, scale * positive_scale / positive, mask=known)
+    tl.store(factors + padded_patches + row, -scale * negative_scale / negative, mask=known)
+
+
 # ---- options ----
 
 
@@ -428,6 +513,8 @@ PACK = {"num_warps": 4, "num_stages": 2}
 FORWARD = {"num_warps": 8, "num_stages": 3}
 BACKWARD = {"num_warps": 8, "num_stages": 2}
 PROJECT = {"num_warps": 4, "num_stages": 2}
+ROWS = {"BLOCK": 128, "num_warps": 4, "num_stages": 2}
+ALL_ROWS = {"BLOCK": 1024, "num_warps": 4, "num_stages": 2}
 
 _MULTIPLE = 64  # of patches, after padding: of every BLOCK_I and BLOCK_J
 _PROGRAMS = 512  # in a grid: enough to fill a GPU
@@ -530,15 +617,24 @@ def forward(sr: Tensor, gt: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
             **constants,
             **FORWARD,
         )
-    positive, negative = partial.sum(0, dtype=torch.float64)[:, : p.patches]
-    has_negative = any_negative.amax(0)[: p.patches] > 0
-    # 1 / t outside the exponentials
-    offset = 0.0 if o.inside else math.log(o.negative_temperature / o.positive_temperature)
-    # A row without negatives counts for nothing, but a NaN in it is a NaN in the loss.
-    ratio = torch.where(has_negative, positive.log() - negative.log() + offset, 0 * positive.log())
-    loss = -ratio.sum() / has_negative.sum().clamp_min(1)
-    saved = torch.stack((positive, torch.where(has_negative, negative, -1.0)))
-    return loss.float(), saved.float()
+        # 1 / t outside the exponentials
+        offset = 0.0 if o.inside else math.log(o.negative_temperature / o.positive_temperature)
+        loss = p.unit.new_empty(())
+        statistics = p.unit.new_empty((2, p.patches))
+        ratios = p.unit.new_empty(p.patches, dtype=torch.float64)
+        row_kernel[(blocks(p.patches, ROWS["BLOCK"]),)](
+            partial,
+            any_negative,
+            statistics,
+            ratios,
+            p.patches,
+            p.padded_patches,
+            splits,
+            offset,
+            **ROWS,
+        )
+        loss_kernel[(1,)](ratios, statistics, loss, p.patches, **ALL_ROWS)
+    return loss, statistics
 
 
 def backward(grad: Tensor, sr: Tensor, gt: Tensor, statistics: Tensor, *options: Any) -> Tensor:
@@ -549,13 +645,17 @@ def backward(grad: Tensor, sr: Tensor, gt: Tensor, statistics: Tensor, *options:
         return grad_sr
     with on_device_of(sr):
         p = _Packed(sr, gt)
-        positive, negative = statistics
-        has_negative = negative != -1
-        scale = torch.where(has_negative, -grad.float() / has_negative.sum().clamp_min(1), 0.0)
-        factors = p.unit.new_zeros((2, p.padded_patches))
-        factors[0, : p.patches] = scale / (o.positive_temperature if o.inside else 1.0) / positive
-        factors[1, : p.patches] = -scale / (o.negative_temperature if o.inside else 1.0) / negative
-
+        factors = p.unit.new_empty((2, p.padded_patches))
+        factor_kernel[(blocks(p.padded_patches, ALL_ROWS["BLOCK"]),)](
+            grad,
+            statistics.contiguous(),
+            factors,
+            1 / o.positive_temperature if o.inside else 1.0,
+            1 / o.negative_temperature if o.inside else 1.0,
+            p.patches,
+            p.padded_patches,
+            **ALL_ROWS,
+        )
         constants = _backward_constants(p.depth)
         run, splits = _runs(p.padded_patches, constants["BLOCK_I"], constants["BLOCK_J"])
         partial = p.unit.new_empty((splits, *p.unit.shape))
@@ -594,79 +694,3 @@ def backward(grad: Tensor, sr: Tensor, gt: Tensor, statistics: Tensor, *options:
             **PROJECT,
         )
     return grad_sr
-
-
-# ---- what is compiled ahead of time ----
-
-_DEPTH = 192
-
-
-def _types(pointers: str, integers: str = "", floats: str = "") -> dict[str, str]:
-    return (
-        dict.fromkeys(pointers.split(), "*fp32")
-        | dict.fromkeys(integers.split(), "i32")
-        | dict.fromkeys(floats.split(), "fp32")
-    )
-
-
-def _configuration(
-    kernel: Any,
-    types: dict[str, str],
-    constants: dict[str, Any],
-    how: dict[str, int],
-    label: str = "",
-) -> Configuration:
-    odd = {"splits"} | {name for name, kind in types.items() if kind == "fp32"}
-    divisible = frozenset(types) - odd
-    return Configuration(kernel, types, constants, **how, label=label, divisible=divisible)
-
-
-_PAIR_OPTIONS = "positive_exponent negative_exponent limit positive_below negative_above margin"
-
-
-def _configurations(dtype: torch.dtype) -> list[Configuration]:
-    label, pointer = TYPES[dtype][1:], {"sr": TYPES[dtype], "gt": TYPES[dtype]}
-    pack = _types("unit patch norm inverse squared", "patches sr_patch gt_patch") | pointer
-    project = _types("partial unit norm", "patches padded_patches splits")
-    return [
-        _configuration(
-            pack_kernel,
-            pack,
-            {"sr_value": 1, "gt_value": 1} | _pack_constants(_DEPTH),
-            PACK,
-            label,
-        ),
-        _configuration(
-            project_kernel,
-            project | {"grad_sr": TYPES[dtype]},
-            _project_constants(_DEPTH),
-            PROJECT,
-            label,
-        ),
-    ]
-
-
-CONFIGURATIONS: tuple[Configuration, ...] = (
-    *(c for dtype in TYPES for c in _configurations(dtype)),
-    _configuration(
-        forward_kernel,
-        _types(
-            "unit patch values inverse squared partial",
-            "patches padded_patches run",
-            _PAIR_OPTIONS,
-        )
-        | {"any_negative": "*i32"},
-        _forward_constants(_DEPTH),
-        FORWARD,
-    ),
-    _configuration(
-        backward_kernel,
-        _types(
-            "unit patch values inverse squared positive_factor negative_factor partial",
-            "patches padded_patches run",
-            _PAIR_OPTIONS,
-        ),
-        _backward_constants(_DEPTH),
-        BACKWARD,
-    ),
-)

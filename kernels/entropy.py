@@ -5,13 +5,12 @@
 
 A first sweep takes each map's range, run by run of pixels, a second counts. The bin of a value is
 computed as the reference does, every operation rounded to float32, and counts are integers: they
-are the reference's exactly, whatever the order. The sum over the bins is float64 PyTorch, as there,
-so ties stay ties.
+are the reference's exactly, whatever the order. The sum over the bins is float64, as there,
+so that ties stay ties.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -22,7 +21,6 @@ from torch import Tensor
 from . import launch
 from .image import (
     Runs,
-    layout_arguments,
     layout_of,
     pixel_offsets,
     place_of,
@@ -252,6 +250,24 @@ def _count_in_memory_kernel(
         tl.atomic_add(targets + index, one, mask=inside, sem="relaxed")
 
 
+# Entropies of maps from their counts; NaN where a range is not finite. One program a map.
+#
+# Floor: reads counts that were just written, 131 KB for C = 128 and 256 bins, under 1 us.
+@triton.jit
+def _entropy_kernel(counts, lows, highs, entropies, pixels, bins, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    total = tl.zeros([BLOCK], tl.float64)
+    for first in range(0, bins, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        count = tl.load(counts + row * bins + i, mask=i < bins, other=0)
+        p = tl.where(count > 0, count, pixels).to(tl.float64) / pixels  # 0 ln 0 = 1 ln 1 = 0
+        total -= p * tl.log(p)
+    entropy = tl.sum(total, axis=0) / tl.sum(tl.log(tl.zeros([1], tl.float64) + bins), axis=0)
+    extent = tl.load(highs + row) - tl.load(lows + row)
+    entropy = tl.where(extent - extent == 0, entropy, float("nan"))
+    tl.store(entropies + row, entropy.to(entropies.dtype.element_ty))
+
+
 # ---- launches ----
 
 
@@ -335,12 +351,24 @@ def counts_of(x: Tensor, low: Tensor, high: Tensor, bins: int, counts: Tensor) -
     )
 
 
-def entropies_of(counts: Tensor, low: Tensor, high: Tensor, pixels: int) -> Tensor:
-    """(..., bins) -> (...), in float64: the reference's operations. NaN where a range is not
-    finite."""
-    p = counts.to(torch.float64) / pixels
-    entropy = -torch.xlogy(p, p).sum(-1) / math.log(counts.shape[-1])
-    return torch.where(torch.isfinite(high - low), entropy, torch.nan)
+def entropies_of(
+    counts: Tensor, low: Tensor, high: Tensor, pixels: int, dtype: torch.dtype
+) -> Tensor:
+    """(..., bins) -> (...), contiguous all; float64 where entropies are compared."""
+    bins = counts.shape[-1]
+    entropy = counts.new_empty(counts.shape[:-1], dtype=dtype)
+    _entropy_kernel[(entropy.numel(),)](
+        counts,
+        low,
+        high,
+        entropy,
+        pixels,
+        bins,
+        BLOCK=power_of_two(bins, 32, 256),
+        num_warps=1,
+        num_stages=1,
+    )
+    return entropy
 
 
 def channel_entropy(x: Tensor, bins: int) -> Tensor:
@@ -349,37 +377,4 @@ def channel_entropy(x: Tensor, bins: int) -> Tensor:
         low, high = ranges(x)
         counts = torch.zeros(*x.shape[:2], bins, dtype=torch.int32, device=x.device)
         counts_of(x, low, high, bins, counts)
-    return entropies_of(counts, low, high, x.shape[2] * x.shape[3]).float()
-
-
-def _configurations() -> tuple[launch.Configuration, ...]:
-    sizes = {name: "i32" for name in ("channels", "pixels", "width", "runs", "run_pixels")}
-    found = []
-    for dtype, pointer in launch.TYPES.items():
-        for last in (False, True):
-            strides, constants = layout_arguments("x", last)
-            outputs = {"lows": "*fp32", "highs": "*fp32"}
-            label = f"{str(dtype).removeprefix('torch.')}{', channels_last' if last else ''}"
-            aligned = frozenset({"x", "channels", "pixels", "width", "run_pixels", *strides})
-            tile, counting = _tile(not last, 128), _counting(not last, 256)
-            count = {**sizes, "bins": "i32", "counts": "*i32"}
-            for kernel, types, blocks in (
-                (_range_kernel, {**sizes, "images": "i32"}, tile),
-                (_count_rows_kernel if last else _count_maps_kernel, count, counting),
-                (_count_in_memory_kernel, count, tile),
-            ):
-                found.append(
-                    launch.Configuration(
-                        kernel,
-                        {"x": pointer, **outputs, **types, **strides},
-                        {**constants, **blocks},
-                        num_warps=4,
-                        num_stages=2,
-                        label=label,
-                        divisible=aligned | {k for k in types if k in ("bins", "counts")},
-                    )
-                )
-    return tuple(found)
-
-
-CONFIGURATIONS = _configurations()
+        return entropies_of(counts, low, high, x.shape[2] * x.shape[3], torch.float32)

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .image import layout_arguments, layout_of, pixel_offsets, power_of_two, runs_of
+from .image import layout_of, pixel_offsets, power_of_two, runs_of
 
 PROGRAMS = 512
 SUM_PRODUCTS = {"BLOCK_S": 16, "BLOCK": 64}
@@ -241,72 +241,3 @@ def gram_matrix_backward(grad: Tensor, x: Tensor, scale: float, grad_x: Tensor) 
             num_warps=8,
             num_stages=3,
         )
-
-
-def _configurations() -> tuple[launch.Configuration, ...]:
-    sizes = {name: "i32" for name in ("channels", "pixels", "width")}
-    found = []
-    for dtype, pointer in launch.TYPES.items():
-        for last in (False, True):
-            label = f"{str(dtype).removeprefix('torch.')}{', channels_last' if last else ''}"
-            strides, constants = layout_arguments("x", last)
-            more, grad_constants = layout_arguments("grad", last)
-            found.append(
-                launch.Configuration(
-                    _product_kernel,
-                    {
-                        "x": pointer,
-                        "partial": "*fp32",
-                        **sizes,
-                        "runs": "i32",
-                        "run_pixels": "i32",
-                        **strides,
-                    },
-                    {**constants, **_product_options(128, dtype)},
-                    num_warps=8,
-                    num_stages=3,
-                    label=label,
-                    divisible=frozenset({"x", "partial", *sizes, "run_pixels", *strides}),
-                )
-            )
-            found.append(
-                launch.Configuration(
-                    _backward_kernel,
-                    {
-                        "x": pointer,
-                        "matrix": "*fp32",
-                        "grad_x": pointer,
-                        **sizes,
-                        "tiles": "i32",
-                        **strides,
-                        **more,
-                    },
-                    {**constants, **grad_constants, **_backward_options(128)},
-                    num_warps=8,
-                    num_stages=3,
-                    label=label,
-                    divisible=frozenset(
-                        {"x", "matrix", "grad_x", *sizes, "tiles", *strides, *more}
-                    ),
-                )
-            )
-    found.append(
-        launch.Configuration(
-            _sum_kernel,
-            {
-                "partial": "*fp32",
-                "result": "*fp32",
-                "scale": "fp32",
-                "channels": "i32",
-                "runs": "i32",
-            },
-            SUM_PRODUCTS,
-            num_warps=4,
-            num_stages=2,
-            divisible=frozenset({"partial", "result", "channels"}),
-        )
-    )
-    return tuple(found)
-
-
-CONFIGURATIONS = _configurations()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -33,15 +33,6 @@ def layout_of(x: Tensor) -> Layout:
     if width == 1:
         return Layout(batch, channel, row, row, True)
     return Layout(batch, channel, row, column, height == 1 or row == width * column)
-
-
-def layout_arguments(name: str, channels_last: bool) -> tuple[dict[str, str], dict[str, Any]]:
-    """For a :class:`launch.Configuration`: types of the arguments that are numbers, and constants
-    (to which Triton specialises a stride of 1)."""
-    strides = [f"{name}_{k}" for k in ("batch", "channel", "row", "column")]
-    one = f"{name}_channel" if channels_last else f"{name}_column"
-    types = {stride: "i32" for stride in strides if stride != one}
-    return types, {one: 1, f"{name.upper()}_FLAT": True}
 
 
 def power_of_two(count: int, least: int, most: int) -> int:

@@ -1,37 +1,28 @@
-"""What the Triton kernels share: the device they are launched on, what they are compiled for."""
+"""What the launches of Triton kernels share."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
-"""Triton's names of the types of pointers."""
+from ..backends import triton_is_interpreted
+
+MOST_REGISTERS = 255
+"""Of a thread. Without a limit ptxas sometimes spills a few words to get by with half of them."""
 
 
-@dataclass(frozen=True)
-class Configuration:
-    """A kernel with pinned block sizes, as it is launched for one kind of input: what is compiled
-    ahead of time and listed with its registers and shared memory.
-
-    ``types`` gives Triton's type of every argument that is not in ``constants``, such as "*fp32",
-    "i32", "fp32".
-    """
-
-    kernel: Any
-    types: Mapping[str, str]
-    constants: Mapping[str, Any]
-    num_warps: int = 4
-    num_stages: int = 3
-    label: str = ""
-    divisible: frozenset[str] = field(default_factory=frozenset)
-    """Arguments that a launch finds to be multiples of 16: pointers, and most sizes and strides."""
+def architecture_of(tensor: Tensor) -> int:
+    """Of the device that works on the tensor, such as 80 or 90: what block sizes are pinned for."""
+    if tensor.is_cuda:
+        major, minor = torch.cuda.get_device_capability(tensor.device)
+        return 10 * major + minor
+    if triton_is_interpreted():
+        return 90
+    return int(triton.runtime.driver.active.get_current_target().arch)  # the one that is named
 
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:

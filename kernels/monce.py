@@ -21,13 +21,8 @@ from torch import Tensor
 
 from . import launch
 from .sinkhorn import (
-    EXPONENT,
     FAR,
     LN2,
-    MATRIX,
-    POTENTIALS,
-    TERMS,
-    configuration,
     corrections,
     exponent_scale,
     exponential,
@@ -36,12 +31,10 @@ from .sinkhorn import (
     negative_weights,
     off_diagonal,
     recur,
-    recursion_configuration,
     round_to_integer,
     row_blocks,
     score_of,
     solve,
-    solve_configuration,
     split_exponent,
     stored_as,
     warps,
@@ -314,7 +307,7 @@ def _product_precision(dtype: torch.dtype, epsilon: float, temperature: float) -
 
 
 def _similarity_options(precision: str) -> dict[str, Any]:
-    tile = {"BLOCK": 64, "BLOCK_D": 32}
+    tile = {"BLOCK": 64, "BLOCK_D": 16 if precision == "ieee" else 32}
     return {**tile, "PRECISION": precision, "num_warps": 4, "num_stages": 3}
 
 
@@ -326,7 +319,7 @@ def _losses_options(n: int) -> dict[str, Any]:
 def _gradient_options(depth: int) -> dict[str, Any]:
     width = min(64, max(16, int(triton.next_power_of_2(depth))))
     tile = {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": width}
-    return {**tile, "PRECISION": "tf32x3", "num_warps": 4, "num_stages": 2}
+    return {**tile, "PRECISION": "tf32x3", "num_warps": 8, "num_stages": 2}
 
 
 def _similarities(query: Tensor, key: Tensor, epsilon: float, temperature: float) -> Tensor:
@@ -486,51 +479,3 @@ def monce_backward(
                 **options,
             )
     return out.to(query.dtype)
-
-
-# ---- what is compiled ahead of time ----
-
-_ALIGNED = frozenset(
-    {"out", "query", "key", "similarity", "potentials", "steps", "statistics", "terms", "bounds"}
-    | {"upstream", "stride_b", "stride_i", "pitch", "depth", "query_i", "key_i"}
-)
-
-
-def _configurations() -> tuple[launch.Configuration, ...]:
-    n, depth = 441, 64
-    matrix = {name: MATRIX[name] for name in ("stride_b", "stride_i", "n", "slots")}
-    slopes = {"inverse_temperature": "fp32", "log2_slope": "fp32"}
-    found = []
-    for dtype, element in launch.TYPES.items():
-        name = str(dtype).removeprefix("torch.")
-        keys = {"key_b": "i32", "key_i": "i32"}
-        precisions = ("tf32x3", "ieee") if dtype == torch.float32 else ("tf32",)
-        for precision in precisions:
-            types = {"out": "*fp32", "query": element, "key": element, **keys}
-            types |= {"query_b": "i32", "query_i": "i32", "n": "i32", "depth": "i32"}
-            types |= {"pitch": "i32"}
-            options = {"query_d": 1, "key_d": 1, **_similarity_options(precision)}
-            label = f"{name} {precision} N=441 D=64"
-            found.append(configuration(similarity_kernel, label, types, options, _ALIGNED))
-        for exact in (True, False):
-            types = {"out": element, "key": element, "similarity": "*fp32", **POTENTIALS}
-            types |= {"statistics": "*fp32", **TERMS, **keys, **matrix, "depth": "i32"}
-            types |= {**EXPONENT, **slopes}
-            for cost in ("hard", "exp"):
-                options = {"key_d": 1, "COST": cost, "EXACT": exact, **_gradient_options(depth)}
-                label = f"{name} {cost} {'exact' if exact else 'detach'} N=441 D=64"
-                found.append(configuration(query_gradient_kernel, label, types, options, _ALIGNED))
-    for cost in ("hard", "exp"):
-        for statistics in (False, True):
-            types = {"out": "*fp32", "similarity": "*fp32", **POTENTIALS, "grad": "*fp32"}
-            types |= {"grad_b": "i32", **matrix, **EXPONENT, **slopes, "log_weight": "fp32"}
-            options = {"grad_i": 1, "COST": cost, "STATISTICS": statistics, **_losses_options(n)}
-            label = f"{cost} {'statistics' if statistics else 'losses'} N=441"
-            found.append(configuration(losses_kernel, label, types, options, _ALIGNED))
-        label = f"{cost} N=441 of monce"
-        found.append(solve_configuration(n, "*fp32", cost, False, label, _ALIGNED))
-        found.append(recursion_configuration(n, "*fp32", cost, True, label, _ALIGNED))
-    return tuple(found)
-
-
-CONFIGURATIONS: tuple[launch.Configuration, ...] = _configurations()

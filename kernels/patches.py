@@ -14,7 +14,6 @@ hidden units, D = 64, so R = 56,448 rows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import TYPES, Configuration, blocks, on_device_of
+from .launch import MOST_REGISTERS, architecture_of, blocks, on_device_of
 
 NORM_FLOOR = tl.constexpr(1e-7)
 TINY = tl.constexpr(1.1754943508222875e-38)  # float32's least normal number
@@ -512,8 +511,8 @@ def _power(size: int, least: int, most: int) -> int:
 
 
 FORWARD = {"num_warps": 8, "num_stages": 3}
-HIDDEN_GRADIENT = {"num_warps": 4, "num_stages": 2}
-IMAGE_GRADIENT = {"num_warps": 8, "num_stages": 2}
+HIDDEN_GRADIENT = {"num_warps": 8, "num_stages": 2}
+IMAGE_GRADIENT = {"num_warps": 8, "num_stages": 2, "maxnreg": MOST_REGISTERS}
 OUTER_PRODUCT = {"num_warps": 4, "num_stages": 3}
 
 
@@ -525,6 +524,7 @@ def _forward_constants(
     maps_fastest: bool,
     vector: int,
     keep: bool,
+    architecture: int,
 ) -> dict[str, Any]:
     return {
         "PATCH": patch_size,
@@ -534,7 +534,7 @@ def _forward_constants(
         "MAPS_FASTEST": maps_fastest,
         "VECTOR": vector,
         "KEEP_HIDDEN": keep,
-        "BLOCK_M": 64,
+        "BLOCK_M": 64 if architecture >= 90 else 32,  # sm_80 has not the registers for more
         "BLOCK_H": _power(hidden, 32, 128),
         "BLOCK_D": _power(dimension, 16, LARGEST_DIMENSION),
         "BLOCK_K": _power(patch_size * patch_size, 16, 32),
@@ -550,7 +550,7 @@ def _hidden_gradient_constants(
         "MAPS_FASTEST": maps_fastest,
         "KEEP_OUTPUT": keep,
         "BLOCK_M": 64 if dimension <= 64 else 32,
-        "BLOCK_H": _power(hidden, 32, 64),
+        "BLOCK_H": 32,
         "BLOCK_D": _power(dimension, 16, LARGEST_DIMENSION),
     }
 
@@ -669,7 +669,14 @@ def _forward(
         return embedding, state
     keep = hidden is not None
     constants = _forward_constants(
-        patch_size, stride, units, dimension, _maps_fastest(x), _vector(x), keep
+        patch_size,
+        stride,
+        units,
+        dimension,
+        _maps_fastest(x),
+        _vector(x),
+        keep,
+        architecture_of(x),
     )
     with on_device_of(x):
         forward_kernel[(blocks(g.rows, constants["BLOCK_M"]),)](
@@ -870,143 +877,3 @@ def backward(
         _outer_product(grad_y, hidden, units, g, *options, False, maps_fastest),
         grad_y.sum(0),
     ]
-
-
-# ---- what is compiled ahead of time ----
-
-_POINTER = "*fp32"
-_SIZES = ("rows", "maps", "channels", "patches", "patch_columns")
-
-
-def _image_types(maps_fastest: bool) -> tuple[dict[str, str], dict[str, int]]:
-    """Strides of an image: types of the arguments, and which of them is 1."""
-    one = "x_channel" if maps_fastest else "x_column"
-    strides = ("x_batch", "x_channel", "x_row", "x_column")
-    return {name: "i32" for name in strides if name != one}, {one: 1}
-
-
-def _pointers(names: str) -> dict[str, str]:
-    return dict.fromkeys(names.split(), _POINTER)
-
-
-def _i32(*names: str) -> dict[str, str]:
-    return dict.fromkeys(names, "i32")
-
-
-def _divisible(types: Mapping[str, str]) -> frozenset[str]:
-    """All arguments that the paper's sizes leave divisible by 16: everything but counts of patches
-    and cells."""
-    odd = {"patches", "patch_columns", "patch_rows", "cells", "cell_columns"}
-    return frozenset(name for name in types if name not in odd)
-
-
-def _configurations(dtype: torch.dtype, maps_fastest: bool) -> list[Configuration]:
-    patch_size, stride, units, dimension, side = 32, 24, 128, 64, 512
-    strides, one = _image_types(maps_fastest)
-    label = f"{TYPES[dtype][1:]}, {'channels_last' if maps_fastest else 'contiguous'}"
-    vector = 16 // dtype.itemsize if maps_fastest else 1
-    result = []
-    for keep in (False, True):
-        types = (
-            {"x": TYPES[dtype]}
-            | _pointers("weight1 bias1 weight2 bias2 embedding")
-            | {"state": "*i32", "hidden": _POINTER}
-            | _i32(*_SIZES)
-            | strides
-        )
-        constants = _forward_constants(
-            patch_size, stride, units, dimension, maps_fastest, vector, keep
-        )
-        kept = ", hidden layer kept" if keep else ""
-        result.append(
-            Configuration(
-                forward_kernel,
-                types,
-                one | constants,
-                **FORWARD,
-                label=label + kept,
-                divisible=_divisible(types),
-            )
-        )
-    for add in (False, True):
-        types = (
-            _pointers("grad_hidden weight1")
-            | {"grad_x": TYPES[dtype]}
-            | _i32(*_SIZES, "cells", "cell_columns", "patch_rows", "height", "width")
-            | strides
-        )
-        constants = _image_gradient_constants(
-            patch_size, stride, units, side, side, dtype, maps_fastest, vector, add
-        )
-        result.append(
-            Configuration(
-                image_gradient_kernel,
-                types,
-                one | constants,
-                **IMAGE_GRADIENT,
-                label=label + (", added" if add else ""),
-                divisible=_divisible(types),
-            )
-        )
-    types = (
-        {"left": _POINTER, "right": TYPES[dtype], "partial": _POINTER}
-        | _i32(*_SIZES, "run")
-        | strides
-    )
-    constants = _outer_product_constants(
-        units, patch_size * patch_size, patch_size, stride, True, maps_fastest, vector
-    )
-    result.append(
-        Configuration(
-            outer_product_kernel,
-            types,
-            one | constants,
-            **OUTER_PRODUCT,
-            label=f"weight1, {label}",
-            divisible=_divisible(types),
-        )
-    )
-    return result
-
-
-def _common_configurations(maps_fastest: bool) -> list[Configuration]:
-    """Of the kernels that do not see the image."""
-    label = "channels_last" if maps_fastest else "contiguous"
-    result = []
-    for keep in (False, True):
-        types = (
-            _pointers("grad embedding weight2 grad_hidden grad_output")
-            | {"state": "*i32"}
-            | _i32("rows", "maps", "patches", "grad_map", "grad_patch")
-        )
-        constants = {"grad_dimension": 1} | _hidden_gradient_constants(128, 64, maps_fastest, keep)
-        result.append(
-            Configuration(
-                hidden_gradient_kernel,
-                types,
-                constants,
-                **HIDDEN_GRADIENT,
-                label=label + (", gradient of y kept" if keep else ""),
-                divisible=_divisible(types),
-            )
-        )
-    strides, one = _image_types(maps_fastest)
-    types = _pointers("left right partial") | _i32(*_SIZES, "run") | strides
-    constants = one | _outer_product_constants(64, 128, 32, 24, False, maps_fastest, 1)
-    result.append(
-        Configuration(
-            outer_product_kernel,
-            types,
-            constants,
-            **OUTER_PRODUCT,
-            label=f"weight2, {label}",
-            divisible=_divisible(types),
-        )
-    )
-    return result
-
-
-CONFIGURATIONS: tuple[Configuration, ...] = (
-    *(c for last in (True, False) for dtype in TYPES for c in _configurations(dtype, last)),
-    *(c for last in (True, False) for c in _common_configurations(last)),
-)

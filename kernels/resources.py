@@ -1,68 +1,102 @@
-"""Registers, shared memory and spills of every pinned configuration, without a GPU.
+"""Registers, shared memory and spills of every kernel as it is launched, without a GPU.
 
     python -m mghf_fast.kernels.resources            check against the table of this Triton version
-    python -m mghf_fast.kernels.resources --write    make the table anew
+    python -m mghf_fast.kernels.resources --write    compile what has changed into the table
     python -m mghf_fast.kernels.resources gram dec   only these ops, in either form
 
-Every configuration is compiled ahead of time for each architecture; the tables,
-`kernels/resources/triton-<version>.json`, are committed, so that a change of a kernel or of Triton
-that costs registers does not pass unnoticed.
+A row of the table, `kernels/resources/triton-<version>.json`, keeps a fingerprint of what was
+compiled: the kernel's source and all that its launch specialises it to. The check fails where a
+fingerprint is not the table's, and compiles every kernel once for each architecture, in the first
+of its rows; with --all, every row.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
+import functools
+import hashlib
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .launch import Configuration
+from .launches import CASES, Launch, launches
 
 ARCHITECTURES = (80, 90, 100)
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
-OPS = ("content_style", "coupling", "dec", "entropy", "gram", "monce", "patches", "sinkhorn")
 TABLES = Path(__file__).parent / "resources"
 
-Resources = dict[str, int]
+Resources = dict[str, Any]
+Table = dict[str, dict[str, Resources]]
+"""Row -> architecture -> what was compiled, and what it takes."""
 
 
-def configurations(ops: Sequence[str] = OPS) -> Iterator[tuple[str, Configuration]]:
-    """Every configuration of the ops with the name of its row."""
-    for op in ops:
-        module = importlib.import_module(f".{op}", __package__)
-        for c in module.CONFIGURATIONS:
-            yield f"{op}: {c.kernel.__name__}{f' ({c.label})' if c.label else ''}", c
+# ---- compiling ----
 
 
-def compile_for(configuration: Configuration, architecture: int) -> Resources:
+@functools.cache
+def rows(op: str, architecture: int) -> dict[str, Launch]:
+    """The launches of an op by the names of their rows."""
+    found: dict[str, Launch] = {}
+    for launch in launches(op, architecture):
+        name = f"{op}: {launch.kernel.__name__}, {launch.case}"
+        again = sum(other == name or other.startswith(f"{name} #") for other in found)
+        found[f"{name} #{again + 1}" if again else name] = launch
+    return found
+
+
+def fingerprint(launch: Launch) -> str:
+    """Of everything that the compiled code depends on but Triton."""
+    specialised = (launch.signature, launch.constants, launch.attributes, launch.options)
+    text = f"{sorted(_sources(launch.kernel).items())} {[sorted(s.items()) for s in specialised]}"
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _sources(kernel: Any) -> dict[str, str]:
+    """Of a kernel and of all functions it calls, and the constants that they use."""
+    found: dict[str, str] = {}
+    left = [kernel]
+    while left:
+        function = left.pop()
+        if function.__qualname__ in found:
+            continue
+        found[function.__qualname__] = function.src
+        for name in _names(function.fn.__code__):
+            value = function.__globals__.get(name)
+            if isinstance(value, triton.JITFunction):
+                left.append(value)
+            elif isinstance(value, tl.constexpr):
+                found[name] = repr(value.value)
+    return found
+
+
+def _names(code: CodeType) -> set[str]:
+    inner = [c for c in code.co_consts if isinstance(c, CodeType)]
+    return set(code.co_names).union(*map(_names, inner))
+
+
+def compile_row(job: tuple[str, int]) -> Resources:
     """Registers a thread, bytes spilled a thread, and bytes of shared memory a block."""
-    c = configuration
-    names = c.kernel.arg_names
-    signature = {name: c.types.get(name, "constexpr") for name in names}
-    divisible = {n for n in names if signature[n].startswith("*")} | c.divisible
-    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in divisible}
-    source = ASTSource(
-        fn=c.kernel,
-        signature=signature,
-        constexprs={(names.index(n),): value for n, value in c.constants.items()},
-        attrs=attributes,
-    )
-    options = {"num_warps": c.num_warps, "num_stages": c.num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    name, architecture = job
+    launch = rows(op_of(name), architecture)[name]
+    source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
+    target = GPUTarget("cuda", architecture, 32)
+    compiled = triton.compile(source, target=target, options=dict(launch.options))
     registers, local = _usage(compiled.asm["cubin"])
     return {
+        "of": fingerprint(launch),
         "registers": registers,
         "spilled_bytes": local,
         "shared_bytes": int(compiled.metadata.shared),
@@ -85,27 +119,63 @@ def _usage(binary: bytes) -> tuple[int, int]:
     return registers, stack + local
 
 
-def _resources(job: tuple[str, int]) -> Resources:
-    name, architecture = job
-    return compile_for(dict(configurations([op_of(name)]))[name], architecture)
+def compile_rows(jobs: Sequence[tuple[str, int]]) -> Table:
+    table: Table = {}
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        for (name, architecture), found in zip(jobs, pool.map(compile_row, jobs), strict=True):
+            table.setdefault(name, {})[f"sm_{architecture}"] = found
+    return table
+
+
+# ---- the table ----
 
 
 def op_of(row: str) -> str:
     return row.partition(":")[0]
 
 
-def measure(ops: Sequence[str] = OPS) -> dict[str, dict[str, Resources]]:
-    """Configuration -> architecture -> what it takes."""
-    work = [(name, a) for name, _ in configurations(ops) for a in ARCHITECTURES]
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        found = list(pool.map(_resources, work))
-    table: dict[str, dict[str, Resources]] = {}
-    for (name, architecture), resources in zip(work, found, strict=True):
-        table.setdefault(name, {})[f"sm_{architecture}"] = resources
-    return table
+def path_of_table() -> Path:
+    return TABLES / f"triton-{triton.__version__}.json"
 
 
-def problems(table: dict[str, Any]) -> list[str]:
+def entry(table: Table, row: str, architecture: int) -> Resources:
+    return table.get(row, {}).get(f"sm_{architecture}", {})
+
+
+def changed(table: Table, ops: Sequence[str]) -> list[tuple[str, int]]:
+    """Rows that the table does not have, or has of another source or launch."""
+    return [
+        (name, architecture)
+        for op in ops
+        for architecture in ARCHITECTURES
+        for name, launch in rows(op, architecture).items()
+        if entry(table, name, architecture).get("of") != fingerprint(launch)
+    ]
+
+
+def to_compile(table: Table, ops: Sequence[str], every: bool) -> list[tuple[str, int]]:
+    """What has changed, and the first row of each kernel or every one."""
+    jobs = dict.fromkeys(changed(table, ops))
+    for op in ops:
+        for architecture in ARCHITECTURES:
+            first: dict[str, str] = {}
+            for name, launch in rows(op, architecture).items():
+                first.setdefault(name if every else launch.kernel.__name__, name)
+            jobs.update(dict.fromkeys((name, architecture) for name in first.values()))
+    return list(jobs)
+
+
+def without_gone(table: Table, ops: Sequence[str]) -> Table:
+    """The table without rows of these ops that no case launches any more."""
+    known = {(name, f"sm_{a}") for op in ops for a in ARCHITECTURES for name in rows(op, a)}
+    kept = {
+        name: {a: found for a, found in row.items() if (name, a) in known or op_of(name) not in ops}
+        for name, row in table.items()
+    }
+    return {name: row for name, row in kept.items() if row}
+
+
+def problems(table: Table) -> list[str]:
     """What no default may do: spill, or ask for more shared memory than there is."""
     found = []
     for name, row in table.items():
@@ -118,44 +188,56 @@ def problems(table: dict[str, Any]) -> list[str]:
     return found
 
 
-def differences(table: dict[str, Any], committed: dict[str, Any]) -> list[str]:
-    """Where two tables differ, a line each."""
-    rows = sorted({*table, *committed})
+def differences(compiled: Table, committed: Table) -> list[str]:
+    """Where what was compiled is not what the table says, a line each."""
     return [
-        f"{name}: {committed.get(name, 'new')} -> {table.get(name, 'gone')}"
-        for name in rows
-        if table.get(name) != committed.get(name)
+        f"{name}, {architecture}: {old or 'not in the table'} -> {new}"
+        for name, row in compiled.items()
+        for architecture, new in row.items()
+        if (old := committed.get(name, {}).get(architecture)) != new
     ]
 
 
-def path_of_table() -> Path:
-    return TABLES / f"triton-{triton.__version__}.json"
+def merged(table: Table, more: Table) -> Table:
+    return {
+        name: dict(sorted((table.get(name, {}) | more.get(name, {})).items()))
+        for name in sorted({*table, *more})
+    }
+
+
+def write(table: Table) -> None:
+    lines = ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in table.items())
+    path_of_table().parent.mkdir(exist_ok=True)
+    path_of_table().write_text(f"{{\n{lines}\n}}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m mghf_fast.kernels.resources")
-    parser.add_argument("--write", action="store_true", help="make the table anew")
-    parser.add_argument("ops", nargs="*", metavar="op", help=f"default: {' '.join(OPS)}")
+    parser.add_argument("--write", action="store_true", help="compile changes into the table")
+    parser.add_argument("--all", action="store_true", help="compile every row")
+    parser.add_argument("ops", nargs="*", metavar="op", help=f"default: {' '.join(CASES)}")
     options = parser.parse_args(arguments)
-    if unknown := [op for op in options.ops if op not in OPS]:
-        parser.error(f"op is {unknown[0]!r}; allowed are {', '.join(OPS)}")
-    ops = options.ops or OPS
-    path, table = path_of_table(), measure(ops)
-    committed = json.loads(path.read_text()) if path.exists() else {}
-    complaints = problems(table)
+    if unknown := [op for op in options.ops if op not in CASES]:
+        parser.error(f"op is {unknown[0]!r}; allowed are {', '.join(CASES)}")
+    ops, path = options.ops or tuple(CASES), path_of_table()
+    committed: Table = json.loads(path.read_text()) if path.exists() else {}
+    kept = without_gone(committed, ops)
     if options.write:
-        path.parent.mkdir(exist_ok=True)
-        whole = {k: v for k, v in committed.items() if op_of(k) not in ops} | table
-        rows = ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in sorted(whole.items()))
-        path.write_text(f"{{\n{rows}\n}}\n")
-    elif not committed:
-        complaints.append(f"there is no table {path.name}; --write makes it")
+        compiled = compile_rows(to_compile(kept, ops, True) if options.all else changed(kept, ops))
+        table, complaints = merged(kept, compiled), []
+        write(table)
     else:
-        old = {k: v for k, v in committed.items() if op_of(k) in ops}
-        complaints += differences(table, old)
+        compiled = compile_rows(to_compile(kept, ops, options.all))
+        table, complaints = kept, differences(compiled, committed)
+        if kept != committed:
+            complaints.append(f"{path.name} has rows of what is launched no more")
+        if complaints:
+            complaints.append("the table has changed: --write writes it anew")
+    complaints += problems(table)
     for text in complaints:
         print(text, file=sys.stderr)
-    print(f"{len(table)} configurations on {len(ARCHITECTURES)} architectures, {path.name}")
+    count = sum(map(len, compiled.values()))
+    print(f"{path.name}: {count} compiled, {sum(map(len, table.values()))} in the table")
     return 1 if complaints else 0
 
 

@@ -610,11 +610,12 @@ def _pass_options(n: int, elements: int, stages: int) -> dict[str, Any]:
     """Of the kernels with one program per matrix. A multiprocessor has one of them to work on, and
     its threads have registers for many entries."""
     blocks = row_blocks(n, elements)
-    return {**blocks, "STAGES": stages, "num_warps": min(8, warps(blocks)), "num_stages": 2}
+    many = {"num_warps": min(8, warps(blocks)), "maxnreg": launch.MOST_REGISTERS}
+    return {**blocks, "STAGES": stages, **many, "num_stages": 2}
 
 
-def _solve_options(n: int, tolerance: bool) -> dict[str, Any]:
-    return _pass_options(n, 4096 if tolerance else 8192, 2)
+def _solve_options(n: int, cost: str, tolerance: bool) -> dict[str, Any]:
+    return _pass_options(n, 4096 if tolerance or cost == "exp" else 8192, 2)
 
 
 def _recursion_options(n: int) -> dict[str, Any]:
@@ -648,7 +649,7 @@ def solve(
         *exponent_scale(cost, epsilon),
         COST=cost,
         HAS_TOLERANCE=tolerance is not None,
-        **_solve_options(n, tolerance is not None),
+        **_solve_options(n, cost, tolerance is not None),
     )
     return potentials, steps
 
@@ -759,119 +760,6 @@ def sinkhorn_backward(
             **TILE,
             num_warps=4,
             num_stages=1,
+            maxnreg=launch.MOST_REGISTERS,
         )
     return out.to(similarity.dtype)
-
-
-# ---- what is compiled ahead of time ----
-
-MATRIX = {"stride_b": "i32", "stride_i": "i32", "n": "i32", "slots": "i32"}
-UPSTREAM = {"upstream_b": "i32", "upstream_i": "i32"}
-EXPONENT = {"factor": "fp32", "step_high": "fp32", "step_low": "fp32"}
-POTENTIALS = {"potentials": "*fp32", "steps": "*i32"}
-TERMS = {"terms": "*fp32", "bounds": "*i32"}
-ALIGNED = frozenset(
-    {"similarity", "potentials", "steps", "terms", "bounds", "upstream", "plan", "out"}
-)
-
-
-def configuration(
-    kernel: Any,
-    label: str,
-    types: dict[str, str],
-    options: dict[str, Any],
-    divisible: frozenset[str] = ALIGNED,
-) -> launch.Configuration:
-    constants = dict(options)
-    return launch.Configuration(
-        kernel,
-        types,
-        num_warps=constants.pop("num_warps"),
-        num_stages=constants.pop("num_stages"),
-        constants=constants,
-        label=label,
-        divisible=divisible & types.keys(),
-    )
-
-
-def solve_configuration(
-    n: int, element: str, cost: str, tolerance: bool, label: str, divisible: frozenset[str]
-) -> launch.Configuration:
-    types = {
-        "similarity": element,
-        **POTENTIALS,
-        **MATRIX,
-        "iterations": "i32",
-        "tolerance": "fp32",
-        **EXPONENT,
-    }
-    options = {"stride_j": 1, "COST": cost, "HAS_TOLERANCE": tolerance}
-    options |= _solve_options(n, tolerance)
-    return configuration(solve_kernel, label, types, options, divisible)
-
-
-def recursion_configuration(
-    n: int, element: str, cost: str, monce: bool, label: str, divisible: frozenset[str]
-) -> launch.Configuration:
-    types = {
-        "similarity": element,
-        **POTENTIALS,
-        "upstream": element,
-        "statistics": "*fp32",
-        **TERMS,
-        **MATRIX,
-        **UPSTREAM,
-        **EXPONENT,
-        "log2_slope": "fp32",
-        "negligible": "fp32",
-        "steepness": "fp32",
-    }
-    options = {
-        "stride_j": 1,
-        "upstream_j": 1,
-        "COST": cost,
-        "MONCE": monce,
-        **_recursion_options(n),
-    }
-    return configuration(recursion_kernel, label, types, options, divisible)
-
-
-def _configurations() -> tuple[launch.Configuration, ...]:
-    entries = {**TILE, "stride_j": 1, "num_warps": 4, "num_stages": 1}
-    found = []
-    for dtype, element in launch.TYPES.items():
-        name = str(dtype).removeprefix("torch.")
-        for cost in ("hard", "exp") if dtype == torch.float32 else ("hard",):
-            label = f"{name} {cost} N=441"
-            found += [
-                solve_configuration(441, element, cost, False, label, ALIGNED),
-                recursion_configuration(441, element, cost, False, label, ALIGNED),
-                configuration(
-                    plan_kernel,
-                    label,
-                    {"plan": element, "similarity": element, **POTENTIALS, **MATRIX, **EXPONENT},
-                    {**entries, "COST": cost},
-                ),
-                configuration(
-                    gradient_kernel,
-                    label,
-                    {
-                        "out": element,
-                        "upstream": element,
-                        "similarity": element,
-                        **POTENTIALS,
-                        **TERMS,
-                        **MATRIX,
-                        **UPSTREAM,
-                        **EXPONENT,
-                    },
-                    {**entries, "upstream_j": 1, "COST": cost},
-                ),
-            ]
-    found.append(
-        solve_configuration(441, "*fp32", "hard", True, "float32 hard N=441 tolerance", ALIGNED)
-    )
-    return tuple(found)
-
-
-CONFIGURATIONS: tuple[launch.Configuration, ...] = _configurations()

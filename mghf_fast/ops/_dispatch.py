@@ -54,6 +54,9 @@ class Op:
     ) -> None:
         self._implementations[backend] = Implementation(forward, backward, can_run)
 
+    def implementation(self, backend: str) -> Implementation:
+        return self._implementations[backend]
+
     def why_not(self, backend: str, *tensors: Tensor, **options: Any) -> str | None:
         """Why ``backend`` cannot run this op on these tensors, in a sentence; None if it can."""
         if (reason := unavailable_reasons().get(backend)) is not None:

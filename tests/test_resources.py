@@ -1,0 +1,107 @@
+"""What is compiled ahead of time: every Triton kernel as the ops launch it, and the table of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import pkgutil
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+from mghf_fast import kernels
+from mghf_fast.kernels import resources
+from mghf_fast.kernels.launches import CASES, Launch
+
+OF_ALL_OPS = """
+import json
+from mghf_fast.kernels.launches import CASES
+from mghf_fast.kernels.resources import rows
+found = {name: launch.kernel.__name__ for op in CASES for name, launch in rows(op, 90).items()}
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def launched() -> dict[str, str]:
+    """Row -> kernel, found in another process: one that has looked can launch nothing."""
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", OF_ALL_OPS],
+                         capture_output=True, text=True, check=True)  # fmt: skip
+    found: dict[str, str] = json.loads(run.stdout)
+    return found
+
+
+MODULES = [m.name for m in pkgutil.iter_modules(kernels.__path__)]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_kernel_is_compiled_ahead_of_time(module: str, launched: dict[str, str]) -> None:
+    names = vars(importlib.import_module(f"mghf_fast.kernels.{module}"))
+    assert {name for name in names if name.endswith("_kernel")} <= set(launched.values())
+
+
+def test_rows_say_op_and_kernel(launched: dict[str, str]) -> None:
+    assert {resources.op_of(row) for row in launched} == set(CASES)
+    assert all(f": {kernel}, " in row for row, kernel in launched.items())
+
+
+def entry(**changes: Any) -> resources.Resources:
+    return {"of": "1", "registers": 40, "spilled_bytes": 0, "shared_bytes": 1024} | changes
+
+
+def test_problems_are_spills_and_too_much_shared_memory() -> None:
+    table = {"gram: k, case": {"sm_80": entry(), "sm_90": entry(spilled_bytes=8)}}
+    assert resources.problems(table) == ["gram: k, case, sm_90: spills 8 bytes"]
+    table = {"gram: k, case": {"sm_80": entry(shared_bytes=200 << 10)}}
+    assert "shared memory 204800 > 166912" in resources.problems(table)[0]
+    table = {"gram: k, case": {"sm_90": entry(shared_bytes=200 << 10)}}
+    assert resources.problems(table) == []
+
+
+def test_differences_name_the_row_and_the_architecture() -> None:
+    committed = {"gram: k, case": {"sm_80": entry(), "sm_90": entry()}}
+    assert resources.differences(committed, committed) == []
+    found = {"gram: k, case": {"sm_90": entry(registers=41)}, "gram: new": {"sm_80": entry()}}
+    first, second = resources.differences(found, committed)
+    assert first.startswith("gram: k, case, sm_90: {") and "'registers': 41" in first
+    assert second.startswith("gram: new, sm_80: not in the table -> {")
+
+
+def test_a_merge_keeps_the_other_architectures() -> None:
+    old = {"b": {"sm_90": entry()}, "a": {"sm_80": entry()}}
+    merged = resources.merged(old, {"b": {"sm_80": entry(registers=1)}})
+    assert list(merged) == ["a", "b"]
+    assert merged["b"] == {"sm_80": entry(registers=1), "sm_90": entry()}
+
+
+def launch(**changes: Any) -> Launch:
+    from mghf_fast.kernels.gram import _sum_kernel
+
+    known = Launch("case", _sum_kernel, {"partial": "*fp32"}, {(1,): 8}, {}, {"num_warps": 4})
+    return dataclasses.replace(known, **changes)
+
+
+def test_a_fingerprint_is_of_the_source_and_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    of = resources.fingerprint(launch())
+    assert resources.fingerprint(launch(case="another")) == of
+    for changes in (
+        {"signature": {"partial": "*fp16"}},
+        {"constants": {(1,): 16}},
+        {"attributes": {(0,): [["tt.divisibility", 16]]}},
+        {"options": {"num_warps": 8}},
+    ):
+        assert resources.fingerprint(launch(**changes)) != of
+    kernel = launch().kernel
+    monkeypatch.setattr(kernel, "_src", kernel.src + "    # changed\n")
+    assert resources.fingerprint(launch()) != of
+
+
+def test_a_fingerprint_is_of_called_functions_and_constants_too() -> None:
+    from mghf_fast.kernels.content_style import _merge_kernel
+
+    sources = resources._sources(_merge_kernel)
+    assert {"_merge_kernel", "_load_double", "VARIANCE_FLOOR"} <= set(sources)
