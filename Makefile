@@ -86,13 +86,15 @@ TRITON_TESTS ?= triton and (definition or values or nan or zero or equal or know
 triton: $(STAMPS)/dev  ## the Triton kernels in Triton's interpreter, which needs no GPU: TRITON_TESTS=triton for all
 	TRITON_INTERPRET=1 MGHF_TEST_CAPABILITY_CHILD=1 $(BIN)/python -m pytest -q tests -k "$(TRITON_TESTS)" $(ARGS)
 
-# With the installed Triton and with the oldest that GPU images have.
+# With the installed Triton and with the oldest that images for GPUs bring. What is compiled every time
+# is each kernel once for each architecture; ARGS=--all compiles every row of the tables, ARGS=--write
+# what has changed.
 OLD_TRITON := 3.6.0
-triton-resources: $(STAMPS)/dev  ## their registers, shared memory and spills, compiled ahead of time: ARGS=--write
+triton-resources: $(STAMPS)/dev  ## compile the Triton kernels ahead of time: their registers, shared memory and spills
 	test -d build/triton-$(OLD_TRITON) || $(BIN)/python -m pip install --quiet --no-deps \
 	    --target build/triton-$(OLD_TRITON) triton==$(OLD_TRITON)
 	for path in "" build/triton-$(OLD_TRITON); do \
-	    PYTHONPATH=$$path $(BIN)/python -m mghf_fast.kernels.resources $(ARGS) || failed=1; \
+	    PYTHONPATH=$$path $(BIN)/python -W ignore -m mghf_fast.kernels.resources $(ARGS) || failed=1; \
 	done; test -z "$$failed"
 
 # On a machine with an NVIDIA GPU: with its own Python, torch and Triton, and without the internet.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib.metadata
 import importlib.util
 import os
+import re
 from types import TracebackType
 
 import torch
@@ -13,6 +16,9 @@ from . import native
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 """Every backend, in the order in which ``"auto"`` prefers them."""
+
+
+OLDEST_TRITON = (3, 5)
 
 
 def check_backend(name: object, argument: str = "backend") -> str:
@@ -77,10 +83,22 @@ def triton_is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def _triton_version() -> tuple[int, ...]:
+    """Without importing it. PyTorch's nightly builds bring it under a name of their own."""
+    for package in ("triton", "pytorch-triton"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found = re.findall(r"\d+", importlib.metadata.version(package))
+            return tuple(int(number) for number in found[:2])
+    return OLDEST_TRITON
+
+
 @functools.cache
 def _triton_unavailable_reason() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
+    if (version := _triton_version()) < OLDEST_TRITON:
+        needed, found = (".".join(map(str, v)) for v in (OLDEST_TRITON, version))
+        return f"its kernels need Triton {needed} or newer, and {found} is installed"
     if not triton_is_interpreted() and not torch.cuda.is_available():
         return "there is no CUDA device (and TRITON_INTERPRET is not 1)"
     return None

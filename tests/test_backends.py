@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from mghf_fast import available_backends, functional, use_backend
+from mghf_fast import available_backends, backends, functional, use_backend
 from mghf_fast.backends import BACKENDS, current_backend, unavailable_reasons
-from mghf_fast.ops import OPS, Op
+from mghf_fast.ops import OPS, Op, _dispatch
 
 
 def test_the_reference_is_always_there_and_runs_everything() -> None:
@@ -112,3 +114,53 @@ def test_one_context_manager_may_nest() -> None:
 def test_the_cpu_kernels_refuse_tensors_of_another_device() -> None:
     with pytest.raises(RuntimeError, match="it runs on CPU tensors, and one is on meta"):
         OPS["gram"].choose("cpu", torch.empty(1, 2, 4, 4, device="meta"))
+
+
+def test_auto_leaves_the_interpreter_of_triton_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    op, x = Op("example"), torch.rand(2)
+    for backend in ("reference", "triton"):
+        op.implement(backend, lambda x: x)
+    monkeypatch.setattr(_dispatch, "unavailable_reasons", dict)
+    assert op.preferred(x) == "triton"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert op.preferred(x) == "reference"
+    assert op.choose("triton", x) is op.implementation("triton")
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "reason"),
+    [
+        ((9, 0), None, None),
+        ((8, 0), None, None),
+        ((7, 5), None, r"need compute capability 8.0 .* and Some GPU has 7.5"),
+        ((9, 4), "6.2", "made for NVIDIA GPUs"),
+    ],
+)
+def test_which_gpus_the_triton_kernels_are_for(
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    hip: str | None,
+    reason: str | None,
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    _dispatch._triton_lacks.cache_clear()
+    found = _dispatch._triton_lacks(torch.device("cuda", 0))
+    _dispatch._triton_lacks.cache_clear()
+    assert found is None if reason is None else re.search(reason, found or "")
+
+
+def test_an_old_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    reasons = {}
+    for version in ("3.4.0", "3.5.1", "3.10.0+git1"):
+        monkeypatch.setattr(importlib.metadata, "version", lambda package, v=version: v)
+        reasons[version] = backends._triton_unavailable_reason.__wrapped__()
+    assert reasons == {
+        "3.4.0": "its kernels need Triton 3.5 or newer, and 3.4 is installed",
+        "3.5.1": None,
+        "3.10.0+git1": None,
+    }

@@ -7,6 +7,7 @@ asked while torch.compile traces.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,9 +19,6 @@ from torch import Tensor
 from ..backends import BACKENDS, triton_is_interpreted, unavailable_reasons
 
 logger = logging.getLogger("mghf_fast")
-
-ON_TRIAL = {"triton": "its kernels have not run on a GPU yet; ask for it by name"}
-"""Why "auto" leaves a backend out that could run."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,9 @@ class Op:
     def preferred(self, *tensors: Tensor, **options: Any) -> str:
         """The backend that "auto" picks; why not a better one is logged once."""
         for candidate in BACKENDS:
-            reason = self.why_not(candidate, *tensors, **options) or ON_TRIAL.get(candidate)
+            reason = self.why_not(candidate, *tensors, **options)
+            if candidate == "triton" and triton_is_interpreted():
+                reason = "its interpreter is slow, and for tests that ask for it by name"
             if reason is None:
                 return candidate
             if (message := f"{candidate} cannot run {self.name}: {reason}") not in self._logged:
@@ -96,12 +96,27 @@ def can_run_cpu(*tensors: Tensor) -> str | None:
     return None
 
 
+@functools.cache
+def _triton_lacks(device: torch.device) -> str | None:
+    """What the Triton kernels miss in a GPU, or None."""
+    if torch.version.hip is not None:
+        return "its kernels are made for NVIDIA GPUs"
+    if (capability := torch.cuda.get_device_capability(device)) < (8, 0):
+        return (
+            "its kernels need compute capability 8.0 or higher (Ampere and later), and "
+            f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}"
+        )
+    return None
+
+
 def can_run_triton(*tensors: Tensor) -> str | None:
     """Why the Triton kernels cannot take these tensors, or None."""
     wanted = "cpu" if triton_is_interpreted() else "cuda"
     for tensor in tensors:
         if tensor.device.type != wanted:
             return f"it runs on {wanted} tensors here, and one is on {tensor.device}"
+        if tensor.is_cuda and (reason := _triton_lacks(tensor.device)) is not None:
+            return reason
         if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             return f"it takes float32, float16 or bfloat16, and one tensor is {tensor.dtype}"
     return None
