@@ -98,11 +98,18 @@ triton-resources: $(STAMPS)/dev  ## compile the Triton kernels ahead of time: th
 	done; test -z "$$failed"
 
 # On a machine with an NVIDIA GPU: with its own Python, torch and Triton, and without the internet.
+# The package is put together from links, beside copies of the tests, and nothing is installed but
+# the wheels (of pytest and hypothesis, say) in GPU_WHEELS. Build output and logs: build/gpu.
 GPU_SITE := build/gpu/site
-gpu:  ## test and measure on this machine's NVIDIA GPU: ARGS=--quick
-	rm -rf $(GPU_SITE) && mkdir -p $(GPU_SITE)
-	cp -r mghf_fast benchmarks $(GPU_SITE)/ && cp -r kernels $(GPU_SITE)/mghf_fast/kernels
-	PYTHONPATH=$(abspath $(GPU_SITE)) $(PYTHON) -m benchmarks.gpu --out benchmarks/results $(ARGS)
+gpu:  ## test and measure on this machine's NVIDIA GPU: ARGS=--quick GPU_WHEELS=folder
+	rm -rf $(GPU_SITE) && mkdir -p $(GPU_SITE)/mghf_fast
+	ln -s $(CURDIR)/mghf_fast/* $(GPU_SITE)/mghf_fast/
+	ln -sfn $(CURDIR)/kernels $(GPU_SITE)/mghf_fast/kernels
+	ln -s $(CURDIR)/benchmarks $(GPU_SITE)/
+	cp -r tests pyproject.toml $(GPU_SITE)/
+	$(if $(GPU_WHEELS),$(PYTHON) -m pip install --quiet --no-index --no-deps --target $(GPU_SITE) $(GPU_WHEELS)/*.whl)
+	cd $(GPU_SITE) && PYTHONPATH=$(abspath $(GPU_SITE)) $(PYTHON) -m benchmarks.gpu_setup
+	cd $(GPU_SITE) && PYTHONPATH=$(abspath $(GPU_SITE)) $(PYTHON) -m benchmarks.gpu $(ARGS)
 
 bench: $(STAMPS)/dev  ## measure, write benchmarks/results/, README and plots: ARGS="--quick --compare"
 	$(BIN)/python -m pytest benchmarks/bench_*.py --benchmark-columns=min,median,iqr,rounds $(ARGS)

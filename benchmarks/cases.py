@@ -127,14 +127,11 @@ class Case:
     def step(self, function: Callable[..., Tensor], shape: Shape, form: str, part: str) -> Any:
         """The function of no arguments that is timed."""
         layout = torch.channels_last if self.forms[form].channels_last else torch.contiguous_format
-        device = torch.get_default_device()
 
         def laid_out(x: Tensor) -> Tensor:
-            return x.to(device).contiguous(memory_format=layout) if x.dim() == 4 else x.to(device)
+            return x.contiguous(memory_format=layout) if x.dim() == 4 else x
 
-        with torch.device("cpu"):  # the same numbers on every device
-            inputs = self.inputs(shape)
-        leaf, *others = (laid_out(x.detach()) for x in inputs)
+        leaf, *others = (laid_out(x.detach()) for x in self.inputs(shape))
         if part == "forward":
             return lambda: torch.no_grad()(function)(leaf, *others)
         upstream = None if self.output is None else laid_out(torch.rand(self.output(shape)))
@@ -220,22 +217,27 @@ def package_version(package: str) -> str | None:
         return None
 
 
+# Numbers are drawn on the CPU, the same ones for every device.
+
+
 @functools.cache
 def _block(side: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(1, CHANNELS, side, side, generator=generator)
+    return torch.randn(1, CHANNELS, side, side, generator=generator, device="cpu")
 
 
 def features(shape: Shape, seed: int = 0) -> Tensor:
     """(B, C, H, W), standard normal. One block of at most 256 x 256 is drawn and repeated: drawing
     all of a large stack takes longer than the ops."""
     side = min(shape.size, 256)
-    return _block(side, seed).repeat(shape.batch, 1, *[shape.size // side] * 2)
+    block = _block(side, seed).to(torch.get_default_device())
+    return block.repeat(shape.batch, 1, *[shape.size // side] * 2)
 
 
 def embeddings(shape: Shape) -> tuple[Tensor, Tensor]:
     """Unit query and key embeddings that belong together, as in training: (B C, N, 64) each."""
     generator = torch.Generator().manual_seed(0)
     size = (2, shape.batch * CHANNELS, shape.patches, 64)
-    query, noise = torch.randn(size, generator=generator)
+    numbers = torch.randn(size, generator=generator, device="cpu")
+    query, noise = numbers.to(torch.get_default_device())
     return F.normalize(query, dim=2), F.normalize(query + 0.5 * noise, dim=2)

@@ -1,40 +1,26 @@
 """The README's tables and plots, from the committed results: `python -m benchmarks.report`.
 
 A block between `<!-- benchmarks: KIND of MACHINE -->` and `<!-- benchmarks: end -->` is a function
-of `results/MACHINE.json` alone; while there is no such file it stays as it is.
+of `results/MACHINE.json` alone; while there is no such file it stays as it is. The block "on GPUs"
+is one of all results that `make gpu` wrote, and says so while there are none.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
+from . import gpu_tables
 from .cases import PAPER, SIZES, TRAINING, Shape
 from .plots import Line, figure
 from .results import Row, Run, exponent, fastest, load, select, value
+from .text import TITLES, cell, part_of, speed, table
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKED = re.compile(r"(<!-- benchmarks: (\w+) of (\S+) -->\n).*?(<!-- benchmarks: end -->)", re.S)
-
-TITLES = {
-    "sinkhorn": "Sinkhorn plan",
-    "monce": "MoNCE, exact plan gradient",
-    "entropy": "entropy",
-    "gram": "Gram matrices",
-    "patches": "patch projection",
-    "content_style": "content-style terms",
-    "coupling": "invertible block",
-    "dec": "DECLoss",
-    "mghf_n": "**whole MGHF-n step**",
-    "mghf_c": "**whole MGHF-c step**",
-}
-
-
-def part_of(op: str) -> str:
-    return "forward" if op == "entropy" else "step"
-
+ON_GPUS = re.compile(r"(<!-- benchmarks: on GPUs -->\n).*?(<!-- benchmarks: end -->)", re.S)
 
 PAPER_ROWS: list[tuple[str, str, Shape, str]] = [
     ("Sinkhorn plan, forward", "sinkhorn", PAPER, "forward"),
@@ -43,36 +29,6 @@ PAPER_ROWS: list[tuple[str, str, Shape, str]] = [
     *[(title, op, PAPER, part_of(op)) for op, title in TITLES.items() if op != "dec"],
 ]
 PAPER_ROWS.sort(key=lambda row: list(TITLES).index(row[1]))
-
-# ---- figures as text ----
-
-
-def duration(seconds: float) -> str:
-    if seconds < 0.9995:
-        return f"{seconds * 1e3:.0f} ms" if seconds >= 0.00995 else f"{seconds * 1e3:.2g} ms"
-    return f"{seconds:.0f} s" if seconds >= 99.95 else f"{seconds:#.3g} s"
-
-
-def cell(row: Row | None, part: str, join: str = ", ") -> str:
-    """Time and peak memory, or why there are none, or nothing."""
-    if row is None or part not in row["parts"]:
-        return ""
-    if (seconds := value(row, part)) is None:
-        return str(row["parts"][part]["failure"])
-    mib = value(row, part, "peak_mib")
-    memory = "" if mib is None else f"{join}{mib:,.0f} MiB" if mib >= 10 else f"{join}{mib} MiB"
-    return duration(seconds) + memory
-
-
-def speed(slower: Row | None, row: Row | None, part: str) -> str:
-    a, b = value(slower, part), value(row, part)
-    return "" if not a or not b else f"{a / b:.0f}x" if a / b >= 9.5 else f"{a / b:.1f}x"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
 
 # ---- rows of a run ----
 
@@ -209,6 +165,7 @@ def generate(readme: str) -> tuple[str, dict[str, str]]:
         files.update(plots(run))
         return begin + BLOCKS[kind](run) + end
 
+    readme = ON_GPUS.sub(lambda match: match[1] + gpu_tables.block() + match[2], readme)
     return MARKED.sub(block, readme), files
 
 

@@ -77,13 +77,13 @@ def new_row(
             name: OPS[name].preferred() if forced == "auto" else forced
             for name in case.ops or (op,)
         }
-    row["parts"] = {part: _part(measurement) for part, measurement in found.items()}
+    row["parts"] = {part: part_facts(measurement) for part, measurement in found.items()}
     if (step := value(row, "step")) and (forward := value(row, "forward")):
         row["parts"]["backward"] = {"median_s": _round(step - forward)}
     return row
 
 
-def _part(found: Measurement) -> dict[str, Any]:
+def part_facts(found: Measurement) -> dict[str, Any]:
     if found.failure is not None:
         return {"failure": found.failure}
     seconds = found.seconds if len(found.seconds) > 1 else found.seconds * 2

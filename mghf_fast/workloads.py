@@ -86,20 +86,81 @@ class VGG16Perceptual(nn.Module):
         return outputs
 
 
+class AlexNetFeatures(nn.Sequential):
+    """The convolutions of AlexNet, laid out as torchvision's ``alexnet().features``; random."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            *(nn.Conv2d(3, 64, 11, stride=4, padding=2), nn.ReLU(inplace=True)),
+            *(nn.MaxPool2d(3, 2), nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(inplace=True)),
+            *(nn.MaxPool2d(3, 2), nn.Conv2d(192, 384, 3, padding=1), nn.ReLU(inplace=True)),
+            *(nn.Conv2d(384, 256, 3, padding=1), nn.ReLU(inplace=True)),
+            *(nn.Conv2d(256, 256, 3, padding=1), nn.ReLU(inplace=True)),
+        )
+
+
+class LPIPSLayout(nn.Module):
+    """LPIPS by its layout (Zhang et al.): the images normalised, the features after five ReLUs of
+    AlexNet or VGG-16 brought to unit length over the channels, their squared difference weighted by
+    a 1x1 convolution without bias, its mean over the pixels, the sum of the five. Frozen; weights
+    are random, those of the 1x1 convolutions positive: they cost what trained ones cost."""
+
+    SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
+
+    def __init__(self, network: str = "alex") -> None:
+        super().__init__()
+        if network == "alex":
+            features: nn.Sequential = AlexNetFeatures()
+            self.after, widths = (1, 4, 7, 9, 11), [64, 192, 384, 256, 256]
+        else:
+            features = VGG16Features()
+            self.after, widths = (3, 8, 15, 22, 29), [stage[-1] for stage in VGG16_STAGES]
+        self.features = nn.Sequential(*list(features)[: self.after[-1] + 1])
+        self.heads = nn.ModuleList(nn.Conv2d(width, 1, 1, bias=False) for width in widths)
+        for head in self.heads:
+            nn.init.uniform_(head.get_parameter("weight"))
+        self.register_buffer("shift", torch.tensor(self.SHIFT).view(1, 3, 1, 1))
+        self.register_buffer("scale", torch.tensor(self.SCALE).view(1, 3, 1, 1))
+        self.requires_grad_(False)
+
+    def forward(self, sr: Tensor, gt: Tensor) -> Tensor:
+        with torch.no_grad():
+            targets = self._stages(2 * gt - 1)
+        pairs = zip(self.heads, self._stages(2 * sr - 1), targets, strict=True)
+        terms = [head((s - g).square()).mean((1, 2, 3)) for head, s, g in pairs]
+        return torch.stack(terms).sum(0).mean()
+
+    def _stages(self, x: Tensor) -> list[Tensor]:
+        x = (x - self.get_buffer("shift")) / self.get_buffer("scale")
+        outputs = []
+        for index, layer in enumerate(self.features):
+            x = layer(x)
+            if index in self.after:
+                outputs.append(x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10))
+        return outputs
+
+
+# Numbers are drawn on the CPU, the same ones for every device.
+
+
 def image_pair(size: int, batch: int = 1) -> tuple[Tensor, Tensor]:
     """SR (a leaf that requires a gradient) and GT, (B, 3, size, size) in [0, 1]."""
-    generator = torch.Generator().manual_seed(0)
-    sr = torch.rand(batch, 3, size, size, generator=generator)
-    gt = (sr + 0.1 * torch.randn(sr.shape, generator=generator)).clamp(0, 1)
-    return sr.requires_grad_(), gt
+    device = torch.get_default_device()
+    with torch.device("cpu"):
+        generator = torch.Generator().manual_seed(0)
+        sr = torch.rand(batch, 3, size, size, generator=generator)
+        gt = (sr + 0.1 * torch.randn(sr.shape, generator=generator)).clamp(0, 1)
+    return sr.to(device).requires_grad_(), gt.to(device)
 
 
 def feature_pair(size: int, channels: int, batch: int = 1) -> tuple[Tensor, Tensor]:
     """S (a leaf that requires a gradient) and G, (B, channels, size, size), standard normal."""
-    generator = torch.Generator().manual_seed(0)
-    s = torch.randn(batch, channels, size, size, generator=generator)
-    g = s + 0.5 * torch.randn(s.shape, generator=generator)
-    return s.requires_grad_(), g / math.sqrt(1.25)
+    device = torch.get_default_device()
+    with torch.device("cpu"):
+        generator = torch.Generator().manual_seed(0)
+        s = torch.randn(batch, channels, size, size, generator=generator)
+        g = (s + 0.5 * torch.randn(s.shape, generator=generator)) / math.sqrt(1.25)
+    return s.to(device).requires_grad_(), g.to(device)
 
 
 def workload(row: str, variant: str, size: int, batch: int = 1) -> Step:
@@ -217,7 +278,9 @@ def _reference_features(image: Tensor, extractor: DetailFeatureExtractor) -> Ten
 def _dfe(variant: str, size: int, batch: int, wrap: Wrap) -> Step:
     extractor = default_extractor().requires_grad_(False)
     sr, gt = image_pair(size, batch)
-    upstream = torch.randn(batch, CHANNELS, size, size, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    upstream = torch.randn(sr.shape[0], CHANNELS, size, size, generator=generator, device="cpu")
+    upstream = upstream.to(sr.device)
 
     def reference(image: Tensor) -> Tensor:
         return _reference_features(image, extractor)

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 
 import pytest
 import torch
-from hypothesis import settings
+
+if importlib.util.find_spec("hypothesis") is None:  # a GPU image may lack it
+    import without_hypothesis
+
+    without_hypothesis.install(sys.modules)
+else:
+    from hypothesis import settings
+
+    # Everywhere else hypothesis looks for new examples on each run; a merge must not depend on
+    # luck.
+    settings.register_profile("ci", derandomize=True)
+    if os.environ.get("CI"):
+        settings.load_profile("ci")
 
 from mghf_fast.backends import BACKENDS
 from mghf_fast.ops import OPS
-
-# Everywhere else hypothesis looks for new examples on each run; a merge must not depend on luck.
-settings.register_profile("ci", derandomize=True)
-if os.environ.get("CI"):
-    settings.load_profile("ci")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -27,7 +36,31 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    torch.set_default_device(config.getoption("--device"))
+    device = config.getoption("--device")
+    torch.set_default_device(device)
+    if device != "cpu":
+        as_float32_and_repeatable()
+
+
+def as_float32_and_repeatable() -> None:
+    """PyTorch's own kernels, with which the reference is computed on the device, in float32 and the
+    same on every run. What it has no repeatable kernel for only warns: that is for test_gpu.py to
+    refuse. Memory that `torch.empty` gives is filled with NaN, so whatever a kernel leaves
+    unwritten shows."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def runs_on_a_device(item: pytest.Item) -> bool:
+    """Of the tests, those of every backend, of the Triton kernels and of the GPU."""
+    return (
+        item.get_closest_marker("gpu") is not None
+        or "backend" in getattr(item, "fixturenames", ())
+        or "triton" in item.name
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -35,11 +68,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="there is no CUDA device"))
     if config.getoption("--device") != "cpu":
-        items[:] = [
-            item
-            for item in items
-            if item.get_closest_marker("gpu") or "backend" in getattr(item, "fixturenames", ())
-        ]
+        items[:] = [item for item in items if runs_on_a_device(item)]
 
 
 @pytest.fixture(autouse=True)
@@ -47,10 +76,13 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+def runnable_backends(op: str, probe: torch.Tensor) -> list[str]:
+    return [backend for backend in BACKENDS if OPS[op].why_not(backend, probe) is None]
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`backend` in test_<op>.py runs over the backends of <op> that this machine has."""
+    """`backend` in test_<op>.py runs over the backends of <op> that this machine has, on the
+    device."""
     if "backend" in metafunc.fixturenames:
-        op = OPS[metafunc.module.__name__.rpartition(".")[2].removeprefix("test_")]
-        probe = torch.zeros(1, 2, 2)
-        runnable = [b for b in BACKENDS if op.why_not(b, probe) is None]
-        metafunc.parametrize("backend", runnable)
+        op = metafunc.module.__name__.rpartition(".")[2].removeprefix("test_")
+        metafunc.parametrize("backend", runnable_backends(op, torch.zeros(1, 2, 2)))

@@ -17,7 +17,7 @@ import pytest
 import torch
 from contract import relative_error
 
-from benchmarks import cases, report, results
+from benchmarks import cases, report, results, text
 from benchmarks.cases import Shape
 from mghf_fast.measure import Measurement
 
@@ -275,12 +275,13 @@ def test_without_a_result_a_block_stays() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0.00042, "0.42 ms"), (0.0042, "4.2 ms"), (0.0281, "28 ms"), (0.99, "990 ms"),
-     (1.0, "1.00 s"), (51.73, "51.7 s"), (123.4, "123 s")],
+    ("seconds", "said"),
+    [(4.2e-6, "4.2 us"), (4.24e-5, "42 us"), (0.00042, "0.42 ms"), (0.0042, "4.2 ms"),
+     (0.0281, "28 ms"), (0.99, "990 ms"), (1.0, "1.00 s"), (51.73, "51.7 s"),
+     (123.4, "123 s")],
 )  # fmt: skip
-def test_durations(seconds: float, text: str) -> None:
-    assert report.duration(seconds) == text
+def test_durations(seconds: float, said: str) -> None:
+    assert text.duration(seconds) == said
 
 
 def test_the_readme_says_what_the_committed_results_say() -> None:

@@ -19,7 +19,7 @@ def by_hand(x: torch.Tensor, bins: int) -> torch.Tensor:
     result = np.zeros(x.shape[:2])
     for i in range(x.shape[0]):
         for c in range(x.shape[1]):
-            v = x[i, c].numpy().astype(np.float32).ravel()
+            v = x[i, c].cpu().numpy().astype(np.float32).ravel()
             low, high = v.min(), v.max()
             if low == high:
                 continue
@@ -27,7 +27,7 @@ def by_hand(x: torch.Tensor, bins: int) -> torch.Tensor:
             p = np.bincount(np.minimum(index, bins - 1), minlength=bins) / v.size
             p = p[p > 0]
             result[i, c] = -(p * np.log(p)).sum() / np.log(bins)
-    return torch.from_numpy(result)
+    return torch.from_numpy(result).to(x.device)
 
 
 @pytest.mark.parametrize("bins", [2, 7, 256, 1000])

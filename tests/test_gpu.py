@@ -1,19 +1,27 @@
-"""What only a CUDA device can show: graphs, streams, a second device, the whole loss on it."""
+"""What only a CUDA device can show, for every op and both losses: graphs, streams, a second device,
+repeatability where PyTorch insists on it, and the compiler that makes kernels for it."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import os
 from collections.abc import Iterator
 
+import contract
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import cases
+from benchmarks.cases import Shape
 from mghf_fast import MGHFLoss, functional, use_backend
 from mghf_fast.ops import OPS
 
 pytestmark = pytest.mark.gpu
-SIZE = 40
+SIZE = 80
+TINY = Shape(2, 64)
+CASES = sorted(cases.load_all())
 
 
 @pytest.fixture(autouse=True)
@@ -34,49 +42,125 @@ def step(loss: MGHFLoss, sr: Tensor, gt: Tensor) -> tuple[Tensor, Tensor]:
     return value.detach(), gradient
 
 
+class Problem:
+    """An op, or a loss, on tiny inputs: its result, and the gradient of its first input."""
+
+    def __init__(self, op: str) -> None:
+        self.case = cases.CASES[op]
+        with torch.device("cuda"):
+            self.function = self.case.forms["mghf_fast"].make()
+            self.leaf, *self.others = (x.detach() for x in self.case.inputs(TINY))
+            output = () if self.case.output is None else self.case.output(TINY)
+            self.upstream = torch.rand(output)
+
+    def result(self, x: Tensor) -> Tensor:
+        result: Tensor = self.function(x, *self.others)
+        return result
+
+    def run(self) -> list[Tensor]:
+        if "step" not in self.case.parts:
+            return [self.result(self.leaf)]
+        leaf = self.leaf.detach().requires_grad_()
+        result = self.result(leaf)
+        return [result.detach(), *torch.autograd.grad(result, leaf, self.upstream)]
+
+
+@pytest.fixture(params=CASES)
+def problem(request: pytest.FixtureRequest) -> Problem:
+    if request.param in ("coupling", "patches") and torch.get_default_device().type != "cuda":
+        pytest.skip("its weights are made at import: run with --device cuda")
+    return Problem(request.param)
+
+
+def same(got: list[Tensor], expected: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+# ---- the whole loss ----
+
+
 @pytest.mark.parametrize("variant", ["n", "c"])
 def test_the_loss_on_the_device_is_that_of_the_cpu(variant: str) -> None:
     loss = MGHFLoss(variant)
     exact = copy.deepcopy(loss).cpu().double()
-    with use_backend("reference"):
+    with use_backend("reference"), torch.device("cpu"):
         expected = step(exact, *(x.detach().double().requires_grad_() for x in images("cpu")))
     got = step(loss.cuda(), *images())
     for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a.cpu().double(), b, rtol=1e-3, atol=1e-6)
+        assert contract.relative_error(a.cpu(), b) <= 1e-3
 
 
 @pytest.mark.parametrize("variant", ["n", "c"])
-def test_capture_and_replay(variant: str) -> None:
-    """A captured step, replayed on new images, gives what the step gives; so nothing in it waits
-    for the device or depends on values on the host."""
+def test_the_loss_compiles_without_a_break(variant: str) -> None:
     loss = MGHFLoss(variant).cuda()
-    sr, gt = images()
+    compiled = torch.compile(loss, fullgraph=True)
+    for got, expected in zip(step(compiled, *images()), step(loss, *images()), strict=True):
+        assert contract.relative_error(got, expected) <= 1e-4
+
+
+def test_bfloat16_and_channels_last() -> None:
+    loss = MGHFLoss("c").cuda()
+    value, _ = step(loss, *images())
+    sr, gt = (x.contiguous(memory_format=torch.channels_last) for x in images())
+    assert contract.relative_error(loss(sr, gt), value) <= 1e-4
+    half, gradient = step(copy.deepcopy(loss).to(torch.bfloat16), *images())
+    assert contract.relative_error(half, value) <= 5e-2
+    assert gradient.dtype == torch.float32 and gradient.isfinite().all()
+
+
+# ---- every op ----
+
+
+def test_capture_and_replay(problem: Problem) -> None:
+    """A captured step, replayed on new values, gives what the step gives; so nothing in it waits
+    for the device or depends on values on the host."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
-            step(loss, sr, gt)
+            problem.run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = step(loss, sr, gt)
-    with torch.no_grad():
-        sr.copy_(sr.flip(3))
+        captured = problem.run()
+    problem.leaf.copy_(problem.leaf.flip(0))
     graph.replay()
     torch.cuda.synchronize()
-    for got, expected in zip(captured, step(loss, sr, gt), strict=True):
-        assert torch.equal(got, expected)
+    assert same(captured, problem.run())
 
 
-def test_another_stream() -> None:
-    loss, (sr, gt) = MGHFLoss("c").cuda(), images()
-    expected = step(loss, sr, gt)
+def test_another_stream(problem: Problem) -> None:
+    """The inputs come late on the stream on which the op is called; were it to run on another, it
+    would read zeros."""
+    expected = problem.run()
+    late = problem.leaf.clone()
+    problem.leaf.zero_()
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        got = step(loss, sr, gt)
+        torch.cuda._sleep(10_000_000)
+        problem.leaf.copy_(late)
+        got = problem.run()
     stream.synchronize()
-    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert same(got, expected)
+
+
+def test_deterministic_algorithms(problem: Problem) -> None:
+    """The kernels need nothing that PyTorch refuses under this flag, and repeat bit by bit."""
+    with insisting_on_deterministic_algorithms():
+        assert same(problem.run(), problem.run())
+
+
+@contextlib.contextmanager
+def insisting_on_deterministic_algorithms() -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=only_warned)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one CUDA device")
@@ -88,17 +172,11 @@ def test_a_second_device() -> None:
     for a, b in zip(got, expected, strict=True):
         assert a.device == torch.device("cuda:1")
         torch.testing.assert_close(a.cpu(), b.cpu())
-
-
-def test_deterministic_algorithms() -> None:
-    """The kernels need nothing that PyTorch refuses under this flag, and repeat bit by bit."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        loss, (sr, gt) = MGHFLoss("c").cuda(), images()
-        first, second = step(loss, sr, gt), step(loss, sr, gt)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    similarity = torch.rand(3, 20, 20, device="cuda:1")
+    plan = functional.sinkhorn_plan(similarity)
+    torch.testing.assert_close(plan, functional.sinkhorn_plan(similarity.to("cuda:0")).to("cuda:1"))
+    images_there = torch.rand(2, 1, 3, 32, 32, device="cuda:1")
+    assert functional.dec_loss(*images_there).device == torch.device("cuda:1")
 
 
 @pytest.mark.parametrize("op", sorted(OPS))

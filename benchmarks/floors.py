@@ -1,0 +1,217 @@
+"""What an op must move and multiply at least, and how long that takes at the measured ceilings.
+
+Values: every input read once and every result written once, forward and backward each, for a
+backward is an operator of its own. Weights are too small to count. An op that needs several sweeps
+over a stack of features larger than the caches (a histogram needs the range first) cannot reach
+this, so "x times its floor" says how far away the op is, and not only its kernels, above each of
+which in kernels/ stands a floor of its own.
+
+Products: multiply-adds of matrix products and dense convolutions, those that the gradient computes
+again included, symmetric matrices as their half. Others: multiply-adds outside of those, where the
+formulas have them; of a Sinkhorn iteration's only one, since iterations that change nothing may be
+left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from mghf_fast.workloads import CHANNELS, PATCH_SIZE
+
+from .cases import Shape
+
+HALF = CHANNELS // 2
+KEPT = CHANNELS // 2
+SUBNETS = 3
+HIDDEN, EMBEDDING = 128, 64
+DEC_PATCH = 8
+IMAGE = 3  # channels
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+TF32_PRODUCTS = 3  # of the halves of float32 operands make one of float32's accuracy
+
+
+class Work(NamedTuple):
+    """Values moved, multiply-adds of products, multiply-adds of others."""
+
+    values: float
+    products: float = 0
+    others: float = 0
+
+
+def _pixels(shape: Shape) -> int:
+    return shape.batch * shape.size**2
+
+
+def _features(shape: Shape) -> int:
+    """Values of a stack of feature maps."""
+    return CHANNELS * _pixels(shape)
+
+
+def _matrix(shape: Shape) -> int:
+    """Entries of the N x N matrices of all maps."""
+    return shape.batch * CHANNELS * shape.patches**2
+
+
+def _embeddings(shape: Shape) -> int:
+    """Values of the embeddings of all patches of all maps."""
+    return shape.batch * CHANNELS * shape.patches * EMBEDDING
+
+
+# Per pixel, of the three sub-networks: expand and project, and the depthwise layers between them.
+EXPAND = PROJECT = SUBNETS * HALF * 2 * HALF
+DEPTHWISE = SUBNETS * 9 * 2 * HALF
+
+
+def _block(shape: Shape, inputs: int, mix: int) -> tuple[Work, Work]:
+    """An invertible block of ``inputs`` channels whose mix takes ``mix`` multiply-adds a pixel. The
+    gradient of the input computes all again but eta's projection."""
+    pixels = _pixels(shape)
+    products = mix + EXPAND + PROJECT
+    again = products - PROJECT // SUBNETS
+    read = inputs * pixels
+    return (
+        Work(read + _features(shape), products * pixels, DEPTHWISE * pixels),
+        Work(2 * read + _features(shape), (products + again) * pixels, 2 * DEPTHWISE * pixels),
+    )
+
+
+def coupling(shape: Shape) -> tuple[Work, Work]:
+    return _block(shape, CHANNELS, CHANNELS**2)
+
+
+def extractor(shape: Shape) -> tuple[Work, Work]:
+    """The block with the 3x3 stem drawn into its mix."""
+    return _block(shape, IMAGE, 9 * IMAGE * CHANNELS)
+
+
+def gram(shape: Shape) -> tuple[Work, Work]:
+    pixels, matrices = _pixels(shape), shape.batch * CHANNELS**2
+    return (
+        Work(_features(shape) + matrices, CHANNELS * (CHANNELS + 1) // 2 * pixels),
+        Work(2 * _features(shape) + matrices, CHANNELS**2 * pixels),
+    )
+
+
+def entropy(shape: Shape) -> tuple[Work, Work]:
+    """A value's bin is a multiply-add; there is no gradient."""
+    return Work(_features(shape), 0, _features(shape)), Work(0)
+
+
+def content_style(shape: Shape) -> tuple[Work, Work]:
+    """Forward: two bins and S^2, G^2, S G of every pair of values, and one product of the kept maps
+    for the difference of their Gram matrices. Backward: two coefficients a value, and Gram's."""
+    features, products = _features(shape), KEPT**2 * _pixels(shape)
+    return Work(2 * features, products, 5 * features), Work(3 * features, products, 2 * features)
+
+
+def naive(shape: Shape) -> tuple[Work, Work]:
+    """The mean squared difference of features."""
+    return Work(2 * _features(shape), 0, _features(shape)), Work(3 * _features(shape))
+
+
+def patches(shape: Shape) -> tuple[Work, Work]:
+    rows = shape.batch * CHANNELS * shape.patches
+    first, second = rows * PATCH_SIZE**2 * HIDDEN, rows * HIDDEN * EMBEDDING
+    embeddings = rows * EMBEDDING
+    return (
+        Work(_features(shape) + embeddings, first + second),
+        Work(_features(shape) + 2 * embeddings, first + second),
+    )
+
+
+def sinkhorn(shape: Shape) -> tuple[Work, Work]:
+    entries = _matrix(shape)
+    return Work(2 * entries, 0, 2 * entries), Work(3 * entries, 0, 2 * entries)
+
+
+def monce(shape: Shape) -> tuple[Work, Work]:
+    """The similarities are cheaper to compute than to keep, so the gradient computes them again."""
+    entries, embeddings = _matrix(shape), _embeddings(shape)
+    product = entries * EMBEDDING
+    return (
+        Work(2 * embeddings, product, 3 * entries),
+        Work(3 * embeddings, 2 * product, 3 * entries),
+    )
+
+
+def dec(shape: Shape) -> tuple[Work, Work]:
+    """P^2 D multiply-adds for G S^T and, as halves, for S S^T and G G^T; all of them again and two
+    products more for the gradient."""
+    depth = IMAGE * DEC_PATCH**2
+    count = _pixels(shape) // DEC_PATCH**2
+    product = count**2 * depth
+    return (
+        Work(2 * count * depth, 2 * product, 2 * count**2),
+        Work(3 * count * depth, 4 * product, 2 * count**2),
+    )
+
+
+OPS: Mapping[str, Callable[[Shape], tuple[Work, Work]]] = {
+    "coupling": coupling,
+    "content_style": content_style,
+    "dec": dec,
+    "entropy": entropy,
+    "gram": gram,
+    "monce": monce,
+    "patches": patches,
+    "sinkhorn": sinkhorn,
+}
+
+
+def works(op: str, shape: Shape, part: str) -> list[Work]:
+    """What runs one after the other in a part of a row. Of a whole loss these are its operators:
+    the features of both images, the terms and their gradients, and SR's way back."""
+    if op in OPS:
+        forward, backward = OPS[op](shape)
+        return [forward] if part == "forward" or op == "entropy" else [forward, backward]
+    features, image_gradient = extractor(shape)
+    steps = [features, features, image_gradient]
+    if op == "mghf_n":
+        return [*steps, *naive(shape)]
+    projection, feature_gradient = patches(shape)
+    return [
+        *steps, *content_style(shape), projection, projection, feature_gradient, *monce(shape)
+    ]  # fmt: skip
+
+
+class Times(NamedTuple):
+    """Seconds: at the ceiling of the memory's bandwidth, at those of arithmetic, and the floor."""
+
+    bytes: float
+    arithmetic: float
+    floor: float
+
+
+def times(work: Work, dtype: str, ceilings: Mapping[str, float]) -> Times:
+    """Memory, matrix units and the others can all be busy at once; the slowest is the floor."""
+    if dtype == "float32":
+        rate = max(ceilings["tf32_tflop_per_s"] / TF32_PRODUCTS, ceilings["float32_tflop_per_s"])
+    else:
+        rate = ceilings["bfloat16_tflop_per_s"]
+    moved = work.values * BYTES[dtype] / (ceilings["copy_tb_per_s"] * 1e12)
+    products = 2 * work.products / (rate * 1e12)
+    others = 2 * work.others / (ceilings["float32_tflop_per_s"] * 1e12)
+    arithmetic = max(products, others)
+    return Times(moved, arithmetic, max(moved, arithmetic))
+
+
+def annotate(row: dict[str, Any], ceilings: Mapping[str, float]) -> None:
+    """Adds to every timed part of a row of ours its floor in seconds, how many times the floor it
+    took, and which percentages of the measured ceilings these are."""
+    if row["kind"] != "ours" or not ceilings:
+        return
+    batch, _, size, _ = map(int, row["shape"].split("x"))
+    for name, part in row["parts"].items():
+        if name not in ("forward", "step") or not part.get("median_s"):
+            continue
+        found = [
+            times(w, row["dtype"], ceilings) for w in works(row["op"], Shape(batch, size), name)
+        ]
+        moved, arithmetic, floor = (sum(column) for column in zip(*found, strict=True))
+        seconds = part["median_s"]
+        part["floor_s"] = float(f"{floor:.3g}")
+        part["times_floor"] = float(f"{seconds / floor:.3g}")
+        part["bandwidth_percent"] = round(100 * moved / seconds, 1)
+        part["arithmetic_percent"] = round(100 * arithmetic / seconds, 1)

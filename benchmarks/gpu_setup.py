@@ -1,0 +1,57 @@
+"""Whether this machine has what `make gpu` needs, told in one sentence. Imports nothing of that."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import sys
+
+PYTHON, TORCH, TRITON = (3, 10), (2, 10), (3, 5)
+
+
+def version_of(*packages: str) -> str | None:
+    """The version of the first of these distributions that is installed."""
+    for package in packages:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in re.findall(r"\d+", version.partition("+")[0])[:2])
+
+
+def problem(
+    python: tuple[int, ...], torch: str | None, triton: str | None, has_gpu: bool
+) -> str | None:
+    """The first thing that is missing, or ``None``."""
+    found = {
+        "Python": (".".join(map(str, python)), PYTHON),
+        "torch": (torch, TORCH),
+        "triton": (triton, TRITON),
+    }
+    for name, (version, least) in found.items():
+        wanted = ".".join(map(str, least))
+        if version is None:
+            return f"{name} {wanted} or newer is needed, and there is none"
+        if numbers(version) < least:
+            return f"{name} {wanted} or newer is needed, this is {version}"
+    return None if has_gpu else "torch sees no CUDA device here"
+
+
+def problem_here() -> str | None:
+    torch_version = version_of("torch")
+    has_gpu = False
+    if torch_version is not None:
+        import torch
+
+        has_gpu = torch.cuda.is_available()
+    triton_version = version_of("triton", "pytorch-triton")
+    return problem(tuple(sys.version_info[:2]), torch_version, triton_version, has_gpu)
+
+
+if __name__ == "__main__":
+    if (text := problem_here()) is not None:
+        sys.exit(f"make gpu: {text}")

@@ -1,0 +1,202 @@
+"""The result of `make gpu` as Markdown, for README and beside the result."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from . import results
+from .gpu_parts import AUTOTUNED, CAPTURED, PAPER, SIZES, TRAINING, WHOLE
+from .results import Row, Run, fastest, select, value
+from .text import TITLES, cell, part_of, speed, table
+
+NONE = "No GPU figure has been taken yet.\n"
+
+PEERS = {
+    "VGG-16": ("VGG-16", "VGG-16 channels_last"),
+    "LPIPS, AlexNet": ("LPIPS AlexNet",),
+    "LPIPS, VGG-16": ("LPIPS VGG-16",),
+}
+"""Losses that this one is to replace: their rows in eager PyTorch."""
+
+# ---- rows of a run ----
+
+
+def ours(run: Run, op: str, shape: str) -> Row | None:
+    """In float32, the faster of the two layouts."""
+    rows = select(run, op=op, shape=shape, kind="ours", dtype="float32")
+    return fastest([r for r in rows if not r["form"].endswith(CAPTURED)], part_of(op))
+
+
+def form(run: Run, op: str, shape: str, *names: str) -> Row | None:
+    """The fastest of these forms."""
+    rows = [row for row in select(run, op=op, shape=shape) if row["form"] in names]
+    return fastest(rows, part_of(op))
+
+
+def eager(run: Run, op: str, shape: str) -> Row | None:
+    return fastest(select(run, op=op, shape=shape, kind="eager"), part_of(op))
+
+
+def floor(row: Row | None, part: str) -> str:
+    """Times the floor, and the percentages of the ceilings of memory and of arithmetic."""
+    if (times := value(row, part, "times_floor")) is None:
+        return ""
+    shares = (value(row, part, f"{kind}_percent") for kind in ("bandwidth", "arithmetic"))
+    return f"{times:.2g}x; " + ", ".join(f"{share:.0f} %" for share in shares if share is not None)
+
+
+def factors(own: Row | None, others: Sequence[Row | None], part: str) -> str:
+    return ", ".join(filter(None, (speed(other, own, part) for other in others)))
+
+
+# ---- tables ----
+
+
+def at_the_papers_size(run: Run) -> str:
+    shape, lines = str(PAPER), []
+    for op, title in TITLES.items():
+        part = part_of(op)
+        others = [
+            eager(run, op, shape),
+            form(run, op, shape, "compile"),
+            form(run, op, shape, "compile" + AUTOTUNED),
+        ]
+        own = ours(run, op, shape)
+        cells = [cell(row, part) for row in (*others, own)]
+        if any(cells):
+            lines.append([title, *cells, factors(own, others, part), floor(own, part)])
+    for title, names in PEERS.items():
+        compiled = f"{names[0]} compile"
+        rows = [form(run, "mghf_c", shape, *n) for n in (names, [compiled], [compiled + AUTOTUNED])]
+        if any(rows):
+            lines.append([f"{title}, for comparison", *(cell(r, "step") for r in rows), "", "", ""])
+    head = ["512 x 512", "best eager", "torch.compile", "max-autotune", "mghf_fast",
+            "faster than each", "its floor; memory, arithmetic"]  # fmt: skip
+    return table(head, lines)
+
+
+def other_libraries(run: Run) -> str:
+    """Sinkhorns that a user might take, at the paper's size."""
+    own = form(run, "sinkhorn", str(PAPER), "mghf_fast")
+    rows = select(run, op="sinkhorn", shape=str(PAPER), kind="peer")
+    texts = [f"{r['form']} {cell(r, 'forward')} {speed(r, own, 'forward')}".strip() for r in rows]
+    return f"Other Sinkhorns, forward, with how much faster this one is: {'; '.join(texts)}.\n"
+
+
+def whole_steps(run: Run) -> str:
+    """The losses at every size, with those that they are to replace."""
+    lines = []
+    for op in WHOLE:
+        for shape in map(str, (*TRAINING, *SIZES)):
+            own = ours(run, op, shape)
+            rows = [
+                eager(run, op, shape),
+                own,
+                form(run, op, shape, "mghf_fast" + CAPTURED),
+                form(run, op, shape, "mghf_fast bfloat16"),
+                *(form(run, "mghf_c", shape, *names) for names in PEERS.values()),
+            ]
+            cells = [cell(row, "step", "<br>") for row in rows]
+            if any(cells[:4]):
+                title = f"{TITLES[op].strip('*')}, {shape.replace('x', ' x ')}"
+                lines.append([title, *cells, floor(own, "step")])
+    head = ["", "best eager", "mghf_fast", "as a CUDA graph", "bfloat16", *PEERS,
+            "its floor; memory, arithmetic"]  # fmt: skip
+    return table(head, lines)
+
+
+def over_sizes(run: Run) -> str:
+    shapes = [str(shape) for shape in sorted(SIZES)]
+    lines = []
+    for op, title in TITLES.items():
+        if op in WHOLE:
+            continue
+        part = part_of(op)
+        for name, pick in (("mghf_fast", ours), ("eager", eager)):
+            rows = [pick(run, op, shape) for shape in shapes]
+            cells = [cell(row, part, "<br>") for row in rows]
+            if name == "mghf_fast":
+                times = [value(row, part, "times_floor") for row in rows]
+                cells = [
+                    text + (f"<br>{t:.2g}x" if t else "")
+                    for text, t in zip(cells, times, strict=True)
+                ]
+            if any(cells):
+                lines.append([f"{title}, {name}" if name == "mghf_fast" else name, *cells])
+    head = ["", *(f"{s.size} x {s.size}" for s in sorted(SIZES))]
+    return table(head, lines)
+
+
+def table5(run: Run) -> str:
+    lines = []
+    for row in run["table5"]:
+        counts = [f"{row[key]:.3g}" for key in ("paper_gflop", "published_gmacs", "ours_gmacs")]
+        found = [row["measured"].get(v) for v in ("reference", "compile", "mghf_fast")]
+        lines.append([row["name"], *counts, *map(_measured, found)])
+    head = ["", "GFLOP, the paper", "counted", "ours", "reference", "torch.compile", "mghf_fast"]
+    return table(head, lines)
+
+
+def _measured(part: dict[str, Any] | None) -> str:
+    return "" if part is None else cell({"parts": {"step": part}}, "step")
+
+
+# ---- words ----
+
+
+def conditions(run: Run) -> str:
+    """The card, its state and its ceilings."""
+    facts, state = run["machine"], run["state"]["before"]
+    rates = ", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in run["ceilings"].items())
+    held = sorted({r for s in run["state"].values() for r in s.get("held_down_by", ())} - {"idle"})
+    tf32 = "in TF32" if facts["tf32_convolutions"] else "in float32"
+    return (
+        f"{facts['gpu']}, driver {state.get('driver', 'unknown')}, power limit "
+        f"{state.get('power_limit_w', 'unknown')} W, clocks held down by: "
+        f"{', '.join(held) or 'nothing seen'}; torch {facts['torch']}, triton {facts['triton']}. "
+        f"Ceilings measured in the same run: {rates or 'none'}. Medians of forward and backward "
+        "(entropy: forward) between events on the device, the second-level cache overwritten "
+        "before each; peak memory above the inputs. PyTorch's own convolutions are "
+        f"{tf32}, ours of float32's accuracy. The floor is the time that an op's bytes and "
+        "multiply-adds take at the ceilings (benchmarks/floors.py), the percentages are the "
+        "shares of the measured time that bytes and multiply-adds would take.\n"
+    )
+
+
+def complete(run: Run) -> str:
+    """What did not end well, and the tests."""
+    tests = "; ".join(f"{name} {text}" for name, text in run["tests"].items())
+    failed = "; ".join(f"{part} {text}" for part, text in run["parts"].items() if text != "ok")
+    text = f"Tests on the device: {tests or 'none ran'}.\n"
+    return text + (f"\n**Not complete:** {failed}.\n" if failed else "")
+
+
+def folded(summary: str, text: str) -> str:
+    return f"<details><summary>{summary}</summary>\n\n{text}\n</details>\n"
+
+
+def markdown(run: Run) -> str:
+    """Everything of one run."""
+    name = run["machine"]["name"]
+    file = f"benchmarks/results/{name}.json"
+    blocks = [at_the_papers_size(run), conditions(run), complete(run)]
+    if run["rows"]:
+        steps = whole_steps(run) + "\n" + other_libraries(run)
+        blocks.append(folded("Whole steps, at training shapes and with other losses", steps))
+        blocks.append(folded("Every op over image sizes, with times its floor", over_sizes(run)))
+    if run["table5"]:
+        blocks.append(folded("Table 5 of the paper, measured", table5(run)))
+    return "\n".join(blocks) + f"\nAll rows: [{file}]({file}).\n"
+
+
+def runs() -> list[Run]:
+    """The committed results of GPUs."""
+    texts = (path.read_text() for path in sorted(results.RESULTS.glob("*.json")))
+    return [run for run in map(json.loads, texts) if "ceilings" in run]
+
+
+def block() -> str:
+    """README's."""
+    return "\n".join(map(markdown, runs())) or NONE
