@@ -667,7 +667,7 @@ def _statistics(gt: Tensor, sr: Tensor) -> tuple[Tensor, Tensor]:
         runs.number,
         runs.size,
         **MERGE_BLOCKS,
-        num_warps=4,
+        num_warps=8,
         num_stages=2,
     )
     return statistics, ranges

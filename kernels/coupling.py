@@ -73,14 +73,15 @@ of pixel indices."""
 
 TILE_COLUMNS = 16  # 16 neighbours of a row of NCHW are whole sectors of memory
 MULTIPLE_OF_HIDDEN = 32  # to which the channels of hidden layers are padded
-BLOCK_HIDDEN_EXACT, BLOCK_HIDDEN_HALF = 16, 32  # float32 channels at a time, and of half precision
-BLOCK_INPUTS = 32
+BLOCK_EXACT, BLOCK_HALF = 16, 32  # channels at a time: float32, and of half precision
 BLOCK_WEIGHTS = 64
 NUM_WARPS = 8
 NUM_STAGES = 1  # more would copy the weights, and all taps of a layer, into shared memory ahead
-MOST_REGISTERS_EXACT = {"grad_hidden2_kernel": 255, "grad_mixed_kernel": 255}
+MOST_REGISTERS_EXACT = dict.fromkeys(
+    ("grad_hidden2_kernel", "grad_mixed_kernel", "unmix_kernel"), launch.MOST_REGISTERS
+)
 MOST_REGISTERS_HALF = {"phi_expand_kernel": 128, "grad_z2_kernel": 128}
-"""Of a thread. Left to itself ptxas spills a few words to get by with a round number of them. Those of
+"""Of a thread. Left to itself ptxas spills a few words to get by with a round number. Those of
 float32 layers are more than let two programs share a multiprocessor."""
 MOST_PARTS = 64  # of a sum over pixels
 PIXELS_OF_A_PART = 256
@@ -121,15 +122,16 @@ class Shape:
 
     def constants(self, kernel: Any, **flags: bool) -> dict[str, Any]:
         """The compile-time arguments of a kernel."""
+        block = BLOCK_EXACT if self.exact else BLOCK_HALF
         known = {
             "INPUTS": self.inputs,
             "KERNEL": self.kernel,
             "HALF": self.channels // 2,
             "HIDDEN": self.channels,
             "BLOCK_HALF": self.block_half,
-            "BLOCK_HIDDEN": BLOCK_HIDDEN_EXACT if self.exact else BLOCK_HIDDEN_HALF,
+            "BLOCK_HIDDEN": block,
             "PADDED_HIDDEN": self.padded_hidden,
-            "BLOCK_INPUTS": BLOCK_INPUTS,
+            "BLOCK_INPUTS": block,
             "BLOCK_CHANNELS": 4,
             "TILE_ROWS": self.tile_rows,
             "TILE_COLUMNS": TILE_COLUMNS,

@@ -758,8 +758,7 @@ def sinkhorn_backward(
             *exponent_scale(cost, epsilon),
             COST=cost,
             **TILE,
-            num_warps=4,
+            num_warps=8,
             num_stages=1,
-            maxnreg=launch.MOST_REGISTERS,
         )
     return out.to(similarity.dtype)
