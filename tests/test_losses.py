@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import contract
 import pytest
@@ -19,6 +20,8 @@ from mghf_fast import (
     use_backend,
 )
 from mghf_fast.losses import PRESETS, Preset
+from mghf_fast.losses.mghf import default_extractor
+from mghf_fast.nn import PatchProjection
 
 TERMS = {"total", "naive", "csc", "csc_mse", "csc_correlation", "csc_gram", "lip"}
 
@@ -368,3 +371,21 @@ def test_a_preset_of_ones_own_sets_the_entropy_weights() -> None:
     style = functional.content_style_terms(extractor(gt), extractor(sr), alpha=0.3, gamma=3.0)
     terms = MGHFLoss("c", preset, extractor).terms(sr, gt)
     torch.testing.assert_close(terms["csc_mse"], style.mse.mean())
+
+
+@pytest.mark.parametrize("make", [PatchProjection, default_extractor])
+def test_weights_are_drawn_on_the_cpu_for_every_device(
+    make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another device's generator draws other numbers; here "meta" stands for one."""
+    moved = []
+    monkeypatch.setattr(nn.Module, "to", lambda self, device: moved.append((self, device)) or self)
+    expected = make().state_dict()
+    torch.set_default_device("meta")
+    try:
+        module = make()
+    finally:
+        torch.set_default_device("cpu")
+    assert [device.type for _, device in moved] == ["cpu", "meta"]
+    for name, weight in module.state_dict().items():
+        assert torch.equal(weight, expected[name])

@@ -41,9 +41,11 @@ PRESETS = {
 
 def default_extractor() -> DetailFeatureExtractor:
     """A random extractor, the same in every process. No trained weights ship with this version."""
-    with torch.random.fork_rng(devices=[]):
+    # Drawn on the CPU, as a GPU draws other numbers.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(0)
-        return DetailFeatureExtractor()
+        extractor = DetailFeatureExtractor()
+    return extractor.to(torch.get_default_device())
 
 
 class MGHFLoss(nn.Module):

@@ -45,14 +45,15 @@ class PatchProjection(nn.Module):
             check.check_integer(name, value, 1)
         self.patch_size = patch_size
         self.stride = stride
-        # Only the CPU generator is seeded, and put back as it was.
-        with torch.random.fork_rng(devices=[]):
+        # Drawn on the CPU, as a GPU draws other numbers; its generator is put back as it was.
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.default_generator.manual_seed(seed)
             self.hidden = nn.Linear(patch_size**2, hidden)
             self.output = nn.Linear(hidden, dimension)
             for layer in (self.hidden, self.output):
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
+        self.to(torch.get_default_device())
         self.requires_grad_(trainable)
 
     def forward(self, x: Tensor, *, backend: str | None = None) -> Tensor:
