@@ -7,14 +7,14 @@ ARGS   ?=
 
 # OpenMP threads that wait shall sleep, not spin: with another process on the cores spinning made a
 # training step 8 times slower; alone on them, sleeping costs 5 to 30 %. Benchmarks keep the default.
-demo test asan triton wheel-check: export OMP_WAIT_POLICY := $(or $(OMP_WAIT_POLICY),PASSIVE)
+demo test asan triton cuda-host wheel-check: export OMP_WAIT_POLICY := $(or $(OMP_WAIT_POLICY),PASSIVE)
 
 BIN    := $(VENV)/bin
 STAMPS := build/stamps/$(subst /,_,$(abspath $(VENV)))
 PACKAGE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install dev demo test lint asan triton triton-resources gpu bench wheel wheel-check clean
+.PHONY: help venv install dev demo test lint asan triton triton-resources cuda-host gpu bench wheel wheel-check clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -96,6 +96,18 @@ triton-resources: $(STAMPS)/dev  ## compile the Triton kernels ahead of time: th
 	for path in "" build/triton-$(OLD_TRITON); do \
 	    PYTHONPATH=$$path $(BIN)/python -W ignore -m mghf_fast.kernels.resources $(ARGS) || failed=1; \
 	done; test -z "$$failed"
+
+# The CUDA sources as C++ for the host: as they are, and under the thread and address sanitizers.
+CUDA_HOST := plain thread address
+cuda-host: $(STAMPS)/dev  ## run the CUDA kernels on the CPU, against the reference and under sanitizers
+	torch=$$($(BIN)/python -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])'); \
+	for kind in $(CUDA_HOST); do \
+	    $(BIN)/cmake -S . -B build/cuda-host/$$kind -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+	        -DMGHF_CUDA_HOST=$$kind -DMGHF_WERROR=$(or $(MGHF_WERROR),0) -DMGHF_TORCH_DIRECTORY=$$torch \
+	        -DPython_EXECUTABLE=$(abspath $(BIN)/python) && \
+	    $(BIN)/cmake --build build/cuda-host/$$kind --target mghf_fast_cuda_host || exit 1; \
+	done
+	MGHF_CUDA_HOST=$(abspath build/cuda-host) $(BIN)/python -m pytest -q tests/test_cuda_host.py $(ARGS)
 
 # On a machine with an NVIDIA GPU: with its own Python, torch and Triton, and without the internet.
 # The package is put together from links, beside copies of the tests, and nothing is installed but
