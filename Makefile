@@ -14,7 +14,7 @@ STAMPS := build/stamps/$(subst /,_,$(abspath $(VENV)))
 PACKAGE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install dev demo test lint asan triton triton-resources cuda-host gpu bench wheel wheel-check clean
+.PHONY: help venv install dev demo test lint asan triton triton-resources cuda cuda-host gpu bench wheel wheel-check clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -81,10 +81,14 @@ asan: $(STAMPS)/dev  ## the ops' tests on kernels built with the address and und
 	        -k "$${only}not [reference and not -reference and not gather" $(ARGS) || exit 1; \
 	done
 
-# The interpreter is slow: of the tests of every backend, those of values, gradients and NaN.
-TRITON_TESTS ?= triton and (definition or values or nan or zero or equal or known)
-triton: $(STAMPS)/dev  ## the Triton kernels in Triton's interpreter, which needs no GPU: TRITON_TESTS=triton for all
-	TRITON_INTERPRET=1 MGHF_TEST_CAPABILITY_CHILD=1 $(BIN)/python -m pytest -q tests -k "$(TRITON_TESTS)" $(ARGS)
+# The interpreter is slow, so tests take smaller sizes there (see tests/interpreter.py), and files run
+# side by side, the longest first. A file without a selected test ends with 5.
+TRITON_TESTS ?= triton
+TRITON_FILES := coupling monce content_style sinkhorn patches losses dec entropy gram
+triton: $(STAMPS)/dev  ## the Triton kernels in Triton's interpreter, which needs no GPU: TRITON_TESTS="triton and gram"
+	@printf '%s\n' $(TRITON_FILES) | TRITON_INTERPRET=1 MGHF_TEST_CAPABILITY_CHILD=1 OMP_NUM_THREADS=1 xargs -P 2 -I {} sh -c \
+	    'out=$$($(BIN)/python -m pytest -q -p no:cacheprovider tests/test_{}.py -k "$(TRITON_TESTS)" $(ARGS) 2>&1); code=$$?; \
+	     echo "test_{}.py"; echo "$$out"; test $$code = 0 -o $$code = 5'
 
 # With the installed Triton and with the oldest that images for GPUs bring. What is compiled every time
 # is each kernel once for each architecture; ARGS=--all compiles every row of the tables, ARGS=--write
@@ -96,6 +100,24 @@ triton-resources: $(STAMPS)/dev  ## compile the Triton kernels ahead of time: th
 	for path in "" build/triton-$(OLD_TRITON); do \
 	    PYTHONPATH=$$path $(BIN)/python -W ignore -m mghf_fast.kernels.resources $(ARGS) || failed=1; \
 	done; test -z "$$failed"
+
+# CUDA's compilers come complete as Python packages from version 13 on; nothing here needs a GPU or a
+# torch with CUDA.
+CUDA_TOOLKIT := 13.0
+toolkit = $(abspath build/toolkits/$(1)/nvidia/cu$(firstword $(subst ., ,$(1))))
+build/toolkits/%/installed: $(STAMPS)/venv
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(@D) \
+	    $(patsubst %,"nvidia-%==$*.*",cuda-nvcc cuda-crt nvvm cuda-runtime cuda-cccl)
+	ln -sfn lib $(@D)/nvidia/cu$(firstword $(subst ., ,$*))/lib64  # where nvcc's profile looks
+	@touch $@
+
+cuda: $(STAMPS)/dev build/toolkits/$(CUDA_TOOLKIT)/installed  ## compile the CUDA kernels: registers, shared memory, spills: ARGS=--write
+	torch=$$($(BIN)/python -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])'); \
+	$(BIN)/cmake -S . -B build/cuda -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DMGHF_CUDA=1 \
+	    -DCMAKE_CUDA_COMPILER=$(call toolkit,$(CUDA_TOOLKIT))/bin/nvcc \
+	    -DMGHF_WERROR=$(or $(MGHF_WERROR),0) -DMGHF_TORCH_DIRECTORY=$$torch
+	$(BIN)/cmake --build build/cuda --target mghf_fast_cuda
+	$(BIN)/python -W ignore -m mghf_fast.kernels.native_resources build/cuda/libmghf_fast_cuda.so $(ARGS)
 
 # The CUDA sources as C++ for the host: as they are, and under the thread and address sanitizers.
 CUDA_HOST := plain thread address

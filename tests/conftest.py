@@ -6,6 +6,7 @@ import importlib.util
 import os
 import sys
 
+import interpreter
 import pytest
 import torch
 
@@ -22,7 +23,7 @@ else:
     if os.environ.get("CI"):
         settings.load_profile("ci")
 
-from mghf_fast.backends import BACKENDS
+from mghf_fast.backends import BACKENDS, triton_is_interpreted
 from mghf_fast.ops import OPS
 
 
@@ -40,6 +41,9 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_default_device(device)
     if device != "cpu":
         as_float32_and_repeatable()
+    if triton_is_interpreted():
+        interpreter.hasten()
+        interpreter.round_bfloat16()
 
 
 def as_float32_and_repeatable() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contract
+import interpreter
 import pytest
 import torch
 from hypothesis import given, settings
@@ -141,7 +142,8 @@ def test_inverse(backend: str) -> None:
 def test_across_tiles(backend: str, half: int, size: tuple[int, int]) -> None:
     weights = block_weights(2 * half)
     exact = as_dtype(weights, torch.float64)
-    image = torch.randn(1, 2 * half, *size)
+    most = (4, 16) if half == 32 else (5, 18)  # one of Triton's tiles, and what is beyond one
+    image = torch.randn(1, 2 * half, *interpreter.fitted(backend, size, most))
 
     def inverse(y: Tensor) -> Tensor:
         return functional.invertible_block_inverse(y, weights, backend=backend)
@@ -175,7 +177,20 @@ def test_a_stem_drawn_into_the_mix(backend: str, inputs: int, size: tuple[int, i
     def exact(x: Tensor, *w: Tensor) -> Tensor:
         return reference.invertible_block(x, with_tensors(weights, w))
 
-    contract.check_against_reference(fn, exact, [torch.randn(2, inputs, *size), *weights.tensors()])
+    most = (5, 18) if inputs == 3 else (3, 5)
+    image = torch.randn(interpreter.fitted(backend, (2, inputs, *size), (1, inputs, *most)))
+    contract.check_against_reference(fn, exact, [image, *weights.tensors()])
+
+
+# Triton's tiles have fewer rows then.
+@pytest.mark.parametrize("channels", [140, 258])
+def test_wide_blocks(backend: str, channels: int) -> None:
+    weights = block_weights(channels)
+    contract.check_against_reference(
+        lambda x: functional.invertible_block(x, weights, backend=backend),
+        lambda x: reference.invertible_block(x, as_dtype(weights, torch.float64)),
+        [torch.randn(1, channels, 3, 5)],
+    )
 
 
 def test_reference_gradient_with_a_3x3_mix() -> None:
@@ -209,7 +224,7 @@ def test_every_option(backend: str, subnet: str, activation: str, clamp: float |
     def reference_fn(x: Tensor, *w: Tensor) -> Tensor:
         return reference.invertible_block(x, with_tensors(weights, w))
 
-    image = torch.randn(2, 8, 9, 11)
+    image = torch.randn(interpreter.fitted(backend, (2, 8, 9, 11), (1, 8, 5, 11)))
     contract.check_against_reference(fn, reference_fn, [image, *weights.tensors()])
     contract.check_against_reference(
         lambda y: functional.invertible_block_inverse(y, weights, backend=backend),
@@ -232,10 +247,17 @@ def same_precision(x: Tensor, weights: BlockWeights, upstream: Tensor) -> list[T
 @pytest.mark.parametrize("channels", [34, 64, 128])
 @pytest.mark.parametrize("activation", reference.ACTIVATIONS)
 @pytest.mark.parametrize("size", [(1, 1), (17, 70)])
-def test_bfloat16(backend: str, channels: int, activation: str, size: tuple[int, int]) -> None:
-    weights = as_dtype(block_weights(channels, activation=activation), torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_layers_in_half_precision(
+    backend: str, dtype: torch.dtype, channels: int, activation: str, size: tuple[int, int]
+) -> None:
+    if channels == 128 and interpreter.interprets(backend):
+        pytest.skip("for Triton 128 channels are as 64, but take longer")
+    weights = as_dtype(block_weights(channels, activation=activation), dtype)
     exact = as_dtype(weights, torch.float64)
-    x, upstream = torch.randn(2, 2, channels, *size).bfloat16()
+    shape = interpreter.fitted(backend, (2, channels, *size), (1, channels, 3, 5))
+    x, upstream = torch.randn(2, *shape).to(dtype)
+    roundoff = torch.finfo(dtype).eps
 
     def fn(x: Tensor) -> Tensor:
         return functional.invertible_block(x, weights, backend=backend)
@@ -248,11 +270,11 @@ def test_bfloat16(backend: str, channels: int, activation: str, size: tuple[int,
     for ours, torch_own, want in zip(
         got, same_precision(x, weights, upstream), expected, strict=True
     ):
-        assert ours.dtype == torch.bfloat16
-        allowed = max(contract.relative_error(torch_own, want), 2e-3)
+        assert ours.dtype == dtype
+        allowed = max(contract.relative_error(torch_own, want), roundoff / 4)
         assert contract.relative_error(ours, want) <= 2 * allowed
     back = functional.invertible_block_inverse(got[0], weights, backend=backend)
-    assert contract.relative_error(back, x) <= 1e-2
+    assert contract.relative_error(back, x) <= 1.3 * roundoff
 
 
 def test_threads_do_not_change_a_bit(backend: str) -> None:
@@ -261,7 +283,8 @@ def test_threads_do_not_change_a_bit(backend: str) -> None:
     def fn(x: Tensor, *w: Tensor) -> Tensor:
         return functional.invertible_block(x, with_tensors(weights, w), backend=backend)
 
-    contract.check_deterministic(backend, fn, torch.randn(3, 8, 140, 150), *weights.tensors())
+    image = torch.randn(interpreter.fitted(backend, (3, 8, 140, 150), (2, 8, 6, 23)))
+    contract.check_deterministic(backend, fn, image, *weights.tensors())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -275,9 +298,11 @@ def test_half_precision(backend: str, dtype: torch.dtype) -> None:
     )
 
 
-def test_layouts(backend: str) -> None:
-    weights = block_weights(34)
-    x = torch.randn(2, 34, 19, 37)
+@pytest.mark.parametrize("dtype", contract.DTYPES)
+def test_layouts(backend: str, dtype: torch.dtype) -> None:
+    shape = interpreter.fitted(backend, (2, 34, 19, 37), (2, 10, 3, 5))
+    weights = block_weights(shape[1])
+    x = torch.randn(shape).to(dtype)
 
     def fn(x: Tensor) -> Tensor:
         return functional.invertible_block(x, weights, backend=backend)
@@ -286,11 +311,25 @@ def test_layouts(backend: str) -> None:
         contract.check_layout(fn, x, strided)
         if name == "channels_last":
             assert fn(strided).is_contiguous(memory_format=torch.channels_last)
+    if interpreter.interprets(backend) and dtype != torch.float32:
+        return
+    for _, strided in contract.expanded(x):
+        contract.check_layout(fn, strided.contiguous(), strided)
+
+
+def test_layouts_of_the_upstream_gradient(backend: str) -> None:
+    weights = block_weights(6)
+    x, upstream = torch.randn(2, 2, 6, 3, 5)
+    options = (weights.tensors(), *weights[5:], False)
+    for _, strided in (*contract.image_layouts(upstream), *contract.expanded(upstream)):
+        (got,) = ops.coupling.coupling_backward(strided, x, *options, backend)
+        (want,) = ops.coupling.coupling_backward(strided, x, *options, "reference")
+        assert contract.relative_error(got, want) <= 1e-5
 
 
 def test_contract(backend: str) -> None:
     weights = block_weights(4)
-    x = torch.randn(2, 4, 5, 6)
+    x = torch.randn(interpreter.fitted(backend, (2, 4, 5, 6), (1, 4, 4, 6)))
     tensors = [w.clone().requires_grad_() for w in weights.tensors()]
     options = (*weights[5:], backend)
     for image in (x, x.contiguous(memory_format=torch.channels_last), x.transpose(2, 3)):
@@ -387,7 +426,7 @@ def test_more_tiles_than_partial_sums(backend: str) -> None:
     contract.check_against_reference(
         lambda x, *w: functional.invertible_block(x, with_tensors(weights, w), backend=backend),
         lambda x, *w: reference.invertible_block(x, with_tensors(weights, w)),
-        (torch.randn(37, 6, 2, 3), *tensors),
+        (torch.randn(*interpreter.fitted(backend, (37, 6, 2, 3), (5, 6, 2, 3))), *tensors),
     )
 
 
@@ -402,7 +441,10 @@ def test_bands_of_triton(
     from mghf_fast.kernels import coupling as kernels
 
     monkeypatch.setattr(kernels, "WORKSPACE_BYTES", workspace)
+    monkeypatch.setattr(kernels, "PIXELS_OF_A_PART", 4)
+    # Larger weights, so that what is several layers away counts.
     weights = with_3x3_mix(block_weights(8), 3)
+    weights = with_tensors(weights, tuple(3 * w for w in weights.tensors()))
     contract.check_against_reference(
         lambda x, *w: functional.invertible_block(x, with_tensors(weights, w), backend="triton"),
         lambda x, *w: reference.invertible_block(x, with_tensors(weights, w)),
@@ -426,15 +468,16 @@ def test_triton_refuses_more_channels_than_fit() -> None:
         functional.invertible_block(x, weights, backend="triton")
 
 
-def test_weight_gradients_of_a_bfloat16_image(backend: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_weight_gradients_of_an_image_in_half_precision(backend: str, dtype: torch.dtype) -> None:
     weights = block_weights(64)
-    x, upstream = torch.randn(2, 1, 64, 5, 6).bfloat16()
+    x, upstream = torch.randn(2, 1, 64, 5, 6).to(dtype)
     leaves = [w.clone().requires_grad_() for w in weights.tensors()]
     y = functional.invertible_block(x, with_tensors(weights, tuple(leaves)), backend=backend)
     exact = as_dtype(weights, torch.float64)
     _, expected = reference.invertible_block_backward(upstream.double(), x.double(), exact, True)
     for got, want in zip(torch.autograd.grad(y, leaves, upstream), expected, strict=True):
-        assert contract.relative_error(got, want) <= 1e-2
+        assert contract.relative_error(got, want) <= 1.3 * torch.finfo(dtype).eps
 
 
 def test_autocast() -> None:

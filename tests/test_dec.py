@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import contract
+import interpreter
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -122,10 +123,12 @@ def test_values_and_gradients(backend: str, shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(backend: str, dtype: torch.dtype) -> None:
+    sr, gt = images(1, 3, 16, 24)
+    gt = gt.to(dtype)
     contract.check_half_precision(
-        lambda sr, gt: functional.dec_loss(sr, gt, backend=backend),
-        lambda sr, gt: functional.dec_loss(sr, gt, backend="reference"),
-        images(1, 3, 16, 24),
+        lambda sr: functional.dec_loss(sr, gt, backend=backend),
+        lambda sr: functional.dec_loss(sr, gt.to(sr.dtype), backend="reference"),
+        [sr],
         dtype,
     )
 
@@ -281,7 +284,8 @@ def exact_loss(gt: Tensor, *options: object) -> contract.Function:
 @pytest.mark.parametrize("p", [1, 63, 65, 200])
 @pytest.mark.parametrize("d", [2, 7, 16, 193])
 def test_sizes_that_fit_no_tile(backend: str, p: int, d: int) -> None:
-    sr, gt = patches(p, d)
+    sr, gt = patches(*interpreter.fitted(backend, (p, d), (130, d)))
+    p = len(sr)
     if p > 2:
         sr[0] = gt[p - 1] = 0  # a black patch is as near to padding as can be
     contract.check_against_reference(loss_on(backend, gt), exact_loss(gt), [sr])
@@ -295,8 +299,20 @@ def test_long_patches(backend: str) -> None:
 def test_many_patches(backend: str) -> None:
     if backend == "reference":
         pytest.skip("it has no tiles, large or small")
-    sr, gt = patches(2113, 3)
+    sr, gt = patches(*interpreter.fitted(backend, (2113, 3), (200, 3)))
     contract.check_against_reference(loss_on(backend, gt), exact_loss(gt), [sr])
+
+
+# A last run of columns that is shorter, in the forward and in the backward.
+@pytest.mark.parametrize(("p", "programs"), [(140, 8), (120, 12)])
+def test_runs_of_triton(p: int, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    sr, gt = patches(p, 3)
+    if (reason := ops.dec.OP.why_not("triton", sr)) is not None:
+        pytest.skip(reason)
+    from mghf_fast.kernels import dec as kernels
+
+    monkeypatch.setattr(kernels, "_PROGRAMS", programs)
+    contract.check_against_reference(loss_on("triton", gt), exact_loss(gt), [sr])
 
 
 @pytest.mark.parametrize("temperature", reference.TEMPERATURES)
@@ -329,6 +345,16 @@ def test_pairs_at_the_threshold(backend: str) -> None:
     contract.check_against_reference(loss_on(backend, gt), exact_loss(gt), [sr])
 
 
+def test_a_pair_on_the_threshold_is_positive(backend: str) -> None:
+    """0 dB and L2: of a squared distance of 1 + 2^-23 the root is 1 in float32."""
+    gt = torch.tensor([[0.0, 0.0], [1.0, 2.0**-11.5], [-2.0, 0.0]])
+    options = (0.0, 0.5, 1.5, "inside", "l2", 1.0)
+    assert reference.positive_pairs(gt, 0.0, "l2", 1.0).sum() == 5
+    sr = torch.rand(3, 2)
+    expected = reference.dec(sr, gt, *options)
+    torch.testing.assert_close(loss_on(backend, gt, *options)(sr), expected)
+
+
 @pytest.mark.parametrize("temperatures", [(0.02, 0.05), (0.013, 5.0), (50.0, 0.03)])
 def test_extreme_temperatures(backend: str, temperatures: tuple[float, float]) -> None:
     sr, gt = patches(70, 20)
@@ -346,17 +372,20 @@ def test_overflow(backend: str, temperatures: tuple[float, float]) -> None:
     torch.testing.assert_close(got, expected, equal_nan=True)
 
 
-def test_strided_patches(backend: str) -> None:
-    sr, gt = patches(70, 20)
+@pytest.mark.parametrize("dtype", contract.DTYPES)
+def test_strided_patches(backend: str, dtype: torch.dtype) -> None:
+    sr, gt = patches(70, 20, dtype)
     for (_, s), (_, g) in zip(contract.batch_layouts(sr), contract.batch_layouts(gt), strict=True):
         contract.check_layout(loss_on(backend, gt), sr, s)
         assert contract.relative_error(loss_on(backend, g)(sr), loss_on(backend, gt)(sr)) <= 1e-6
+    same = sr[:1].expand(70, 20)
+    contract.check_layout(loss_on(backend, gt), same.contiguous(), same)
 
 
 def test_the_number_of_threads_does_not_change_a_bit(backend: str) -> None:
     if backend == "reference":
         pytest.skip("its matrix products are PyTorch's")
-    sr, gt = patches(333, 20)
+    sr, gt = patches(*interpreter.fitted(backend, (333, 20), (70, 20)))
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3, 7):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contract
+import interpreter
 import numpy as np
 import pytest
 import torch
@@ -68,10 +69,14 @@ def test_dtypes(backend: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(got.double(), by_hand(x.float(), 256), atol=1e-5, rtol=1e-5)
 
 
-def test_layouts(backend: str) -> None:
-    x = torch.randn(2, 3, 6, 5)
+@pytest.mark.parametrize("dtype", contract.DTYPES)
+def test_layouts(backend: str, dtype: torch.dtype) -> None:
+    x = torch.randn(2, 3, 6, 5).to(dtype)
     expected = functional.channel_entropy(x, backend=backend)
     for _, strided in contract.image_layouts(x):
+        assert torch.equal(functional.channel_entropy(strided, backend=backend), expected)
+    for _, strided in contract.expanded(x):
+        expected = functional.channel_entropy(strided.contiguous(), backend=backend)
         assert torch.equal(functional.channel_entropy(strided, backend=backend), expected)
 
 
@@ -84,6 +89,9 @@ def test_contract(backend: str) -> None:
         backend="aot_eager",
     )
     assert torch.equal(compiled(x), functional.channel_entropy(x, 16, backend=backend) * 2)
+    contract.check_deterministic(
+        backend, lambda x: functional.channel_entropy(x, backend=backend), x, differentiable=False
+    )
     assert not functional.channel_entropy(x.requires_grad_(), backend=backend).requires_grad
 
 
@@ -119,18 +127,13 @@ def test_any_map(bins: int, height: int, width: int, scale: float, shift: float,
     ],
 )
 def test_sizes_that_fill_no_tile(backend: str, shape: tuple[int, ...], bins: int) -> None:
-    x = torch.randn(shape)
-    expected = reference.channel_entropy(x, bins)
-    for _, strided in (("contiguous", x), *contract.image_layouts(x)):
-        got = functional.channel_entropy(strided, bins, backend=backend)
-        torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)
-        half = strided.bfloat16()
-        torch.testing.assert_close(
-            functional.channel_entropy(half, bins, backend=backend),
-            reference.channel_entropy(half, bins),
-            atol=1e-6,
-            rtol=1e-6,
-        )
+    x = torch.randn(interpreter.fitted(backend, shape, (2, 40, 150, 333)))
+    dtypes = contract.DTYPES if bins > 2 else (torch.float32, torch.bfloat16)
+    for values in map(x.to, dtypes):
+        expected = reference.channel_entropy(values, bins)
+        for _, strided in (("contiguous", values), *contract.image_layouts(values)):
+            got = functional.channel_entropy(strided, bins, backend=backend)
+            torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)
 
 
 def test_values_on_the_edges_of_bins(backend: str) -> None:
@@ -153,7 +156,8 @@ def test_a_range_beyond_float32_is_nan(backend: str) -> None:
 
 
 def test_threads_do_not_change_a_bit(backend: str) -> None:
-    x = torch.randn(2, 20, 130, 190).contiguous(memory_format=torch.channels_last)
+    shape = interpreter.fitted(backend, (2, 20, 130, 190), (1, 9, 130, 70))
+    x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
     before, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 5):

@@ -19,6 +19,7 @@ from mghf_fast import (
     functional,
     use_backend,
 )
+from mghf_fast.backends import triton_is_interpreted
 from mghf_fast.losses import PRESETS, Preset
 from mghf_fast.losses.mghf import default_extractor
 from mghf_fast.nn import PatchProjection
@@ -389,3 +390,46 @@ def test_weights_are_drawn_on_the_cpu_for_every_device(
     assert [device.type for _, device in moved] == ["cpu", "meta"]
     for name, weight in module.state_dict().items():
         assert torch.equal(weight, expected[name])
+
+
+# ---- on Triton's kernels; on a GPU in test_gpu.py ----
+
+in_the_interpreter = pytest.mark.skipif(not triton_is_interpreted(), reason="no TRITON_INTERPRET=1")
+
+
+def small_loss(variant: str, backend: str, dtype: torch.dtype) -> MGHFLoss:
+    """MGHF-n has the block; MGHF-c needs more pixels, for which the block would take minutes."""
+    torch.manual_seed(0)
+    extractor = small_extractor() if variant == "n" else nn.Conv2d(3, 4, 3)
+    return MGHFLoss(variant, extractor=extractor, backend=backend).to(dtype)
+
+
+def small_pair(variant: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    gt = torch.rand(1, 3, *((5, 9) if variant == "n" else (34, 82)))
+    return (gt + 0.1 * torch.randn_like(gt)).to(dtype), gt.to(dtype)
+
+
+@in_the_interpreter
+@pytest.mark.parametrize("variant", ["c", "n"])
+def test_on_triton(variant: str) -> None:
+    loss = small_loss(variant, "triton", torch.float32)
+    exact = small_loss(variant, "reference", torch.float64)
+    sr, gt = small_pair(variant, torch.float32)
+    contract.check_against_reference(
+        lambda sr: loss(sr, gt), lambda sr: exact(sr, gt.double()), [sr]
+    )
+    contract.check_compiled(lambda sr: loss(sr, gt), sr)
+
+
+@in_the_interpreter
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("variant", ["c", "n"])
+def test_on_triton_in_half_precision(variant: str, dtype: torch.dtype) -> None:
+    sr, gt = small_pair(variant, dtype)
+
+    def loss_on(backend: str, sr: Tensor) -> Tensor:
+        return small_loss(variant, backend, sr.dtype)(sr, gt.to(sr.dtype))
+
+    contract.check_half_precision(
+        lambda sr: loss_on("triton", sr), lambda sr: loss_on("reference", sr), [sr], dtype
+    )

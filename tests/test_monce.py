@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import contract
+import interpreter
 import pytest
 import torch
 import torch.nn.functional as F
@@ -106,7 +107,7 @@ def test_the_plan_carries_gradient() -> None:
 def test_values_and_gradients(
     backend: str, n: int, epsilon: float, cost: str, plan_gradient: str
 ) -> None:
-    query, key = pair(3, n)
+    query, key = pair(*interpreter.fitted(backend, (3, n), (1, n)))
     options = (0.07, epsilon, 50, 1.0, cost, plan_gradient)
     contract.check_against_reference(
         lambda q: functional.monce_loss(
@@ -167,7 +168,7 @@ def clusters(n: int, count: int, spread: float) -> tuple[Tensor, Tensor]:
     ("n", "d"), [(3, 1), (7, 3), (8, 4), (15, 16), (16, 17), (17, 64), (40, 65), (95, 33)]
 )
 def test_any_size(backend: str, n: int, d: int) -> None:
-    check_map(*pair(3, n, d), backend, *OPTIONS)
+    check_map(*pair(*interpreter.fitted(backend, (3, n, d), (1, n, d))), backend, *OPTIONS)
 
 
 def test_many_maps(backend: str) -> None:
@@ -182,7 +183,8 @@ def test_many_maps(backend: str) -> None:
 
 @pytest.mark.parametrize("cost", ["hard", "exp"])
 def test_the_papers_size(backend: str, cost: str) -> None:
-    check_map(*pair(1, 441, 64), backend, 0.07, 1.0, 50, 1.0, cost, "exact")
+    query, key = pair(*interpreter.fitted(backend, (1, 441, 64), (1, 141, 64)))
+    check_map(query, key, backend, 0.07, 1.0, 50, 1.0, cost, "exact")
 
 
 @pytest.mark.parametrize("iterations", [1, 2, 7, 50])
@@ -197,14 +199,16 @@ def test_slow_convergence(backend: str, epsilon: float, iterations: int) -> None
 @pytest.mark.parametrize("epsilon", [0.02, 0.01, 0.005])
 def test_small_epsilon(backend: str, epsilon: float, cost: str, plan_gradient: str) -> None:
     for d in (2, 3, 64):  # similarities all over [-1, 1] leave float32's range
-        check_map(*pair(2, 33, d), backend, 0.07, epsilon, 50, 1.0, cost, plan_gradient)
+        query, key = pair(*interpreter.fitted(backend, (2, 33, d), (1, 33, d)))
+        check_map(query, key, backend, 0.07, epsilon, 50, 1.0, cost, plan_gradient)
 
 
 @pytest.mark.parametrize("epsilon", [1.0, 0.01])
 @pytest.mark.parametrize("temperature", [1e-3, 0.01, 10.0, 1e4])
 def test_any_temperature(backend: str, temperature: float, epsilon: float) -> None:
     for cost in COSTS:
-        check_map(*pair(2, 19), backend, temperature, epsilon, 50, 3.0, cost, "exact")
+        query, key = pair(*interpreter.fitted(backend, (2, 19), (1, 19)))
+        check_map(query, key, backend, temperature, epsilon, 50, 3.0, cost, "exact")
 
 
 def test_a_tiny_temperature_overflows_nothing(backend: str) -> None:
@@ -217,16 +221,18 @@ def test_a_tiny_temperature_overflows_nothing(backend: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(backend: str, dtype: torch.dtype) -> None:
+    query, key = pair(2, 12, dtype=dtype)
     contract.check_half_precision(
-        lambda q, k: functional.monce_loss(q, k, reduction="none", backend=backend),
-        lambda q, k: reference.monce(q, k, *OPTIONS),
-        pair(2, 12),
+        lambda q: functional.monce_loss(q, key, reduction="none", backend=backend),
+        lambda q: reference.monce(q, key.to(q.dtype), *OPTIONS),
+        [query],
         dtype,
     )
 
 
-def test_layouts(backend: str) -> None:
-    query, key = pair(2, 35, 19)
+@pytest.mark.parametrize("dtype", contract.DTYPES)
+def test_layouts(backend: str, dtype: torch.dtype) -> None:
+    query, key = pair(2, 35, 19, dtype)
     for (_, strided), (_, strided_key) in zip(
         contract.batch_layouts(query), contract.batch_layouts(key), strict=True
     ):
@@ -241,11 +247,20 @@ def test_layouts(backend: str) -> None:
     assert torch.equal(losses[0], losses[2])
 
 
+def test_layouts_of_the_upstream_gradient(backend: str) -> None:
+    query, key = pair(3, 5)
+    upstream = torch.randn(3, 5)
+    for _, strided in (*contract.batch_layouts(upstream), *contract.expanded(upstream)):
+        expected = reference.monce_backward(strided, query, key, *OPTIONS)
+        got = ops.monce.monce_backward(strided, query, key, *OPTIONS, backend)
+        assert contract.relative_error(got, expected) <= 1e-5
+
+
 def test_contract(backend: str) -> None:
     query, key = pair(2, 6)
     contract.check_opcheck(ops.monce.monce, query.clone().requires_grad_(), key, *OPTIONS, backend)
     contract.check_compiled(lambda q: functional.monce_loss(q, key, backend=backend), query)
-    query, key = pair(5, 33)
+    query, key = pair(*interpreter.fitted(backend, (5, 33), (2, 33)))
     for epsilon in (1.0, 0.01):
         contract.check_deterministic(
             backend,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contract
+import interpreter
 import pytest
 import torch
 import torch.nn.functional as F
@@ -80,15 +81,31 @@ def test_half_precision(backend: str, dtype: torch.dtype) -> None:
     )
 
 
-def test_layouts(backend: str) -> None:
+@pytest.mark.parametrize("dtype", contract.DTYPES)
+def test_layouts(backend: str, dtype: torch.dtype) -> None:
     w = parameters(4)
-    x = torch.randn(2, 3, 11, 9)
+    x = torch.randn(2, 3, 11, 9).to(dtype)
+
+    def fn(x: Tensor) -> Tensor:
+        return functional.patch_projection(x, *w, patch_size=4, stride=3, backend=backend)
+
     for _, strided in contract.image_layouts(x):
-        contract.check_layout(
-            lambda x: functional.patch_projection(x, *w, patch_size=4, stride=3, backend=backend),
-            x,
-            strided,
-        )
+        contract.check_layout(fn, x, strided)
+    for _, strided in contract.expanded(x):
+        contract.check_layout(fn, strided.contiguous(), strided)
+
+
+def test_layouts_of_the_upstream_gradient(backend: str) -> None:
+    x, w = torch.randn(2, 3, 11, 9), parameters(4)
+    embedding, state = ops.patches.patches(x, *w, 4, 3, backend)
+    upstream = torch.randn_like(embedding)
+    for _, strided in (*contract.batch_layouts(upstream), *contract.expanded(upstream)):
+        options = (strided, embedding, state, x, *w, 4, 3, True)
+        expected = ops.patches.patches_backward(*options, "reference")
+        for got, want in zip(
+            ops.patches.patches_backward(*options, backend), expected, strict=True
+        ):
+            assert contract.relative_error(got, want) <= 1e-5
 
 
 def test_contract(backend: str) -> None:
@@ -239,13 +256,14 @@ def test_kernel_gradients_in_half_precision(layout: str, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 def test_sizes_that_fit_no_block(backend: str, size: tuple[int, ...], layout: str) -> None:
-    batch, channels, height, width, patch_size, stride, hidden, dimension = size
+    *shape, patch_size, stride, hidden, dimension = size
+    x = image(*interpreter.fitted(backend, tuple(shape), (1, 20, 64, 70)), layout)
     contract.check_against_reference(
         lambda *t: functional.patch_projection(
             *t, patch_size=patch_size, stride=stride, backend=backend
         ),
         lambda *t: reference.patch_projection(*t, patch_size, stride),
-        [image(batch, channels, height, width, layout), *parameters(patch_size, hidden, dimension)],
+        [x, *parameters(patch_size, hidden, dimension)],
     )
 
 

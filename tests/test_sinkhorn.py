@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contract
+import interpreter
 import numpy as np
 import pytest
 import torch
@@ -65,7 +66,7 @@ def test_values_and_gradients(backend: str, cost: str, epsilon: float, n: int) -
     contract.check_against_reference(
         lambda s: functional.sinkhorn_plan(s, cost=cost, epsilon=epsilon, backend=backend),
         lambda s: reference.sinkhorn_plan(s, cost, epsilon, 50),
-        [cosines(3, n)],
+        [cosines(*interpreter.fitted(backend, (3, n), (1, n)))],
         differentiable=n != 2,
     )
 
@@ -142,13 +143,28 @@ def test_half_precision(backend: str, dtype: torch.dtype) -> None:
     )
 
 
-def test_layouts(backend: str) -> None:
-    s = cosines(3, 9)
+@pytest.mark.parametrize("dtype", contract.DTYPES)
+def test_layouts(backend: str, dtype: torch.dtype) -> None:
+    def fn(s: Tensor) -> Tensor:
+        return functional.sinkhorn_plan(s, backend=backend)
+
+    s = cosines(3, 9, dtype=dtype)
     for _, strided in contract.batch_layouts(s):
-        contract.check_layout(lambda s: functional.sinkhorn_plan(s, backend=backend), s, strided)
-    expanded = s[:1].expand(3, 9, 9)
-    plan = functional.sinkhorn_plan(expanded, backend=backend)
+        contract.check_layout(fn, s, strided)
+    for _, strided in contract.expanded(s):
+        contract.check_layout(fn, strided.contiguous(), strided)
+    plan = fn(s[:1].expand(3, 9, 9))
     assert torch.equal(plan[0], plan[2])
+
+
+def test_layouts_of_the_upstream_gradient(backend: str) -> None:
+    s, upstream = cosines(3, 9), torch.randn(3, 9, 9)
+    options = ("hard", 0.5, 50, None)
+    for _, strided in (*contract.batch_layouts(upstream), *contract.expanded(upstream)):
+        got = ops.sinkhorn.sinkhorn_backward(strided, s, *options, backend)
+        expected = ops.sinkhorn.sinkhorn_backward(strided, s, *options, "reference")
+        # Of equal gradients along a row or column, the marginals being given, nothing is left.
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_contract(backend: str) -> None:
@@ -162,7 +178,9 @@ def test_contract(backend: str) -> None:
     )
     contract.check_compiled(lambda s: functional.sinkhorn_plan(s, backend=backend) * 2, s)
     contract.check_deterministic(
-        backend, lambda s: functional.sinkhorn_plan(s, backend=backend), cosines(5, 33)
+        backend,
+        lambda s: functional.sinkhorn_plan(s, backend=backend),
+        cosines(*interpreter.fitted(backend, (5, 33), (2, 33))),
     )
 
 

@@ -1,0 +1,97 @@
+"""Triton's interpreter, where kernels run without a GPU: faster, with a GPU's bfloat16, and with
+sizes that suit it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mghf_fast.backends import triton_is_interpreted
+
+
+def interprets(backend: str) -> bool:
+    return backend == "triton" and triton_is_interpreted()
+
+
+def fitted(backend: str, size: tuple[int, ...], most: tuple[int, ...]) -> tuple[int, ...]:
+    """``size``, or in the interpreter at most ``most``: there a kernel takes milliseconds for every
+    program and pass of a loop."""
+    return tuple(map(min, size, most)) if interprets(backend) else size
+
+
+def hasten() -> None:
+    """Keeps the interpreter from patching Triton's language at every call of a kernel's functions,
+    which takes up to half of its time: the kernel's launch has done so."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+
+    @functools.cache
+    def languages(fn: Any) -> list[Any]:
+        return [module for module in (tl, tl.core) if module in fn.__globals__.values()]
+
+    def patch_if_needed(fn: Any) -> Any:
+        if any(tl.core.is_builtin(language.load) for language in languages(fn)):
+            return patch(fn)
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang = patch_if_needed
+
+
+def round_bfloat16() -> None:
+    """Makes the interpreter round where it cuts off, and multiply matrices of bfloat16 where it
+    multiplies their bits; and the kernels do without what they have against that."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    from mghf_fast.kernels import coupling, sinkhorn
+
+    cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+
+    def rounding_cast(self: Any, source: Any, target: Any) -> Any:
+        types = source.dtype.scalar, target.scalar
+        if types == (tl.float32, tl.bfloat16):
+            rounded = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16()
+            bits = rounded.view(torch.int16).numpy().view(np.uint16)
+            return TensorHandle(bits.reshape(source.data.shape), tl.bfloat16)
+        if types == (tl.bfloat16, tl.float32):
+            return TensorHandle((source.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+        return cast(self, source, target)
+
+    def float32_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        factors = (
+            rounding_cast(self, x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x
+            for x in (a, b)
+        )
+        return dot(self, *factors, *rest)
+
+    InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = rounding_cast, float32_dot
+    for kernels in (coupling, sinkhorn):
+        kernels.triton_is_interpreted = lambda: False
+
+
+@contextlib.contextmanager
+def another_order() -> Iterator[None]:
+    """A kernel's programs run from the last to the first, and new memory is full of NaN."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    forward, threshold = builder.set_grid_idx, torch.are_deterministic_algorithms_enabled()
+
+    def reversed_index(*index: int) -> None:
+        forward(*(n - 1 - i for n, i in zip(builder.grid_dim, index, strict=True)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builder, "set_grid_idx", reversed_index)
+        patch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+        torch.use_deterministic_algorithms(True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(threshold)
