@@ -1,7 +1,14 @@
 """Builds the native kernels with CMake, if it can, and puts them into the package.
 
-Environment variable MGHF_NATIVE: "auto" (default) builds them if torch, cmake, ninja and a C++
-compiler are there and makes a pure-Python package otherwise; "1" insists; "0" leaves them out.
+Environment variables:
+
+MGHF_NATIVE      "auto" (default) builds them if torch, cmake, ninja and a C++ compiler are there
+                 and makes a pure-Python package otherwise; "1" insists; "0" leaves them out.
+MGHF_CUDA        the same for the kernels of CUDA, beside those of the CPU: "auto" builds them for a
+                 torch with CUDA if there is an nvcc of the same major version.
+MGHF_CUDA_HOME   the toolkit with that nvcc; default CUDA_HOME, then nvcc's on the PATH.
+MGHF_CUDA_ARCHS  architectures, such as "8.0;9.0a;12.0+PTX"; default in CMakeLists.txt.
+
 pyproject.toml has everything that does not depend on this.
 """
 
@@ -47,10 +54,15 @@ def missing_tools() -> list[str]:
     return missing
 
 
-def native_wanted() -> bool:
-    mode = os.environ.get("MGHF_NATIVE", "auto")
+def mode_of(variable: str) -> str:
+    mode = os.environ.get(variable, "auto")
     if mode not in ("0", "1", "auto"):
-        sys.exit(f"environment variable MGHF_NATIVE is {mode!r}; allowed are '0', '1', 'auto'")
+        sys.exit(f"environment variable {variable} is {mode!r}; allowed are '0', '1', 'auto'")
+    return mode
+
+
+def native_wanted() -> bool:
+    mode = mode_of("MGHF_NATIVE")
     if mode == "0":
         return False
     missing = missing_tools()
@@ -61,6 +73,46 @@ def native_wanted() -> bool:
         wanting = " and of ".join(missing)
         print(f"warning: mghf_fast without native kernels, for want of {wanting}", file=sys.stderr)
     return not missing
+
+
+def nvcc() -> str | None:
+    for variable in ("MGHF_CUDA_HOME", "CUDA_HOME"):
+        if home := os.environ.get(variable):
+            return shutil.which("nvcc", path=str(Path(home, "bin")))
+    return shutil.which("nvcc")
+
+
+def cuda_version(nvcc: str) -> str:
+    """Such as "13.0"."""
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release (\d+\.\d+)", text)
+    if found is None:
+        sys.exit(f"{nvcc} --version does not say which release it is")
+    return found[1]
+
+
+def cuda_of_torch() -> str | None:
+    """Of the torch in the building environment, from a file of it: importing it takes seconds."""
+    torch = importlib.util.find_spec("torch")
+    assert torch and torch.submodule_search_locations
+    text = Path(torch.submodule_search_locations[0], "version.py").read_text()
+    found = re.search(r"^cuda\b.*= '([\d.]+)'", text, re.M)
+    return found[1] if found else None
+
+
+def wanted_nvcc() -> str | None:
+    """The compiler of the CUDA kernels, if they are to be built."""
+    mode = mode_of("MGHF_CUDA")
+    if mode == "0":
+        return None
+    found = nvcc()
+    if mode == "1":
+        return found or sys.exit(
+            "MGHF_CUDA=1, but there is no nvcc (MGHF_CUDA_HOME names a toolkit)"
+        )
+    if found is None or (of_torch := cuda_of_torch()) is None:
+        return None
+    return found if cuda_version(found).split(".")[0] == of_torch.split(".")[0] else None
 
 
 class build_native(Command):
@@ -91,7 +143,12 @@ class build_native(Command):
             f"-DMGHF_TORCH_DIRECTORY={torch.submodule_search_locations[0]}",
             f"-DMGHF_TORCH_VERSION={version_of('torch')}",
             f"-DMGHF_WERROR={os.environ.get('MGHF_WERROR', '0')}",
+            f"-DMGHF_CUDA={int(cuda_compiler is not None)}",
         ]  # fmt: skip
+        if cuda_compiler is not None:
+            configure.append(f"-DCMAKE_CUDA_COMPILER={cuda_compiler}")
+        if archs := os.environ.get("MGHF_CUDA_ARCHS"):
+            configure.append(f"-DMGHF_CUDA_ARCHS={archs}")
         subprocess.run(configure, check=True)
         subprocess.run([cmake, "--build", str(work)], check=True)
         prefix = target / "mghf_fast" / "lib"
@@ -127,11 +184,13 @@ class PlatformDistribution(Distribution):
 release = re.search(r'^__version__ = "(.+)"', (ROOT / "mghf_fast/__init__.py").read_text(), re.M)
 assert release is not None
 native = native_wanted()
+cuda_compiler = wanted_nvcc() if native else None
+local = "cpu" if cuda_compiler is None else "cu" + cuda_version(cuda_compiler).replace(".", "")
 if native:
     build.sub_commands.append(("build_native", None))
 
 setup(
-    version=release[1] + ("+cpu" if native else ""),
+    version=release[1] + (f"+{local}" if native else ""),
     packages=[*find_packages(include=["mghf_fast", "mghf_fast.*"]), "mghf_fast.kernels"],
     package_dir={"mghf_fast.kernels": "kernels"},
     cmdclass={"build_native": build_native, "bdist_wheel": platform_wheel} if native else {},

@@ -106,7 +106,11 @@ def _triton_unavailable_reason() -> str | None:
 
 def unavailable_reasons() -> dict[str, str]:
     """Why each backend that cannot run here cannot: backend name -> one sentence."""
-    reasons = {"cuda": "this version has no CUDA kernels"}
+    reasons = {}
+    if (reason := native.cuda_unavailable_reason()) is not None:
+        reasons["cuda"] = reason
+    elif not torch.cuda.is_available():
+        reasons["cuda"] = "there is no CUDA device"
     if (reason := _triton_unavailable_reason()) is not None:
         reasons["triton"] = reason
     if (reason := native.unavailable_reason()) is not None:

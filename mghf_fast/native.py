@@ -1,7 +1,9 @@
 """Loads the compiled kernels, if this installation has them, and tells how they were built.
 
-The environment variable MGHF_NATIVE_LIBRARY names another build of the CPU kernels to load instead
-of the installed one, such as the sanitized one of `make asan`; it must fit this torch.
+There are two libraries: that of the CPU, which also defines the ops, and that of CUDA, which needs
+a torch with CUDA. Environment variables name other builds to load instead of the installed ones:
+MGHF_NATIVE_LIBRARY those of the CPU, such as the sanitized ones of `make asan`, MGHF_CUDA_LIBRARY
+those of CUDA. They must fit this torch.
 """
 
 from __future__ import annotations
@@ -17,37 +19,105 @@ import torch
 LIBRARY_DIRECTORY = Path(__file__).parent / "lib"
 
 
+def _library(variable: str, name: str) -> Path:
+    """A library that may be loaded; it need not exist."""
+    named = os.environ.get(variable)
+    return Path(named) if named else LIBRARY_DIRECTORY / name
+
+
 def cpu_library() -> Path:
-    """The library of CPU kernels that :func:`unavailable_reason` loads; it need not exist."""
-    named = os.environ.get("MGHF_NATIVE_LIBRARY")
-    return Path(named) if named else LIBRARY_DIRECTORY / "libmghf_fast_cpu.so"
+    return _library("MGHF_NATIVE_LIBRARY", "libmghf_fast_cpu.so")
 
 
-@functools.cache
-def unavailable_reason() -> str | None:
-    """Loads the CPU kernel library on the first call; ``None`` when it is there, else why not."""
-    library = cpu_library()
+def cuda_library() -> Path:
+    return _library("MGHF_CUDA_LIBRARY", "libmghf_fast_cuda.so")
+
+
+def _load(library: Path, variable: str, what: str, how_to_get: str) -> str | None:
+    """``None`` when the library is loaded, else why it is not."""
     if not library.exists():
-        if os.environ.get("MGHF_NATIVE_LIBRARY"):
-            return f"environment variable MGHF_NATIVE_LIBRARY is {str(library)!r}; no such file"
-        return (
-            "this installation has no compiled CPU kernels; with a C++20 compiler, "
-            "`pip install --no-build-isolation .` builds them (or the environment variable "
-            "MGHF_NATIVE_LIBRARY names a library that is built already)"
-        )
+        if os.environ.get(variable):
+            return f"environment variable {variable} is {str(library)!r}; no such file"
+        return f"this installation has no compiled {what} kernels; {how_to_get}"
     try:
         torch.ops.load_library(str(library.resolve()))
     except (OSError, RuntimeError) as error:
         return (
-            f"the compiled CPU kernels ({library.name}) do not load under torch "
+            f"the compiled {what} kernels ({library.name}) do not load under torch "
             f"{torch.__version__}: {error}"
         )
     return None
 
 
-def build_facts() -> dict[str, Any]:
-    """What the kernels were built with (compiler, flags, instruction sets); empty without any."""
-    file = cpu_library().with_name("build.json")
+@functools.cache
+def unavailable_reason() -> str | None:
+    """Loads the CPU kernel library on the first call; ``None`` when it is there, else why not."""
+    return _load(
+        cpu_library(),
+        "MGHF_NATIVE_LIBRARY",
+        "CPU",
+        "with a C++20 compiler, `pip install --no-build-isolation .` builds them (or the "
+        "environment variable MGHF_NATIVE_LIBRARY names a library that is built already)",
+    )
+
+
+@functools.cache
+def cuda_unavailable_reason() -> str | None:
+    """Loads the CUDA kernel library on the first call; ``None`` when it is there, else why not."""
+    if torch.version.cuda is None:
+        return f"this torch ({torch.__version__}) is built without CUDA"
+    if (reason := unavailable_reason()) is not None:
+        return reason  # the ops are defined there
+    if (reason := _wrong_cuda()) is not None:
+        return reason
+    return _load(
+        cuda_library(),
+        "MGHF_CUDA_LIBRARY",
+        "CUDA",
+        "with nvcc, `MGHF_CUDA=1 pip install --no-build-isolation .` builds them",
+    )
+
+
+def _wrong_cuda() -> str | None:
+    """Whether the kernels are for another major version of CUDA than torch's, whose driver might
+    not know what they are compiled for."""
+    facts = build_facts(cuda_library()).get("cuda")
+    if facts is None or torch.version.cuda is None:
+        return None
+    ours, theirs = (version.split(".")[0] for version in (facts["version"], torch.version.cuda))
+    if ours == theirs:
+        return None
+    return (
+        f"its compiled kernels are for CUDA {ours}, and this torch is for CUDA "
+        f"{torch.version.cuda}: install the wheel for CUDA {theirs}, or build it with MGHF_CUDA=1 "
+        "and that nvcc"
+    )
+
+
+def cuda_lacks(capability: tuple[int, int]) -> str | None:
+    """Why the CUDA kernels do not run on a GPU of this compute capability, or ``None``: code runs
+    on higher ones of the same major number, PTX on all higher ones."""
+    facts = build_facts(cuda_library()).get("cuda") or {}
+    having: list[str] = facts.get("architectures", [])
+    for name in having:
+        major, minor = name.removesuffix("+PTX").rstrip("abcdef").split(".")
+        made_for, exact = (int(major), int(minor)), name.endswith("a")
+        if capability == made_for or (
+            not exact
+            and capability > made_for
+            and (capability[0] == made_for[0] or name.endswith("+PTX"))
+        ):
+            return None
+    wanted = ".".join(map(str, capability))
+    return (
+        f"its kernels are compiled for compute capability {', '.join(having) or 'none'}, and this "
+        f"GPU has {wanted}: build them with MGHF_CUDA_ARCHS={wanted}"
+    )
+
+
+def build_facts(library: Path | None = None) -> dict[str, Any]:
+    """What the kernels were built with (compiler, flags, instruction sets, CUDA), maybe nothing."""
+    file = (library or cpu_library()).with_name("build.json")
     if not file.exists():
         return {}
     facts: dict[str, Any] = json.loads(file.read_text())

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from mghf_fast import available_backends, backends, functional, use_backend
+from mghf_fast import available_backends, backends, functional, native, use_backend
 from mghf_fast.backends import BACKENDS, current_backend, unavailable_reasons
 from mghf_fast.ops import OPS, Op, _dispatch
 
@@ -42,7 +42,7 @@ def test_use_backend_nests_and_restores() -> None:
 
 def test_a_forced_backend_that_cannot_run_says_why() -> None:
     x = torch.rand(1, 2, 4, 4)
-    with pytest.raises(RuntimeError, match="backend 'cuda' cannot run entropy: .*no CUDA kernels"):
+    with pytest.raises(RuntimeError, match="backend 'cuda' cannot run entropy: .*CUDA"):
         functional.channel_entropy(x, backend="cuda")
     with use_backend("triton"), pytest.raises(RuntimeError, match="backend 'triton' cannot run"):
         functional.gram_matrix(x)
@@ -112,7 +112,7 @@ def test_one_context_manager_may_nest() -> None:
 
 @pytest.mark.skipif("cpu" not in available_backends(), reason="no compiled CPU kernels here")
 def test_the_cpu_kernels_refuse_tensors_of_another_device() -> None:
-    with pytest.raises(RuntimeError, match="it runs on CPU tensors, and one is on meta"):
+    with pytest.raises(RuntimeError, match="it runs on cpu tensors here, and one is on meta"):
         OPS["gram"].choose("cpu", torch.empty(1, 2, 4, 4, device="meta"))
 
 
@@ -164,3 +164,38 @@ def test_an_old_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         "3.5.1": None,
         "3.10.0+git1": None,
     }
+
+
+ARCHITECTURES = ["8.0", "8.6", "9.0a", "10.0", "12.0+PTX"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "runs"),
+    [((7, 5), False), ((8, 0), True), ((8, 7), True), ((9, 0), True), ((10, 3), True),
+     ((11, 0), False), ((12, 1), True), ((13, 0), True)],
+)  # fmt: skip
+def test_which_gpus_the_cuda_kernels_are_for(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], runs: bool
+) -> None:
+    facts = {"cuda": {"version": "13.0.88", "architectures": ARCHITECTURES}}
+    monkeypatch.setattr(native, "build_facts", lambda library: facts)
+    reason = native.cuda_lacks(capability)
+    assert (reason is None) == runs
+    if reason is not None:
+        wanted = ".".join(map(str, capability))
+        assert f"this GPU has {wanted}: build them with MGHF_CUDA_ARCHS={wanted}" in reason
+
+
+@pytest.mark.parametrize(
+    ("torch_cuda", "reason"),
+    [(None, "is built without CUDA"), ("12.8", "for CUDA 13, and this torch is for CUDA 12.8"),
+     ("13.2", "no such file")],
+)  # fmt: skip
+def test_why_there_are_no_cuda_kernels(
+    monkeypatch: pytest.MonkeyPatch, torch_cuda: str | None, reason: str
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+    monkeypatch.setattr(native, "unavailable_reason", lambda: None)
+    monkeypatch.setattr(native, "build_facts", lambda library: {"cuda": {"version": "13.0.88"}})
+    monkeypatch.setenv("MGHF_CUDA_LIBRARY", "nowhere.so")
+    assert reason in str(native.cuda_unavailable_reason.__wrapped__())

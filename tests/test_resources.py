@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("triton")
 from mghf_fast import kernels
-from mghf_fast.kernels import resources
+from mghf_fast.kernels import native_resources, resources
 from mghf_fast.kernels.launches import CASES, Launch
 
 OF_ALL_OPS = """
@@ -56,9 +56,9 @@ def entry(**changes: Any) -> resources.Resources:
 def test_problems_are_spills_and_too_much_shared_memory() -> None:
     table = {"gram: k, case": {"sm_80": entry(), "sm_90": entry(spilled_bytes=8)}}
     assert resources.problems(table) == ["gram: k, case, sm_90: spills 8 bytes"]
-    table = {"gram: k, case": {"sm_80": entry(shared_bytes=200 << 10)}}
-    assert "shared memory 204800 > 166912" in resources.problems(table)[0]
-    table = {"gram: k, case": {"sm_90": entry(shared_bytes=200 << 10)}}
+    table = {"gram: k, case": {"sm_80": entry(shared_bytes=120 << 10)}}
+    assert "shared memory 122880 > 101376" in resources.problems(table)[0]
+    table = {"gram: k, case": {"sm_90a": entry(shared_bytes=120 << 10)}}
     assert resources.problems(table) == []
 
 
@@ -105,3 +105,32 @@ def test_a_fingerprint_is_of_called_functions_and_constants_too() -> None:
 
     sources = resources._sources(_merge_kernel)
     assert {"_merge_kernel", "_load_double", "VARIANCE_FLOOR"} <= set(sources)
+
+
+DUMP = """
+Fatbin elf code:
+================
+arch = sm_80
+code version = [1,8]
+
+Resource usage:
+ Common:
+  GLOBAL:28 CONSTANT[4]:224
+ Function _ZN4mghf4cuda4copyILb1EEEvNS0_5ImageIfEEPi:
+  REG:40 STACK:0 SHARED:64 LOCAL:0 CONSTANT[0]:472 TEXTURE:0 SURFACE:0 SAMPLER:0
+
+Fatbin elf code:
+arch = sm_90a
+ Function _ZN4mghf4cuda4copyILb1EEEvNS0_5ImageIfEEPi:
+  REG:38 STACK:8 SHARED:64 LOCAL:4 CONSTANT[0]:472
+"""
+
+
+def test_the_resources_of_cuda_kernels_are_read_from_their_library() -> None:
+    rest = {"shared_bytes": 64}
+    assert native_resources.parse(DUMP) == {
+        "copy<true>": {
+            "sm_80": {"registers": 40, "spilled_bytes": 0, **rest},
+            "sm_90a": {"registers": 38, "spilled_bytes": 12, **rest},
+        }
+    }

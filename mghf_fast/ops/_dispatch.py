@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import native
 from ..backends import BACKENDS, triton_is_interpreted, unavailable_reasons
 
 logger = logging.getLogger("mghf_fast")
@@ -86,14 +87,19 @@ class Op:
         raise AssertionError(f"{self.name} has no reference")  # the reference runs everything
 
 
-def can_run_cpu(*tensors: Tensor) -> str | None:
-    """Why the compiled CPU kernels cannot take these tensors, or None."""
+def _cannot_take(tensors: tuple[Tensor, ...], device: str) -> str | None:
+    """Why kernels for this type of device cannot take these tensors, or None."""
     for tensor in tensors:
-        if tensor.device.type != "cpu":
-            return f"it runs on CPU tensors, and one is on {tensor.device}"
+        if tensor.device.type != device:
+            return f"it runs on {device} tensors here, and one is on {tensor.device}"
         if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             return f"it takes float32, float16 or bfloat16, and one tensor is {tensor.dtype}"
     return None
+
+
+def can_run_cpu(*tensors: Tensor) -> str | None:
+    """Why the compiled CPU kernels cannot take these tensors, or None."""
+    return _cannot_take(tensors, "cpu")
 
 
 @functools.cache
@@ -111,15 +117,23 @@ def _triton_lacks(device: torch.device) -> str | None:
 
 def can_run_triton(*tensors: Tensor) -> str | None:
     """Why the Triton kernels cannot take these tensors, or None."""
-    wanted = "cpu" if triton_is_interpreted() else "cuda"
-    for tensor in tensors:
-        if tensor.device.type != wanted:
-            return f"it runs on {wanted} tensors here, and one is on {tensor.device}"
-        if tensor.is_cuda and (reason := _triton_lacks(tensor.device)) is not None:
-            return reason
-        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            return f"it takes float32, float16 or bfloat16, and one tensor is {tensor.dtype}"
-    return None
+    if triton_is_interpreted():
+        return _cannot_take(tensors, "cpu")
+    if (reason := _cannot_take(tensors, "cuda")) is not None or not tensors:
+        return reason
+    return _triton_lacks(tensors[0].device)
+
+
+@functools.cache
+def _cuda_lacks(device: torch.device) -> str | None:
+    return native.cuda_lacks(torch.cuda.get_device_capability(device))
+
+
+def can_run_cuda(*tensors: Tensor) -> str | None:
+    """Why the compiled CUDA kernels cannot take these tensors, or None."""
+    if (reason := _cannot_take(tensors, "cuda")) is not None or not tensors:
+        return reason
+    return _cuda_lacks(tensors[0].device)
 
 
 def readable_on_cpu(x: Tensor) -> Tensor:

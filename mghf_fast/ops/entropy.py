@@ -10,6 +10,7 @@ from ..reference.entropy import channel_entropy
 from ._dispatch import (
     Op,
     can_run_cpu,
+    can_run_cuda,
     can_run_triton,
     readable_on_cpu,
     register_float32_autocast,
@@ -21,6 +22,11 @@ def _cpu_forward(x: Tensor, bins: int) -> Tensor:
     return result
 
 
+def _cuda_forward(x: Tensor, bins: int) -> Tensor:
+    result: Tensor = torch.ops.mghf_native.entropy(x, bins)
+    return result
+
+
 def _triton_forward(x: Tensor, bins: int) -> Tensor:
     from ..kernels import entropy as kernels
 
@@ -29,6 +35,7 @@ def _triton_forward(x: Tensor, bins: int) -> Tensor:
 
 OP = Op("entropy")
 OP.implement("reference", channel_entropy)
+OP.implement("cuda", _cuda_forward, can_run=can_run_cuda)
 OP.implement("triton", _triton_forward, can_run=can_run_triton)
 OP.implement("cpu", _cpu_forward, can_run=can_run_cpu)
 

@@ -1,0 +1,93 @@
+"""Registers, shared memory and spills of the CUDA kernels, read from their library.
+
+    python -m mghf_fast.kernels.native_resources build/cuda/libmghf_fast_cuda.so [--write]
+
+compares them with the committed table of this nvcc, `kernels/resources/nvcc-<version>.json`, in the
+form of the Triton kernels' tables, and fails where they differ or a kernel spills.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import triton
+
+from .resources import TABLES, Table, differences, problems, write
+
+FUNCTION = re.compile(
+    r"Function (?P<name>\S+):\s+REG:(?P<registers>\d+) STACK:(?P<stack>\d+) "
+    r"SHARED:(?P<shared>\d+) LOCAL:(?P<local>\d+)"
+)
+
+
+def demangled(names: Sequence[str]) -> list[str]:
+    """Without namespaces and parameters: `range_of_maps<float, true>`."""
+    run = subprocess.run(
+        ["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True
+    )
+    short = []
+    for line in run.stdout.splitlines():
+        text = re.sub(r"\((?:anonymous namespace|bool|int)\)", "", line)
+        text = re.sub(r"(?:\w+::)+", "", text).removeprefix("void ")
+        depth, end = 0, len(text)
+        for i, letter in enumerate(text):
+            depth += (letter == "<") - (letter == ">")
+            if letter == "(" and depth == 0:
+                end = i
+                break
+        short.append(text[:end].removeprefix("::"))
+    return short
+
+
+def parse(text: str) -> Table:
+    """Kernel -> architecture -> what it takes, from cuobjdump's list of all architectures."""
+    table: Table = {}
+    for part in re.split(r"^arch = ", text, flags=re.MULTILINE)[1:]:
+        architecture = part.split(None, 1)[0]
+        found = list(FUNCTION.finditer(part))
+        for name, f in zip(demangled([f["name"] for f in found]), found, strict=True):
+            table.setdefault(name, {})[architecture] = {
+                "registers": int(f["registers"]),
+                "spilled_bytes": int(f["stack"]) + int(f["local"]),
+                "shared_bytes": int(f["shared"]),
+            }
+    return dict(sorted(table.items()))
+
+
+def measure(library: Path) -> Table:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    command = [tool, "--dump-resource-usage", library]
+    return parse(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m mghf_fast.kernels.native_resources")
+    parser.add_argument("library", type=Path, help="libmghf_fast_cuda.so, with its build.json")
+    parser.add_argument("--write", action="store_true", help="make the table anew")
+    options = parser.parse_args(arguments)
+    facts = json.loads(options.library.with_name("build.json").read_text())["cuda"]
+    path = TABLES / f"nvcc-{'.'.join(facts['version'].split('.')[:2])}.json"
+    table = measure(options.library)
+    complaints = problems(table)
+    if options.write:
+        write(table, path)
+    else:
+        committed: Table = json.loads(path.read_text()) if path.exists() else {}
+        complaints += differences(table, committed)
+        complaints += [f"{name}: is no more" for name in committed if name not in table]
+        if complaints:
+            complaints.append(f"{path.name} is of other kernels: --write makes it anew")
+    for text in complaints:
+        print(text, file=sys.stderr)
+    print(f"{path.name}: {len(table)} kernels for {', '.join(facts['architectures'])}")
+    return 1 if complaints else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
