@@ -35,7 +35,6 @@ take a sixth and the bytes half of the time.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +45,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backends import triton_is_interpreted
 from . import launch
 from .coupling_backward import (
     depthwise_weights_kernel,
@@ -150,23 +148,6 @@ def _operand(layers: torch.dtype) -> Any:
         torch.float16: tl.float16,
         torch.bfloat16: tl.bfloat16,
     }[layers]
-
-
-def _interpreted(image: torch.dtype) -> bool:
-    """Whether this is bfloat16 in Triton's interpreter, which can read it, but neither multiply it
-    nor round to it: layers are float32 then, and PyTorch rounds the result."""
-    return image == torch.bfloat16 and triton_is_interpreted()
-
-
-@contextlib.contextmanager
-def _written(image: Tensor) -> Iterator[Tensor]:
-    """What kernels write in place of ``image``: itself, or what becomes it."""
-    if not _interpreted(image.dtype):
-        yield image
-        return
-    exact = torch.empty_like(image, dtype=torch.float32)
-    yield exact
-    image.copy_(exact)
 
 
 @dataclass(frozen=True)
@@ -280,8 +261,6 @@ def _shape(
     weights: list[Tensor], activation: str, clamp: float | None, layers: torch.dtype
 ) -> Shape:
     channels, inputs, kernel, _ = weights[0].shape
-    if _interpreted(layers):
-        layers = torch.float32
     return Shape(inputs, channels, kernel, activation, clamp or 0.0, layers)
 
 
@@ -291,13 +270,13 @@ def forward(
     """Writes the block's value at x (B, inputs, H, W) into y (B, C, H, W), any strides. Beside them
     it needs 8 C values of the type of x for every pixel of a band (16 C bytes in float32 for c a
     power of 2 from 16 up)."""
-    with launch.on_device_of(x), _written(y) as target:
+    with launch.on_device_of(x):
         shape = _shape(weights, activation, clamp, x.dtype)
         hidden = shape.padded_hidden
         layers = {"z": 2 * shape.block_half, "hidden1": hidden, "hidden2": 2 * hidden}
         run = Run(shape, _named(weights), x, 2, layers)
         run.add_image("x", x, "x")
-        run.add_image("y", target, "y")
+        run.add_image("y", y, "y")
         for band in run.bands:
             run.start(mix_expand_kernel, band)
             run.start(phi_expand_kernel, band, FOR_GRADIENT=False)
@@ -309,7 +288,7 @@ def inverse(
 ) -> None:
     """Writes the x whose value is y into x, both (B, C, H, W), any strides. ``weights`` begin with
     the inverse of the mix and minus its product with the bias. Layers are kept in float32."""
-    with launch.on_device_of(y), _written(x) as target:
+    with launch.on_device_of(y):
         matrix, bias, *rest = weights
         shape = _shape([matrix[:, :, None, None]], activation, clamp, torch.float32)
         hidden = shape.padded_hidden
@@ -318,7 +297,7 @@ def inverse(
         named["inverse"] = named.pop("mix")
         run = Run(shape, named, y, 2, layers)
         run.add_image("y", y, "y")
-        run.add_image("x", target, "x")
+        run.add_image("x", x, "x")
         for band in run.bands:
             run.start(expand_kernel, band)
             run.start(uncouple_kernel, band)
@@ -336,7 +315,7 @@ def backward(
 ) -> list[Tensor]:
     """Writes the gradient of x into grad_x, any strides; returns the float32 gradients of
     ``weights`` if they are needed, and keeps the layers in float32 then."""
-    with launch.on_device_of(x), _written(grad_x) as target:
+    with launch.on_device_of(x):
         shape = _shape(weights, activation, clamp, torch.float32 if need_weights else x.dtype)
         hidden, half = shape.padded_hidden, shape.block_half
         layers = {
@@ -367,7 +346,7 @@ def backward(
             run.add_image("grad", grad, "grad")
             run.start(grad_hidden2_kernel, band, WITH_WEIGHTS=need_weights)
             run.start(grad_z2_kernel, band, WITH_WEIGHTS=need_weights)
-            run.add_image("grad_x", target, "x")
+            run.add_image("grad_x", grad_x, "x")
             run.start(grad_mixed_kernel, band, WITH_WEIGHTS=need_weights)
             if shape.kernel == 3:
                 run.start(gather_kernel, band, launch.blocks(shape.inputs, 4))

@@ -36,7 +36,6 @@ from .sinkhorn import (
     score_of,
     solve,
     split_exponent,
-    stored_as,
     warps,
 )
 
@@ -422,7 +421,7 @@ def monce_backward(
         return query * 0 * grad.unsqueeze(2).to(query.dtype)
     # Of two patches either can only be moved to the other: that plan has no gradient.
     exact = plan_gradient == "exact" and n > 2
-    out = torch.empty((b, n, depth), dtype=stored_as(query.dtype), device=query.device)
+    out = torch.empty((b, n, depth), dtype=query.dtype, device=query.device)
     options = _gradient_options(depth)
     blocks = launch.blocks(n, options["BLOCK_M"]) * launch.blocks(depth, options["BLOCK_D"])
     with launch.on_device_of(query):
@@ -478,4 +477,4 @@ def monce_backward(
                 EXACT=exact,
                 **options,
             )
-    return out.to(query.dtype)
+    return out

@@ -30,7 +30,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backends import triton_is_interpreted
 from . import launch
 
 FAR = tl.constexpr(-1e30)  # an exponent below all others
@@ -582,11 +581,6 @@ TILE = {"BLOCK_M": 16, "BLOCK_N": 128}
 """Of the kernels that take the entries independently."""
 
 
-def stored_as(dtype: torch.dtype) -> torch.dtype:
-    """Triton's interpreter cuts float32 to bfloat16 where a GPU rounds: there PyTorch rounds."""
-    return torch.float32 if triton_is_interpreted() and dtype == torch.bfloat16 else dtype
-
-
 def exponent_scale(cost: str, epsilon: float) -> tuple[float, float, float]:
     """factor, step_high and step_low of split_exponent()."""
     step = (1 if cost == "hard" else -1) * epsilon * math.log(2)
@@ -709,7 +703,7 @@ def sinkhorn(
         return similarity * 0
     with launch.on_device_of(similarity):
         potentials, steps = solve(similarity, cost, epsilon, iterations, tolerance, False)
-        plan = torch.empty((b, n, n), dtype=stored_as(similarity.dtype), device=similarity.device)
+        plan = torch.empty((b, n, n), dtype=similarity.dtype, device=similarity.device)
         plan_kernel[_tiles(b, n)](
             plan,
             similarity,
@@ -724,7 +718,7 @@ def sinkhorn(
             num_warps=4,
             num_stages=1,
         )
-    return plan.to(similarity.dtype)
+    return plan
 
 
 def sinkhorn_backward(
@@ -742,7 +736,7 @@ def sinkhorn_backward(
     with launch.on_device_of(similarity):
         potentials, steps = solve(similarity, cost, epsilon, iterations, tolerance, True)
         terms, bounds = recur(similarity, potentials, steps, cost, epsilon, upstream=grad)
-        out = torch.empty((b, n, n), dtype=stored_as(similarity.dtype), device=similarity.device)
+        out = torch.empty((b, n, n), dtype=similarity.dtype, device=similarity.device)
         gradient_kernel[_tiles(b, n)](
             out,
             grad,
@@ -761,4 +755,4 @@ def sinkhorn_backward(
             num_warps=8,
             num_stages=1,
         )
-    return out.to(similarity.dtype)
+    return out

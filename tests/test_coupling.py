@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import contract
 import interpreter
 import pytest
@@ -17,6 +19,7 @@ from instruction_sets import (
 from torch import Tensor
 
 from mghf_fast import functional, ops
+from mghf_fast.backends import triton_is_interpreted
 from mghf_fast.nn import InvertibleBlock
 from mghf_fast.reference import coupling as reference
 from mghf_fast.reference.coupling import BlockWeights
@@ -485,3 +488,18 @@ def test_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert functional.invertible_block(x, weights).dtype == torch.float32
         assert functional.invertible_block_inverse(x, weights).dtype == torch.float32
+
+
+def test_sums_over_pixels_of_triton_end_with_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layers that they are taken of have more rows, those of a band's halo."""
+    if not triton_is_interpreted():
+        pytest.skip("it calls the kernel itself")
+    from mghf_fast.kernels import coupling as kernels
+
+    monkeypatch.setattr(kernels, "PIXELS_OF_A_PART", 4)
+    a, b = torch.randn(2, 30, 8)
+    sums = kernels._Sums(SimpleNamespace(image=a))
+    for rows in (slice(21), slice(21, 23)):  # six parts of four, then one of two
+        sums.add_products("phi_expand", a[rows], b[rows])
+    total = sums.found["phi_expand"].sum(0)
+    torch.testing.assert_close(total, a[:23].T @ b[:23])
