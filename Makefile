@@ -133,8 +133,10 @@ cuda-host: $(STAMPS)/dev  ## run the CUDA kernels on the CPU, against the refere
 
 # On a machine with an NVIDIA GPU: with its own Python, torch and Triton, and without the internet.
 # The package is put together from links, beside copies of the tests, and nothing is installed but
-# the wheels (of pytest and hypothesis, say) in GPU_WHEELS. Build output and logs: build/gpu.
+# the wheels (of pytest and hypothesis, say) in GPU_WHEELS. The CUDA kernels take part if `make cuda`
+# has built them and mghf_fast/lib has those of the CPU. Build output and logs: build/gpu.
 GPU_SITE := build/gpu/site
+gpu: export MGHF_CUDA_LIBRARY := $(or $(MGHF_CUDA_LIBRARY),$(wildcard $(CURDIR)/build/cuda/libmghf_fast_cuda.so))
 gpu:  ## test and measure on this machine's NVIDIA GPU: ARGS=--quick GPU_WHEELS=folder
 	rm -rf $(GPU_SITE) && mkdir -p $(GPU_SITE)/mghf_fast
 	ln -s $(CURDIR)/mghf_fast/* $(GPU_SITE)/mghf_fast/

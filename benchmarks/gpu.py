@@ -233,7 +233,9 @@ def take(run: dict[str, Any], part: str, rows: list[dict[str, Any]]) -> None:
     elif part in ("values", "table5"):
         run[part] = rows
         if part == "values" and not all(row["passed"] for row in rows):
-            wrong = ", ".join(f"{r['op']} {r['part']}" for r in rows if not r["passed"])
+            wrong = ", ".join(
+                f"{r['op']} {r['part']} ({r['form']})" for r in rows if not r["passed"]
+            )
             run["parts"][part] = f"wrong: {wrong}"
     else:
         run["rows"] += rows

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -40,6 +41,7 @@ COMPILED_ROWS = ("gram", "correlation", "awdfe_mse", "dfe_mse", "dfe", "vgg16")
 """Rows of Table 5 of which the same is true."""
 
 AUTOTUNED, CAPTURED = " max-autotune", " CUDA graph"
+OURS, OURS_IN_CUDA = "mghf_fast", "mghf_fast CUDA C++"
 BUDGET = 0.25  # seconds of timed calls for a part of a row
 SLOW = 2.0  # seconds; a call that takes longer is the only one
 CALLS = 100  # timed calls at most
@@ -207,9 +209,26 @@ def tf32_products(allowed: bool) -> Iterator[None]:
 # ---- rows ----
 
 
+def with_backend(backend: str, form: Form) -> Form:
+    """The form on a backend of its own."""
+
+    def make() -> Callable[..., Tensor]:
+        function = form.make()
+
+        def call(*inputs: Tensor) -> Tensor:
+            with use_backend(backend):
+                return function(*inputs)
+
+        return call
+
+    return dataclasses.replace(form, make=make)
+
+
 def on_gpu(case: Case) -> Case:
     """The case with the forms that only a GPU has."""
     forms = dict(case.forms)
+    if case.op in OPS and OPS[case.op].why_not("cuda") is None:
+        forms[OURS_IN_CUDA] = with_backend("cuda", forms[OURS])
     if case.op == "mghf_c":
         alex = functools.partial(workloads.LPIPSLayout, "alex")
         forms["LPIPS AlexNet"] = Form(alex, "peer")
@@ -289,11 +308,12 @@ def values(write: Write) -> None:
     """Every op's result and gradient against the reference in float32, at a tiny size."""
     for op in OPS:
         case = cases.CASES[op]
-        for part in case.parts_of("mghf_fast"):
-            found: dict[str, Any] = {"op": op, "part": part}
+        ours = [name for name in (OURS, OURS_IN_CUDA) if name in case.forms]
+        for name, part in itertools.product(ours, case.parts_of(OURS)):
+            found: dict[str, Any] = {"op": op, "form": name, "part": part}
             try:
                 outcomes = []
-                for form in ("mghf_fast", "eager"):
+                for form in (name, "eager"):
                     torch.manual_seed(0)  # of the gradient that comes in
                     result = case.step(case.forms[form].make(), TINY, form, part)()
                     (tensor,) = result if isinstance(result, tuple) else [result]

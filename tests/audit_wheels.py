@@ -32,7 +32,9 @@ def problems_of_library(library: Path) -> list[str]:
     needed = set(re.findall(r"\(NEEDED\).*\[(.+)\]", output("readelf", "-dW", str(library))))
     found = [f"needs {name}" for name in sorted(needed - SYSTEM - LIBRARIES[library.name])]
     symbols = output("nm", "-D", "--undefined-only", "--demangle", str(library))
-    return found + [f"uses {s}" for s in symbols.splitlines() if UNSTABLE.search(s)]
+    return found + [
+        f"uses {s.split(None, 1)[1]}" for s in symbols.splitlines() if UNSTABLE.search(s)
+    ]
 
 
 def problems_of_wheel(wheel: Path, folder: Path) -> list[str]:

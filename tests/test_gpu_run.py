@@ -22,9 +22,9 @@ import without_hypothesis
 from contract import relative_error
 
 from benchmarks import cases, floors, gpu, gpu_parts, gpu_setup, gpu_tables, report, results
-from benchmarks.cases import Shape
+from benchmarks.cases import Form, Shape
 from benchmarks.gpu_parts import AUTOTUNED, CAPTURED, LATENTS, PAPER
-from mghf_fast import backends, workloads
+from mghf_fast import backends, ops, workloads
 from mghf_fast.measure import Measurement
 from mghf_fast.ops import _dispatch
 
@@ -177,7 +177,8 @@ class Pretence:
         ((part, command),) = commands.items()
         self.limits[part] = limit
         self.now += min(self.seconds, limit)
-        rows = {"ceilings": [CEILINGS], "values": [{"op": "dec", "part": "step", "passed": False}]}
+        wrong = {"op": "dec", "form": "mghf_fast", "part": "step", "passed": False}
+        rows = {"ceilings": [CEILINGS], "values": [wrong]}
         made_up = row("mghf_fast", "ours", 1e-3, part)
         written = rows.get(part, [made_up])
         Path(command[command.index(part) + 1]).write_text(
@@ -206,8 +207,8 @@ def test_every_part_is_saved_and_bad_ones_are_told(
     wanted = ("ceilings", "tests", "values", "gram", "entropy")
     run = gpu.measure(wanted, False, tmp_path, pretence.save)
     assert run["parts"] == {
-        "ceilings": "ok", "tests": "ok", "values": "wrong: dec step", "gram": "over 20 s",
-        "entropy": "over 20 s",
+        "ceilings": "ok", "tests": "ok", "values": "wrong: dec step (mghf_fast)",
+        "gram": "over 20 s", "entropy": "over 20 s",
     }  # fmt: skip
     assert run["ceilings"] == CEILINGS and run["tests"] == {"test_gram": "9 passed"}
     assert [r["op"] for r in run["rows"]] == ["gram", "entropy"]
@@ -597,6 +598,28 @@ def test_the_readme_says_whether_figures_were_taken() -> None:
     assert report.generate(readme)[0] == readme, "python -m benchmarks.report"
     outside = report.ON_GPUS.sub("", readme)
     assert "No GPU figure" not in outside
+
+
+# ---- the CUDA kernels beside those of Triton ----
+
+
+def test_ops_with_cuda_kernels_have_a_form_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gpu_parts.OURS_IN_CUDA not in gpu_parts.on_gpu(CASES["entropy"]).forms
+    monkeypatch.setattr(ops.OPS["entropy"], "why_not", lambda backend: None)
+    case = gpu_parts.on_gpu(CASES["entropy"])
+    assert case.forms[gpu_parts.OURS_IN_CUDA].kind == "ours"
+    assert (gpu_parts.PAPER, gpu_parts.OURS_IN_CUDA) in gpu_parts.rows_of(case, True, False)
+    assert gpu_parts.OURS_IN_CUDA not in gpu_parts.on_gpu(CASES["mghf_c"]).forms
+
+
+def test_a_form_on_a_backend_of_its_own() -> None:
+    seen = []
+    form = Form(lambda: lambda x: seen.append(backends.current_backend()) or x, "ours")
+    function = gpu_parts.with_backend("cuda", form).make()
+    with backends.use_backend("triton"):
+        assert function(torch.ones(1)) == 1
+        assert backends.current_backend() == "triton"
+    assert seen == ["cuda"]
 
 
 # ---- the suite on a device ----
