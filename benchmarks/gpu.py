@@ -15,6 +15,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,6 +47,7 @@ LIMITS = {
     "gram": 20,
     "entropy": 20,
     "dec": 20,
+    "sanitizer": 90,
     "table5": 40,
     "mghf_n-compile": 60,
     "ops-compile": 90,
@@ -159,6 +161,24 @@ def run_tests(folder: Path, limit: float, quick: bool) -> tuple[str, dict[str, s
     return f"failing: {', '.join(failing)}" if failing else "ok", summaries
 
 
+SANITIZER = "compute-sanitizer"
+SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+
+
+def run_sanitizer(folder: Path, limit: float) -> tuple[str, dict[str, str]]:
+    """Every op at a tiny size under each tool of the CUDA toolkit's sanitizer, if it is there."""
+    if (program := shutil.which(SANITIZER)) is None:
+        return "ok", {SANITIZER: "is not installed"}
+    commands = {}
+    for tool in SANITIZER_TOOLS:
+        (file := folder / f"{tool}.jsonl").unlink(missing_ok=True)
+        checked = [program, "--tool", tool, "--error-exitcode", "9"]
+        commands[tool] = [*checked, *part_command("values", file, False)]
+    ended = run_together(commands, folder, limit)
+    failing = [tool for tool, how in ended.items() if how != "ok"]
+    return f"failing: {', '.join(failing)}" if failing else "ok", ended
+
+
 def part_command(part: str, file: Path, quick: bool) -> list[str]:
     options = ["--quick"] if quick else []
     return [sys.executable, "-m", "benchmarks.gpu_parts", part, str(file), *options]
@@ -249,7 +269,8 @@ def measure(
     """All parts, each saved as soon as it ended."""
     run: dict[str, Any] = {
         "machine": facts(), "quick": quick, "ceilings": {}, "state": {"before": state()},
-        "parts": {}, "seconds": {}, "tests": {}, "values": [], "table5": [], "rows": [],
+        "parts": {}, "seconds": {}, "tests": {}, "sanitizer": {},
+        "values": [], "table5": [], "rows": [],
     }  # fmt: skip
     start, all_time = time.monotonic(), ALL_TIME_QUICK if quick else ALL_TIME
     limits = dict.fromkeys(LIMITS, QUICK_LIMIT) | {"tests": QUICK_TEST_LIMIT} if quick else LIMITS
@@ -261,6 +282,8 @@ def measure(
         elif part == "tests":
             limit = min(limits[part], left)
             run["parts"][part], run["tests"] = run_tests(folder, limit, quick)
+        elif part == "sanitizer":
+            run["parts"][part], run["sanitizer"] = run_sanitizer(folder, min(limits[part], left))
         else:
             file = folder / f"{part}.jsonl"
             file.unlink(missing_ok=True)

@@ -170,6 +170,8 @@ def complete(run: Run) -> str:
     tests = "; ".join(f"{name} {text}" for name, text in run["tests"].items())
     failed = "; ".join(f"{part} {text}" for part, text in run["parts"].items() if text != "ok")
     text = f"Tests on the device: {tests or 'none ran'}.\n"
+    if checked := "; ".join(f"{tool} {how}" for tool, how in run.get("sanitizer", {}).items()):
+        text += f"Sanitizer, every op at a tiny size: {checked}.\n"
     return text + (f"\n**Not complete:** {failed}.\n" if failed else "")
 
 

@@ -93,6 +93,13 @@ def _triton_version() -> tuple[int, ...]:
 
 
 @functools.cache
+def _cuda_unavailable_reason() -> str | None:
+    if (reason := native.cuda_unavailable_reason()) is not None:
+        return reason
+    return None if torch.cuda.is_available() else "there is no CUDA device"
+
+
+@functools.cache
 def _triton_unavailable_reason() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
@@ -107,10 +114,8 @@ def _triton_unavailable_reason() -> str | None:
 def unavailable_reasons() -> dict[str, str]:
     """Why each backend that cannot run here cannot: backend name -> one sentence."""
     reasons = {}
-    if (reason := native.cuda_unavailable_reason()) is not None:
+    if (reason := _cuda_unavailable_reason()) is not None:
         reasons["cuda"] = reason
-    elif not torch.cuda.is_available():
-        reasons["cuda"] = "there is no CUDA device"
     if (reason := _triton_unavailable_reason()) is not None:
         reasons["triton"] = reason
     if (reason := native.unavailable_reason()) is not None:

@@ -242,6 +242,26 @@ def test_tests_without_pytest_say_so(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert "pytest is not installed" in how and counts == {}
 
 
+def test_every_tool_of_the_sanitizer_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: dict[str, Sequence[str]] = {}
+
+    def run(commands: Any, folder: Path, limit: float) -> dict[str, str]:
+        seen.update(commands)
+        return {name: "exit code 9: races" if name == "racecheck" else "ok" for name in commands}
+
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
+    assert gpu.run_sanitizer(tmp_path, 9) == ("ok", {"compute-sanitizer": "is not installed"})
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: f"bin/{name}")
+    monkeypatch.setattr(gpu, "run_together", run)
+    how, ended = gpu.run_sanitizer(tmp_path, 9)
+    assert how == "failing: racecheck" and ended["memcheck"] == "ok" and len(ended) == 4
+    for tool, command in seen.items():
+        assert command[:3] == ["bin/compute-sanitizer", "--tool", tool]
+        assert "values" in command and len({c[-1] for c in seen.values()}) == 4
+    text = gpu_tables.complete(a_run() | {"sanitizer": ended})
+    assert "racecheck exit code 9: races; initcheck ok" in text
+
+
 def test_tests_run_by_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen: dict[str, Sequence[str]] = {}
 
