@@ -27,10 +27,10 @@ The slope is taken from the activation's value. D^T gathers: a pixel sums over t
 window holds it. Gradients of the weights are products of these with the layers' inputs, summed over
 the pixels in a fixed number of parts, and then over the parts.
 
-Floors below are for B = 1, C = 128 (c = 64), 512 x 512, float32, a 1x1 mix: MB at 4.3 TB/s, and
-multiply-adds of the products, taken three times in TF32 (400 TFLOP/s); the depthwise layers are
-float32 multiply-adds (60 TFLOP/s). With bfloat16 images (790 TFLOP/s, half the bytes) the products
-take a sixth and the bytes half of the time.
+Floors of kernels are for B = 1, C = 128 (c = 64), 512 x 512, float32, a 1x1 mix: MB at 4.3 TB/s,
+and multiply-adds of the products, three times in TF32 (400 TFLOP/s), those of the gradient three
+times in bfloat16 (790 TFLOP/s); the depthwise layers are float32 multiply-adds (60 TFLOP/s). With
+bfloat16 images (half the bytes) the products take a sixth and the bytes half of the time.
 """
 
 from __future__ import annotations
@@ -75,12 +75,13 @@ BLOCK_EXACT, BLOCK_HALF = 16, 32  # channels at a time: float32, and of half pre
 BLOCK_WEIGHTS = 64
 NUM_WARPS = 8
 NUM_STAGES = 1  # more would copy the weights, and all taps of a layer, into shared memory ahead
-MOST_REGISTERS_EXACT = dict.fromkeys(
-    ("grad_hidden2_kernel", "grad_mixed_kernel", "unmix_kernel"), launch.MOST_REGISTERS
-)
-MOST_REGISTERS_HALF = {"phi_expand_kernel": 128, "grad_z2_kernel": 128}
-"""Of a thread. Left to itself ptxas spills a few words to get by with a round number. Those of
-float32 layers are more than let two programs share a multiprocessor."""
+# Precision of the products of float32 layers. Bfloat16's costs the gradient 4.5e-6, where 1e-4 is
+# allowed, and takes half of the time and two thirds of the registers; in the value, and in what the
+# gradient computes again of it, it would move activations across their kinks.
+PRECISION, GRADIENT_PRECISION = "tf32x3", "bf16x3"
+GRADIENT_KERNELS = (grad_hidden2_kernel, grad_z2_kernel, grad_mixed_kernel)
+
+
 MOST_PARTS = 64  # of a sum over pixels
 PIXELS_OF_A_PART = 256
 
@@ -136,7 +137,7 @@ class Shape:
             "ACTIVATION": self.activation,
             "CLAMP": self.clamp,
             "OPERAND": _operand(self.layers),
-            "PRECISION": "tf32x3",
+            "PRECISION": GRADIENT_PRECISION if kernel in GRADIENT_KERNELS else PRECISION,
             **flags,
         }
         return {name: known[name] for name in kernel.arg_names if name in known}
@@ -199,6 +200,7 @@ class Run:
     ) -> None:
         self.shape = shape
         self.image = image
+        self.architecture = launch.architecture_of(image)
         self.bands = list(bands(image.shape, halo, sum(layers.values()) * shape.layers.itemsize))
         pixels = max(band.pixels for band in self.bands) * image.shape[3]
         self.tensors = {name: w.contiguous() for name, w in weights.items()}
@@ -211,6 +213,15 @@ class Run:
         self.tensors[name] = image
         for axis, stride in zip(_AXES, image.stride(), strict=True):
             self.strides[f"{strides}_{axis}"] = stride
+
+    def most_registers(self, kernel: Any) -> int | None:
+        """Of a thread. With 128 two programs share a multiprocessor. Left to itself ptxas spills a
+        few words to get by with a round number."""
+        if not self.shape.exact:
+            return 128 if kernel in (phi_expand_kernel, grad_z2_kernel) else None
+        if kernel in (grad_z2_kernel, grad_mixed_kernel) and self.architecture >= 90:
+            return 128
+        return launch.MOST_REGISTERS if kernel in (grad_hidden2_kernel, unmix_kernel) else None
 
     def start(self, kernel: Any, band: Band, second: int = 1, **flags: bool) -> None:
         height, width = self.image.shape[2:]
@@ -233,13 +244,12 @@ class Run:
             name: known.get(name, anything) for name in kernel.arg_names if name not in constants
         }
         tiles = launch.blocks(band.rows, self.shape.tile_rows) * launch.blocks(width, TILE_COLUMNS)
-        most = MOST_REGISTERS_EXACT if self.shape.exact else MOST_REGISTERS_HALF
         kernel[(band.images * tiles, second)](
             **arguments,
             **constants,
             num_warps=NUM_WARPS,
             num_stages=NUM_STAGES,
-            maxnreg=most.get(kernel.__name__),
+            maxnreg=self.most_registers(kernel),
         )
 
 
@@ -426,9 +436,10 @@ class _Sums:
             BLOCK_A=BLOCK_WEIGHTS,
             BLOCK_B=BLOCK_WEIGHTS,
             BLOCK_PIXELS=32,
-            PRECISION="tf32x3",
+            PRECISION=GRADIENT_PRECISION,
             num_warps=4,
             num_stages=NUM_STAGES,
+            maxnreg=launch.MOST_REGISTERS,
         )
 
     def add_depthwise(

@@ -29,7 +29,7 @@ from .coupling_layers import (
 # r again; d_r = g1 z1 exp(r) (1 - (r / k)^2);  gr = A' Pr^T d_r,  ge = A' Pe^T g1;
 # g1 exp(r), the direct part of d1.
 # Floor: (hr, he), z1, g1 read, (gr, ge), g1 exp(r) written: 737 MB, 0.17 ms; 24,576 multiply-adds
-# a pixel, 0.10 ms, and 3,456 of the depthwise layers (rho's twice), 0.03 ms.
+# a pixel, 0.05 ms, and 3,456 of the depthwise layers (rho's twice), 0.03 ms.
 @triton.jit(do_not_specialize=BAND)
 def grad_hidden2_kernel(
     grad: tl.tensor,
@@ -130,7 +130,7 @@ def grad_hidden2_kernel(
 
 # d2 = g2 + Er^T A' Dr^T gr + Ee^T A' De^T ge,  gp = A' Pp^T d2.
 # Floor: (gr, ge), (hr, he), h, g2 read, d2 and gp written: 939 MB, 0.22 ms; 24,576 multiply-adds a
-# pixel, 0.10 ms, and 3,456 of the depthwise layers, 0.03 ms.
+# pixel, 0.05 ms, and 3,456 of the depthwise layers, 0.03 ms.
 @triton.jit(do_not_specialize=BAND)
 def grad_z2_kernel(
     grad: tl.tensor,
@@ -226,7 +226,7 @@ def grad_z2_kernel(
 # d1 = g1 exp(r) + Ep^T A' Dp^T gp,  d_x = M^T (d1, d2); with a 3x3 mix the products with all of its
 # taps, which gather_kernel adds up.
 # Floor: gp, h, d1's direct part and d2 read, d_x written: 536 MB, 0.12 ms; 24,576 multiply-adds a
-# pixel, 0.10 ms, and 1,152 of the depthwise layer, 0.01 ms.
+# pixel, 0.05 ms, and 1,152 of the depthwise layer, 0.01 ms.
 @triton.jit(do_not_specialize=BAND)
 def grad_mixed_kernel(
     grad1: tl.tensor,
@@ -352,7 +352,7 @@ def gather_kernel(
 
 
 # partial[part] += sum over the part's pixels of a b^T, a and b [pixel][channel].
-# Floor of all seven together: 69,120 multiply-adds a pixel, 0.27 ms, if the layers of a band are
+# Floor of all seven together: 69,120 multiply-adds a pixel, 0.14 ms, if the layers of a band are
 # still in the second-level cache.
 @triton.jit(do_not_specialize=("begin", "end", "pixels_of_a_part"))
 def weights_kernel(
