@@ -401,6 +401,8 @@ def _rows_with_negatives(statistics, patches, BLOCK: tl.constexpr):
 
 
 # The loss, by one program: the order of the sum is fixed.
+#
+# Floor: 12 P bytes, by one multiprocessor: 98 KB for 8192 patches, 2 us or so of latencies.
 @triton.jit
 def loss_kernel(ratios, statistics, loss, patches, BLOCK: tl.constexpr):
     total = tl.zeros([BLOCK], tl.float64)
@@ -411,7 +413,8 @@ def loss_kernel(ratios, statistics, loss, patches, BLOCK: tl.constexpr):
     tl.store(loss, -mean.to(tl.float32))
 
 
-# What a row's positives and negatives are multiplied by in the gradient; 0 in the padding.
+# What a row's positives and negatives are multiplied by in the gradient; 0 in the padding. Every
+# program counts all rows with negatives, 4 P bytes from the caches: 1 us.
 @triton.jit
 def factor_kernel(
     grad,

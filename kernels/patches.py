@@ -232,7 +232,7 @@ def forward_kernel(
 #   d_y = (d_e - e <d_e, e> (1 + 1e-7 / |y|)) / (|y| + 1e-7),   d_h = (W2^T d_y) [h > 0]
 #
 # Floor: reads d_e, e and the state and writes d_h, 59 MB (14 us). R 64 128 = 0.46 G multiply-adds,
-# three TF32 products each: 7 us.
+# three products of bfloat16 each: 4 us.
 @triton.jit
 def hidden_gradient_kernel(
     grad,
@@ -285,7 +285,7 @@ def hidden_gradient_kernel(
             mask=(d < DIMENSION)[:, None] & is_unit[None, :],
             other=0.0,
         )
-        h = tl.dot(grad_y, w2, input_precision="tf32x3")
+        h = tl.dot(grad_y, w2, input_precision="bf16x3")
         word = tl.load(
             patch_state[:, None] + (1 + unit // 32).to(tl.int64)[None, :] * maps,
             mask=is_row[:, None] & is_unit[None, :],
@@ -314,7 +314,8 @@ def hidden_gradient_kernel(
 # written once, or with ADD added to once.
 #
 # Floor: writes the gradient (134 MB, 31 us; ADD also reads it, 62 us) and reads d_h (29 MB, 7 us).
-# R 128 1024 = 7.4 G multiply-adds, three TF32 products each: 111 us; one each for bfloat16: 37 us.
+# R 128 1024 = 7.4 G multiply-adds, three products of bfloat16 each: 56 us at 790 TFLOP/s; for
+# bfloat16 images one TF32 product each: 37 us.
 @triton.jit
 def image_gradient_kernel(
     grad_hidden,
@@ -434,8 +435,8 @@ def image_gradient_kernel(
 # One program takes a tile of the result and one of SPLITS runs of rows; the runs are added in order
 # afterwards. IMPLICIT: the right factor is the rows' patches in the image, not a matrix.
 #
-# Floor of d_W1: reads d_h and x, 163 MB (38 us). R 128 1024 = 7.4 G multiply-adds, three TF32
-# products each: 111 us. d_W2: reads 43 MB (10 us); 0.46 G multiply-adds, 7 us. The hidden layer is
+# Floor of d_W1: reads d_h and x, 163 MB (38 us). R 128 1024 = 7.4 G multiply-adds, three of
+# bfloat16 each: 56 us. d_W2: reads 43 MB (10 us); 0.46 G multiply-adds, 4 us. The hidden layer is
 # computed anew: the forward's floor once more.
 @triton.jit
 def outer_product_kernel(
@@ -497,7 +498,7 @@ def outer_product_kernel(
             b = tl.load(right + first_pixel[:, None] + pixel[None, :], mask=mask, other=0.0)
         else:
             b = tl.load(right + row[:, None] * N + n[None, :], mask=mask, other=0.0)
-        total = tl.dot(a, b.to(tl.float32), total, input_precision="tf32x3")
+        total = tl.dot(a, b.to(tl.float32), total, input_precision="bf16x3")
     place = (split * M + m)[:, None] * N + n[None, :]
     tl.store(partial + place, total, mask=(m < M)[:, None] & (n < N)[None, :])
 
@@ -513,7 +514,7 @@ def _power(size: int, least: int, most: int) -> int:
 FORWARD = {"num_warps": 8, "num_stages": 3}
 HIDDEN_GRADIENT = {"num_warps": 8, "num_stages": 2}
 IMAGE_GRADIENT = {"num_warps": 8, "num_stages": 2, "maxnreg": MOST_REGISTERS}
-OUTER_PRODUCT = {"num_warps": 4, "num_stages": 3}
+OUTER_PRODUCT = {"num_warps": 4, "num_stages": 3, "maxnreg": MOST_REGISTERS}
 
 
 def _forward_constants(
@@ -588,8 +589,9 @@ def _image_gradient_constants(
         "BOTTOM_RIGHT": sum(tiles[:3]),
         "TILES": sum(tiles),
         "ADD": add,
-        # TF32's own error, 3e-4, is a sixth of what rounding to bfloat16 costs anyway.
-        "PRECISION": "tf32" if dtype == torch.bfloat16 else "tf32x3",
+        # TF32's own error, 3e-4, is a sixth of what rounding to bfloat16 costs anyway; that of
+        # three products of bfloat16, 5e-6, a twentieth of what a gradient may have.
+        "PRECISION": "tf32" if dtype == torch.bfloat16 else "bf16x3",
         "MAPS_FASTEST": maps_fastest,
         "VECTOR": vector,
         "BLOCK_M": 128,
