@@ -78,7 +78,7 @@ NUM_STAGES = 1  # more would copy the weights, and all taps of a layer, into sha
 # Precision of the products of float32 layers. Bfloat16's costs the gradient 4.5e-6, where 1e-4 is
 # allowed, and takes half of the time and two thirds of the registers; in the value, and in what the
 # gradient computes again of it, it would move activations across their kinks.
-PRECISION, GRADIENT_PRECISION = "tf32x3", "bf16x3"
+PRECISION, GRADIENT_PRECISION = "tf32x3", launch.GRADIENT_PRECISION.value
 GRADIENT_KERNELS = (grad_hidden2_kernel, grad_z2_kernel, grad_mixed_kernel)
 
 

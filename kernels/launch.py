@@ -7,9 +7,13 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from ..backends import triton_is_interpreted
+
+GRADIENT_PRECISION = tl.constexpr("ieee" if triton_is_interpreted() else "bf16x3")
+"""Of products of a gradient's float32 factors; the interpreter does not know the latter."""
 
 MOST_REGISTERS = 255
 """Of a thread. Without a limit ptxas sometimes spills a few words to get by with half of them."""

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import MOST_REGISTERS, architecture_of, blocks, on_device_of
+from .launch import GRADIENT_PRECISION, MOST_REGISTERS, architecture_of, blocks, on_device_of
 
 NORM_FLOOR = tl.constexpr(1e-7)
 TINY = tl.constexpr(1.1754943508222875e-38)  # float32's least normal number
@@ -285,7 +285,7 @@ def hidden_gradient_kernel(
             mask=(d < DIMENSION)[:, None] & is_unit[None, :],
             other=0.0,
         )
-        h = tl.dot(grad_y, w2, input_precision="bf16x3")
+        h = tl.dot(grad_y, w2, input_precision=GRADIENT_PRECISION)
         word = tl.load(
             patch_state[:, None] + (1 + unit // 32).to(tl.int64)[None, :] * maps,
             mask=is_row[:, None] & is_unit[None, :],
@@ -498,7 +498,7 @@ def outer_product_kernel(
             b = tl.load(right + first_pixel[:, None] + pixel[None, :], mask=mask, other=0.0)
         else:
             b = tl.load(right + row[:, None] * N + n[None, :], mask=mask, other=0.0)
-        total = tl.dot(a, b.to(tl.float32), total, input_precision="bf16x3")
+        total = tl.dot(a, b.to(tl.float32), total, input_precision=GRADIENT_PRECISION)
     place = (split * M + m)[:, None] * N + n[None, :]
     tl.store(partial + place, total, mask=(m < M)[:, None] & (n < N)[None, :])
 
@@ -591,7 +591,7 @@ def _image_gradient_constants(
         "ADD": add,
         # TF32's own error, 3e-4, is a sixth of what rounding to bfloat16 costs anyway; that of
         # three products of bfloat16, 5e-6, a twentieth of what a gradient may have.
-        "PRECISION": "tf32" if dtype == torch.bfloat16 else "bf16x3",
+        "PRECISION": "tf32" if dtype == torch.bfloat16 else GRADIENT_PRECISION.value,
         "MAPS_FASTEST": maps_fastest,
         "VECTOR": vector,
         "BLOCK_M": 128,
