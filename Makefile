@@ -170,7 +170,7 @@ wheels: $(STAMPS)/dev $(if $(MGHF_CUDA_HOME),,$(CUDA:%=build/toolkits/%/installe
 	    rm -rf build/lib* build/bdist*; \
 	    MGHF_NATIVE=1 MGHF_CUDA=1 MGHF_CUDA_HOME=$$home $(make_wheel) build/wheels . || exit 1; \
 	done
-	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel --quiet repair --exclude 'libtorch*' --wheel-dir dist build/wheels/*.whl
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair --exclude 'libtorch*' --wheel-dir dist build/wheels/*.whl
 	$(BIN)/python tests/audit_wheels.py dist/mghf_fast-$$($(BIN)/python -c 'import mghf_fast; print(mghf_fast.__version__)')*.whl
 
 # A wheel made with kernels, in an environment of its own and away from the source tree.
