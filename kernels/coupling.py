@@ -68,7 +68,6 @@ WORKSPACE_BYTES = 192 << 20
 reference keeps for one image of 512 x 512. Pixels of a band times channels also stay within 32 bits
 of pixel indices."""
 
-
 TILE_COLUMNS = 16  # 16 neighbours of a row of NCHW are whole sectors of memory
 MULTIPLE_OF_HIDDEN = 32  # to which the channels of hidden layers are padded
 BLOCK_EXACT, BLOCK_HALF = 16, 32  # channels at a time: float32, and of half precision
@@ -80,8 +79,6 @@ NUM_STAGES = 1  # more would copy the weights, and all taps of a layer, into sha
 # gradient computes again of it, it would move activations across their kinks.
 PRECISION, GRADIENT_PRECISION = "tf32x3", launch.GRADIENT_PRECISION.value
 GRADIENT_KERNELS = (grad_hidden2_kernel, grad_z2_kernel, grad_mixed_kernel)
-
-
 MOST_PARTS = 64  # of a sum over pixels
 PIXELS_OF_A_PART = 256
 

@@ -6,8 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <string>
-
+#include "../ops/shape.h"
 #include "entropy.h"
 
 namespace {
@@ -15,16 +14,9 @@ namespace {
 using mghf::cuda::BFloat16;
 using mghf::cuda::Half;
 using mghf::cuda::Image;
+using mghf::shape_of;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-std::string shape_of(const Tensor& tensor) {
-  std::string text = "(";
-  for (int64_t d = 0; d < tensor.dim(); ++d) {
-    text += (d > 0 ? ", " : "") + std::to_string(tensor.size(d));
-  }
-  return text + ")";
-}
 
 // Makes the tensor's device the current one, and knows its current stream.
 class Launcher {

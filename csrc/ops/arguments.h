@@ -9,19 +9,12 @@
 
 #include "../cpu/dispatch.h"
 #include "../cpu/image.h"
+#include "shape.h"
 
 namespace mghf {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-inline std::string shape_of(const Tensor& tensor) {
-  std::string text = "(";
-  for (int64_t d = 0; d < tensor.dim(); ++d) {
-    text += (d > 0 ? ", " : "") + std::to_string(tensor.size(d));
-  }
-  return text + ")";
-}
 
 inline void check_float32(const Tensor& tensor, const char* argument, int64_t dimensions) {
   STD_TORCH_CHECK(tensor.is_cpu(), argument, " is not on the CPU");
