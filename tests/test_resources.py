@@ -8,6 +8,9 @@ import json
 import pkgutil
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -106,6 +109,72 @@ def test_a_fingerprint_is_of_called_functions_and_constants_too() -> None:
     sources = resources._sources(_merge_kernel)
     assert {"_merge_kernel", "_load_double", "VARIANCE_FLOOR"} <= set(sources)
 
+
+# ---- the check ----
+
+ROWS = ("gram: k, first", "gram: k, second", "gram: other, first")
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> resources.Table:
+    """Two kernels in three rows, whose fingerprints are the names; it is committed, and compiling
+    finds again what it says."""
+    kernels_of = {row: SimpleNamespace(__name__=row.split(" ")[1], row=row) for row in ROWS}
+    launched = {row: launch(kernel=kernel, case=row) for row, kernel in kernels_of.items()}
+    monkeypatch.setattr(resources, "rows", lambda op, architecture: launched)
+    monkeypatch.setattr(resources, "fingerprint", lambda launch: launch.case)
+    monkeypatch.setattr(resources, "TABLES", tmp_path)
+
+    def compile_rows(jobs: list[tuple[str, int]]) -> resources.Table:
+        found: resources.Table = {}
+        for row, architecture in jobs:
+            found.setdefault(row, {})[f"sm_{architecture}"] = entry(of=row)
+        return found
+
+    monkeypatch.setattr(resources, "compile_rows", compile_rows)
+    made = {row: {f"sm_{a}": entry(of=row) for a in resources.ARCHITECTURES} for row in ROWS}
+    resources.write(made, resources.path_of_table())
+    return made
+
+
+def test_every_kernel_is_compiled_once_and_with_all_every_row(table: resources.Table) -> None:
+    jobs = resources.to_compile(table, ["gram"], every=False)
+    assert sorted(jobs) == [(row, a) for row in (ROWS[0], ROWS[2]) for a in (80, 90, 100)]
+    assert len(resources.to_compile(table, ["gram"], every=True)) == 9
+    table[ROWS[1]]["sm_90"]["of"] = "of another source"
+    assert resources.changed(table, ["gram"]) == [(ROWS[1], 90)]
+    assert (ROWS[1], 90) in resources.to_compile(table, ["gram"], every=False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda table: table[ROWS[1]]["sm_90"].update(of="of another source"),
+        lambda table: table[ROWS[0]]["sm_80"].update(registers=41),
+        lambda table: table.pop(ROWS[1]),
+        lambda table: table.update({"gram: gone, first": {"sm_80": entry()}}),
+        lambda table: table[ROWS[1]]["sm_80"].update(spilled_bytes=8),
+    ],
+)
+def test_the_check_fails_where_the_table_is_not_what_is_launched(
+    table: resources.Table, change: Callable[[resources.Table], object]
+) -> None:
+    assert resources.main(["gram"]) == 0
+    change(table)
+    resources.write(table, resources.path_of_table())
+    assert resources.main(["gram"]) == 1
+
+
+def test_writing_compiles_the_changes_and_drops_what_is_gone(table: resources.Table) -> None:
+    del table[ROWS[1]]
+    table["gram: gone, first"] = table["dec: k, first"] = {"sm_80": entry()}
+    resources.write(table, resources.path_of_table())
+    assert resources.main(["--write", "gram"]) == 0
+    written = json.loads(resources.path_of_table().read_text())
+    assert sorted(written) == ["dec: k, first", *ROWS]
+
+
+# ---- CUDA ----
 
 DUMP = """
 Fatbin elf code:
