@@ -129,7 +129,7 @@ cuda-host: $(STAMPS)/dev  ## run the CUDA kernels on the CPU, against the refere
 	        -DPython_EXECUTABLE=$(abspath $(BIN)/python) && \
 	    $(BIN)/cmake --build build/cuda-host/$$kind --target mghf_fast_cuda_host || exit 1; \
 	done
-	MGHF_CUDA_HOST=$(abspath build/cuda-host) $(BIN)/python -m pytest -q tests/test_cuda_host.py $(ARGS)
+	MGHF_CUDA_HOST=$(abspath build/cuda-host) $(BIN)/python -m pytest -q tests/test_cuda_*.py $(ARGS)
 
 # On a machine with an NVIDIA GPU: with its own Python, torch and Triton, and without the internet.
 # The package is put together from links, beside copies of the tests, and nothing is installed but

@@ -1,20 +1,23 @@
 // What the CUDA sources are written in. nvcc compiles them for GPUs; any C++ compiler takes the same
-// sources, and host.h runs their kernels on threads, so that they are tested, and raced, without a GPU.
+// sources, and host/emulator.h runs their kernels, so that they are tested, and raced, without a GPU.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
 #define MGHF_PRAGMA(text) _Pragma(#text)
 #define MGHF_UNROLL(count) MGHF_PRAGMA(unroll count)
-#define MGHF_DYNAMIC_SHARED(type, name)                       \
+#define MGHF_UNROLL_ALL MGHF_PRAGMA(unroll)
+#define MGHF_DYNAMIC_SHARED(type, name)                         \
   extern __shared__ __align__(16) unsigned char name##_bytes[]; \
   type* const name = reinterpret_cast<type*>(name##_bytes)
 #else
-#include "host.h"
+#include "host/emulator.h"
 #define MGHF_UNROLL(count)
+#define MGHF_UNROLL_ALL
 #define MGHF_DYNAMIC_SHARED(type, name) \
   type* const name = static_cast<type*>(::mghf::host::dynamic_shared())
 #endif
@@ -23,38 +26,70 @@ namespace mghf::cuda {
 
 using Stream = void*;
 
+// How a kernel is launched. Blocks of a cluster, from compute capability 9.0 on, reach each other's
+// dynamic shared memory; they have no other on the host.
+struct Grid {
+  int64_t blocks;
+  int threads;
+  size_t shared_bytes = 0;
+  unsigned blocks_of_cluster = 1;
+};
+
 // Launches a kernel on a stream; returns what went wrong, or null.
 template <class... Parameters, class... Arguments>
-const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes,
-                   Stream stream, Arguments... arguments) {
-  if (blocks == 0) return nullptr;
-  if (blocks >= int64_t{1} << 31) return "it has more blocks than a grid takes";
+const char* launch(void (*kernel)(Parameters...), const Grid& grid, Stream stream,
+                   Arguments... arguments) {
+  if (grid.blocks == 0) return nullptr;
+  if (grid.blocks >= int64_t{1} << 31) return "it has more blocks than a grid takes";
 #ifdef __CUDACC__
-  if (shared_bytes > 48 << 10) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  cudaError_t error = cudaSuccess;
+  if (grid.shared_bytes > 48 << 10) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(grid.shared_bytes));
     if (error != cudaSuccess) return cudaGetErrorString(error);
   }
-  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes,
-           static_cast<cudaStream_t>(stream)>>>(static_cast<Parameters>(arguments)...);
-  const cudaError_t error = cudaGetLastError();
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {grid.blocks_of_cluster, 1, 1};
+  cudaLaunchConfig_t configuration{};
+  configuration.gridDim = {static_cast<unsigned>(grid.blocks), 1, 1};
+  configuration.blockDim = {static_cast<unsigned>(grid.threads), 1, 1};
+  configuration.dynamicSmemBytes = grid.shared_bytes;
+  configuration.stream = static_cast<cudaStream_t>(stream);
+  configuration.attrs = &cluster;
+  configuration.numAttrs = grid.blocks_of_cluster > 1 ? 1 : 0;
+  error = cudaLaunchKernelEx(&configuration, kernel, static_cast<Parameters>(arguments)...);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 #else
   (void)stream;
-  host::run(static_cast<unsigned>(blocks), threads, shared_bytes,
-            [&] { kernel(static_cast<Parameters>(arguments)...); });
-  return nullptr;
+  return host::run(static_cast<unsigned>(grid.blocks), grid.blocks_of_cluster, grid.threads,
+                   grid.shared_bytes, [&] { kernel(static_cast<Parameters>(arguments)...); });
 #endif
 }
 
-// ---- elements of images ----
+// What the current device has, as far as kernels choose by it.
+struct Gpu {
+  int64_t shared_bytes;  // that a block may have
+  bool clusters;
+};
 
-struct Half {
-  uint16_t bits;
-};
-struct BFloat16 {
-  uint16_t bits;
-};
+inline const char* current_gpu(Gpu& gpu) {
+#ifdef __CUDACC__
+  int device = 0, bytes = 0, major = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  }
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  }
+  gpu = {bytes, major >= 9};
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+#else
+  gpu = {host::gpu.shared_bytes, host::gpu.clusters};
+  return nullptr;
+#endif
+}
 
 template <class To, class From>
 __host__ __device__ __forceinline__ To bits_as(From from) {
@@ -64,22 +99,83 @@ __host__ __device__ __forceinline__ To bits_as(From from) {
   return to;
 }
 
-__host__ __device__ __forceinline__ float to_float(float x) { return x; }
-__host__ __device__ __forceinline__ float to_float(BFloat16 x) {
-  return bits_as<float>(static_cast<uint32_t>(x.bits) << 16);
-}
-__host__ __device__ __forceinline__ float to_float(Half x) {
-#ifdef __CUDA_ARCH__
-  float result;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(x.bits));
-  return result;
+// ---- clusters ----
+
+__device__ __forceinline__ unsigned block_of_cluster() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  unsigned rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+#elif defined(__CUDACC__)
+  return 0;
 #else
-  // The exponent's bias differs by 112; the multiplication also normalises subnormal numbers.
-  const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
-  const float finite = bits_as<float>(magnitude) * 5.192296858534828e33f;  // 2^112
-  const uint32_t bits =
-      magnitude >= 0x0f800000 ? magnitude | 0x7f800000 : bits_as<uint32_t>(finite);
-  return bits_as<float>(bits | static_cast<uint32_t>(x.bits & 0x8000) << 16);
+  return host::cluster_rank();
+#endif
+}
+
+// Also a barrier of each block.
+__device__ __forceinline__ void sync_cluster() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
+                   : "memory");
+#elif defined(__CUDACC__)
+  __syncthreads();
+#else
+  host::sync_cluster();
+#endif
+}
+
+// Where the block of that rank has what lies at `own` in this block's dynamic shared memory.
+template <class T>
+__device__ __forceinline__ T* of_block(T* own, unsigned rank) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  uint64_t address;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"(own), "r"(rank));
+  return reinterpret_cast<T*>(address);
+#elif defined(__CUDACC__)
+  (void)rank;
+  return own;
+#else
+  return static_cast<T*>(host::dynamic_shared_of(rank, own));
+#endif
+}
+
+// ---- copies into shared memory that a thread need not wait for ----
+
+// Of 4, 8 or 16 aligned bytes, of which `present` come from memory and the rest are zeros.
+template <int kBytes>
+__device__ __forceinline__ void copy_async(void* shared, const void* global, int present = kBytes) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
+#ifdef __CUDA_ARCH__
+  const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global),
+                 "r"(present)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(to), "l"(global),
+                 "r"(present), "n"(kBytes)
+                 : "memory");
+  }
+#elif !defined(__CUDACC__)
+  host::copy_later({shared, global, kBytes, present});
+#endif
+}
+// Ends a group of the thread's copies.
+__device__ __forceinline__ void end_copies() {
+#ifdef __CUDA_ARCH__
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#elif !defined(__CUDACC__)
+  host::end_group_of_copies();
+#endif
+}
+// Waits until at most the last kGroups groups of the thread's own copies are under way.
+template <int kGroups>
+__device__ __forceinline__ void wait_for_copies() {
+#ifdef __CUDA_ARCH__
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+#elif !defined(__CUDACC__)
+  host::wait_for_copies(kGroups);
 #endif
 }
 

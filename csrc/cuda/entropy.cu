@@ -255,33 +255,34 @@ const char* run(const Image<T>& x, int64_t bins, float* result, void* workspace,
   int* const counts = reinterpret_cast<int*>(highs + maps * runs.number);
   const int n = static_cast<int>(bins);
   const char* error =
-      launch(clear, (maps * bins + kThreads - 1) / kThreads, kThreads, 0, stream, counts, maps * bins);
+      launch(clear, {(maps * bins + kThreads - 1) / kThreads, kThreads}, stream, counts,
+             maps * bins);
   if (error != nullptr) return error;
   if (x.by_maps()) {
     const int64_t blocks = maps * runs.number;
-    error = launch(range_of_maps<T, kFlat>, blocks, kThreads, 0, stream, x, lows, highs, runs);
+    error = launch(range_of_maps<T, kFlat>, {blocks, kThreads}, stream, x, lows, highs, runs);
     if (error != nullptr) return error;
     const int64_t fitting = kSharedCounters / bins;
     const int copies = static_cast<int>(fitting < kLanes ? fitting : kLanes);
     error = copies > 0
-                ? launch(counts_of_maps<T, kFlat, true>, blocks, kThreads,
-                         static_cast<size_t>(copies * bins) * sizeof(int), stream, x, lows, highs,
-                         counts, n, copies, runs)
-                : launch(counts_of_maps<T, kFlat, false>, blocks, kThreads, 0, stream, x, lows,
+                ? launch(counts_of_maps<T, kFlat, true>,
+                         {blocks, kThreads, static_cast<size_t>(copies * bins) * sizeof(int)},
+                         stream, x, lows, highs, counts, n, copies, runs)
+                : launch(counts_of_maps<T, kFlat, false>, {blocks, kThreads}, stream, x, lows,
                          highs, counts, n, 1, runs);
   } else {
     const int64_t blocks = x.batch * ((x.channels + kWarp - 1) / kWarp) * runs.number;
-    error = launch(range_of_pixels<T, kFlat>, blocks, kThreads, 0, stream, x, lows, highs, runs);
+    error = launch(range_of_pixels<T, kFlat>, {blocks, kThreads}, stream, x, lows, highs, runs);
     if (error != nullptr) return error;
     error = bins * kWarp <= kSharedCounters
-                ? launch(counts_of_pixels<T, kFlat, true>, blocks, kThreads,
-                         static_cast<size_t>(bins * kWarp) * sizeof(int), stream, x, lows, highs,
-                         counts, n, runs)
-                : launch(counts_of_pixels<T, kFlat, false>, blocks, kThreads, 0, stream, x, lows,
+                ? launch(counts_of_pixels<T, kFlat, true>,
+                         {blocks, kThreads, static_cast<size_t>(bins * kWarp) * sizeof(int)},
+                         stream, x, lows, highs, counts, n, runs)
+                : launch(counts_of_pixels<T, kFlat, false>, {blocks, kThreads}, stream, x, lows,
                          highs, counts, n, runs);
   }
   if (error != nullptr) return error;
-  return launch(entropies, maps, kThreads, 0, stream, counts, lows, highs, result, x.pixels(), n,
+  return launch(entropies, {maps, kThreads}, stream, counts, lows, highs, result, x.pixels(), n,
                 runs);
 }
 

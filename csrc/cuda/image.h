@@ -1,7 +1,7 @@
 // Images and feature stacks on a GPU: (B, C, H, W) of any strides, in elements.
 #pragma once
 
-#include "device.h"
+#include "numbers.h"
 
 namespace mghf::cuda {
 

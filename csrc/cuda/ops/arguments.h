@@ -1,20 +1,18 @@
-// The CUDA implementations of the native ops, whose schemas the CPU library defines: argument checks,
-// results and workspaces, and the calls of the kernels on the current stream of the tensors' device.
+// What the CUDA implementations of the native ops, whose schemas the CPU library defines, share: the
+// current stream of a tensor's device, checks, and views for the kernels.
+#pragma once
+
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "../ops/shape.h"
-#include "entropy.h"
+#include "../../ops/shape.h"
+#include "../image.h"
 
-namespace {
+namespace mghf::cuda {
 
-using mghf::cuda::BFloat16;
-using mghf::cuda::Half;
-using mghf::cuda::Image;
-using mghf::shape_of;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -32,11 +30,11 @@ class Launcher {
   void* stream_ = nullptr;
 };
 
-void check_launch(const char* error, const char* op) {
+inline void check_launch(const char* error, const char* op) {
   STD_TORCH_CHECK(error == nullptr, "the CUDA kernels of ", op, " failed: ", error);
 }
 
-void check_image(const Tensor& tensor, const char* argument) {
+inline void check_image(const Tensor& tensor, const char* argument) {
   STD_TORCH_CHECK(tensor.is_cuda(), argument, " is not on a CUDA device");
   STD_TORCH_CHECK(tensor.dim() == 4, argument, " has shape ", shape_of(tensor),
                   "; allowed is (B, C, H, W)");
@@ -63,25 +61,4 @@ void with_image(const Tensor& tensor, const char* argument, const F& f) {
   }
 }
 
-Tensor entropy(const Tensor& x, int64_t bins) {
-  check_image(x, "x");
-  STD_TORCH_CHECK(bins >= 2 && bins < int64_t{1} << 24, "bins is ", bins,
-                  "; allowed are 2 to 16777215");
-  const int64_t maps = x.size(0) * x.size(1), pixels = x.size(2) * x.size(3);
-  STD_TORCH_CHECK(pixels < int64_t{1} << 31, "x has shape ", shape_of(x),
-                  "; allowed are maps of less than 2^31 pixels");
-  const Launcher launcher(x);
-  Tensor result = torch::stable::new_empty(x, {x.size(0), x.size(1)}, ScalarType::Float);
-  Tensor workspace = torch::stable::new_empty(
-      x, {mghf::cuda::entropy_workspace_bytes(maps, pixels, bins)}, ScalarType::Byte);
-  with_image(x, "x", [&](const auto& image) {
-    check_launch(mghf::cuda::entropy(image, bins, static_cast<float*>(result.mutable_data_ptr()),
-                                     workspace.mutable_data_ptr(), launcher.stream()),
-                 "entropy");
-  });
-  return result;
-}
-
-}  // namespace
-
-STABLE_TORCH_LIBRARY_IMPL(mghf_native, CUDA, m) { m.impl("entropy", TORCH_BOX(&entropy)); }
+}  // namespace mghf::cuda

@@ -1,0 +1,286 @@
+// Compiled without ThreadSanitizer, for all fibers work on what is here.
+#include "emulator.h"
+
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <memory>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+#if defined(MGHF_THREAD_SANITIZER)
+#include <sanitizer/tsan_interface.h>
+#endif
+
+namespace mghf::host {
+
+Index thread_index, block_index, grid_size, block_size;
+Gpu gpu;
+
+namespace {
+
+constexpr size_t kStackBytes = 256 << 10;
+
+// Two places for what ThreadSanitizer knows of a barrier: threads that are already at the next time
+// must not tell those which have still to leave this one.
+struct Barrier {
+  unsigned threads = 0, arrived = 0;
+  uint64_t times = 0;
+  char known[2];
+
+  void arrive(bool orders_memory) {
+#if defined(MGHF_THREAD_SANITIZER)
+    if (orders_memory) __tsan_release(&known[times % 2]);
+#endif
+    (void)orders_memory;
+    if (++arrived == threads) {
+      arrived = 0;
+      ++times;
+    }
+  }
+  void leave(uint64_t time) {
+#if defined(MGHF_THREAD_SANITIZER)
+    __tsan_acquire(&known[time % 2]);
+#endif
+    (void)time;
+  }
+};
+
+struct Warp {
+  Barrier ordering, exchanging;
+  unsigned char words[2][kWarp][kMostExchanged];
+};
+
+struct Block {
+  Barrier barrier;
+  std::vector<Warp> warps;
+  std::unique_ptr<unsigned char[]> shared;
+};
+
+struct Fiber {
+  ucontext_t context;
+  void* stack = nullptr;
+  unsigned thread = 0, rank = 0, block = 0;
+  const Barrier* waits_for = nullptr;
+  uint64_t time = 0;
+  bool done = false;
+  std::vector<std::vector<Copy>> copies{1};
+#if defined(MGHF_THREAD_SANITIZER)
+  void* known = nullptr;
+#endif
+
+  bool can_run() const { return !done && (waits_for == nullptr || waits_for->times != time); }
+};
+
+struct Launch {
+  unsigned clusters, blocks_of_cluster;
+  int threads;
+  size_t shared_bytes;
+  const std::function<void()>* kernel;
+  std::vector<Block> blocks;
+  Barrier cluster, end;
+  std::vector<Fiber> fibers;
+  ucontext_t scheduler;
+#if defined(__SANITIZE_ADDRESS__)
+  const void* scheduler_stack = nullptr;
+  size_t scheduler_stack_bytes = 0;
+#endif
+#if defined(MGHF_THREAD_SANITIZER)
+  void* scheduler_known = nullptr;
+#endif
+};
+
+Launch* launch = nullptr;
+Fiber* fiber = nullptr;
+
+void entered() {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(nullptr, &launch->scheduler_stack,
+                                  &launch->scheduler_stack_bytes);
+#endif
+}
+
+void to_scheduler() {
+  Fiber* const self = fiber;
+#if defined(__SANITIZE_ADDRESS__)
+  void* fake = nullptr;
+  __sanitizer_start_switch_fiber(self->done ? nullptr : &fake, launch->scheduler_stack,
+                                 launch->scheduler_stack_bytes);
+#endif
+#if defined(MGHF_THREAD_SANITIZER)
+  __tsan_switch_to_fiber(launch->scheduler_known, __tsan_switch_to_fiber_no_sync);
+#endif
+  swapcontext(&self->context, &launch->scheduler);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
+#endif
+}
+
+void to_fiber(Fiber& next) {
+  fiber = &next;
+  thread_index.x = next.thread;
+  block_index.x = next.block;
+#if defined(__SANITIZE_ADDRESS__)
+  void* fake = nullptr;
+  __sanitizer_start_switch_fiber(&fake, next.stack, kStackBytes);
+#endif
+#if defined(MGHF_THREAD_SANITIZER)
+  __tsan_switch_to_fiber(next.known, __tsan_switch_to_fiber_no_sync);
+#endif
+  swapcontext(&launch->scheduler, &next.context);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
+#endif
+}
+
+void wait(Barrier& barrier, bool orders_memory) {
+  const uint64_t time = barrier.times;
+  barrier.arrive(orders_memory);
+  if (barrier.times == time) {
+    fiber->waits_for = &barrier;
+    fiber->time = time;
+    to_scheduler();
+    fiber->waits_for = nullptr;
+  }
+  if (orders_memory) barrier.leave(time);
+}
+
+// A fiber is its thread in every cluster, one after the other: they have the same shared memory.
+void live() {
+  entered();
+  Fiber* const self = fiber;
+  wait(launch->end, true);  // what the caller wrote is known to all
+  for (unsigned cluster = 0; cluster < launch->clusters; ++cluster) {
+    self->block = cluster * launch->blocks_of_cluster + self->rank;
+    block_index.x = self->block;
+    (*launch->kernel)();
+    self->copies.assign(1, {});
+    wait(launch->end, true);
+  }
+  self->done = true;
+  to_scheduler();
+}
+
+void prepare(Fiber& of) {
+  getcontext(&of.context);
+  of.context.uc_stack.ss_sp = of.stack;
+  of.context.uc_stack.ss_size = kStackBytes;
+  of.context.uc_link = nullptr;
+  makecontext(&of.context, live, 0);
+#if defined(MGHF_THREAD_SANITIZER)
+  of.known = __tsan_create_fiber(0);
+#endif
+}
+
+}  // namespace
+
+void* dynamic_shared() { return launch->blocks[fiber->rank].shared.get(); }
+
+void* dynamic_shared_of(unsigned block_of_cluster, const void* own) {
+  const auto offset = static_cast<const unsigned char*>(own) -
+                      static_cast<const unsigned char*>(dynamic_shared());
+  return launch->blocks[block_of_cluster].shared.get() + offset;
+}
+
+unsigned cluster_rank() { return fiber->rank; }
+
+void sync_block() { wait(launch->blocks[fiber->rank].barrier, true); }
+void sync_warp() {
+  wait(launch->blocks[fiber->rank].warps[fiber->thread / kWarp].ordering, true);
+}
+void sync_cluster() { wait(launch->cluster, true); }
+
+const unsigned char* exchange(const void* own, size_t bytes) {
+  Warp& warp = launch->blocks[fiber->rank].warps[fiber->thread / kWarp];
+  auto& words = warp.words[warp.exchanging.times % 2];
+  // Not memcpy, into which ThreadSanitizer would look.
+  for (size_t i = 0; i < bytes; ++i) {
+    words[fiber->thread % kWarp][i] = static_cast<const volatile unsigned char*>(own)[i];
+  }
+  wait(warp.exchanging, false);
+  return &words[0][0];
+}
+
+void copy_later(const Copy& copy) { fiber->copies.back().push_back(copy); }
+
+void end_group_of_copies() { fiber->copies.emplace_back(); }
+
+std::vector<Copy> take_copies(int groups_left) {
+  auto& groups = fiber->copies;
+  std::vector<Copy> taken;
+  while (groups.size() > static_cast<size_t>(groups_left) + 1) {
+    taken.insert(taken.end(), groups.front().begin(), groups.front().end());
+    groups.erase(groups.begin());
+  }
+  return taken;
+}
+
+const char* run(unsigned blocks, unsigned blocks_of_cluster, int threads, size_t shared_bytes,
+                const std::function<void()>& kernel) {
+  if (static_cast<int64_t>(shared_bytes) > gpu.shared_bytes) return "too much shared memory";
+  if (blocks_of_cluster > 1 && !gpu.clusters) return "there are no clusters";
+  if (blocks % blocks_of_cluster != 0) return "the blocks make no whole clusters";
+  if (threads % kWarp != 0 || threads > 1024) return "the block has no whole warps, or too many";
+  Launch own;
+  own.clusters = blocks / blocks_of_cluster;
+  own.blocks_of_cluster = blocks_of_cluster;
+  own.kernel = &kernel;
+  own.cluster.threads = own.end.threads = blocks_of_cluster * static_cast<unsigned>(threads);
+  own.blocks.resize(blocks_of_cluster);
+  for (Block& block : own.blocks) {
+    block.barrier.threads = static_cast<unsigned>(threads);
+    block.warps.resize(static_cast<size_t>(threads) / kWarp);
+    for (Warp& warp : block.warps) warp.ordering.threads = warp.exchanging.threads = kWarp;
+    block.shared.reset(new unsigned char[shared_bytes]);
+    for (size_t i = 0; i < shared_bytes; ++i) block.shared[i] = 0xff;  // NaN
+  }
+  grid_size.x = blocks;
+  block_size.x = static_cast<unsigned>(threads);
+  own.fibers.resize(own.end.threads);
+  launch = &own;
+  const size_t stacks_bytes = own.fibers.size() * kStackBytes;
+  void* const stacks = mmap(nullptr, stacks_bytes, PROT_READ | PROT_WRITE,
+                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (stacks == MAP_FAILED) return "no memory for the threads' stacks";
+#if defined(MGHF_THREAD_SANITIZER)
+  own.scheduler_known = __tsan_get_current_fiber();
+#endif
+  for (size_t i = 0; i < own.fibers.size(); ++i) {
+    Fiber& of = own.fibers[i];
+    of.thread = static_cast<unsigned>(i) % static_cast<unsigned>(threads);
+    of.rank = static_cast<unsigned>(i) / static_cast<unsigned>(threads);
+    of.stack = static_cast<unsigned char*>(stacks) + i * kStackBytes;
+    prepare(of);
+  }
+#if defined(MGHF_THREAD_SANITIZER)
+  __tsan_release(&own.end.known[0]);
+#endif
+  // Every second time the last thread is the first, so that what depends on the order shows.
+  size_t ended = 0;
+  bool stuck = false;
+  for (unsigned pass = 0; ended < own.fibers.size() && !stuck; ++pass) {
+    stuck = true;
+    for (size_t i = 0; i < own.fibers.size(); ++i) {
+      Fiber& next = own.fibers[pass % 2 == 0 ? i : own.fibers.size() - 1 - i];
+      if (!next.can_run()) continue;
+      stuck = false;
+      to_fiber(next);
+      ended += next.done ? 1 : 0;
+    }
+  }
+#if defined(MGHF_THREAD_SANITIZER)
+  for (char& known : own.end.known) __tsan_acquire(&known);
+  for (Fiber& of : own.fibers) __tsan_destroy_fiber(of.known);
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(stacks, stacks_bytes);  // of frames that nobody returned from
+#endif
+  munmap(stacks, stacks_bytes);
+  launch = nullptr;
+  fiber = nullptr;
+  return stuck ? "threads wait at a barrier that others never reach" : nullptr;
+}
+
+}  // namespace mghf::host

@@ -1,0 +1,118 @@
+// What the sources use of CUDA, for the host. The threads of a block, or of a cluster of blocks, are
+// fibers that one thread of the host runs in turn, each up to its next barrier. ThreadSanitizer knows
+// them as threads which nothing but barriers orders, so it finds a missing one whatever the order.
+// Shared memory is static or allocated to its size, so AddressSanitizer finds what lies outside.
+// A barrier that not every thread reaches ends the launch with an error.
+#pragma once
+
+#include <atomic>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __shared__ static
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __restrict__ __restrict
+
+namespace mghf::host {
+
+struct Index {
+  unsigned x = 0;
+};
+
+constexpr int kWarp = 32;
+constexpr size_t kMostExchanged = 64;  // bytes a thread
+
+// The running thread, and the sizes of its launch.
+extern Index thread_index, block_index, grid_size, block_size;
+
+// What tests may pretend that the GPU has.
+struct Gpu {
+  int64_t shared_bytes = 227 << 10;
+  bool clusters = true;
+};
+extern Gpu gpu;
+
+// Runs the kernel for every thread of every block; returns what went wrong, or null.
+const char* run(unsigned blocks, unsigned blocks_of_cluster, int threads, size_t shared_bytes,
+                const std::function<void()>& kernel);
+
+void* dynamic_shared();
+void* dynamic_shared_of(unsigned block_of_cluster, const void* own);
+unsigned cluster_rank();
+
+void sync_block();
+void sync_warp();
+void sync_cluster();
+
+// Hands what every thread of the warp gives to all of them: 32 blocks of kMostExchanged bytes, until
+// the exchange after the next. All threads take part. Orders no memory, as on a GPU.
+const unsigned char* exchange(const void* own, size_t bytes);
+
+// Copies that are done when they are waited for, which is as late as they may be; zeros follow what
+// is present.
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes, present;
+};
+void copy_later(const Copy&);
+void end_group_of_copies();
+std::vector<Copy> take_copies(int groups_left);
+
+inline void wait_for_copies(int groups_left) {
+  for (const Copy& copy : take_copies(groups_left)) {
+    std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.present));
+    std::memset(static_cast<char*>(copy.to) + copy.present, 0,
+                static_cast<size_t>(copy.bytes - copy.present));
+  }
+}
+
+template <class T>
+T exchanged(const T& own, unsigned lane) {
+  static_assert(sizeof(T) <= kMostExchanged);
+  T result;
+  std::memcpy(&result, exchange(&own, sizeof own) + lane % kWarp * kMostExchanged, sizeof result);
+  return result;
+}
+
+}  // namespace mghf::host
+
+#define threadIdx (::mghf::host::thread_index)
+#define blockIdx (::mghf::host::block_index)
+#define gridDim (::mghf::host::grid_size)
+#define blockDim (::mghf::host::block_size)
+
+struct float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
+inline void __syncthreads() { mghf::host::sync_block(); }
+inline void __syncwarp() { mghf::host::sync_warp(); }
+
+// Every thread of the warp has to take part.
+template <class T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return mghf::host::exchanged(value, static_cast<unsigned>(lane));
+}
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return mghf::host::exchanged(value, threadIdx.x ^ static_cast<unsigned>(mask));
+}
+
+inline int atomicAdd(int* target, int value) {
+  return std::atomic_ref<int>(*target).fetch_add(value, std::memory_order_relaxed);
+}

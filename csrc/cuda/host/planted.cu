@@ -1,0 +1,66 @@
+#include "planted.h"
+
+namespace mghf::cuda {
+
+namespace {
+
+constexpr int kNumbers = 64;
+
+__global__ void reverse(const int* x, int* result, int fault) {
+  __shared__ int shared[kNumbers];
+  const int thread = static_cast<int>(threadIdx.x);
+  shared[thread] = x[thread];
+  if (fault == 0 || (fault == 2 && thread < kNumbers / 2)) __syncthreads();
+  result[thread] = shared[kNumbers - 1 - thread];
+}
+
+__global__ void copy(const int* x, int* result, int first) {
+  MGHF_DYNAMIC_SHARED(int, shared);
+  const int thread = static_cast<int>(threadIdx.x);
+  shared[first + thread] = x[thread];
+  __syncthreads();
+  result[thread] = shared[first + thread];
+}
+
+__global__ void reverse_in_cluster(const int* x, int* result, int fault) {
+  MGHF_DYNAMIC_SHARED(int, shared);
+  constexpr int kHalf = kNumbers / 2;
+  const int thread = static_cast<int>(threadIdx.x);
+  const unsigned rank = block_of_cluster();
+  shared[thread] = x[static_cast<int>(rank) * kHalf + thread];
+  if (fault == 0) sync_cluster();
+  const int value = of_block(shared, 1 - rank)[kHalf - 1 - thread];
+  sync_cluster();  // the other block's memory ends with it
+  result[static_cast<int>(rank) * kHalf + thread] = value;
+}
+
+__global__ void copy_asynchronously(const int* x, int* result, int fault) {
+  __shared__ int shared[kNumbers];
+  const int thread = static_cast<int>(threadIdx.x);
+  copy_async<4>(shared + thread, x + thread);
+  end_copies();
+  if (fault != 1) wait_for_copies<0>();
+  if (fault != 2) __syncthreads();
+  result[thread] = shared[kNumbers - 1 - thread];
+}
+
+}  // namespace
+
+const char* planted_barrier(const int* x, int* result, int fault, Stream stream) {
+  return launch(reverse, {1, kNumbers}, stream, x, result, fault);
+}
+
+const char* planted_index(const int* x, int* result, int first, Stream stream) {
+  return launch(copy, {1, kNumbers, kNumbers * sizeof(int)}, stream, x, result, first);
+}
+
+const char* planted_cluster(const int* x, int* result, int fault, Stream stream) {
+  return launch(reverse_in_cluster, {2, kNumbers / 2, kNumbers / 2 * sizeof(int), 2}, stream, x,
+                result, fault);
+}
+
+const char* planted_copy(const int* x, int* result, int fault, Stream stream) {
+  return launch(copy_asynchronously, {1, kNumbers}, stream, x, result, fault);
+}
+
+}  // namespace mghf::cuda

@@ -1,0 +1,18 @@
+// Kernels with a fault, or without it, for the tests that the sanitizers and the emulator find such
+// faults. Each takes 64 numbers and returns them, reversed where it says so; fault 0 is none.
+#pragma once
+
+#include "../device.h"
+
+namespace mghf::cuda {
+
+// Reversed. 1: without the barrier, a race; 2: with a barrier that only half of the block reaches.
+const char* planted_barrier(const int* x, int* result, int fault, Stream stream);
+// The first place in 64 numbers of shared memory that is used: all but 0 is wrong.
+const char* planted_index(const int* x, int* result, int first, Stream stream);
+// Reversed, by a cluster of two blocks. 1: without the barrier of the cluster, a race.
+const char* planted_cluster(const int* x, int* result, int fault, Stream stream);
+// Reversed, through asynchronous copies. 1: without waiting for them; 2: without the barrier, a race.
+const char* planted_copy(const int* x, int* result, int fault, Stream stream);
+
+}  // namespace mghf::cuda

@@ -1,0 +1,40 @@
+"""The emulator and the sanitizers find the faults that CUDA kernels may have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from emulated import needs_modules, results, run
+
+pytestmark = needs_modules
+EXIT_CODES = {"data": 66, "heap-buffer-overflow": 67}  # of the sanitizers; Python's own is 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "kernel", "fault", "found"),
+    [
+        ("thread", "planted_barrier", 1, "data race"),
+        ("thread", "planted_cluster", 1, "data race"),
+        ("thread", "planted_copy", 2, "data race"),
+        ("address", "planted_index", 1, "heap-buffer-overflow"),
+        ("address", "planted_index", -1, "heap-buffer-overflow"),
+        ("plain", "planted_barrier", 2, "a barrier that others never reach"),
+        ("address", "planted_barrier", 2, "a barrier that others never reach"),
+    ],
+)
+def test_planted_faults_are_found(
+    kind: str, kernel: str, fault: int, found: str, tmp_path: Path
+) -> None:
+    x = np.arange(64, dtype=np.int32)
+    (result,) = results(kind, [(kernel, (x, 0))], tmp_path)
+    assert (result == (x if kernel == "planted_index" else x[::-1])).all()
+    done = run(kind, [(kernel, (x, fault))], tmp_path)
+    assert done.returncode == EXIT_CODES.get(found.split()[0], 1) and found in done.stderr
+
+
+def test_copies_are_not_there_before_they_are_waited_for(tmp_path: Path) -> None:
+    x = np.arange(1, 65, dtype=np.int32)
+    (result,) = results("plain", [("planted_copy", (x, 1))], tmp_path)
+    assert not (result == x[::-1]).any()
