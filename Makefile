@@ -14,7 +14,7 @@ STAMPS := build/stamps/$(subst /,_,$(abspath $(VENV)))
 PACKAGE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install dev demo test lint asan triton triton-resources cuda cuda-host gpu bench wheel wheels wheel-check clean
+.PHONY: help venv install dev demo test lint asan triton triton-resources cuda cuda-host gpu bench wheel wheels wheel-check wheel-matrix clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -181,8 +181,15 @@ wheel-check: $(STAMPS)/venv  ## build the wheel, install it in an empty environm
 	$(BIN)/python -m venv build/wheel-check/venv
 	build/wheel-check/venv/bin/python -m pip install --quiet "$(TORCH)" build/wheel-check/*.whl
 	cp tests/smoke_test.py build/wheel-check/
-	cd / && $(abspath build/wheel-check/venv/bin/python) -I $(abspath build/wheel-check/smoke_test.py)
+	cd / && $(abspath build/wheel-check/venv/bin/python) -I $(abspath build/wheel-check/smoke_test.py) kernels
 	rm -rf build/wheel-check/venv
+
+# Needs those Pythons, and fetches those torches: for Pythons for which there is no file of it at hand,
+# torch comes with CUDA, 5 GB each.
+PYTHONS ?= $(PYTHON)
+TORCHES ?= $(TORCH:torch==%=%)
+wheel-matrix:  ## try the wheels in dist/: PYTHONS="python3.11 python3.12" TORCHES="2.11.0 2.13.0"
+	$(PYTHON) tests/wheel_matrix.py dist/*.whl --python $(PYTHONS) --torch $(TORCHES)
 
 clean:  ## remove what was built (not $(VENV), not dist/)
 	rm -rf build mghf_fast/lib mghf_fast.egg-info

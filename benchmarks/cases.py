@@ -58,9 +58,9 @@ class Form:
     """One way to compute an op.
 
     ``make`` gives the function of the op's inputs, in the measuring process; ``kind`` is "ours",
-    "eager" (the reference under autograd), "compile" (torch.compile of that) or "peer" (what else a
-    user might take, from ``package``); ``shapes`` and ``parts`` say where to measure it, if not
-    everywhere.
+    "forced" (ours on a backend that "auto" might not take), "eager" (the reference under autograd),
+    "compile" (torch.compile of that) or "peer" (what else a user might take, from ``package``);
+    ``inputs`` is their type; ``shapes`` and ``parts`` say where to measure it, if not everywhere.
     """
 
     make: Callable[[], Callable[..., Tensor]]
@@ -68,6 +68,7 @@ class Form:
     compiled: bool = False
     channels_last: bool = False
     dtype: str = "float32"
+    inputs: torch.dtype = torch.float32
     package: str | None = None
     shapes: Sequence[Shape] | None = None
     parts: Sequence[str] = BOTH
@@ -126,15 +127,19 @@ class Case:
 
     def step(self, function: Callable[..., Tensor], shape: Shape, form: str, part: str) -> Any:
         """The function of no arguments that is timed."""
-        layout = torch.channels_last if self.forms[form].channels_last else torch.contiguous_format
+        how = self.forms[form]
+        layout = torch.channels_last if how.channels_last else torch.contiguous_format
 
         def laid_out(x: Tensor) -> Tensor:
+            x = x.to(how.inputs) if x.is_floating_point() else x
             return x.contiguous(memory_format=layout) if x.dim() == 4 else x
 
         leaf, *others = (laid_out(x.detach()) for x in self.inputs(shape))
         if part == "forward":
             return lambda: torch.no_grad()(function)(leaf, *others)
         upstream = None if self.output is None else laid_out(torch.rand(self.output(shape)))
+        if upstream is not None and how.inputs != torch.float32:
+            upstream = upstream.to(torch.no_grad()(function)(leaf, *others).dtype)
         return lambda: torch.autograd.grad(function(leaf.requires_grad_(), *others), leaf, upstream)
 
 

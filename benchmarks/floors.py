@@ -198,9 +198,9 @@ def times(work: Work, dtype: str, ceilings: Mapping[str, float]) -> Times:
 
 
 def annotate(row: dict[str, Any], ceilings: Mapping[str, float]) -> None:
-    """Adds to every timed part of a row of ours its floor in seconds, how many times the floor it
-    took, and which percentages of the measured ceilings these are."""
-    if row["kind"] != "ours" or not ceilings:
+    """Adds to every timed part of a row of our kernels its floor in seconds, how many times the
+    floor it took, and which percentages of the measured ceilings these are."""
+    if row["kind"] not in ("ours", "forced") or not ceilings:
         return
     batch, _, size, _ = map(int, row["shape"].split("x"))
     for name, part in row["parts"].items():

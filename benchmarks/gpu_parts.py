@@ -41,7 +41,9 @@ COMPILED_ROWS = ("gram", "correlation", "awdfe_mse", "dfe_mse", "dfe", "vgg16")
 """Rows of Table 5 of which the same is true."""
 
 AUTOTUNED, CAPTURED = " max-autotune", " CUDA graph"
-OURS, OURS_IN_CUDA = "mghf_fast", "mghf_fast CUDA C++"
+OURS = "mghf_fast"
+FORCED = {"cuda": "mghf_fast CUDA C++", "triton": "mghf_fast Triton"}
+IN_BFLOAT16 = " bfloat16"
 BUDGET = 0.25  # seconds of timed calls for a part of a row
 SLOW = 2.0  # seconds; a call that takes longer is the only one
 CALLS = 100  # timed calls at most
@@ -221,14 +223,26 @@ def with_backend(backend: str, form: Form) -> Form:
 
         return call
 
-    return dataclasses.replace(form, make=make)
+    return dataclasses.replace(form, make=make, kind="forced")
+
+
+def forced_forms(case: Case) -> dict[str, Form]:
+    """Those kernels, in two types, between which "auto" chooses by a table."""
+    if case.op not in OPS or any(OPS[case.op].why_not(backend) for backend in FORCED):
+        return {}
+    forms = {}
+    for backend, name in FORCED.items():
+        form = with_backend(backend, case.forms[OURS])
+        forms[name] = form
+        forms[name + IN_BFLOAT16] = dataclasses.replace(
+            form, dtype="bfloat16", inputs=torch.bfloat16
+        )
+    return forms
 
 
 def on_gpu(case: Case) -> Case:
     """The case with the forms that only a GPU has."""
-    forms = dict(case.forms)
-    if case.op in OPS and OPS[case.op].why_not("cuda") is None:
-        forms[OURS_IN_CUDA] = with_backend("cuda", forms[OURS])
+    forms = dict(case.forms) | forced_forms(case)
     if case.op == "mghf_c":
         alex = functools.partial(workloads.LPIPSLayout, "alex")
         forms["LPIPS AlexNet"] = Form(alex, "peer")
@@ -253,8 +267,8 @@ def shapes_of(op: str, case: Case, quick: bool) -> list[Shape]:
 
 def rows_of(case: Case, quick: bool, compiled: bool) -> list[tuple[Shape, str]]:
     """The rows of an op in the order of measurement. torch.compile and other libraries are measured
-    at the paper's size, a captured graph where launches cost, and the losses that this one is to
-    replace everywhere."""
+    at the paper's size, a captured graph where launches cost, kernels in bfloat16 at the paper's
+    size and the training shape, and the losses that this one is to replace everywhere."""
     if compiled:
         allowed = (*WHOLE, *COMPILED_OPS)
         names = [name for name, form in case.forms.items() if form.compiled]
@@ -267,6 +281,7 @@ def rows_of(case: Case, quick: bool, compiled: bool) -> list[tuple[Shape, str]]:
         if not form.compiled
         and (not name.endswith(CAPTURED) or shape in TRAINING)
         and (form.kind != "peer" or case.op in WHOLE or shape == PAPER)
+        and (form.inputs == torch.float32 or shape in (PAPER, *TRAINING))
     ]
 
 
@@ -308,7 +323,7 @@ def values(write: Write) -> None:
     """Every op's result and gradient against the reference in float32, at a tiny size."""
     for op in OPS:
         case = cases.CASES[op]
-        ours = [name for name in (OURS, OURS_IN_CUDA) if name in case.forms]
+        ours = [name for name in (OURS, *FORCED.values()) if name in case.forms]
         for name, part in itertools.product(ours, case.parts_of(OURS)):
             found: dict[str, Any] = {"op": op, "form": name, "part": part}
             try:

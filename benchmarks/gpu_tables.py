@@ -1,13 +1,24 @@
-"""The result of `make gpu` as Markdown, for README and beside the result."""
+"""The result of `make gpu` as Markdown, for README and beside the result.
+
+    python -m benchmarks.gpu_tables
+
+says which rules of `mghf_fast/preferences.py` the committed results of GPUs contradict.
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
+from mghf_fast import preferences
+
 from . import results
-from .gpu_parts import AUTOTUNED, CAPTURED, PAPER, SIZES, TRAINING, WHOLE
+from .cases import CASES, Shape
+from .gpu_parts import AUTOTUNED, CAPTURED, FORCED, PAPER, SIZES, TRAINING, WHOLE
 from .results import Row, Run, fastest, select, value
 from .text import TITLES, cell, part_of, speed, table
 
@@ -19,6 +30,9 @@ PEERS = {
     "LPIPS, VGG-16": ("LPIPS VGG-16",),
 }
 """Losses that this one is to replace: their rows in eager PyTorch."""
+
+MARGIN = 1.05
+"""A difference between two kinds of kernels that counts."""
 
 # ---- rows of a run ----
 
@@ -139,6 +153,45 @@ def table5(run: Run) -> str:
     return table(head, lines)
 
 
+def by_backend(run: Run) -> str:
+    """The kernels between which "auto" chooses."""
+    lines = []
+    for op, shape, dtype, found in _forced(run):
+        parts = [f"{found[b] * 1e3:.3g} ms" if b in found else "" for b in FORCED]
+        lines.append(
+            [op, shape.replace("x", " x "), dtype, *parts, min(found, key=found.__getitem__)]
+        )
+    return table(["", "", "", *FORCED, "faster"], lines)
+
+
+def _forced(run: Run) -> list[tuple[str, str, str, dict[str, float]]]:
+    """(op, shape, type, backend -> seconds) wherever both kinds of kernels were measured."""
+    found: dict[tuple[str, str, str], dict[str, float]] = {}
+    for row in select(run, kind="forced"):
+        backend = next(b for b, name in FORCED.items() if row["form"].startswith(name))
+        if (seconds := value(row, part_of(row["op"]))) is not None:
+            found.setdefault((row["op"], row["shape"], row["dtype"]), {})[backend] = seconds
+    return [(*key, times) for key, times in found.items() if len(times) == len(FORCED)]
+
+
+def contradictions(run: Run, rules: Sequence[preferences.Rule] = preferences.RULES) -> list[str]:
+    """Where "auto" takes the kernels that this run found slower, by more than runs differ."""
+    wrong = []
+    for op, shape, dtype, times in _forced(run):
+        batch, _, size, _ = map(int, shape.split("x"))
+        with torch.device("meta"):
+            elements = CASES[op].inputs(Shape(batch, size))[0].numel()
+        chosen = preferences.preferred_kernels(op, getattr(torch, dtype), elements, rules)[0]
+        best = min(times, key=times.__getitem__)
+        if times[chosen] > MARGIN * times[best]:
+            factor = times[chosen] / times[best]
+            wrong.append(
+                f"{run['machine']['name']}: {op}, {shape}, {dtype}, {elements} elements: "
+                f"{chosen} takes {factor:.2f} times as long as {best}"
+            )
+    return wrong
+
+
 def _measured(part: dict[str, Any] | None) -> str:
     return "" if part is None else cell({"parts": {"step": part}}, "step")
 
@@ -188,6 +241,8 @@ def markdown(run: Run) -> str:
         steps = whole_steps(run) + "\n" + other_libraries(run)
         blocks.append(folded("Whole steps, at training shapes and with other losses", steps))
         blocks.append(folded("Every op over image sizes, with times its floor", over_sizes(run)))
+        if _forced(run):
+            blocks.append(folded("CUDA C++ and Triton, side by side", by_backend(run)))
     if run["table5"]:
         blocks.append(folded("Table 5 of the paper, measured", table5(run)))
     return "\n".join(blocks) + f"\nAll rows: [{file}]({file}).\n"
@@ -202,3 +257,9 @@ def runs() -> list[Run]:
 def block() -> str:
     """README's."""
     return "\n".join(map(markdown, runs())) or NONE
+
+
+if __name__ == "__main__":
+    wrong = [text for run in runs() for text in contradictions(run)]
+    print("\n".join(wrong) or "no committed result contradicts the table")
+    sys.exit(1 if wrong else 0)

@@ -15,7 +15,7 @@ import torch
 from . import native
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
-"""Every backend, in the order in which ``"auto"`` prefers them."""
+"""Every backend; ``"auto"`` prefers them in this order, but see preferences.py for GPUs."""
 
 
 OLDEST_TRITON = (3, 5)

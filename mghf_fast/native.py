@@ -78,6 +78,12 @@ def cuda_unavailable_reason() -> str | None:
     )
 
 
+def cuda_ops() -> Any:
+    """The native ops as they are called with CUDA tensors. (Tests put the kernels on the host in
+    their place, see tests/emulated.py.)"""
+    return torch.ops.mghf_native
+
+
 def _wrong_cuda() -> str | None:
     """Whether the kernels are for another major version of CUDA than torch's, whose driver might
     not know what they are compiled for."""

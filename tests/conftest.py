@@ -6,6 +6,7 @@ import importlib.util
 import os
 import sys
 
+import emulated
 import interpreter
 import pytest
 import torch
@@ -41,6 +42,7 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_default_device(device)
     if device != "cpu":
         as_float32_and_repeatable()
+    emulated.install()
     if triton_is_interpreted():
         interpreter.hasten()
         interpreter.round_bfloat16()

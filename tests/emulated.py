@@ -1,4 +1,5 @@
-"""Runs the CUDA kernels on the host, plain or under sanitizers.
+"""Runs the CUDA kernels on the host: in a process of their own, plain or under sanitizers, or as
+the backend "cuda" of tensors on the CPU, for the tests of every backend.
 
 `make cuda-host` builds the modules: environment variable MGHF_CUDA_HOST names the folder.
 """
@@ -16,8 +17,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cuda_host import Strided
+from cuda_host import Strided, load
 from torch import Tensor
+
+from mghf_fast import backends, native
+from mghf_fast.ops import _dispatch
 
 FOLDER = os.environ.get("MGHF_CUDA_HOST")
 needs_modules = pytest.mark.skipif(FOLDER is None, reason="MGHF_CUDA_HOST names no folder")
@@ -26,15 +30,19 @@ RUNTIMES = {"thread": "libtsan.so", "address": "libasan.so"}
 Call = tuple[str, tuple[Any, ...]]
 
 
-def library_of(name: str) -> str:
+def module(kind: str) -> Path:
+    assert FOLDER is not None
+    (found,) = Path(FOLDER, kind).glob("mghf_fast_cuda_host*.so")
+    return found
+
+
+def runtime(name: str) -> str:
     command = [os.environ.get("CXX", "c++"), f"-print-file-name={name}"]
     return subprocess.check_output(command, text=True).strip()
 
 
 def run(kind: str, calls: Sequence[Call], folder: Path) -> subprocess.CompletedProcess[str]:
     """The calls in a process of their own, under the sanitizer of that name."""
-    assert FOLDER is not None
-    (library,) = Path(FOLDER, kind).glob("mghf_fast_cuda_host*.so")
     environment = os.environ | {
         "TSAN_OPTIONS": "exitcode=66",
         "ASAN_OPTIONS": "detect_leaks=0:exitcode=67",
@@ -43,10 +51,10 @@ def run(kind: str, calls: Sequence[Call], folder: Path) -> subprocess.CompletedP
     }
     if kind in RUNTIMES:
         # The address sanitizer looks for what throws exceptions as soon as it is loaded.
-        environment["LD_PRELOAD"] = f"{library_of(RUNTIMES[kind])} {library_of('libstdc++.so')}"
+        environment["LD_PRELOAD"] = f"{runtime(RUNTIMES[kind])} {runtime('libstdc++.so')}"
     (folder / "calls").write_bytes(pickle.dumps(list(calls)))
     script = Path(__file__).with_name("cuda_host.py")
-    command = [sys.executable, script, library, folder / "calls", folder / "results"]
+    command = [sys.executable, script, module(kind), folder / "calls", folder / "results"]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
@@ -62,3 +70,45 @@ def strided(x: Tensor) -> Strided:
     bits = x.view(torch.uint16) if x.dtype == torch.bfloat16 else x
     memory = torch.empty(0, dtype=bits.dtype).set_(bits.untyped_storage())
     return Strided(memory.numpy(), x.storage_offset(), tuple(x.shape), x.stride())
+
+
+# ---- as a backend ----
+
+
+class EmulatedOps:
+    """Stands for torch.ops.mghf_native, with tensors on the CPU."""
+
+    def __init__(self) -> None:
+        self._kernels = load(str(module("plain")))
+
+    def __getattr__(self, op: str) -> Any:
+        kernel = getattr(self._kernels, op)
+
+        def call(*arguments: Any) -> Any:
+            result = kernel(*map(given, arguments))
+            return tuple(map(taken, result)) if isinstance(result, tuple) else taken(result)
+
+        return call
+
+
+def given(argument: Any) -> Any:
+    if not isinstance(argument, Tensor):
+        return argument
+    x = argument.detach()
+    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
+
+
+def taken(array: np.ndarray[Any, Any]) -> Tensor:
+    result = torch.from_numpy(array)
+    return result.view(torch.bfloat16) if result.dtype == torch.uint16 else result
+
+
+def install() -> None:
+    """Makes tensors on the CPU those of the backend "cuda", if the module is built."""
+    if FOLDER is None:
+        return
+    ops, refuse = EmulatedOps(), _dispatch._cannot_take
+    native.cuda_ops = lambda: ops
+    backends._cuda_unavailable_reason = lambda: None  # type: ignore[assignment]
+    _dispatch._cuda_lacks = lambda device: None  # type: ignore[assignment]
+    _dispatch._cannot_take = lambda tensors, device: refuse(tensors, "cpu")

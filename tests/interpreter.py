@@ -8,6 +8,7 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
+import emulated
 import numpy as np
 import pytest
 import torch
@@ -19,10 +20,15 @@ def interprets(backend: str) -> bool:
     return backend == "triton" and triton_is_interpreted()
 
 
+def is_slow(backend: str) -> bool:
+    """Whether its kernels are interpreted or emulated: they take milliseconds for every program and
+    pass of a loop."""
+    return interprets(backend) or (backend == "cuda" and emulated.FOLDER is not None)
+
+
 def fitted(backend: str, size: tuple[int, ...], most: tuple[int, ...]) -> tuple[int, ...]:
-    """``size``, or in the interpreter at most ``most``: there a kernel takes milliseconds for every
-    program and pass of a loop."""
-    return tuple(map(min, size, most)) if interprets(backend) else size
+    """``size``, or where kernels are slow at most ``most``."""
+    return tuple(map(min, size, most)) if is_slow(backend) else size
 
 
 def hasten() -> None:

@@ -3,6 +3,7 @@ measures."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -24,7 +25,7 @@ from contract import relative_error
 from benchmarks import cases, floors, gpu, gpu_parts, gpu_setup, gpu_tables, report, results
 from benchmarks.cases import Form, Shape
 from benchmarks.gpu_parts import AUTOTUNED, CAPTURED, LATENTS, PAPER
-from mghf_fast import backends, ops, workloads
+from mghf_fast import backends, ops, preferences, workloads
 from mghf_fast.measure import Measurement
 from mghf_fast.ops import _dispatch
 
@@ -623,13 +624,18 @@ def test_the_readme_says_whether_figures_were_taken() -> None:
 # ---- the CUDA kernels beside those of Triton ----
 
 
-def test_ops_with_cuda_kernels_have_a_form_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert gpu_parts.OURS_IN_CUDA not in gpu_parts.on_gpu(CASES["entropy"]).forms
+def test_ops_with_two_kinds_of_kernels_have_forms_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [n + t for n in gpu_parts.FORCED.values() for t in ("", gpu_parts.IN_BFLOAT16)]
+    assert not set(names) & set(gpu_parts.on_gpu(CASES["entropy"]).forms)
     monkeypatch.setattr(ops.OPS["entropy"], "why_not", lambda backend: None)
     case = gpu_parts.on_gpu(CASES["entropy"])
-    assert case.forms[gpu_parts.OURS_IN_CUDA].kind == "ours"
-    assert (gpu_parts.PAPER, gpu_parts.OURS_IN_CUDA) in gpu_parts.rows_of(case, True, False)
-    assert gpu_parts.OURS_IN_CUDA not in gpu_parts.on_gpu(CASES["mghf_c"]).forms
+    assert {case.forms[name].kind for name in names} == {"forced"}
+    rows = gpu_parts.rows_of(case, False, False)
+    for name in names:
+        shapes = {shape for shape, form in rows if form == name}
+        assert gpu_parts.PAPER in shapes
+        assert (gpu_parts.SIZES[-1] in shapes) == ("bfloat16" not in name)
+    assert not set(names) & set(gpu_parts.on_gpu(CASES["mghf_c"]).forms)
 
 
 def test_a_form_on_a_backend_of_its_own() -> None:
@@ -640,6 +646,47 @@ def test_a_form_on_a_backend_of_its_own() -> None:
         assert function(torch.ones(1)) == 1
         assert backends.current_backend() == "triton"
     assert seen == ["cuda"]
+
+
+@pytest.mark.parametrize("op", ["gram", "sinkhorn", "content_style"])
+def test_a_form_with_inputs_of_its_own(op: str) -> None:
+    case = CASES[op]
+    form = dataclasses.replace(case.forms["mghf_fast"], inputs=torch.bfloat16)
+    case = dataclasses.replace(case, forms={"ours": form})
+    (gradient,) = case.step(form.make(), gpu_parts.TINY, "ours", "step")()
+    assert gradient.dtype == torch.bfloat16
+
+
+def forced_rows(times: dict[str, float], shape: str = "1x3x512x512") -> list[results.Row]:
+    return [
+        {"op": "gram", "shape": shape, "form": gpu_parts.FORCED[backend], "kind": "forced",
+         "dtype": "float32", "parts": {"step": {"median_s": seconds}}}
+        for backend, seconds in times.items()
+    ]  # fmt: skip
+
+
+def test_results_are_held_against_the_table_of_preferences() -> None:
+    elements = 128 * 512 * 512
+    rules = [
+        preferences.Rule("gram", ("triton", "cuda"), below=elements),
+        preferences.Rule("gram", ("cuda", "triton")),
+    ]
+    run = a_run("card") | {"rows": forced_rows({"cuda": 3e-3, "triton": 2e-3})}
+    (found,) = gpu_tables.contradictions(run, rules)
+    assert found.startswith("card: gram, 1x3x512x512, float32, 33554432 elements: cuda takes 1.50")
+    assert "| gram | 1 x 3 x 512 x 512 | float32 | 3 ms | 2 ms | triton |" in gpu_tables.markdown(
+        run
+    )
+    small = forced_rows({"cuda": 3e-3, "triton": 2e-3}, "1x3x256x256")
+    assert gpu_tables.contradictions(run | {"rows": small}, rules) == []
+    assert gpu_tables.contradictions(run, [preferences.Rule("gram", ("triton",))]) == []
+    alike = forced_rows({"cuda": 2.05e-3, "triton": 2e-3})
+    assert gpu_tables.contradictions(run | {"rows": alike}, rules) == []
+    assert gpu_tables.contradictions(run | {"rows": forced_rows({"cuda": 1.0})}, rules) == []
+
+
+def test_no_committed_result_contradicts_the_table_of_preferences() -> None:
+    assert [text for run in gpu_tables.runs() for text in gpu_tables.contradictions(run)] == []
 
 
 # ---- the suite on a device ----

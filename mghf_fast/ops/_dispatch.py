@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import native
+from .. import native, preferences
 from ..backends import BACKENDS, triton_is_interpreted, unavailable_reasons
 
 logger = logging.getLogger("mghf_fast")
@@ -75,7 +75,7 @@ class Op:
 
     def preferred(self, *tensors: Tensor, **options: Any) -> str:
         """The backend that "auto" picks; why not a better one is logged once."""
-        for candidate in BACKENDS:
+        for candidate in preferences.in_order(self.name, tensors, BACKENDS):
             reason = self.why_not(candidate, *tensors, **options)
             if candidate == "triton" and triton_is_interpreted():
                 reason = "its interpreter is slow, and for tests that ask for it by name"

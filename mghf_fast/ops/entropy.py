@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import native
 from ..precision import accumulation_dtype
 from ..reference.entropy import channel_entropy
 from ._dispatch import (
@@ -23,7 +24,7 @@ def _cpu_forward(x: Tensor, bins: int) -> Tensor:
 
 
 def _cuda_forward(x: Tensor, bins: int) -> Tensor:
-    result: Tensor = torch.ops.mghf_native.entropy(x, bins)
+    result: Tensor = native.cuda_ops().entropy(x, bins)
     return result
 
 

@@ -43,10 +43,12 @@ void with_image(const py::array& x, const F& f) {
   with_type(x, [&](auto element) { f(image_of<decltype(element)>(x)); });
 }
 
-// Memory for a workspace, aligned to 16 bytes.
+// Memory for a workspace, aligned to 16 bytes and full of NaN.
 class Workspace {
  public:
-  explicit Workspace(int64_t bytes) : words_(static_cast<size_t>(bytes) / sizeof(Word) + 1) {}
+  explicit Workspace(int64_t bytes) : words_(static_cast<size_t>(bytes) / sizeof(Word) + 1) {
+    std::memset(words_.data(), 0xff, words_.size() * sizeof(Word));
+  }
   void* get() { return words_.data(); }
 
  private:

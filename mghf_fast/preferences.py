@@ -1,0 +1,57 @@
+"""Which of two kinds of kernels "auto" takes on an NVIDIA GPU where both can run: a line a rule.
+
+The first rule that fits decides. `python -m benchmarks.gpu_tables` says where the committed results
+of GPUs ask for another one, and a test holds the table to them. What no result has decided yet goes
+by the number of launches and of bytes that the kernels need.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Rule(NamedTuple):
+    """``backends``, best first, for an op on tensors of these types (empty: of any), the first of
+    which has at least ``least`` and fewer than ``below`` elements."""
+
+    op: str
+    backends: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...] = ()
+    least: float = 0
+    below: float = math.inf
+
+    def fits(self, op: str, dtype: torch.dtype, elements: int) -> bool:
+        return (
+            self.op == op
+            and (not self.dtypes or dtype in self.dtypes)
+            and self.least <= elements < self.below
+        )
+
+
+RULES = (Rule("entropy", ("cuda", "triton")),)
+
+DEFAULT = ("cuda", "triton")
+
+
+def preferred_kernels(
+    op: str, dtype: torch.dtype, elements: int, rules: Sequence[Rule] = RULES
+) -> tuple[str, ...]:
+    """Backends with kernels for GPUs, best first."""
+    for rule in rules:
+        if rule.fits(op, dtype, elements):
+            return rule.backends
+    return DEFAULT
+
+
+def in_order(op: str, tensors: Sequence[Tensor], backends: Sequence[str]) -> tuple[str, ...]:
+    """``backends``, those with kernels for GPUs first, as the table has them."""
+    if not tensors:
+        return tuple(backends)
+    x = tensors[0]
+    first = preferred_kernels(op, x.dtype, x.numel())
+    return first + tuple(b for b in backends if b not in first)

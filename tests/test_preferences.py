@@ -1,0 +1,70 @@
+"""The table by which "auto" chooses between CUDA and Triton."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from mghf_fast import preferences
+from mghf_fast.backends import BACKENDS
+from mghf_fast.ops import OPS, _dispatch
+from mghf_fast.preferences import Rule, preferred_kernels
+
+RULES = [
+    Rule("gram", ("triton", "cuda"), (torch.float16, torch.bfloat16)),
+    Rule("gram", ("triton", "cuda"), below=100),
+    Rule("gram", ("cuda", "triton")),
+]
+
+
+@pytest.mark.parametrize(
+    ("op", "dtype", "elements", "expected"),
+    [
+        ("gram", torch.float32, 99, "triton"),
+        ("gram", torch.float32, 100, "cuda"),
+        ("gram", torch.bfloat16, 100, "triton"),
+        ("dec", torch.float32, 100, preferences.DEFAULT[0]),
+    ],
+)
+def test_the_first_rule_that_fits(
+    op: str, dtype: torch.dtype, elements: int, expected: str
+) -> None:
+    assert preferred_kernels(op, dtype, elements, RULES)[0] == expected
+
+
+def test_the_table_is_of_ops_and_their_kernels() -> None:
+    for rule in preferences.RULES:
+        assert rule.op in OPS
+        assert sorted(rule.backends) == ["cuda", "triton"]
+        assert rule.least < rule.below
+
+
+def test_auto_follows_the_table(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Among the backends that can run, with the reason why the others cannot."""
+    op = _dispatch.Op("gram")
+    can = {"cuda": True, "triton": True, "reference": True}
+    for backend in can:
+        op.implement(
+            backend, lambda: None, can_run=lambda *_, b=backend: None if can[b] else f"{b} cannot"
+        )
+    monkeypatch.setattr(_dispatch, "unavailable_reasons", dict)
+    monkeypatch.setattr(_dispatch, "triton_is_interpreted", lambda: False)
+    monkeypatch.setattr(preferences, "preferred_kernels", lambda *a: preferred_kernels(*a, RULES))
+    small, large = torch.zeros(99), torch.zeros(100)
+    assert (op.preferred(small), op.preferred(large)) == ("triton", "cuda")
+    can["triton"] = False
+    with caplog.at_level(logging.DEBUG, "mghf_fast"):
+        assert op.preferred(small) == "cuda"
+    assert "triton cannot run gram: triton cannot" in caplog.text
+    can["cuda"] = False
+    assert op.preferred(small) == op.preferred() == "reference"
+
+
+def test_every_backend_is_in_order_once() -> None:
+    for op in OPS:
+        assert sorted(preferences.in_order(op, [torch.zeros(2)], BACKENDS)) == sorted(BACKENDS)
+    assert preferences.in_order("gram", [], BACKENDS) == BACKENDS
