@@ -73,6 +73,7 @@ def examine() -> dict[str, Any]:
     Returns:
         ``machine``, ``packages`` (version or ``None``), ``backends`` (available or not, and why),
         ``ops`` (see :func:`op_backends`), ``build`` (facts of the compiled kernels, maybe empty),
+        ``cuda_resources`` (registers, shared memory and spills of those of CUDA, or ``None``),
         ``self_check`` (see :func:`self_check`) and ``usable``.
     """
     reasons = unavailable_reasons()
@@ -86,6 +87,7 @@ def examine() -> dict[str, Any]:
         },
         "ops": op_backends(),
         "build": native.build_facts(),
+        "cuda_resources": native.cuda_resources(),
         "self_check": checks,
         "usable": bool(checks) and all(check["passed"] for check in checks.values()),
     }
@@ -117,6 +119,13 @@ def report(facts: dict[str, Any]) -> str:
     for name, value in build.items():
         text = value if isinstance(value, str) else json.dumps(value)
         lines.append(f"  {name}: {text}")
+
+    if (most := facts["cuda_resources"]) is not None:
+        lines.append(
+            f"  {most['kernels']} CUDA kernels, with at most {most['registers']} registers, "
+            f"{most['spilled_bytes']} bytes spilled, and {most['shared_bytes']} bytes of static "
+            "shared memory"
+        )
 
     lines += ["", f"Self-check (Sinkhorn plan against float64, tolerance {TOLERANCE:.0e})"]
     for name, check in facts["self_check"].items():
