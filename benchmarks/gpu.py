@@ -58,7 +58,7 @@ ALL = tuple(part for part in LIMITS if part != "ops")  # a process for each op i
 QUICK_LIMIT, QUICK_TEST_LIMIT = 25.0, 40.0
 ALL_TIME, ALL_TIME_QUICK = 560.0, 105.0
 LEAST = 5.0  # seconds without which no part is begun
-QUICK_TESTS = "triton and nan"
+QUICK_TESTS = "(triton or cuda) and nan"
 GRACE = 5.0  # seconds for an interrupted process to say what it did
 
 # ---- running ----

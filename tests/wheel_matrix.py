@@ -42,8 +42,9 @@ def environment(folder: Path, python: str, torch: str) -> Path:
 
 def try_wheel(wheel: Path, python: Path, folder: Path) -> str:
     """What came of it, in a few words."""
-    pip = [python, "-m", "pip", "install", "--quiet", "--force-reinstall", "--no-deps", wheel]
-    subprocess.check_call(pip)
+    pip = [python, "-m", "pip", "install", "--quiet"]
+    subprocess.check_call([*pip, wheel])  # with what it depends on
+    subprocess.check_call([*pip, "--force-reinstall", "--no-deps", wheel])
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for file in [*(ROOT / "tests").glob("*.py"), ROOT / "pyproject.toml"]:

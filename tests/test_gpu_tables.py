@@ -1,0 +1,99 @@
+"""The tables of a result of `make gpu`, and what they are held against."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from gpu_runs import a_run
+
+from benchmarks import gpu, gpu_parts, gpu_tables, report, results
+from mghf_fast import preferences
+
+# ---- tables ----
+
+
+def test_the_tables() -> None:
+    text = gpu_tables.markdown(a_run())
+    gram = next(line for line in text.splitlines() if line.startswith("| Gram matrices | "))
+    assert gram.startswith(
+        "| Gram matrices | 20 ms, 10 MiB | 5 ms, 10 MiB | 5 ms, 10 MiB | 1 ms, 10 MiB | 20x, 5.0x,"
+    )
+    assert "; " in gram and gram.endswith(" % |")
+    assert "Tests on the device: test_gram 9 passed." in text
+    assert "**Not complete:** dec over 20 s." in text
+    assert "clocks held down by: software power cap; torch 2.x" in text
+    assert "copy tb per s 4.3" in text
+    assert "| whole MGHF-c step, 32 x 3 x 64 x 64 | 20 ms<br>10 MiB | 1 ms" in text
+    assert "out of memory" in text
+    assert "| Gram | 8.59 | 8.59 | 2.15 | 1 ms, 4.0 MiB |  | out of memory |" in text
+    assert "POT 4 ms, 10 MiB 4.0x" in text
+    assert "| VGG-16, for comparison | 4 ms, 10 MiB | 4 ms, 10 MiB | 4 ms, 10 MiB |  |" in text
+
+
+def test_a_run_of_which_nothing_is_left_has_a_text() -> None:
+    empty = a_run() | {"rows": [], "table5": [], "ceilings": {}, "tests": {}, "parts": {"a": "no"}}
+    text = gpu_tables.markdown(empty)
+    assert "none ran" in text and "**Not complete:** a no." in text
+
+
+MARKER = "<!-- benchmarks: on GPUs -->\nold\n<!-- benchmarks: end -->\n"
+
+
+def test_the_readme_has_the_tables_of_every_gpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    (tmp_path / "cpu.json").write_text('{"machine": {}, "rows": []}')
+    text, _ = report.generate(f"before\n{MARKER}after\n")
+    assert text == f"before\n{MARKER}after\n".replace("old\n", gpu_tables.NONE)
+    for name in ("card-a", "card-b"):
+        (tmp_path / f"{name}.json").write_text(gpu.to_json(a_run(name)))
+    text, _ = report.generate(f"before\n{MARKER}after\n")
+    assert text.startswith("before\n<!--") and text.endswith("<!-- benchmarks: end -->\nafter\n")
+    assert text.count("| Gram matrices | ") == 2 and "results/card-b.json" in text
+    assert report.generate(text)[0] == text
+
+
+def test_the_readme_says_whether_figures_were_taken() -> None:
+    """The block is that of the committed results, and nothing outside it says otherwise."""
+    readme = (report.ROOT / "README.md").read_text()
+    assert len(report.ON_GPUS.findall(readme)) == 1
+    assert report.generate(readme)[0] == readme, "python -m benchmarks.report"
+    outside = report.ON_GPUS.sub("", readme)
+    assert "No GPU figure" not in outside
+
+
+# ---- the table of preferences ----
+
+
+def forced_rows(times: dict[str, float], shape: str = "1x3x512x512") -> list[results.Row]:
+    return [
+        {"op": "gram", "shape": shape, "form": gpu_parts.FORCED[backend], "kind": "forced",
+         "dtype": "float32", "parts": {"step": {"median_s": seconds}}}
+        for backend, seconds in times.items()
+    ]  # fmt: skip
+
+
+def test_results_are_held_against_the_table_of_preferences() -> None:
+    elements = 128 * 512 * 512
+    rules = [
+        preferences.Rule("gram", ("triton", "cuda"), below=elements),
+        preferences.Rule("gram", ("cuda", "triton")),
+    ]
+    run = a_run("card") | {"rows": forced_rows({"cuda": 3e-3, "triton": 2e-3})}
+    (found,) = gpu_tables.contradictions(run, rules)
+    assert found.startswith("card: gram, 1x3x512x512, float32, 33554432 elements: cuda takes 1.50")
+    assert "| gram | 1 x 3 x 512 x 512 | float32 | 3 ms | 2 ms | triton |" in gpu_tables.markdown(
+        run
+    )
+    small = forced_rows({"cuda": 3e-3, "triton": 2e-3}, "1x3x256x256")
+    assert gpu_tables.contradictions(run | {"rows": small}, rules) == []
+    assert gpu_tables.contradictions(run, [preferences.Rule("gram", ("triton",))]) == []
+    alike = forced_rows({"cuda": 2.05e-3, "triton": 2e-3})
+    assert gpu_tables.contradictions(run | {"rows": alike}, rules) == []
+    assert gpu_tables.contradictions(run | {"rows": forced_rows({"cuda": 1.0})}, rules) == []
+
+
+def test_no_committed_result_contradicts_the_table_of_preferences() -> None:
+    assert [text for run in gpu_tables.runs() for text in gpu_tables.contradictions(run)] == []
