@@ -237,10 +237,12 @@ def test_tests_run_by_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
             "dec": "= FAILURES =\n==== 1 failed, 2 passed in 7.0s (0:01:10) ====\n",
             "patches": "!!! KeyboardInterrupt !!!\n5 passed in 9.01s\n",
             "gpu": "no message",
+            "gram-cuda": "9 deselected in 0.10s\n",
         }
         for name in commands:
             (folder / f"{name}.log").write_text(logs.get(name, "1 passed in 1s\n"))
-        bad = {"dec": "exit code 1: 1 failed", "gpu": "over 9 s", "patches": "over 9 s"}
+        bad = {"dec": "exit code 1: 1 failed", "gpu": "over 9 s", "patches": "over 9 s",
+               "gram-cuda": "exit code 5: 9 deselected"}  # fmt: skip
         return {name: bad.get(name, "ok") for name in commands}
 
     monkeypatch.setattr(gpu, "run_together", run)
@@ -254,7 +256,10 @@ def test_tests_run_by_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
         (file,) = [word for word in command if word.endswith(".py")]
         assert (report.ROOT / file).exists() and "--device" in command
     gpu.run_tests(tmp_path, 9, False)
-    assert set(seen) == {*floors.OPS, *(f"{op}-reference" for op in floors.OPS), "gpu"}
+    kinds = ("", "-cuda", "-reference")
+    assert set(seen) == {"gpu", *(op + kind for op in floors.OPS for kind in kinds)}
+    selections = [seen["gram" + kind][-1] for kind in kinds]
+    assert selections == ["triton", "cuda and not triton", "not triton and not cuda"]
 
 
 # ---- processes ----
