@@ -60,7 +60,7 @@ lint: $(STAMPS)/dev  ## ruff and mypy
 # The reference is plain PyTorch and left out. AMX is emulated, and of its tests only those of
 # bfloat16 run. The tests that start a process for each instruction set are told that they run in one
 # already. Python's own leaks are none of ours.
-ASAN_OPS := coupling entropy gram content_style patches sinkhorn monce dec native
+OPS := coupling entropy gram content_style patches sinkhorn monce dec
 ASAN_ENVIRONMENT = MGHF_NATIVE_LIBRARY=$(abspath build/asan/libmghf_fast_cpu.so) \
     MGHF_TEST_CAPABILITY_CHILD=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 asan: $(STAMPS)/dev  ## the ops' tests on kernels built with the address and undefined-behaviour sanitizers
@@ -71,7 +71,7 @@ asan: $(STAMPS)/dev  ## the ops' tests on kernels built with the address and und
 	for capability in default avx2 avx512 amx; do \
 	    echo "sanitized kernels, at most $$capability"; \
 	    run="env $(ASAN_ENVIRONMENT) MGHF_CPU_CAPABILITY=$$capability LD_PRELOAD=$$(cat build/asan/preload.txt) $(BIN)/python"; \
-	    files="$(ASAN_OPS:%=tests/test_%.py)"; only=""; \
+	    files="$(OPS:%=tests/test_%.py) tests/test_native.py"; only=""; \
 	    if test $$capability = amx; then \
 	        files="tests/test_coupling.py tests/test_patches.py"; \
 	        only="bfloat16 and (relu6 or test_patches) and "; \
@@ -119,7 +119,8 @@ cuda: $(STAMPS)/dev build/toolkits/$(CUDA_TOOLKIT)/installed  ## compile the CUD
 	$(BIN)/cmake --build build/cuda --target mghf_fast_cuda
 	$(BIN)/python -W ignore -m mghf_fast.kernels.native_resources build/cuda/libmghf_fast_cuda.so $(ARGS)
 
-# The CUDA sources as C++ for the host: as they are, and under the thread and address sanitizers.
+# The CUDA sources as C++ for the host: as they are, for the tests of every backend too, and under the
+# thread and address sanitizers.
 CUDA_HOST := plain thread address
 cuda-host: $(STAMPS)/dev  ## run the CUDA kernels on the CPU, against the reference and under sanitizers
 	torch=$$($(BIN)/python -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])'); \
@@ -129,7 +130,8 @@ cuda-host: $(STAMPS)/dev  ## run the CUDA kernels on the CPU, against the refere
 	        -DPython_EXECUTABLE=$(abspath $(BIN)/python) && \
 	    $(BIN)/cmake --build build/cuda-host/$$kind --target mghf_fast_cuda_host || exit 1; \
 	done
-	MGHF_CUDA_HOST=$(abspath build/cuda-host) $(BIN)/python -m pytest -q tests/test_cuda_*.py $(ARGS)
+	MGHF_CUDA_HOST=$(abspath build/cuda-host) MGHF_TEST_CAPABILITY_CHILD=1 $(BIN)/python -m pytest -q -k cuda \
+	    tests/test_cuda_*.py $(OPS:%=tests/test_%.py) tests/test_losses.py $(ARGS)
 
 # On a machine with an NVIDIA GPU: with its own Python, torch and Triton, and without the internet.
 # The package is put together from links, beside copies of the tests, and nothing is installed but

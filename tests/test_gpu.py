@@ -15,7 +15,8 @@ from torch import Tensor
 
 from benchmarks import cases
 from benchmarks.cases import Shape
-from mghf_fast import MGHFLoss, functional, use_backend
+from mghf_fast import MGHFLoss, functional, native, preferences, use_backend
+from mghf_fast.backends import unavailable_reasons
 from mghf_fast.ops import OPS
 
 pytestmark = pytest.mark.gpu
@@ -24,10 +25,15 @@ TINY = Shape(2, 64)
 CASES = sorted(cases.load_all())
 
 
-@pytest.fixture(autouse=True)
-def triton_kernels() -> Iterator[None]:
-    with use_backend("triton"):
-        yield
+@pytest.fixture(autouse=True, params=["cuda", "triton"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each kind of kernels in turn; Triton serves the ops that have none in CUDA."""
+    kind: str = request.param
+    if kind == "cuda" and (reason := unavailable_reasons().get("cuda")) is not None:
+        pytest.skip(reason)
+    order = (kind, *(b for b in ("cuda", "triton") if b != kind))
+    monkeypatch.setattr(preferences, "preferred_kernels", lambda *_: order)
+    return kind
 
 
 def images(device: str = "cuda") -> tuple[Tensor, Tensor]:
@@ -180,8 +186,11 @@ def test_a_second_device() -> None:
 
 
 @pytest.mark.parametrize("op", sorted(OPS))
-def test_every_op_has_triton_kernels(op: str) -> None:
-    assert OPS[op].why_not("triton", torch.zeros(1, 2, 2, device="cuda")) is None
+def test_what_has_kernels(op: str, kernels: str) -> None:
+    """All ops in Triton; in CUDA those that the library was built with."""
+    reason = OPS[op].why_not(kernels, torch.zeros(1, 2, 2, device="cuda"))
+    built = native.build_facts(native.cuda_library())["cuda"]["ops"] if kernels == "cuda" else OPS
+    assert (reason is None) == (op in built), reason
 
 
 def test_offsets_beyond_32_bits() -> None:

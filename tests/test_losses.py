@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 
 import contract
+import emulated
 import pytest
 import torch
 from torch import Tensor, nn
@@ -392,9 +393,15 @@ def test_weights_are_drawn_on_the_cpu_for_every_device(
         assert torch.equal(weight, expected[name])
 
 
-# ---- on Triton's kernels; on a GPU in test_gpu.py ----
+# ---- on a GPU's kernels, interpreted and emulated; on a GPU in test_gpu.py ----
 
-in_the_interpreter = pytest.mark.skipif(not triton_is_interpreted(), reason="no TRITON_INTERPRET=1")
+GPU_KERNELS = [
+    pytest.param(
+        "triton",
+        marks=pytest.mark.skipif(not triton_is_interpreted(), reason="no TRITON_INTERPRET=1"),
+    ),
+    pytest.param("cuda", marks=emulated.needs_modules),
+]
 
 
 def small_loss(variant: str, backend: str, dtype: torch.dtype) -> MGHFLoss:
@@ -409,10 +416,10 @@ def small_pair(variant: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return (gt + 0.1 * torch.randn_like(gt)).to(dtype), gt.to(dtype)
 
 
-@in_the_interpreter
+@pytest.mark.parametrize("kernels", GPU_KERNELS)
 @pytest.mark.parametrize("variant", ["c", "n"])
-def test_on_triton(variant: str) -> None:
-    loss = small_loss(variant, "triton", torch.float32)
+def test_on_kernels_for_gpus(variant: str, kernels: str) -> None:
+    loss = small_loss(variant, kernels, torch.float32)
     exact = small_loss(variant, "reference", torch.float64)
     sr, gt = small_pair(variant, torch.float32)
     contract.check_against_reference(
@@ -421,15 +428,17 @@ def test_on_triton(variant: str) -> None:
     contract.check_compiled(lambda sr: loss(sr, gt), sr)
 
 
-@in_the_interpreter
+@pytest.mark.parametrize("kernels", GPU_KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("variant", ["c", "n"])
-def test_on_triton_in_half_precision(variant: str, dtype: torch.dtype) -> None:
+def test_on_kernels_for_gpus_in_half_precision(
+    variant: str, dtype: torch.dtype, kernels: str
+) -> None:
     sr, gt = small_pair(variant, dtype)
 
     def loss_on(backend: str, sr: Tensor) -> Tensor:
         return small_loss(variant, backend, sr.dtype)(sr, gt.to(sr.dtype))
 
     contract.check_half_precision(
-        lambda sr: loss_on("triton", sr), lambda sr: loss_on("reference", sr), [sr], dtype
+        lambda sr: loss_on(kernels, sr), lambda sr: loss_on("reference", sr), [sr], dtype
     )
