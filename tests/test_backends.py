@@ -171,8 +171,8 @@ ARCHITECTURES = ["8.0", "8.6", "9.0a", "10.0", "12.0+PTX"]
 
 @pytest.mark.parametrize(
     ("capability", "runs"),
-    [((7, 5), False), ((8, 0), True), ((8, 7), True), ((9, 0), True), ((10, 3), True),
-     ((11, 0), False), ((12, 1), True), ((13, 0), True)],
+    [((7, 5), False), ((8, 0), True), ((8, 7), True), ((9, 0), True), ((9, 1), False),
+     ((10, 3), True), ((11, 0), False), ((12, 1), True), ((13, 0), True)],
 )  # fmt: skip
 def test_which_gpus_the_cuda_kernels_are_for(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], runs: bool

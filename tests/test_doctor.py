@@ -42,6 +42,7 @@ def test_what_the_cuda_kernels_take(monkeypatch: pytest.MonkeyPatch) -> None:
             assert found["cuda_resources"] is None and "CUDA kernels, with" not in text
         else:
             assert found["cuda_resources"]["kernels"] >= 38
+            assert 32 < found["cuda_resources"]["registers"] <= 255
             assert found["cuda_resources"]["spilled_bytes"] == 0
             assert "CUDA kernels, with at most" in text
 

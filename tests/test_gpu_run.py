@@ -221,6 +221,7 @@ def test_every_tool_of_the_sanitizer_runs(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert how == "failing: racecheck" and ended["memcheck"] == "ok" and len(ended) == 4
     for tool, command in seen.items():
         assert command[:3] == ["bin/compute-sanitizer", "--tool", tool]
+        assert command[3:6] == ["--error-exitcode", "9", sys.executable]
         assert "values" in command and len({c[-1] for c in seen.values()}) == 4
     text = gpu_tables.complete(a_run() | {"sanitizer": ended})
     assert "racecheck exit code 9: races; initcheck ok" in text
@@ -255,7 +256,7 @@ def test_tests_run_by_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     for command in seen.values():
         (file,) = [word for word in command if word.endswith(".py")]
         assert (report.ROOT / file).exists() and "--device" in command
-    gpu.run_tests(tmp_path, 9, False)
+    assert gpu.run_tests(tmp_path, 9, False)[0] == how
     kinds = ("", "-cuda", "-reference")
     assert set(seen) == {"gpu", *(op + kind for op in floors.OPS for kind in kinds)}
     selections = [seen["gram" + kind][-1] for kind in kinds]
