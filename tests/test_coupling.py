@@ -49,7 +49,15 @@ def as_dtype(weights: BlockWeights, dtype: torch.dtype) -> BlockWeights:
 
 
 def with_tensors(weights: BlockWeights, tensors: tuple[Tensor, ...]) -> BlockWeights:
+    """The weights with other tensors, if there are any."""
+    if not tensors:
+        return weights
     return BlockWeights.from_tensors(list(tensors), *weights[5:])
+
+
+def differentiated(backend: str, weights: BlockWeights) -> list[Tensor]:
+    """The weights that a test asks for gradients of: the CUDA kernels give that of the image."""
+    return [] if backend == "cuda" else weights.tensors()
 
 
 def by_hand(x: Tensor, w: BlockWeights) -> Tensor:
@@ -118,7 +126,7 @@ def test_gradcheck() -> None:
 @pytest.mark.parametrize("size", [(1, 1), (2, 7), (13, 9), (16, 16)])
 def test_values_and_gradients(backend: str, size: tuple[int, int]) -> None:
     weights = block_weights(8)
-    tensors = weights.tensors()
+    tensors = differentiated(backend, weights)
 
     def fn(x: Tensor, *w: Tensor) -> Tensor:
         return functional.invertible_block(x, with_tensors(weights, w), backend=backend)
@@ -182,12 +190,14 @@ def test_a_stem_drawn_into_the_mix(backend: str, inputs: int, size: tuple[int, i
 
     most = (5, 18) if inputs == 3 else (3, 5)
     image = torch.randn(interpreter.fitted(backend, (2, inputs, *size), (1, inputs, *most)))
-    contract.check_against_reference(fn, exact, [image, *weights.tensors()])
+    contract.check_against_reference(fn, exact, [image, *differentiated(backend, weights)])
 
 
 # Triton's tiles have fewer rows then.
 @pytest.mark.parametrize("channels", [140, 258])
 def test_wide_blocks(backend: str, channels: int) -> None:
+    if backend == "cuda" and channels > 256:
+        pytest.skip("refused, see test_what_the_cuda_kernels_refuse")
     weights = block_weights(channels)
     contract.check_against_reference(
         lambda x: functional.invertible_block(x, weights, backend=backend),
@@ -210,7 +220,7 @@ def test_reference_gradient_with_a_3x3_mix() -> None:
 
 @pytest.mark.parametrize(("subnet", "activation", "clamp"), VARIANTS)
 def test_every_option(backend: str, subnet: str, activation: str, clamp: float | None) -> None:
-    if backend in ("cpu", "triton") and subnet != "bottleneck":
+    if backend != "reference" and subnet != "bottleneck":
         with pytest.raises(RuntimeError, match="made for subnet 'bottleneck', and this block's is"):
             functional.invertible_block(
                 torch.randn(1, 4, 3, 3), block_weights(4, subnet), backend=backend
@@ -228,13 +238,16 @@ def test_every_option(backend: str, subnet: str, activation: str, clamp: float |
         return reference.invertible_block(x, with_tensors(weights, w))
 
     image = torch.randn(interpreter.fitted(backend, (2, 8, 9, 11), (1, 8, 5, 11)))
-    contract.check_against_reference(fn, reference_fn, [image, *weights.tensors()])
+    inputs = [image, *differentiated(backend, weights)]
+    # exp of a free log scale, which is up to 70 here, has its rounding errors 70 fold.
+    tolerance = 2e-5 if clamp is None else 1e-5
+    contract.check_against_reference(fn, reference_fn, inputs, value_tolerance=tolerance)
     contract.check_against_reference(
         lambda y: functional.invertible_block_inverse(y, weights, backend=backend),
         lambda y: reference.invertible_block_inverse(y, exact),
         [image],
         differentiable=False,
-        value_tolerance=2e-5 if clamp is None else 1e-5,
+        value_tolerance=tolerance,
     )
 
 
@@ -287,7 +300,7 @@ def test_threads_do_not_change_a_bit(backend: str) -> None:
         return functional.invertible_block(x, with_tensors(weights, w), backend=backend)
 
     image = torch.randn(interpreter.fitted(backend, (3, 8, 140, 150), (2, 8, 6, 23)))
-    contract.check_deterministic(backend, fn, image, *weights.tensors())
+    contract.check_deterministic(backend, fn, image, *differentiated(backend, weights))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -333,7 +346,7 @@ def test_layouts_of_the_upstream_gradient(backend: str) -> None:
 def test_contract(backend: str) -> None:
     weights = block_weights(4)
     x = torch.randn(interpreter.fitted(backend, (2, 4, 5, 6), (1, 4, 4, 6)))
-    tensors = [w.clone().requires_grad_() for w in weights.tensors()]
+    tensors = [w.clone().requires_grad_(backend != "cuda") for w in weights.tensors()]
     options = (*weights[5:], backend)
     for image in (x, x.contiguous(memory_format=torch.channels_last), x.transpose(2, 3)):
         contract.check_opcheck(
@@ -425,7 +438,7 @@ def test_products_of_bfloat16(capability: str) -> None:
 
 def test_more_tiles_than_partial_sums(backend: str) -> None:
     weights = block_weights()
-    tensors = weights.tensors()
+    tensors = differentiated(backend, weights)
     contract.check_against_reference(
         lambda x, *w: functional.invertible_block(x, with_tensors(weights, w), backend=backend),
         lambda x, *w: reference.invertible_block(x, with_tensors(weights, w)),
@@ -471,12 +484,24 @@ def test_triton_refuses_more_channels_than_fit() -> None:
         functional.invertible_block(x, weights, backend="triton")
 
 
+def test_what_the_cuda_kernels_refuse() -> None:
+    can_run = ops.coupling.OP.implementation("cuda").can_run
+    tensors = block_weights(258).tensors()
+    assert "up to 256 channels, and this block has 258" in str(can_run(*tensors))
+    assert "gradient of the image only" in str(can_run(need_weights=True))
+    assert "made for subnet 'bottleneck'" in str(can_run(subnet="conv2"))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_weight_gradients_of_an_image_in_half_precision(backend: str, dtype: torch.dtype) -> None:
     weights = block_weights(64)
     x, upstream = torch.randn(2, 1, 64, 5, 6).to(dtype)
     leaves = [w.clone().requires_grad_() for w in weights.tensors()]
     y = functional.invertible_block(x, with_tensors(weights, tuple(leaves)), backend=backend)
+    if backend == "cuda":
+        with pytest.raises(RuntimeError, match="its kernels give the gradient of the image only"):
+            torch.autograd.grad(y, leaves, upstream)
+        return
     exact = as_dtype(weights, torch.float64)
     _, expected = reference.invertible_block_backward(upstream.double(), x.double(), exact, True)
     for got, want in zip(torch.autograd.grad(y, leaves, upstream), expected, strict=True):

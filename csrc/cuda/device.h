@@ -11,6 +11,7 @@
 #define MGHF_PRAGMA(text) _Pragma(#text)
 #define MGHF_UNROLL(count) MGHF_PRAGMA(unroll count)
 #define MGHF_UNROLL_ALL MGHF_PRAGMA(unroll)
+#define MGHF_NOINLINE __noinline__
 #define MGHF_DYNAMIC_SHARED(type, name)                         \
   extern __shared__ __align__(16) unsigned char name##_bytes[]; \
   type* const name = reinterpret_cast<type*>(name##_bytes)
@@ -18,6 +19,7 @@
 #include "host/emulator.h"
 #define MGHF_UNROLL(count)
 #define MGHF_UNROLL_ALL
+#define MGHF_NOINLINE
 #define MGHF_DYNAMIC_SHARED(type, name) \
   type* const name = static_cast<type*>(::mghf::host::dynamic_shared())
 #endif
@@ -97,6 +99,15 @@ __host__ __device__ __forceinline__ To bits_as(From from) {
   To to;
   memcpy(&to, &from, sizeof to);
   return to;
+}
+
+// The same number, of which the compiler no longer knows where it comes from: what depends on it is
+// computed again instead of being kept in registers since it was last computed.
+__device__ __forceinline__ int anew(int number) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+r"(number));
+#endif
+  return number;
 }
 
 // ---- clusters ----

@@ -1,13 +1,25 @@
 // Images and feature stacks on a GPU: (B, C, H, W) of any strides, in elements.
 #pragma once
 
+#include <type_traits>
+
 #include "numbers.h"
 
 namespace mghf::cuda {
 
-template <class T>
-struct Image {
-  const T* data;
+// How the pixels of a map are read: one by one, with a division each for the row and the column, or
+// without since pixel p lies at p * column_stride, or four that lie side by side at once.
+enum class Reading { strided, flat, fours };
+
+__host__ __device__ constexpr int pixels_of(Reading reading) {
+  return reading == Reading::fours ? 4 : 1;
+}
+
+template <class Data>
+struct ImageOf {
+  using Element = std::remove_const_t<Data>;
+
+  Data* data;
   int64_t batch, channels, height, width;
   int64_t batch_stride, channel_stride, row_stride, column_stride;
 
@@ -18,14 +30,44 @@ struct Image {
   }
   // Whether a map's pixels lie side by side, and not a pixel's channels.
   bool by_maps() const { return channel_stride != 1 || column_stride == 1; }
+  // Whether four pixels from one that is a multiple of four on lie side by side, and aligned.
+  bool by_fours() const {
+    return flat() && column_stride == 1 && pixels() % 4 == 0 && channel_stride % 4 == 0 &&
+           batch_stride % 4 == 0 && reinterpret_cast<uintptr_t>(data) % (4 * sizeof(Data)) == 0;
+  }
 
-  __device__ const T* map(int64_t b, int64_t c) const {
+  __device__ Data* map(int64_t b, int64_t c) const {
     return data + b * batch_stride + c * channel_stride;
+  }
+  __device__ Data* pixel(int64_t b, int64_t y, int64_t x) const {
+    return data + b * batch_stride + y * row_stride + x * column_stride;
   }
   template <bool kFlat>
   __device__ int64_t offset(int64_t p) const {
     return kFlat ? p * column_stride : p / width * row_stride + p % width * column_stride;
   }
+  // Reads from pixel p of a map on, or writes there.
+  template <Reading kReading>
+  __device__ void read(float (&values)[pixels_of(kReading)], const Element* map, int64_t p) const {
+    if constexpr (kReading == Reading::fours) {
+      load_four(values, map + p);
+    } else {
+      values[0] = to_float(map[offset<kReading == Reading::flat>(p)]);
+    }
+  }
+  template <Reading kReading>
+  __device__ void write(const float (&values)[pixels_of(kReading)], Data* map, int64_t p) const {
+    if constexpr (kReading == Reading::fours) {
+      store_four(map + p, values);
+    } else {
+      map[offset<kReading == Reading::flat>(p)] = from_float<Element>(values[0]);
+    }
+  }
 };
+
+template <class T>
+using Image = ImageOf<const T>;
+template <class T>
+using MutableImage = ImageOf<T>;
 
 }  // namespace mghf::cuda

@@ -71,4 +71,28 @@ __host__ __device__ __forceinline__ Half from_float<Half>(float x) {
 #endif
 }
 
+// Four numbers side by side, aligned to the size of all of them.
+__device__ __forceinline__ void load_four(float (&to)[4], const float* from) {
+  const float4 four = *reinterpret_cast<const float4*>(from);
+  to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
+}
+template <class T>
+__device__ __forceinline__ void load_four(float (&to)[4], const T* from) {
+  const uint64_t bits = *reinterpret_cast<const uint64_t*>(from);
+  MGHF_UNROLL_ALL
+  for (int i = 0; i < 4; ++i) to[i] = to_float(T{static_cast<uint16_t>(bits >> (16 * i))});
+}
+__device__ __forceinline__ void store_four(float* to, const float (&from)[4]) {
+  *reinterpret_cast<float4*>(to) = {from[0], from[1], from[2], from[3]};
+}
+template <class T>
+__device__ __forceinline__ void store_four(T* to, const float (&from)[4]) {
+  uint64_t bits = 0;
+  MGHF_UNROLL_ALL
+  for (int i = 0; i < 4; ++i) {
+    bits |= static_cast<uint64_t>(from_float<T>(from[i]).bits) << (16 * i);
+  }
+  *reinterpret_cast<uint64_t*>(to) = bits;
+}
+
 }  // namespace mghf::cuda

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import native
 from ..precision import accumulation_dtype
 from ..reference.content_style import content_style as reference_forward
 from ..reference.content_style import content_style_backward as reference_backward
 from ._dispatch import (
     Op,
     can_run_cpu,
+    can_run_cuda,
     can_run_triton,
     double_backward_requested,
     empty_like_laid_out,
@@ -73,6 +75,39 @@ def _cpu_backward(
     return grad_sr.to(sr.dtype)
 
 
+def _can_run_cuda(*tensors: Tensor, gram: str = "channel") -> str | None:
+    if gram == "map":
+        return "it has kernels for gram='channel' only"
+    return can_run_cuda(*tensors)
+
+
+def _cuda_forward(
+    gt: Tensor, sr: Tensor, top_m: int, alpha: float, gamma: float, bins: int, gram: str
+) -> Outputs:
+    result: Outputs = native.cuda_ops().content_style(gt, sr, top_m, alpha, gamma, bins)
+    return result
+
+
+def _cuda_backward(
+    grad_naive: Tensor,
+    grad_mse: Tensor,
+    grad_correlation: Tensor,
+    grad_gram: Tensor,
+    gt: Tensor,
+    sr: Tensor,
+    kept: Tensor,
+    weights: Tensor,
+    moments: Tensor,
+    difference: Tensor,
+    gram: str,
+) -> Tensor:
+    grads = (grad_naive, grad_mse, grad_correlation, grad_gram)
+    grad_sr: Tensor = native.cuda_ops().content_style_backward(
+        *(grad.float() for grad in grads), gt, sr, kept, weights, moments, difference
+    )
+    return grad_sr
+
+
 def _can_run_triton(*tensors: Tensor, gram: str = "channel") -> str | None:
     if gram == "map":
         return "it has kernels for gram='channel' only"
@@ -110,6 +145,7 @@ def _triton_backward(
 
 OP = Op("content_style")
 OP.implement("reference", reference_forward, _reference_backward)
+OP.implement("cuda", _cuda_forward, _cuda_backward, _can_run_cuda)
 OP.implement("triton", _triton_forward, _triton_backward, _can_run_triton)
 OP.implement("cpu", _cpu_forward, _cpu_backward, _can_run_cpu)
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import native
 from ..reference.coupling import (
     BlockWeights,
     invertible_block,
@@ -16,6 +17,7 @@ from ..reference.coupling import (
 from ._dispatch import (
     Op,
     can_run_cpu,
+    can_run_cuda,
     can_run_triton,
     double_backward_requested,
     empty_like_laid_out,
@@ -29,7 +31,7 @@ def _flat(tensors: list[Tensor]) -> Tensor:
     return torch.cat([t.detach().float().flatten() for t in tensors])
 
 
-def _cpu_options(block: BlockWeights) -> tuple[int, int, str, float]:
+def _native_options(block: BlockWeights) -> tuple[int, int, str, float]:
     """Channels, kernel of the mix, activation, clamp."""
     channels, _, kernel, _ = block.mix_weight.shape
     return channels, kernel, block.activation, block.clamp or 0.0
@@ -37,7 +39,7 @@ def _cpu_options(block: BlockWeights) -> tuple[int, int, str, float]:
 
 def _cpu_forward(x: Tensor, block: BlockWeights) -> Tensor:
     y: Tensor = torch.ops.mghf_native.coupling(
-        readable_on_cpu(x), _flat(block.tensors()), *_cpu_options(block)
+        readable_on_cpu(x), _flat(block.tensors()), *_native_options(block)
     )
     return y.to(x.dtype)
 
@@ -50,7 +52,7 @@ def _cpu_backward(
         readable_on_cpu(grad),
         readable_on_cpu(x),
         _flat(weights),
-        *_cpu_options(block),
+        *_native_options(block),
         need_weights,
     )
     if not need_weights:
@@ -65,7 +67,7 @@ def _cpu_backward(
 def _cpu_inverse(y: Tensor, block: BlockWeights) -> Tensor:
     inverse = torch.linalg.inv(block.mix_weight.detach().flatten(1).double())
     bias = -inverse @ block.mix_bias.detach().double()
-    channels, _, activation, clamp = _cpu_options(block)
+    channels, _, activation, clamp = _native_options(block)
     x: Tensor = torch.ops.mghf_native.coupling_inverse(
         readable_on_cpu(y),
         _flat([inverse, bias, *block.tensors()[2:]]),
@@ -74,6 +76,35 @@ def _cpu_inverse(y: Tensor, block: BlockWeights) -> Tensor:
         clamp,
     )
     return x.to(y.dtype)
+
+
+def _cuda_forward(x: Tensor, block: BlockWeights) -> Tensor:
+    y: Tensor = native.cuda_ops().coupling(x, _flat(block.tensors()), *_native_options(block))
+    return y
+
+
+def _cuda_backward(
+    grad: Tensor, x: Tensor, block: BlockWeights, need_weights: bool
+) -> tuple[Tensor, list[Tensor]]:
+    grad_x, _ = native.cuda_ops().coupling_backward(
+        grad.to(x.dtype), x, _flat(block.tensors()), *_native_options(block), need_weights
+    )
+    return grad_x, []
+
+
+def _inverse_weights(block: BlockWeights) -> list[Tensor]:
+    # Without the check for a singular matrix, for which the GPU would have to be waited for.
+    inverse, _ = torch.linalg.inv_ex(block.mix_weight.detach().flatten(1).double())
+    bias = -inverse @ block.mix_bias.detach().double()
+    return [inverse.float(), bias.float(), *block.tensors()[2:]]
+
+
+def _cuda_inverse(y: Tensor, block: BlockWeights) -> Tensor:
+    channels, _, activation, clamp = _native_options(block)
+    x: Tensor = native.cuda_ops().coupling_inverse(
+        y, _flat(_inverse_weights(block)), channels, activation, clamp
+    )
+    return x
 
 
 def _triton_forward(x: Tensor, block: BlockWeights) -> Tensor:
@@ -102,20 +133,38 @@ def _triton_inverse(y: Tensor, block: BlockWeights) -> Tensor:
     from ..kernels import coupling as kernels
 
     x = empty_like_laid_out(y)
-    # Without the check for a singular matrix, for which the GPU would have to be waited for.
-    inverse, _ = torch.linalg.inv_ex(block.mix_weight.detach().flatten(1).double())
-    bias = -inverse @ block.mix_bias.detach().double()
-    weights = [inverse.float(), bias.float(), *block.tensors()[2:]]
-    kernels.inverse(y, x, weights, block.activation, block.clamp)
+    kernels.inverse(y, x, _inverse_weights(block), block.activation, block.clamp)
     return x
 
 
-def _can_run_triton(*tensors: Tensor, subnet: str = "bottleneck") -> str | None:
+def _channels(tensors: tuple[Tensor, ...]) -> int:
+    # The bias of the mix is the only vector among them, and has the block's channels.
+    return max((t.shape[0] for t in tensors if t.dim() == 1), default=0)
+
+
+def _can_run_cuda(
+    *tensors: Tensor, subnet: str = "bottleneck", need_weights: bool = False
+) -> str | None:
     if subnet != "bottleneck":
         return f"its kernels are made for subnet 'bottleneck', and this block's is {subnet!r}"
-    # The bias of the mix is the only vector among them, and has the block's channels.
-    channels = max((t.shape[0] for t in tensors if t.dim() == 1), default=0)
-    if channels > 512:
+    if need_weights:
+        return (
+            "its kernels give the gradient of the image only, and one of the weights is asked for"
+        )
+    if (channels := _channels(tensors)) > 256:
+        return (
+            "its kernels keep half of a tile's channels on chip, which goes up to 256 channels, "
+            f"and this block has {channels}"
+        )
+    return can_run_cuda(*tensors)
+
+
+def _can_run_triton(
+    *tensors: Tensor, subnet: str = "bottleneck", need_weights: bool = False
+) -> str | None:
+    if subnet != "bottleneck":
+        return f"its kernels are made for subnet 'bottleneck', and this block's is {subnet!r}"
+    if (channels := _channels(tensors)) > 512:
         return (
             "its kernels keep half of a pixel's channels on chip, which goes up to 512 channels, "
             f"and this block has {channels}"
@@ -123,7 +172,9 @@ def _can_run_triton(*tensors: Tensor, subnet: str = "bottleneck") -> str | None:
     return can_run_triton(*tensors)
 
 
-def _can_run_cpu(*tensors: Tensor, subnet: str = "bottleneck") -> str | None:
+def _can_run_cpu(
+    *tensors: Tensor, subnet: str = "bottleneck", need_weights: bool = False
+) -> str | None:
     if subnet != "bottleneck":
         return f"its kernels are made for subnet 'bottleneck', and this block's is {subnet!r}"
     return can_run_cpu(*tensors)
@@ -131,10 +182,12 @@ def _can_run_cpu(*tensors: Tensor, subnet: str = "bottleneck") -> str | None:
 
 OP = Op("coupling")
 OP.implement("reference", invertible_block, invertible_block_backward)
+OP.implement("cuda", _cuda_forward, _cuda_backward, _can_run_cuda)
 OP.implement("triton", _triton_forward, _triton_backward, _can_run_triton)
 OP.implement("cpu", _cpu_forward, _cpu_backward, _can_run_cpu)
 INVERSE = Op("coupling_inverse")
 INVERSE.implement("reference", invertible_block_inverse)
+INVERSE.implement("cuda", _cuda_inverse, can_run=_can_run_cuda)
 INVERSE.implement("triton", _triton_inverse, can_run=_can_run_triton)
 INVERSE.implement("cpu", _cpu_inverse, can_run=_can_run_cpu)
 
@@ -178,8 +231,8 @@ def coupling_backward(
 ) -> list[Tensor]:
     """[gradient of x], followed by those of ``weights`` if they are needed."""
     block = BlockWeights.from_tensors(weights, activation, subnet, clamp)
-    run = OP.choose(backend, grad, x, *weights, subnet=subnet).differentiate
-    grad_x, grad_weights = run(grad, x, block, need_weights)
+    run = OP.choose(backend, grad, x, *weights, subnet=subnet, need_weights=need_weights)
+    grad_x, grad_weights = run.differentiate(grad, x, block, need_weights)
     return [laid_out_as(x, grad_x), *(g.contiguous() for g in grad_weights)]
 
 

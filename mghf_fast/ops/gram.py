@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import native
 from ..precision import accumulation_dtype
 from ..reference.gram import gram_matrix, gram_matrix_backward
 from ._dispatch import (
     Op,
     can_run_cpu,
+    can_run_cuda,
     can_run_triton,
     double_backward_requested,
     empty_like_laid_out,
@@ -31,6 +33,16 @@ def _cpu_backward(grad: Tensor, x: Tensor, scale: float) -> Tensor:
     return grad_x.to(x.dtype)
 
 
+def _cuda_forward(x: Tensor, scale: float) -> Tensor:
+    result: Tensor = native.cuda_ops().gram(x, scale)
+    return result
+
+
+def _cuda_backward(grad: Tensor, x: Tensor, scale: float) -> Tensor:
+    grad_x: Tensor = native.cuda_ops().gram_backward(grad.float(), x, scale)
+    return grad_x
+
+
 def _triton_forward(x: Tensor, scale: float) -> Tensor:
     from ..kernels import gram as kernels
 
@@ -47,6 +59,7 @@ def _triton_backward(grad: Tensor, x: Tensor, scale: float) -> Tensor:
 
 OP = Op("gram")
 OP.implement("reference", gram_matrix, gram_matrix_backward)
+OP.implement("cuda", _cuda_forward, _cuda_backward, can_run_cuda)
 OP.implement("triton", _triton_forward, _triton_backward, can_run_triton)
 OP.implement("cpu", _cpu_forward, _cpu_backward, can_run_cpu)
 

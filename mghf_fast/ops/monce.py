@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import native
 from ..precision import accumulation_dtype
 from ..reference.monce import monce as reference_forward
 from ..reference.monce import monce_backward as reference_backward
 from ._dispatch import (
     Op,
     can_run_cpu,
+    can_run_cuda,
     can_run_triton,
     double_backward_requested,
     register_float32_autocast,
@@ -43,8 +45,30 @@ def _cpu_backward(grad: Tensor, query: Tensor, key: Tensor, *options: Any) -> Te
     return grad_query.to(query.dtype)
 
 
+MOST_PATCHES = 1 << 20
+
+
+def _cuda_forward(query: Tensor, key: Tensor, *options: Any) -> Tensor:
+    losses: Tensor = native.cuda_ops().monce(query, key, *options)
+    return losses
+
+
+def _cuda_backward(grad: Tensor, query: Tensor, key: Tensor, *options: Any) -> Tensor:
+    grad_query: Tensor = native.cuda_ops().monce_backward(grad, query, key, *options)
+    return grad_query
+
+
+def _can_run_cuda(*tensors: Tensor) -> str | None:
+    if (reason := can_run_cuda(*tensors)) is not None:
+        return reason
+    if max(tensors[-1].shape[1:]) > MOST_PATCHES:
+        return f"it takes up to {MOST_PATCHES} patches of as many numbers"
+    return None
+
+
 OP = Op("monce")
 OP.implement("reference", reference_forward, reference_backward)
+OP.implement("cuda", _cuda_forward, _cuda_backward, _can_run_cuda)
 OP.implement("triton", _triton_forward, _triton_backward, can_run_triton)
 OP.implement("cpu", _cpu_forward, _cpu_backward, can_run_cpu)
 

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import native
 from ..reference.sinkhorn import sinkhorn_plan, sinkhorn_plan_backward
 from ._dispatch import (
     Op,
     can_run_cpu,
+    can_run_cuda,
     can_run_triton,
     double_backward_requested,
     register_float32_autocast,
@@ -61,8 +63,41 @@ def _cpu_backward(
     return grad_similarity.to(similarity.dtype)
 
 
+MOST_PATCHES = 1 << 20
+
+
+def _cuda_forward(
+    similarity: Tensor, cost: str, epsilon: float, iterations: int, tolerance: float | None
+) -> Tensor:
+    plan: Tensor = native.cuda_ops().sinkhorn(similarity, cost, epsilon, iterations, tolerance)
+    return plan
+
+
+def _cuda_backward(
+    grad: Tensor,
+    similarity: Tensor,
+    cost: str,
+    epsilon: float,
+    iterations: int,
+    tolerance: float | None,
+) -> Tensor:
+    grad_similarity: Tensor = native.cuda_ops().sinkhorn_backward(
+        grad, similarity, cost, epsilon, iterations, tolerance
+    )
+    return grad_similarity
+
+
+def _can_run_cuda(*tensors: Tensor) -> str | None:
+    if (reason := can_run_cuda(*tensors)) is not None:
+        return reason
+    if (n := tensors[-1].shape[-1]) > MOST_PATCHES:
+        return f"it takes matrices of up to {MOST_PATCHES} rows, and these have {n}"
+    return None
+
+
 OP = Op("sinkhorn")
 OP.implement("reference", sinkhorn_plan, sinkhorn_plan_backward)
+OP.implement("cuda", _cuda_forward, _cuda_backward, _can_run_cuda)
 OP.implement("triton", _triton_forward, _triton_backward, can_run_triton)
 OP.implement("cpu", _cpu_forward, _cpu_backward, can_run_cpu)
 

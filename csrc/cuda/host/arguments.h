@@ -27,6 +27,24 @@ Image<T> image_of(const py::array& x) {
           stride(0), stride(1), stride(2), stride(3)};
 }
 
+template <class T>
+MutableImage<T> mutable_image_of(py::array& x) {
+  const Image<T> read = image_of<T>(x);
+  return {static_cast<T*>(x.mutable_data()), read.batch, read.channels, read.height, read.width,
+          read.batch_stride, read.channel_stride, read.row_stride, read.column_stride};
+}
+
+// Of the size, type and layout of an image, with `channels`; contiguous unless it is channels_last.
+inline py::array new_image_like(const py::array& x, py::ssize_t channels) {
+  const py::ssize_t b = x.shape(0), c = channels, h = x.shape(2), w = x.shape(3);
+  const py::ssize_t size = x.itemsize();
+  const bool last = x.shape(1) > 1 && x.strides(1) == size && x.strides(3) == x.shape(1) * size;
+  const std::vector<py::ssize_t> strides =
+      last ? std::vector<py::ssize_t>{h * w * c * size, size, w * c * size, c * size}
+           : std::vector<py::ssize_t>{c * h * w * size, h * w * size, w * size, size};
+  return py::array(x.dtype(), {b, c, h, w}, strides);
+}
+
 // Calls f with an element of the array's type.
 template <class F>
 void with_type(const py::array& x, const F& f) {

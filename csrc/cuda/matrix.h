@@ -1,0 +1,60 @@
+// Batches of matrices on a GPU: (B, rows, columns) of any strides, in elements, and of any of the
+// types that images have. The type is known at run time: the kernels that read matrices do much else.
+#pragma once
+
+#include <type_traits>
+
+#include "numbers.h"
+
+namespace mghf::cuda {
+
+enum class Element { float32, float16, bfloat16 };
+
+template <class T>
+constexpr Element element_of() {
+  return sizeof(T) == 4               ? Element::float32
+         : std::is_same_v<T, Half> ? Element::float16
+                                   : Element::bfloat16;
+}
+
+// Calls f with a number of that type.
+template <class F>
+__device__ __forceinline__ void with_element(Element element, const F& f) {
+  switch (element) {
+    case Element::float32:
+      return f(float{});
+    case Element::float16:
+      return f(Half{});
+    case Element::bfloat16:
+      return f(BFloat16{});
+  }
+}
+
+template <class T>
+struct Matrix {
+  const T* data;
+  int64_t row_stride, column_stride;
+
+  __device__ __forceinline__ float operator()(int64_t i, int64_t j) const {
+    return to_float(data[i * row_stride + j * column_stride]);
+  }
+};
+
+struct Matrices {
+  const void* data;
+  Element element;
+  int64_t batch, rows, columns;
+  int64_t batch_stride, row_stride, column_stride;
+
+  // Matrix b, whose elements are T.
+  template <class T>
+  __device__ __forceinline__ Matrix<T> matrix(int64_t b) const {
+    return {static_cast<const T*>(data) + b * batch_stride, row_stride, column_stride};
+  }
+  // Whether neighbours in a row are closer than those in a column.
+  __device__ __forceinline__ bool by_rows() const {
+    return column_stride == 1 || row_stride != 1;
+  }
+};
+
+}  // namespace mghf::cuda

@@ -1,0 +1,426 @@
+// The patch contrastive loss with transported negatives, and its gradient.
+//
+//     s_ij = <q_i, k_j>,   K, u, v: see sinkhorn_solver.h,   E_ij = e^((s_ij - max_j s_ij) / t)
+//     w_ij = K_ij v_j E_ij
+//     x_i = (max_j s_ij - s_ii) / t + ln(Q (N-1) u_i sum_j w_ij)          loss_i = softplus(x_i)
+//     r_i = grad_i sigmoid(x_i),   W_ij = r_i w_ij / sum_j w_ij
+//     ds_ij = W_ij / t + (W_ij - K_ij c_ij) dscore/ds / epsilon,   ds_ii = -r_i / t,   dq = ds k
+//
+// with c_ij from the solver's recursion. Nothing overflows, whatever the temperature, and small
+// losses keep their digits.
+//
+// One launch forward and one backward. A block computes s of its rows by tensor cores into the place
+// of K whenever it is needed, which is cheaper than to keep both: before the iterations, after them,
+// and backward for ds as well, which takes the place of s and meets the keys there. No N x N matrix
+// is written to the device's memory, unless none fits the chip.
+//
+// Where K or v spreads over too many powers of two for w to be a float32, the exponents of all
+// factors are added before the power is taken.
+//
+// Floor for B = 128, N = 441, D = 64, float32 on an H200: 29 MB read, 6 us at 4.3 TB/s; 1.6 G
+// multiply-adds for each s, as three products of TF32 33 us at 300 TFLOP/s. In four rounds of 33
+// clusters: 2 products of about 14 us, 7 iterations of 1.6 us and the weights' 7 us, 0.2 ms forward;
+// backward 3 products and dq, 15 sweeps and the weights twice, 0.4 ms.
+#include "monce.h"
+
+#include "patch_product.h"
+#include "sinkhorn_solver.h"
+
+namespace mghf::cuda {
+
+namespace {
+
+constexpr int kThreads = kMostWarps * kWarp;
+// Part of the gradient that the recursion may leave out.
+constexpr float kNegligible = 5e-7f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+struct Terms {
+  float inverse_temperature, log2_slope;  // 1 / t, 1 / (t ln 2)
+  float log_weight;                       // ln(Q (N-1))
+  float slope;                            // 1 / epsilon, or its opposite
+};
+
+// Tiles of rows that a product takes at a time: as many as the warps' column sums have room for.
+template <int kWords>
+constexpr int kTilesOf = kWords == 4 ? 2 : kWords == 8 ? 4 : kWords == 14 ? 7 : 5;
+
+// Fills the area with s.
+struct Products {
+  const Matrices &query, &key;
+
+  template <int kWords, bool kOnChip>
+  __device__ __forceinline__ void fill(const Solver<kWords, kOnChip>& s) const {
+    constexpr int kTiles = kTilesOf<kWords>;
+    const int fitting = s.p.division.partial() / (kTile * kDepth);
+    with_element(query.element, [&](auto element) {
+      using T = decltype(element);
+      multiply_by_keys<kTiles, T>(Area{s.area, s.pitch, s.rows}, s.partial,
+                                  fitting < kTiles ? fitting : kTiles, query.matrix<T>(s.map),
+                                  key.matrix<T>(s.map), s.n, s.first,
+                                  static_cast<int>(query.columns));
+    });
+  }
+};
+
+__device__ __forceinline__ float softplus(float x) {
+  return (x > 0 ? x : 0) + log1pf(expf(-fabsf(x)));
+}
+__device__ __forceinline__ float sigmoid(float x) {
+  const float decay = expf(-fabsf(x));
+  return (x > 0 ? 1 : decay) / (1 + decay);
+}
+
+// w before the exponents of its row's largest is taken out, from K_ij times 2^a_i, v_j 2^-b_j and the
+// exponent of E_ij.
+__device__ MGHF_NOINLINE Power wide_weight(Power own, Power column, float distance) {
+  const float x = distance > -kLargestExponent ? distance : -kLargestExponent;
+  const float exponent = round_to_integer(x);
+  return {own.exponent + column.exponent + exponent,
+          own.power * column.power * power_of_two_within_half(x - exponent)};
+}
+
+// The weights w of the block's rows, once the area has s again.
+template <class S>
+struct Weights {
+  const S& s;
+  const Terms& terms;
+  const float *v, *b;  // of the last iterate; b of the base on which K stood
+
+  // Of each row: max_j s_ij, the exponent that is taken out of its weights, whether the factors are
+  // numbers of float32; then what the gradient needs, r_i and r_i / sum_j w_ij.
+  __device__ __forceinline__ float& highest(int r) const { return s.of_rows[r]; }
+  __device__ __forceinline__ float& top(int r) const { return s.of_rows[s.rows + r]; }
+  __device__ __forceinline__ float& narrow(int r) const { return s.of_rows[2 * s.rows + r]; }
+  __device__ __forceinline__ float& share(int r) const { return s.of_rows[3 * s.rows + r]; }
+  __device__ __forceinline__ float& scaled(int r) const { return s.of_rows[4 * s.rows + r]; }
+
+  __device__ __forceinline__ float narrow_weight(const Power& own, float distance, int j,
+                                                 float top) const {
+    const float x = distance > -125 ? distance : -125;
+    return own.power * scale(own.exponent - top) * v[j] * exp2f(x);
+  }
+  __device__ __forceinline__ Power wide(const Power& own, float distance, int j) const {
+    return wide_weight(own, S::split(v[j], b[j]), distance);
+  }
+  __device__ __forceinline__ Power power(float similarity) const {
+    return power_of_two(score_of(similarity, s.p.cost), s.p.factor);
+  }
+  __device__ __forceinline__ float weight(const Power& own, float similarity, int r, int j) const {
+    const float distance = (similarity - highest(r)) * terms.log2_slope;
+    if (narrow(r) > 0) return narrow_weight(own, distance, j, top(r));
+    const Power x = wide(own, distance, j);
+    return x.power * scale(x.exponent - top(r));
+  }
+
+  // Returns x_i of row r by its u and a, and leaves the numbers of the row but the last two; `sum`
+  // becomes sum_j w_ij.
+  __device__ __forceinline__ float excess(int r, float u, float a, bool even, float& sum) const {
+    const int i = s.first + r;
+    float high = -INFINITY, low = INFINITY;
+    for (int j = s.lane; j < s.n; j += kWarp) {
+      const float x = s.at(r, j);
+      high = j == i ? high : most_of(high, x);
+      low = j == i ? low : least_of(low, x);
+    }
+    high = s.across_lanes(high, Most{});
+    low = s.across_lanes(low, [](float x, float y) { return least_of(x, y); });
+    const float range = score_of(high, s.p.cost) - score_of(low, s.p.cost);
+    const bool is_narrow = even && fabsf(range * s.p.factor.value) <= 40;
+    const auto distance = [&](float x) { return (x - high) * terms.log2_slope; };
+    float most = a;
+    sum = 0;
+    if (is_narrow) {
+      MGHF_UNROLL(2)
+      for (int j = s.lane; j < s.n; j += kWarp) {
+        const float x = s.at(r, j), w = narrow_weight(power(x), distance(x), j, a);
+        sum += j == i ? 0 : w;
+      }
+    } else {
+      most = 4 * kNoExponent;
+      MGHF_UNROLL(1)
+      for (int j = s.lane; j < s.n; j += kWarp) {
+        const float x = s.at(r, j);
+        if (j != i) most = most_of(most, wide(power(x), distance(x), j).exponent);
+      }
+      most = s.across_lanes(most, Most{});
+      MGHF_UNROLL(1)
+      for (int j = s.lane; j < s.n; j += kWarp) {
+        const float x = s.at(r, j);
+        const Power w = wide(power(x), distance(x), j);
+        sum += j == i ? 0 : w.power * scale(w.exponent - most);
+      }
+    }
+    sum = s.across_lanes(sum, Add{});
+    if (s.lane == 0) {
+      highest(r) = high;
+      top(r) = most;
+      narrow(r) = is_narrow ? 1 : 0;
+    }
+    const float log_sum = logf(u * sum) + (most - a) * kLn2;
+    return (high - s.at(r, i)) * terms.inverse_temperature + (log_sum + terms.log_weight);
+  }
+};
+
+template <int kWords, bool kOnChip>
+__global__ void __launch_bounds__(kThreads, 1)
+    losses(Problem p, Terms terms, Matrices query, Matrices key, float* result) {
+  MGHF_DYNAMIC_SHARED(float, shared);
+  using S = Solver<kWords, kOnChip>;
+  S s(p, shared);
+  const Products source{query, key};
+  const auto solution = s.solve(source);
+  float* const out = result + static_cast<int64_t>(s.map) * s.n;
+  if (solution.made >= 0) {
+    source.fill(s);
+    const Weights<S> weights{s, terms, s.v(solution.made), s.b(solution.base)};
+    s.for_rows([&](int r) {
+      if (s.first + r >= s.n) return;
+      float sum = 0;
+      const float x = weights.excess(r, s.u(solution.made)[r], s.a(solution.base)[r],
+                                     solution.even, sum);
+      if (s.lane == 0) out[s.first + r] = softplus(x);
+    });
+  } else {
+    for (int r = s.thread; r < s.rows; r += s.threads) {
+      if (s.first + r < s.n) out[s.first + r] = NAN;
+    }
+  }
+  s.sync_all();  // the other blocks may still read this one's memory
+}
+
+// ds of the block's rows, in place of s in the area.
+template <class S>
+__device__ __forceinline__ void differentiate(const S& s, const Weights<S>& weights,
+                                              const typename S::Solution& solution, bool exact) {
+  constexpr int kRows = kGroup, kWords = S::kWords;
+  const Terms& terms = weights.terms;
+  const History h = s.history();
+  const int first = exact ? h.first() : 1, last = exact ? h.last() : 0, made = solution.made;
+  const float *const a = h.a(solution.base), *const b = h.b(solution.base);
+  MGHF_UNROLL(1)
+  for (int r = s.warp * kRows; r < s.rows; r += s.warps * kRows) {
+    int rows[kRows];  // of the matrix; those outside are taken for its last
+    MGHF_UNROLL_ALL
+    for (int g = 0; g < kRows; ++g) rows[g] = s.first + r + g < s.n ? s.first + r + g : s.n - 1;
+    MGHF_UNROLL(1)
+    for (int left = s.lane; left < s.pitch; left += kWords * kWarp) {
+      float correction[kRows][kWords] = {};
+      if (exact && solution.base == 0) {
+        MGHF_UNROLL(1)
+        for (int term = first; term <= last; ++term) {
+          const float *const u = h.u(term < made ? term : made);
+          const float *const v = h.v(term - 1 < made ? term - 1 : made);
+          float new_u[kRows], by_row[kRows];
+          MGHF_UNROLL_ALL
+          for (int g = 0; g < kRows; ++g) {
+            new_u[g] = u[rows[g]];
+            by_row[g] = h.rows(term)[rows[g]];
+          }
+          MGHF_UNROLL_ALL
+          for (int k = 0; k < kWords; ++k) {
+            const int j = left + k * kWarp < s.n ? left + k * kWarp : s.n - 1;
+            const float by_column = h.columns(term)[j], old_v = v[j];
+            MGHF_UNROLL_ALL
+            for (int g = 0; g < kRows; ++g) {
+              correction[g][k] += new_u[g] * by_column + by_row[g] * old_v;
+            }
+          }
+        }
+      }
+      MGHF_UNROLL_ALL
+      for (int k = 0; k < kWords; ++k) {
+        const int j = left + k * kWarp;
+        MGHF_UNROLL_ALL
+        for (int g = 0; g < kRows; ++g) {
+          const int i = s.first + r + g;
+          float& entry = s.at(r + g, j);
+          float d = 0;
+          if (i < s.n && j == i) d = -weights.share(r + g) * terms.inverse_temperature;
+          if (i < s.n && j < s.n && j != i) {
+            const Power own = weights.power(entry);
+            const float w = weights.weight(own, entry, r + g, j) * weights.scaled(r + g);
+            d = w * terms.inverse_temperature;
+            if (exact) {
+              const float through =
+                  solution.base > 0 ? wide_correction(h, own, i, j)
+                                    : own.power * scale(own.exponent - a[i] - b[j]) *
+                                          correction[g][k];
+              const float by_score =
+                  s.p.cost == TransportCost::exp ? score_of(entry, s.p.cost) : 1;
+              d += (w - through) * terms.slope * by_score;
+            }
+          }
+          entry = d;
+        }
+      }
+    }
+  }
+}
+
+template <int kWords, bool kOnChip>
+__global__ void __launch_bounds__(kThreads, 1)
+    query_gradients(Problem p, Terms terms, Matrices grad, Matrices query, Matrices key,
+                    void* result) {
+  MGHF_DYNAMIC_SHARED(float, shared);
+  const bool exact = p.history != nullptr;
+  using S = Solver<kWords, kOnChip>;
+  S s(p, shared);
+  const Products source{query, key};
+  const auto solution = s.solve(source);
+  const int depth = static_cast<int>(query.columns);
+  const int64_t start = s.map * static_cast<int64_t>(s.n) * depth;
+  if (solution.made < 0) {
+    with_element(query.element, [&](auto element) {
+      using T = decltype(element);
+      T* const out = static_cast<T*>(result) + start;
+      for (int64_t x = s.thread; x < static_cast<int64_t>(s.rows) * depth; x += s.threads) {
+        if (s.first + x / depth >= s.n) break;
+        out[static_cast<int64_t>(s.first) * depth + x] = from_float<T>(NAN);
+      }
+    });
+    s.sync_all();
+    return;
+  }
+  if (exact && s.rank == 0 && s.thread == 0) s.history().made() = solution.made;
+  s.sync_all();  // what the history has is known to all blocks
+  source.fill(s);
+  // The recursion needs b's place.
+  const float* const b = exact ? s.history().b(solution.base) : s.b(solution.base);
+  const Weights<S> weights{s, terms, s.v(solution.made), b};
+  Statistics statistics;
+  with_element(grad.element, [&](auto element) {
+    const auto upstream = grad.matrix<decltype(element)>(s.map);
+    s.for_rows([&](int r) {
+      if (s.first + r >= s.n) return;
+      float sum = 0;
+      const float x = weights.excess(r, s.u(solution.made)[r], s.a(solution.base)[r],
+                                     solution.even, sum);
+      if (s.lane == 0) {
+        const float share = upstream(s.first + r, 0) * sigmoid(x);
+        weights.share(r) = share;
+        weights.scaled(r) = share / sum;
+      }
+    });
+  });
+  __syncwarp();
+  if (exact) {
+    s.for_rows([&](int r) {
+      if (s.first + r < s.n) statistics.high = most_of(statistics.high, weights.highest(r));
+    });
+    s.sum_gradient(statistics, [&](int r, int j, float x) {
+      return j == s.first + r ? 0
+                              : weights.weight(weights.power(x), x, r, j) * weights.scaled(r);
+    });
+    s.build(s.history().a(solution.base) + s.first, b);
+    // The sum of |ds| is at least that of |r| / t, from the diagonal alone.
+    const float steepest =
+        fabsf(terms.slope) * (p.cost == TransportCost::exp ? exponential(statistics.high) : 1);
+    const float part = terms.inverse_temperature / steepest;
+    s.recur(source, solution, kNegligible * statistics.total * (part < 1 ? part : 1));
+    s.sync_all();
+    source.fill(s);
+  }
+  differentiate(s, weights, solution, exact);
+  __syncthreads();
+  with_element(query.element, [&](auto element) {
+    using T = decltype(element);
+    multiply_area<kTilesOf<kWords>, T>(Area{s.area, s.pitch, s.rows}, key.matrix<T>(s.map),
+                                       static_cast<T*>(result) + start, s.n, s.first, depth);
+  });
+  s.sync_all();
+}
+
+// N = 1: no negatives, no loss; NaN stays NaN.
+__global__ void __launch_bounds__(kThreads)
+    single_losses(Matrices query, Matrices key, float* result) {
+  const int64_t b = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (b >= query.batch) return;
+  with_element(query.element, [&](auto element) {
+    const auto q = query.matrix<decltype(element)>(b), k = key.matrix<decltype(element)>(b);
+    float product = 0;
+    for (int64_t d = 0; d < query.columns; ++d) product += q(0, d) * k(0, d);
+    result[b] = product * 0;
+  });
+}
+
+__global__ void __launch_bounds__(kThreads)
+    single_gradients(Matrices grad, Matrices query, void* result) {
+  const int64_t x = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (x >= query.batch * query.columns) return;
+  const int64_t b = x / query.columns;
+  float upstream = 0;
+  with_element(grad.element, [&](auto element) {
+    upstream = grad.matrix<decltype(element)>(b)(0, 0);
+  });
+  with_element(query.element, [&](auto element) {
+    using T = decltype(element);
+    const float zero = query.matrix<T>(b)(0, x % query.columns) * 0 * upstream;
+    static_cast<T*>(result)[x] = from_float<T>(zero);
+  });
+}
+
+int64_t blocks_for(int64_t threads) { return (threads + kThreads - 1) / kThreads; }
+
+// Of two patches either can only be moved to the other: that plan has no gradient.
+bool differentiates_plan(const MonceOptions& options, int64_t n) {
+  return options.differentiate_plan && n > 2;
+}
+
+Terms terms_of(const MonceOptions& options, int64_t n) {
+  const double sign = options.transport.cost == TransportCost::easy ? -1 : 1;
+  return {static_cast<float>(1 / options.temperature),
+          static_cast<float>(1.4426950408889634 / options.temperature),
+          static_cast<float>(log(options.negative_weight * static_cast<double>(n - 1))),
+          static_cast<float>(sign / options.transport.epsilon)};
+}
+
+}  // namespace
+
+const char* monce_workspace_bytes(int64_t batch, int64_t size, const MonceOptions& options,
+                                  bool backward, int64_t& bytes) {
+  Division division;
+  const char* const error = divide(size, division);
+  if (error == nullptr) {
+    bytes = solver_bytes(batch, size, options.transport.iterations,
+                         backward && differentiates_plan(options, size), division);
+  }
+  return error;
+}
+
+const char* monce(const Matrices& query, const Matrices& key, const MonceOptions& options,
+                  float* result, void* workspace, Stream stream) {
+  const int64_t n = query.rows, batch = query.batch;
+  if (n == 1) {
+    return launch(single_losses, {blocks_for(batch), kThreads}, stream, query, key, result);
+  }
+  Division division;
+  const char* const error = divide(n, division);
+  if (error != nullptr) return error;
+  const Problem p = problem_of(n, options.transport, division, batch, false, workspace);
+  return with_solver(division, [&]<int kWords, bool kOnChip>(Solver<kWords, kOnChip>*) {
+    return launch(losses<kWords, kOnChip>, grid_of(division, batch), stream, p,
+                  terms_of(options, n), query, key, result);
+  });
+}
+
+const char* monce_backward(const Matrices& grad, const Matrices& query, const Matrices& key,
+                           const MonceOptions& options, void* grad_query, void* workspace,
+                           Stream stream) {
+  const int64_t n = query.rows, batch = query.batch;
+  if (n == 1) {
+    return launch(single_gradients, {blocks_for(batch * query.columns), kThreads}, stream, grad,
+                  query, grad_query);
+  }
+  Division division;
+  const char* const error = divide(n, division);
+  if (error != nullptr) return error;
+  const bool exact = differentiates_plan(options, n);
+  const Problem p = problem_of(n, options.transport, division, batch, exact, workspace);
+  return with_solver(division, [&]<int kWords, bool kOnChip>(Solver<kWords, kOnChip>*) {
+    return launch(query_gradients<kWords, kOnChip>, grid_of(division, batch), stream, p,
+                  terms_of(options, n), grad, query, key, grad_query);
+  });
+}
+
+}  // namespace mghf::cuda

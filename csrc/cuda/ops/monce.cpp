@@ -1,0 +1,84 @@
+// The CUDA implementation of the native op `monce`: argument checks, results, the calls of its
+// kernels.
+#include "../monce.h"
+
+#include "transport.h"
+
+namespace {
+
+using namespace mghf::cuda;
+using mghf::shape_of;
+
+struct Arguments {
+  Matrices query, key;
+  MonceOptions options;
+};
+
+Arguments check_monce(const Tensor& query, const Tensor& key, double temperature, double epsilon,
+                      int64_t iterations, double negative_weight, const std::string& cost,
+                      const std::string& plan_gradient) {
+  const Matrices queries = check_matrices(query, "query"), keys = check_matrices(key, "key");
+  check_same_shape(key, "key", query, "query");
+  STD_TORCH_CHECK(queries.element == keys.element, "key is of another type than query");
+  STD_TORCH_CHECK(queries.columns <= kMostTransported, "query has shape ", shape_of(query),
+                  "; allowed are up to ", kMostTransported, " columns");
+  check_scale(temperature, "temperature");
+  check_scale(negative_weight, "negative_weight");
+  STD_TORCH_CHECK(plan_gradient == "exact" || plan_gradient == "detach", "plan_gradient is '",
+                  plan_gradient, "'; allowed are 'exact', 'detach'");
+  const TransportOptions transport = check_transport(cost, epsilon, iterations, std::nullopt);
+  return {queries, keys, {transport, temperature, negative_weight, plan_gradient == "exact"}};
+}
+
+Tensor workspace_for(const Tensor& query, const MonceOptions& options, bool backward) {
+  int64_t bytes = 0;
+  check_launch(monce_workspace_bytes(query.size(0), query.size(1), options, backward, bytes),
+               "monce");
+  return torch::stable::new_empty(query, {bytes}, ScalarType::Byte);
+}
+
+Tensor monce_op(const Tensor& query, const Tensor& key, double temperature, double epsilon,
+                int64_t iterations, double negative_weight, const std::string& cost,
+                const std::string& plan_gradient) {
+  const Arguments given = check_monce(query, key, temperature, epsilon, iterations,
+                                      negative_weight, cost, plan_gradient);
+  const Launcher launcher(query);
+  Tensor losses =
+      torch::stable::new_empty(query, {query.size(0), query.size(1)}, ScalarType::Float);
+  if (losses.numel() == 0) return losses;
+  Tensor workspace = workspace_for(query, given.options, false);
+  check_launch(monce(given.query, given.key, given.options,
+                     static_cast<float*>(losses.mutable_data_ptr()), workspace.mutable_data_ptr(),
+                     launcher.stream()),
+               "monce");
+  return losses;
+}
+
+Tensor monce_backward_op(const Tensor& grad, const Tensor& query, const Tensor& key,
+                         double temperature, double epsilon, int64_t iterations,
+                         double negative_weight, const std::string& cost,
+                         const std::string& plan_gradient) {
+  const Arguments given = check_monce(query, key, temperature, epsilon, iterations,
+                                      negative_weight, cost, plan_gradient);
+  STD_TORCH_CHECK(grad.dim() == 2 && grad.size(0) == query.size(0) &&
+                      grad.size(1) == query.size(1),
+                  "grad has shape ", shape_of(grad), "; allowed are the first two dimensions of ",
+                  "query, ", shape_of(query));
+  const Matrices upstream = check_matrices(torch::stable::unsqueeze(grad, 2), "grad");
+  const Launcher launcher(query);
+  Tensor result = torch::stable::new_empty(query, {query.size(0), query.size(1), query.size(2)});
+  if (result.numel() == 0) return result;
+  Tensor workspace = workspace_for(query, given.options, true);
+  check_launch(monce_backward(upstream, given.query, given.key, given.options,
+                              result.mutable_data_ptr(), workspace.mutable_data_ptr(),
+                              launcher.stream()),
+               "monce_backward");
+  return result;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(mghf_native, CUDA, m) {
+  m.impl("monce", TORCH_BOX(&monce_op));
+  m.impl("monce_backward", TORCH_BOX(&monce_backward_op));
+}

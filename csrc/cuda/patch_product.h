@@ -1,0 +1,152 @@
+// Products of a block's rows with all keys by tensor cores, for `monce`: into the area of a solver,
+// which has N columns for each of the block's rows (see sinkhorn_solver.h), and out of it.
+//
+// float32 is multiplied as three products of TF32; float16 and bfloat16 have no more digits than
+// TF32. The products over 8 depths are added up in float32 outside the tensor cores, which cut off
+// where an addition rounds.
+#pragma once
+
+#include "matrix.h"
+#include "mma.h"
+
+namespace mghf::cuda {
+
+constexpr int kTile = 16;    // rows
+constexpr int kDepth = 32;   // of queries, staged at a time: 32 numbers for each row
+constexpr int kColumns = 8;  // of a tensor core's product, which is also its depth
+
+// The block's rows in the area.
+struct Area {
+  float* numbers;
+  int pitch, rows;
+
+  __device__ __forceinline__ float& at(int r, int j) const {
+    return numbers[static_cast<int64_t>(r) * pitch + (j ^ (r & 7) * 4)];
+  }
+};
+
+template <class T>
+__device__ __forceinline__ void add_product(float (&sum)[4], const SplitA& a, const SplitB& b) {
+  float d[4] = {};
+  if constexpr (std::is_same_v<T, float>) {
+    mma_3xtf32(d, a, b);
+  } else {
+    mma_tf32(d, a.big, b.big);
+  }
+  MGHF_UNROLL_ALL
+  for (int i = 0; i < 4; ++i) sum[i] += d[i];
+}
+
+__device__ __forceinline__ void put(uint32_t& big, uint32_t& small, float x) {
+  const SplitTf32 split(x);
+  big = split.big;
+  small = split.small;
+}
+
+// area = query key^T: rows `first` on of the query. A warp takes 8 keys and up to kTiles tiles of rows,
+// so that a key is read once for them; the queries are staged. A barrier of the block before and
+// after.
+template <int kTiles, class T>
+__device__ MGHF_NOINLINE void multiply_by_keys(Area area, float* staged, int tiles,
+                                               Matrix<T> query, Matrix<T> key, int n, int first,
+                                               int depth) {
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  const int lane = thread % 32, g = lane / 4, t = lane % 4;
+  for (int start = 0; start == 0 || start < depth; start += kDepth) {
+    for (int top = 0; top < area.rows; top += tiles * kTile) {
+      __syncthreads();
+      MGHF_UNROLL(4)
+      for (int x = thread; x < tiles * kTile * kDepth; x += threads) {
+        const int r = x / kDepth, d = x % kDepth;
+        const bool inside =
+            top + r < area.rows && first + top + r < n && start + d < depth;
+        staged[r * kDepth + (d ^ (r & 7) * 4)] = inside ? query(first + top + r, start + d) : 0;
+      }
+      __syncthreads();
+      MGHF_UNROLL(1)
+      for (int left = thread / 32 * kColumns; left < n; left += threads / 32 * kColumns) {
+        float sum[kTiles][4] = {};
+        const int j = left + g;
+        MGHF_UNROLL(1)
+        for (int step = 0; step < kDepth; step += kColumns) {
+          SplitB b;
+          MGHF_UNROLL_ALL
+          for (int half = 0; half < 2; ++half) {
+            const int d = start + step + t + 4 * half;
+            put(b.big[half], b.small[half], j < n && d < depth ? key(j, d) : 0);
+          }
+          MGHF_UNROLL_ALL
+          for (int tile = 0; tile < kTiles; ++tile) {
+            if (tile >= tiles) continue;
+            SplitA a;
+            MGHF_UNROLL_ALL
+            for (int i = 0; i < 4; ++i) {
+              const int r = tile * kTile + g + i % 2 * 8, d = step + t + i / 2 * 4;
+              put(a.big[i], a.small[i], staged[r * kDepth + (d ^ (r & 7) * 4)]);
+            }
+            add_product<T>(sum[tile], a, b);
+          }
+        }
+        MGHF_UNROLL_ALL
+        for (int tile = 0; tile < kTiles; ++tile) {
+          MGHF_UNROLL_ALL
+          for (int half = 0; half < 2; ++half) {
+            const int r = top + tile * kTile + g + half * 8;
+            if (tile >= tiles || r >= area.rows) continue;
+            float2& to = reinterpret_cast<float2&>(area.at(r, left + 2 * t));
+            const float2 before = start == 0 ? float2{0, 0} : to;
+            to = {before.x + sum[tile][2 * half], before.y + sum[tile][2 * half + 1]};
+          }
+        }
+      }
+    }
+  }
+  __syncthreads();
+}
+
+// result (n x depth, dense) = area keys for the block's rows, from `first` on. A warp takes 8 columns
+// of the result and kTiles tiles of rows.
+template <int kTiles, class T>
+__device__ MGHF_NOINLINE void multiply_area(Area area, Matrix<T> key, T* result, int n, int first,
+                                            int depth) {
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  const int lane = thread % 32, g = lane / 4, t = lane % 4;
+  for (int top = 0; top < area.rows; top += kTiles * kTile) {
+    MGHF_UNROLL(1)
+    for (int left = thread / 32 * kColumns; left < depth; left += threads / 32 * kColumns) {
+      float sum[kTiles][4] = {};
+      MGHF_UNROLL(1)
+      for (int j = 0; j < n; j += kColumns) {
+        SplitB b;
+        MGHF_UNROLL_ALL
+        for (int half = 0; half < 2; ++half) {
+          const int row = j + t + 4 * half, d = left + g;
+          put(b.big[half], b.small[half], row < n && d < depth ? key(row, d) : 0);
+        }
+        MGHF_UNROLL_ALL
+        for (int tile = 0; tile < kTiles; ++tile) {
+          SplitA a;
+          MGHF_UNROLL_ALL
+          for (int i = 0; i < 4; ++i) {
+            const int r = top + tile * kTile + g + i % 2 * 8, column = j + t + i / 2 * 4;
+            put(a.big[i], a.small[i], r < area.rows ? area.at(r, column) : 0);
+          }
+          add_product<float>(sum[tile], a, b);
+        }
+      }
+      MGHF_UNROLL_ALL
+      for (int tile = 0; tile < kTiles; ++tile) {
+        MGHF_UNROLL_ALL
+        for (int i = 0; i < 4; ++i) {
+          const int r = top + tile * kTile + g + i / 2 * 8, d = left + 2 * t + i % 2;
+          const int64_t row = first + r;
+          if (r < area.rows && row < n && d < depth) {
+            result[row * depth + d] = from_float<T>(sum[tile][i]);
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace mghf::cuda

@@ -1,0 +1,36 @@
+// Sinkhorn's plans and their gradients on a GPU; the mathematics stand in
+// mghf_fast/reference/sinkhorn.py.
+#pragma once
+
+#include "matrix.h"
+
+namespace mghf::cuda {
+
+enum class TransportCost { hard, easy, exp };
+
+struct TransportOptions {
+  TransportCost cost;
+  double epsilon;
+  int64_t iterations;
+  bool has_tolerance;
+  float tolerance;  // largest marginal error at which the iterations stop
+};
+
+// The most rows that the kernels take.
+constexpr int64_t kMostTransported = 1 << 20;
+
+// What the kernels need beside their results. Depends on the current GPU.
+const char* sinkhorn_workspace_bytes(int64_t batch, int64_t size, int64_t iterations,
+                                     bool backward, int64_t& bytes);
+
+// Writes the plans (B, N, N), of similarity's type; NaN for a matrix with a NaN or an infinity off
+// its diagonal. The workspace is aligned to 16 bytes. Returns what went wrong, or null.
+const char* sinkhorn(const Matrices& similarity, const TransportOptions& options, void* plan,
+                     void* workspace, Stream stream);
+
+// Writes the gradients (B, N, N) of the similarities, of their type, for those of the plans.
+const char* sinkhorn_backward(const Matrices& grad, const Matrices& similarity,
+                              const TransportOptions& options, void* grad_similarity,
+                              void* workspace, Stream stream);
+
+}  // namespace mghf::cuda

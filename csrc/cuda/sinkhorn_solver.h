@@ -1,0 +1,804 @@
+// Sinkhorn's iterations and the gradient through them, for the kernels of `sinkhorn` and `monce`: a
+// block, or a cluster of blocks, solves one matrix in one launch. See
+// mghf_fast/reference/sinkhorn.py for the mathematics.
+//
+// Method. K_ij = 2^(y_ij - a_i - b_j) with y = score / epsilon / ln 2 is built once. An iteration
+// is u = 1 / (K v), v = 1 / (K^T u): one sweep over K, in which a warp takes whole rows, a lane every
+// 32nd column: it adds up a row's K_ij v_j across the lanes and, the row still in its registers, adds
+// u_i K_ij to the column sums it keeps. Those of the warps, then of the cluster's blocks, are added
+// in their order: results are the same run after run. plan = u_i K_ij v_j.
+//
+// Where K lies. Each block of a cluster has n / blocks rows in its shared memory, and the blocks read
+// each other's column sums: one barrier of the cluster an iteration, for the sums are kept twice.
+// Where K fits no cluster, or there are none, a single block has it in the device's memory; more
+// columns than a lane's registers take are swept a chunk at a time, the row sums first.
+//
+// Stability. a and b are integers, so they cost no digits and absorb any scale exactly. Every
+// iteration checks that its row and column sums stay within [1e-14, 1e14]: entries of K below
+// float32's range then add less than 1e-10 to any entry of the plan. An iteration that fails is
+// repeated with a maximum per row and per column (a log-sum-exp in base two), and K is rebuilt on
+// the new a and b. epsilon = 1 never needs that; 0.01 may, on widely spread similarities.
+//
+// Iterations that change nothing in float32 are left out: the first whose changes of u are all equal
+// but for rounding, having fallen to that fast, is the last (a factor that u and v exchange is no
+// change of the plan). The gradient's recursion goes through all iterations, those left out
+// included, until what it could still add is negligible.
+#pragma once
+
+#include "powers.h"
+#include "sinkhorn.h"
+
+namespace mghf::cuda {
+
+constexpr int kWarp = 32;
+constexpr int kMostWarps = 8;
+constexpr int kGroup = 2;  // rows that a warp takes at a time, where registers allow
+constexpr float kSmallestSum = 1e-14f, kLargestSum = 1e14f;
+constexpr float kLargestExponent = 4194304.0f;  // 2^22: round_to_integer() is right up to there
+constexpr float kNoExponent = -1e9f;
+// Changes of u that differ by no more than this are rounding: a few units in the last place.
+constexpr float kRounding = 5e-7f;
+
+// Numbers that products stage where the warps' column sums are at other times, at least.
+constexpr int kStaged = 512;
+
+// How a matrix is divided among the blocks, warps and lanes that solve it.
+struct Division {
+  int words;    // columns of a lane at a time
+  bool on_chip;
+  int blocks;   // of a cluster
+  int rows;     // of a block, whole groups
+  int warps;
+  int chunks;   // of 32 * words columns
+  __host__ __device__ int pitch() const { return chunks * words * kWarp; }
+  // Numbers that lie beside K: vectors of rows and of columns.
+  __host__ __device__ int64_t vectors() const { return 6 * pitch() + 10 * rows; }
+  // Those of which the warps' column sums and the statistics are made, always in shared memory.
+  __host__ __device__ int exchanged() const { return partial() + 24 + 16 * warps; }
+  __host__ __device__ int partial() const {
+    const int sums = warps * words * kWarp;
+    return sums > kStaged ? sums : kStaged;
+  }
+  __host__ __device__ int64_t area() const { return static_cast<int64_t>(rows) * pitch(); }
+
+  size_t shared_bytes() const {
+    const int64_t numbers = exchanged() + (on_chip ? vectors() + area() : 0);
+    return static_cast<size_t>(numbers) * sizeof(float);
+  }
+  __host__ __device__ int64_t streamed() const { return on_chip ? 0 : vectors() + area(); }
+};
+
+inline Division divided(int64_t n, int words, bool on_chip, int blocks) {
+  Division d{words, on_chip, blocks, 0, 0, 0};
+  const int64_t rows = (n + blocks - 1) / blocks, width = words * kWarp;
+  d.rows = static_cast<int>((rows + kGroup - 1) / kGroup * kGroup);
+  d.warps = d.rows / kGroup < kMostWarps ? d.rows / kGroup : kMostWarps;
+  d.chunks = static_cast<int>((n + width - 1) / width);
+  return d;
+}
+
+inline const char* divide(int64_t n, Division& division) {
+  Gpu gpu;
+  const char* const error = current_gpu(gpu);
+  if (error != nullptr) return error;
+  for (const int words : {4, 8, 14, 20}) {
+    if (n > words * kWarp) continue;
+    for (int blocks = 1; blocks <= (gpu.clusters ? 8 : 1); blocks *= 2) {
+      division = divided(n, words, true, blocks);
+      if (static_cast<int64_t>(division.shared_bytes()) <= gpu.shared_bytes) return nullptr;
+    }
+    break;
+  }
+  division = divided(n, 14, false, 1);
+  return nullptr;
+}
+
+// What the iterations of one matrix leave in the device's memory, for the gradient.
+struct History {
+  float* numbers;
+  int* counts;
+  int64_t n, slots;  // slots: iterations + 2
+
+  static int64_t floats(int64_t n, int64_t iterations) {
+    return (iterations + 2) * (6 * n + 1) + 4;
+  }
+  __device__ History(float* memory, int64_t n, int64_t iterations)
+      : numbers(memory),
+        counts(reinterpret_cast<int*>(memory + (iterations + 2) * 6 * n)),
+        n(n),
+        slots(iterations + 2) {}
+
+  // After iteration t.
+  __device__ float* u(int t) const { return numbers + t * n; }
+  __device__ float* v(int t) const { return numbers + (slots + t) * n; }
+  __device__ int& base(int t) const { return counts[4 + t]; }
+  // The exponents of a base, on which K stood.
+  __device__ float* a(int base) const { return numbers + (2 * slots + base) * n; }
+  __device__ float* b(int base) const { return numbers + (3 * slots + base) * n; }
+  // Per term of the gradient: v dg, with which the columns are weighted, and u df, the rows. The
+  // term of an iteration has its number, the sum of those after the last one made the next.
+  __device__ float* columns(int term) const { return numbers + (4 * slots + term) * n; }
+  __device__ float* rows(int term) const { return numbers + (5 * slots + term) * n; }
+  // Iterations made (-1: none can be); the first and the last term.
+  __device__ int& made() const { return counts[0]; }
+  __device__ int& first() const { return counts[1]; }
+  __device__ int& last() const { return counts[2]; }
+};
+
+struct Problem {
+  int n, iterations;
+  TransportCost cost;
+  float tolerance;  // below 0: none
+  Factor factor;    // score to exponent of two
+  Division division;
+  float* streamed;  // K and vectors of each matrix, where they are not on chip
+  float* history;   // null unless the gradient is wanted
+  int64_t history_floats;
+};
+
+inline Problem problem_of(int64_t n, const TransportOptions& options, const Division& division,
+                          int64_t batch, bool backward, void* workspace) {
+  float* const memory = static_cast<float*>(workspace);
+  return {static_cast<int>(n),
+          static_cast<int>(options.iterations),
+          options.cost,
+          options.has_tolerance ? options.tolerance : -1,
+          Factor((options.cost == TransportCost::easy ? -1 : 1) * 1.4426950408889634 /
+                 options.epsilon),
+          division,
+          memory,
+          backward ? memory + batch * division.streamed() : nullptr,
+          backward ? History::floats(n, options.iterations) : 0};
+}
+
+inline int64_t solver_bytes(int64_t batch, int64_t n, int64_t iterations, bool backward,
+                            const Division& division) {
+  const int64_t numbers =
+      division.streamed() + (backward ? History::floats(n, iterations) : 0);
+  return batch * numbers * static_cast<int64_t>(sizeof(float));
+}
+
+// What the plan maximises, up to a constant and a sign, which are u's and the factor's.
+__device__ __forceinline__ float score_of(float similarity, TransportCost cost) {
+  return cost == TransportCost::exp ? -exponential(similarity) : similarity;
+}
+
+__device__ __forceinline__ float least_of(float x, float y) { return y < x ? y : x; }
+__device__ __forceinline__ float most_of(float x, float y) { return y > x ? y : x; }
+
+// Over the rows: the least and the most row sum, the lowest and the highest change of u, and a sum.
+constexpr int kStatistics = 5;
+struct Statistics {
+  float least = 1, most = 1, low = INFINITY, high = -INFINITY, total = 0;
+};
+// Of what the exchange of the column sums gave; 0 and 0 if it gave none.
+struct Range {
+  float least, most;
+};
+
+__device__ __forceinline__ float combined(int statistic, float x, float y) {
+  return statistic == 4 ? x + y : statistic % 2 == 0 ? least_of(x, y) : most_of(x, y);
+}
+
+struct Add {
+  static constexpr float kNothing = 0;
+  __device__ __forceinline__ float operator()(float x, float y) const { return x + y; }
+};
+struct Most {
+  static constexpr float kNothing = 2 * kNoExponent;
+  __device__ __forceinline__ float operator()(float x, float y) const { return most_of(x, y); }
+};
+
+// The entries of K themselves.
+struct Plain {
+  __device__ __forceinline__ float operator()(int, int, float x) const { return x; }
+};
+
+template <int kColumnWords, bool kOnChip>
+struct Solver {
+  static constexpr int kWords = kColumnWords;
+  static constexpr int kWidth = kWords * kWarp;
+
+  const Problem& p;
+  const int n, pitch, rows, chunks, blocks;
+  const int thread, threads, lane, warp, warps;
+  const int map, rank;
+  const int first;  // row of the matrix that is the block's first
+  float *partial, *block_statistics, *all_statistics, *warp_statistics, *warp_ranges;
+  float *sums, *v_of, *b_of, *u_of, *a_of, *coefficients;  // two of each but the last
+  float* of_rows;  // five numbers of each row for `monce`
+  float* area;  // the block's rows of the similarities, then, in place, of K
+  int turn = 0;
+
+  __device__ __forceinline__ Solver(const Problem& p, float* shared)
+      : p(p),
+        n(p.n),
+        pitch(kOnChip ? kWidth : p.division.pitch()),
+        rows(p.division.rows),
+        chunks(kOnChip ? 1 : p.division.chunks),
+        blocks(kOnChip ? p.division.blocks : 1),
+        thread(static_cast<int>(threadIdx.x)),
+        threads(static_cast<int>(blockDim.x)),
+        lane(thread % kWarp),
+        warp(thread / kWarp),
+        warps(threads / kWarp),
+        map(static_cast<int>(blockIdx.x) / blocks),
+        rank(kOnChip ? static_cast<int>(block_of_cluster()) : 0),
+        first(rank * rows) {
+    partial = shared;
+    block_statistics = partial + p.division.partial();
+    all_statistics = block_statistics + 16;
+    warp_statistics = all_statistics + 8;
+    warp_ranges = warp_statistics + 8 * warps;
+    sums = kOnChip ? warp_ranges + 8 * warps : p.streamed + map * p.division.streamed();
+    v_of = sums + 2 * pitch;
+    b_of = v_of + 2 * pitch;
+    area = b_of + 2 * pitch;
+    u_of = area + static_cast<int64_t>(rows) * pitch;
+    a_of = u_of + 2 * rows;
+    coefficients = a_of + 2 * rows;
+    of_rows = coefficients + rows;
+  }
+
+  __device__ __forceinline__ float* u(int t) const { return u_of + (t & 1) * rows; }
+  __device__ __forceinline__ float* v(int t) const { return v_of + (t & 1) * pitch; }
+  __device__ __forceinline__ float* a(int base) const { return a_of + (base & 1) * rows; }
+  __device__ __forceinline__ float* b(int base) const { return b_of + (base & 1) * pitch; }
+  // An entry of the area. Four columns trade places by row, so that neither lanes with a row and its
+  // columns nor those of a tensor core's operands, 8 rows and 4 columns, meet in a bank.
+  __device__ __forceinline__ float& at(int r, int j) const {
+    return area[static_cast<int64_t>(r) * pitch + (j ^ (r & 7) * 4)];
+  }
+  __device__ __forceinline__ History history() const {
+    return History(p.history + map * p.history_floats, n, p.iterations);
+  }
+
+  // Orders everything between the blocks that solve a matrix.
+  __device__ __forceinline__ void sync_all() const {
+    if (kOnChip && blocks > 1) {
+      sync_cluster();
+    } else {
+      __syncthreads();
+    }
+  }
+
+  // Calls f(r) for the warp's rows.
+  template <class F>
+  __device__ __forceinline__ void for_rows(const F& f) const {
+    MGHF_UNROLL(1)
+    for (int r = warp * kGroup; r < rows; r += warps * kGroup) {
+      MGHF_UNROLL(1)
+      for (int g = 0; g < kGroup; ++g) f(r + g);
+    }
+  }
+
+  template <class Combine>
+  __device__ __forceinline__ float across_lanes(float x, const Combine& combine) const {
+    MGHF_UNROLL_ALL
+    for (int mask = kWarp / 2; mask > 0; mask /= 2) {
+      x = combine(x, __shfl_xor_sync(~0u, x, mask));
+    }
+    return x;
+  }
+
+  // ---- K ----
+
+  // Builds K of the similarities in the area, on the exponents a of the block's rows and b.
+  __device__ __forceinline__ void build(const float* a, const float* b) const {
+    for_rows([&](int r) {
+      const int i = first + r;
+      const float exponent = i < n ? a[r] : 0;
+      MGHF_UNROLL(4)
+      for (int j = lane; j < pitch; j += kWarp) {
+        float entry = 0;
+        if (i < n && j < n && j != i) {
+          const Power power = power_of_two(score_of(at(r, j), p.cost), p.factor);
+          entry = power.power * scale(power.exponent - exponent - b[j]);
+        }
+        at(r, j) = entry;
+      }
+    });
+  }
+
+  // Puts the rows' rounded maxima of y into a; the statistics tell of what is infinite, NaN or too
+  // large.
+  __device__ __forceinline__ void find_exponents(float* a, Statistics& statistics) const {
+    bool bad = false;
+    for_rows([&](int r) {
+      if (first + r >= n) return;
+      float top = -INFINITY;
+      MGHF_UNROLL(4)
+      for (int j = lane; j < n; j += kWarp) {
+        const float y = score_of(at(r, j), p.cost) * p.factor.value;
+        if (j == first + r) continue;
+        bad = bad || !(fabsf(y) < kLargestExponent);
+        top = most_of(top, y);
+      }
+      top = across_lanes(top, Most{});
+      if (lane == 0) a[r] = round_to_integer(top);
+    });
+    if (across_lanes(bad ? 1.0f : 0.0f, Most{}) > 0) statistics.total = 1;
+  }
+
+  // ---- sweeps ----
+
+  // With r_i = sum_j x_ij weights_j and c = coefficient(row of the block, r_i), adds up c x_ij over the
+  // block's rows; x_ij = entry(row of the block, j, K_ij). The coefficient is that of all lanes.
+  // finish() tells the statistics once the coefficients are known.
+  template <int kRows = kOnChip ? kGroup : 1, class Entry, class Coefficient, class Finish>
+  __device__ __forceinline__ void sweep(const float* weights, const Entry& entry,
+                                        const Coefficient& coefficient, const Finish& finish) {
+    if (chunks > 1) {
+      for_rows([&](int r) {
+        float sum = 0;
+        MGHF_UNROLL(4)
+        for (int j = lane; j < pitch; j += kWarp) sum += entry(r, j, at(r, j)) * weights[j];
+        sum = across_lanes(sum, Add{});
+        const float c = coefficient(r, sum);
+        if (lane == 0) coefficients[r] = c;
+      });
+      __syncwarp();
+      finish();
+      sweep_columns<Add>([&](float total, int r, int j, float x) {
+        return total + coefficients[r] * entry(r, j, x);
+      });
+      return;
+    }
+    float weight[kWords], total[kWords];
+    MGHF_UNROLL_ALL
+    for (int k = 0; k < kWords; ++k) {
+      weight[k] = weights[lane + k * kWarp];
+      total[k] = 0;
+    }
+    // The warp's rows, as in for_rows(), some at a time; the next ones' entries are on their way while
+    // the lanes add up these, where registers allow.
+    constexpr int kSteps = kGroup / kRows;
+    constexpr bool kAhead = kOnChip && kRows == kGroup && kWords <= 14;
+    const int next = warps * kGroup - (kGroup - kRows);
+    float loaded[kRows][kWords];
+    const auto load = [&](int r) {
+      MGHF_UNROLL_ALL
+      for (int g = 0; g < kRows; ++g) {
+        const float* const entries = &at(r + g, lane);
+        MGHF_UNROLL_ALL
+        for (int k = 0; k < kWords; ++k) loaded[g][k] = entries[k * kWarp];
+      }
+    };
+    if (kAhead) load(warp * kGroup);
+    MGHF_UNROLL(1)
+    for (int step = 1, r = warp * kGroup; r < rows; ++step) {
+      if (!kAhead) load(r);
+      float x[kRows][kWords], sum[kRows];
+      MGHF_UNROLL_ALL
+      for (int g = 0; g < kRows; ++g) {
+        sum[g] = 0;
+        MGHF_UNROLL_ALL
+        for (int k = 0; k < kWords; ++k) {
+          x[g][k] = entry(r + g, lane + k * kWarp, loaded[g][k]);
+          sum[g] += x[g][k] * weight[k];
+        }
+      }
+      const int now = r;
+      r += step % kSteps ? kRows : next;
+      if (kAhead && r < rows) load(r);
+      MGHF_UNROLL_ALL
+      for (int g = 0; g < kRows; ++g) {
+        const float c = coefficient(now + g, across_lanes(sum[g], Add{}));
+        MGHF_UNROLL_ALL
+        for (int k = 0; k < kWords; ++k) total[k] += c * x[g][k];
+      }
+    }
+    finish();
+    MGHF_UNROLL_ALL
+    for (int k = 0; k < kWords; ++k) partial[warp * kWidth + lane + k * kWarp] = total[k];
+    join_warps<Add>(0);
+  }
+
+  // Combines f(total, row of the block, j, what the area has there) over the block's rows.
+  template <class Combine, class F>
+  __device__ __forceinline__ void sweep_columns(const F& f) {
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      float total[kWords];
+      MGHF_UNROLL_ALL
+      for (int k = 0; k < kWords; ++k) total[k] = Combine::kNothing;
+      for_rows([&](int r) {
+        if (first + r >= n) return;
+        const int left = chunk * kWidth + lane;
+        const float* const entries = &at(r, left);
+        MGHF_UNROLL_ALL
+        for (int k = 0; k < kWords; ++k) {
+          total[k] = f(total[k], r, left + k * kWarp, entries[k * kWarp]);
+        }
+      });
+      MGHF_UNROLL_ALL
+      for (int k = 0; k < kWords; ++k) partial[warp * kWidth + lane + k * kWarp] = total[k];
+      join_warps<Combine>(chunk);
+      if (chunks > 1) __syncthreads();
+    }
+  }
+
+  // The block's column sums from those of its warps.
+  template <class Combine>
+  __device__ __forceinline__ void join_warps(int chunk) {
+    __syncthreads();
+    for (int j = thread; j < kWidth; j += threads) {
+      float total = partial[j];
+      for (int w = 1; w < warps; ++w) total = Combine{}(total, partial[w * kWidth + j]);
+      sums[turn * pitch + chunk * kWidth + j] = total;
+    }
+  }
+
+  // Lane 0's are the warp's. To be told before a sweep's column sums.
+  __device__ __forceinline__ void tell(const Statistics& own) const {
+    if (lane != 0) return;
+    float* const to = warp_statistics + 8 * warp;
+    to[0] = own.least;
+    to[1] = own.most;
+    to[2] = own.low;
+    to[3] = own.high;
+    to[4] = own.total;
+  }
+
+  // After a sweep: calls use(j, sum), which returns a number, for the columns of the thread, and
+  // returns the range of those numbers for j < n. The statistics become those of the whole matrix.
+  template <class Combine, class Use>
+  __device__ __forceinline__ Range exchange(Statistics& statistics, const Use& use) {
+    float* const own = block_statistics + turn * 8;
+    if (thread < kStatistics) {
+      float x = warp_statistics[thread];
+      for (int w = 1; w < warps; ++w) x = combined(thread, x, warp_statistics[8 * w + thread]);
+      own[thread] = x;
+    }
+    sync_all();
+    if (thread < kStatistics) {
+      float x = of_rank(own, 0)[thread];
+      for (int r = 1; r < blocks; ++r) x = combined(thread, x, of_rank(own, r)[thread]);
+      all_statistics[thread] = x;
+    }
+    Range range{INFINITY, -INFINITY};
+    MGHF_UNROLL(2)
+    for (int j = thread; j < pitch; j += threads) {
+      float* const sum = sums + turn * pitch + j;
+      float total = *of_rank(sum, 0);
+      for (int r = 1; r < blocks; ++r) total = Combine{}(total, *of_rank(sum, r));
+      const float number = use(j, total);
+      if (j < n) range = {least_of(range.least, number), most_of(range.most, number)};
+    }
+    range.least = across_lanes(range.least, [](float x, float y) { return least_of(x, y); });
+    range.most = across_lanes(range.most, Most{});
+    if (lane == 0) {
+      warp_ranges[8 * warp] = range.least;
+      warp_ranges[8 * warp + 1] = range.most;
+    }
+    __syncthreads();
+    for (int w = 0; w < warps; ++w) {
+      range.least = least_of(range.least, warp_ranges[8 * w]);
+      range.most = most_of(range.most, warp_ranges[8 * w + 1]);
+    }
+    statistics = {all_statistics[0], all_statistics[1], all_statistics[2], all_statistics[3],
+                  all_statistics[4]};
+    turn ^= 1;
+    return range;
+  }
+
+  __device__ __forceinline__ float* of_rank(float* own, int of) const {
+    return kOnChip && blocks > 1 ? of_block(own, static_cast<unsigned>(of)) : own;
+  }
+
+  // ---- the iterations ----
+
+  struct Progress {
+    bool right;          // the sums are in the safe range
+    float error, spread;  // of the iterate before, and of the changes of u
+    bool hopeless;
+    bool even;  // v has no wide range
+  };
+
+  __device__ __forceinline__ static Progress progress_of(const Statistics& all, Range columns) {
+    const float least = least_of(all.least, columns.least);
+    const float most = most_of(all.most, columns.most);
+    const float above = all.high - 1, below = 1 - all.low;
+    return {least >= kSmallestSum && most <= kLargestSum, most_of(above, below),
+            all.high - all.low, all.total > 0, columns.most <= 1e6f * columns.least};
+  }
+
+  __device__ __forceinline__ void keep_u(float value, int t, int r) const {
+    if (lane != 0) return;
+    u(t)[r] = value;
+    if (p.history != nullptr) history().u(t)[first + r] = value;
+  }
+  __device__ __forceinline__ void keep_v(float value, int t, int j) const {
+    v(t)[j] = j < n ? value : 0;
+    if (p.history != nullptr && rank == 0 && j < n) history().v(t)[j] = value;
+  }
+  // Leaves the exponents of a base for the gradient; every thread those it wrote or will not change.
+  __device__ __forceinline__ void keep_base(int base) const {
+    if (p.history == nullptr) return;
+    for_rows([&](int r) {
+      if (lane == 0 && first + r < n) history().a(base)[first + r] = a(base)[r];
+    });
+    if (rank != 0) return;
+    for (int j = thread; j < n; j += threads) history().b(base)[j] = b(base)[j];
+  }
+
+  // Iteration t in the exponential domain.
+  __device__ __forceinline__ Progress iterate_fast(int t, float trouble) {
+    Statistics statistics;
+    statistics.total = trouble;
+    const float* const old_u = u(t - 1);
+    sweep(
+        v(t - 1), Plain{},
+        [&](int r, float sum) {
+          if (first + r >= n) return 0.0f;
+          const float change = old_u[r] * sum, new_u = 1 / sum;
+          statistics.least = least_of(statistics.least, sum);
+          statistics.most = most_of(statistics.most, sum);
+          statistics.low = least_of(statistics.low, change);
+          statistics.high = most_of(statistics.high, change);
+          keep_u(new_u, t, r);
+          return new_u;
+        },
+        [&] { tell(statistics); });
+    const Range columns = exchange<Add>(statistics, [&](int j, float sum) {
+      keep_v(1 / sum, t, j);
+      return sum;
+    });
+    return progress_of(statistics, columns);
+  }
+
+  // v 2^-b as a power of two, the rest of it from 1 to 2.
+  __device__ __forceinline__ static Power split(float v, float b) {
+    const uint32_t bits = bits_as<uint32_t>(v);
+    return {static_cast<float>(static_cast<int>(bits >> 23) - 127) - b,
+            bits_as<float>((bits & 0x7fffff) | 0x3f800000)};
+  }
+
+  // The first half of iteration t with the maximum exponent of every row and column taken out, from
+  // the exponents a and b of a base: u, and the exponents of the next base.
+  template <class Source>
+  __device__ __forceinline__ Progress iterate_rows(const Source& source, int t, int base) {
+    source.fill(*this);
+    Statistics statistics;
+    float* const new_a = a(base + 1);
+    const auto power_at = [&](int r, int j) {
+      const Power own = power_of_two(score_of(at(r, j), p.cost), p.factor);
+      const Power column = split(v(t - 1)[j], b(base)[j]);
+      return j == first + r ? Power{kNoExponent, 0}
+                            : Power{own.exponent + column.exponent, own.power * column.power};
+    };
+    for_rows([&](int r) {
+      if (first + r >= n) return;
+      float top = 2 * kNoExponent, sum = 0;
+      MGHF_UNROLL(1)
+      for (int j = lane; j < n; j += kWarp) top = most_of(top, power_at(r, j).exponent);
+      top = across_lanes(top, Most{});
+      MGHF_UNROLL(1)
+      for (int j = lane; j < n; j += kWarp) {
+        const Power x = power_at(r, j);
+        sum += x.power * scale(x.exponent - top);
+      }
+      sum = across_lanes(sum, Add{});
+      const float change = u(t - 1)[r] * sum * scale(top - a(base)[r]);
+      statistics.low = least_of(statistics.low, change);
+      statistics.high = most_of(statistics.high, change);
+      if (lane == 0) new_a[r] = top;
+      keep_u(1 / sum, t, r);
+    });
+    tell(statistics);
+    __syncwarp();
+    sweep_columns<Most>([&](float top, int r, int j, float similarity) {
+      if (j >= n || j == first + r) return top;
+      const Power own = power_of_two(score_of(similarity, p.cost), p.factor);
+      return most_of(top, own.exponent - new_a[r]);
+    });
+    exchange<Most>(statistics, [&](int j, float top) { return b(base + 1)[j] = top; });
+    return progress_of(statistics, {1, 1});
+  }
+
+  // The second half: v, after which K stands on the new base.
+  __device__ __forceinline__ void iterate_columns(int t, int new_base) {
+    build(a(new_base), b(new_base));
+    keep_base(new_base);
+    Statistics none;
+    tell(none);
+    sweep_columns<Add>(
+        [&](float total, int r, int, float x) { return total + u(t)[r] * x; });
+    exchange<Add>(none, [&](int j, float sum) {
+      keep_v(1 / sum, t, j);
+      return sum;
+    });
+  }
+
+  // What the iterations came to: how many were made, -1 if the similarities cannot be handled; how
+  // many they stand for; the base on which K stands.
+  struct Solution {
+    int made, stands_for, base;
+    bool even;  // K stands on the first base, and v has no wide range
+  };
+
+  // Runs the iterations. source.fill(solver) puts the similarities of the block's rows into the area;
+  // before and after that it is a barrier of the block. Those on the diagonal do not matter.
+  template <class Source>
+  __device__ __forceinline__ Solution solve(const Source& source) {
+    for (int r = thread; r < rows; r += threads) u(0)[r] = 1;
+    for (int j = thread; j < pitch; j += threads) {
+      keep_v(1, 0, j);
+      b(0)[j] = 0;
+    }
+    source.fill(*this);
+    Statistics statistics;
+    find_exponents(a(0), statistics);
+    __syncwarp();
+    build(a(0), b(0));
+    keep_base(0);
+    int base = 0;
+    bool even = false;
+    float spread = 0;
+    for (int t = 1; t <= p.iterations; ++t) {
+      Progress progress = iterate_fast(t, t == 1 ? statistics.total : 0);
+      if (progress.hopeless) return {-1, 0, 0, false};
+      const bool fast = progress.right;
+      if (!fast) progress = iterate_rows(source, t, base);
+      // The error is that of iterate t - 1, which has none before the first.
+      if (p.tolerance >= 0 && t > 1 && progress.error <= p.tolerance) {
+        if (!fast) build(a(base), b(base));
+        return {t - 1, t - 1, base, false};
+      }
+      if (!fast) iterate_columns(t, ++base);
+      if (p.history != nullptr && rank == 0 && thread == 0) history().base(t) = base;
+      even = base == 0 && progress.even;
+      if (base > 0) continue;
+      const float previous = spread;
+      spread = progress.spread;
+      if (t > 1 && spread <= kRounding && spread <= 0.5f * previous) {
+        return {t, p.iterations, base, progress.even};
+      }
+    }
+    return {p.iterations, p.iterations, base, even};
+  }
+
+  // ---- the gradient ----
+
+  // The gradient of log plan, W, is summed over the columns into df, over the rows into dg:
+  // numbers of the block's rows and of all columns, in place of what only the iterations need.
+  __device__ __forceinline__ float* df() const { return a_of; }
+  __device__ __forceinline__ float* dg() const { return b_of; }
+  __device__ __forceinline__ float* weights() const { return b_of + pitch; }
+
+  // Takes the sums of W, whose entry(row of the block, j, K_ij) are those of j < n and zero beyond.
+  // The statistics' total becomes the sum of their magnitudes.
+  template <class Entry>
+  __device__ __forceinline__ void sum_gradient(Statistics& statistics, const Entry& entry) {
+    for (int j = thread; j < pitch; j += threads) weights()[j] = 1;
+    __syncthreads();
+    float size = 0;
+    sweep<1>(
+        weights(),
+        [&](int r, int j, float x) {
+          const float value = first + r < n && j < n ? entry(r, j, x) : 0;
+          size += fabsf(value);
+          return value;
+        },
+        [&](int r, float sum) {
+          if (lane == 0) df()[r] = sum;
+          return 1.0f;
+        },
+        [&] {
+          statistics.total = across_lanes(size, Add{});
+          tell(statistics);
+        });
+    exchange<Add>(statistics, [&](int j, float sum) { return dg()[j] = sum; });
+  }
+
+  // The recursion from df and dg, iteration by iteration:
+  //   B = u K v:  df -= B dg;  A = u K v of the iteration before:  dg = -A^T df, df = 0.
+  // Leaves the terms in the history. It ends when what is left of dg, an equal number in all columns
+  // aside, adds up to less than `negligible` over the iterations to come: A and B are averages, so
+  // the sum of |dg| never grows, and an equal dg in all columns cancels.
+  template <class Source>
+  __device__ __forceinline__ void recur(const Source& source, const Solution& solution,
+                                        float negligible) {
+    const History h = history();
+    const int made = solution.made;
+    int t = solution.stands_for;
+    for (; t >= 1; --t) {
+      const int now = t < made ? t : made, before = t - 1 < made ? t - 1 : made;
+      const int term = t > made ? made + 1 : t;
+      const bool begun = t > made && t < solution.stands_for;  // the term has something already
+      const float *const new_v = h.v(now), *const old_v = h.v(before), *const new_u = h.u(now);
+      MGHF_UNROLL(1)
+      for (int j = thread; j < pitch; j += threads) {
+        const float weight = j < n ? new_v[j] * dg()[j] : 0;
+        weights()[j] = weight;
+        if (rank == 0 && j < n) h.columns(term)[j] = weight + (begun ? h.columns(term)[j] : 0);
+      }
+      __syncthreads();
+      Statistics none;
+      sweep(
+          weights(), Plain{},
+          [&](int r, float sum) {
+            const int i = first + r;
+            if (i >= n) return 0.0f;
+            const float given = t == solution.stands_for ? df()[r] : 0;
+            const float c = new_u[i] * (given - new_u[i] * sum);
+            if (lane == 0) {
+              h.rows(term)[i] = c + (begun ? h.rows(term)[i] : 0);
+              u_of[r] = c;
+            }
+            return c;
+          },
+          [&] { tell(none); });
+      const int base = t > made ? solution.base : base_of(h, now);
+      const int old_base = t > made ? solution.base : base_of(h, before);
+      if (base != old_base) {
+        source.fill(*this);
+        build(h.a(base) + first, h.b(old_base));
+        sweep_columns<Add>(
+            [&](float total, int r, int, float x) { return total + u_of[r] * x; });
+      }
+      const Range range = exchange<Add>(none, [&](int j, float sum) {
+        return dg()[j] = j < n ? -old_v[j] * sum : 0;
+      });
+      if (base != old_base) {
+        source.fill(*this);
+        build(h.a(old_base) + first, h.b(old_base));
+      }
+      const float left = static_cast<float>(t) * static_cast<float>(n);
+      if (left * (range.most - range.least) <= negligible) break;
+    }
+    if (rank == 0 && thread == 0) {
+      const int reached = t < 1 ? 1 : t;
+      h.first() = reached <= made ? reached : made + 1;
+      h.last() = solution.stands_for <= made ? solution.stands_for : made + 1;
+    }
+  }
+
+  __device__ __forceinline__ static int base_of(const History& h, int t) {
+    return t == 0 ? 0 : h.base(t);
+  }
+};
+
+// The terms' sum where K stood on several bases: every entry is a power of its own.
+template <class = void>
+__device__ MGHF_NOINLINE float wide_correction(History h, Power power, int i, int j) {
+  const int made = h.made(), last = h.last();
+  float sum = 0;
+  for (int term = h.first(); term <= last; ++term) {
+    const int now = term < made ? term : made, before = term - 1 < made ? term - 1 : made;
+    const int base = h.base(now), old_base = before == 0 ? 0 : h.base(before);
+    const float exponent = power.exponent - h.a(base)[i];
+    sum += power.power * h.u(now)[i] * scale(exponent - h.b(base)[j]) * h.columns(term)[j] +
+           power.power * h.v(before)[j] * scale(exponent - h.b(old_base)[j]) * h.rows(term)[i];
+  }
+  return sum;
+}
+
+// Calls f with the solver's type for the division.
+template <class F>
+const char* with_solver(const Division& division, const F& f) {
+  const auto of = [&](auto words, auto on_chip) {
+    return f(static_cast<Solver<decltype(words)::value, decltype(on_chip)::value>*>(nullptr));
+  };
+  constexpr std::true_type on_chip{};
+  constexpr std::false_type streamed{};
+  if (!division.on_chip) {
+    return of(std::integral_constant<int, 14>{}, streamed);
+  }
+  switch (division.words) {
+    case 4:
+      return of(std::integral_constant<int, 4>{}, on_chip);
+    case 8:
+      return of(std::integral_constant<int, 8>{}, on_chip);
+    case 14:
+      return of(std::integral_constant<int, 14>{}, on_chip);
+    default:
+      return of(std::integral_constant<int, 20>{}, on_chip);
+  }
+}
+
+inline Grid grid_of(const Division& division, int64_t batch) {
+  return {batch * division.blocks, division.warps * kWarp, division.shared_bytes(),
+          static_cast<unsigned>(division.blocks)};
+}
+
+}  // namespace mghf::cuda
