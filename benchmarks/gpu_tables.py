@@ -180,14 +180,16 @@ def contradictions(run: Run, rules: Sequence[preferences.Rule] = preferences.RUL
     for op, shape, dtype, times in _forced(run):
         batch, _, size, _ = map(int, shape.split("x"))
         with torch.device("meta"):
-            elements = CASES[op].inputs(Shape(batch, size))[0].numel()
-        chosen = preferences.preferred_kernels(op, getattr(torch, dtype), elements, rules)[0]
+            tensor = CASES[op].inputs(Shape(batch, size))[0]
+        kind = getattr(torch, dtype)
+        chosen = preferences.preferred_kernels(op, kind, tensor.shape, rules)[0]
         best = min(times, key=times.__getitem__)
         if times[chosen] > MARGIN * times[best]:
             factor = times[chosen] / times[best]
             wrong.append(
-                f"{run['machine']['name']}: {op}, {shape}, {dtype}, {elements} elements: "
-                f"{chosen} takes {factor:.2f} times as long as {best}"
+                f"{run['machine']['name']}: {op}, {shape}, {dtype}, "
+                f"size {preferences.size_of(op, tensor.shape)}: {chosen} takes {factor:.2f} times "
+                f"as long as {best}"
             )
     return wrong
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 
 class Rule(NamedTuple):
-    """``backends``, best first, for an op on tensors of these types (empty: of any), the first of
-    which has at least ``least`` and fewer than ``below`` elements."""
+    """``backends``, best first, for an op on tensors of these types (empty: of any) whose size (see
+    :func:`size_of`) is at least ``least`` and less than ``below``."""
 
     op: str
     backends: tuple[str, ...]
@@ -25,25 +25,40 @@ class Rule(NamedTuple):
     least: float = 0
     below: float = math.inf
 
-    def fits(self, op: str, dtype: torch.dtype, elements: int) -> bool:
+    def fits(self, op: str, dtype: torch.dtype, size: int) -> bool:
         return (
             self.op == op
             and (not self.dtypes or dtype in self.dtypes)
-            and self.least <= elements < self.below
+            and self.least <= size < self.below
         )
 
 
-RULES = (Rule("entropy", ("cuda", "triton")),)
+# Below so many patches a cluster of blocks has a map's matrix on chip; from there on the CUDA
+# kernels stream it through one block, those of Triton through many.
+ON_CHIP = 641
+
+RULES = (
+    Rule("sinkhorn", ("cuda", "triton"), below=ON_CHIP),
+    Rule("sinkhorn", ("triton", "cuda")),
+    Rule("monce", ("cuda", "triton"), below=ON_CHIP),
+    Rule("monce", ("triton", "cuda")),
+)
 
 DEFAULT = ("cuda", "triton")
 
 
+def size_of(op: str, shape: Sequence[int]) -> int:
+    """What a rule's bounds are about: the patches of a map, for `sinkhorn` and `monce`, and for the
+    others the elements of the first tensor, of this shape."""
+    return shape[1] if op in ("sinkhorn", "monce") else math.prod(shape)
+
+
 def preferred_kernels(
-    op: str, dtype: torch.dtype, elements: int, rules: Sequence[Rule] = RULES
+    op: str, dtype: torch.dtype, shape: Sequence[int], rules: Sequence[Rule] = RULES
 ) -> tuple[str, ...]:
     """Backends with kernels for GPUs, best first."""
     for rule in rules:
-        if rule.fits(op, dtype, elements):
+        if rule.fits(op, dtype, size_of(op, shape)):
             return rule.backends
     return DEFAULT
 
@@ -53,5 +68,5 @@ def in_order(op: str, tensors: Sequence[Tensor], backends: Sequence[str]) -> tup
     if not tensors:
         return tuple(backends)
     x = tensors[0]
-    first = preferred_kernels(op, x.dtype, x.numel())
+    first = preferred_kernels(op, x.dtype, x.shape)
     return first + tuple(b for b in backends if b not in first)

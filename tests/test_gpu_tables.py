@@ -83,7 +83,7 @@ def test_results_are_held_against_the_table_of_preferences() -> None:
     ]
     run = a_run("card") | {"rows": forced_rows({"cuda": 3e-3, "triton": 2e-3})}
     (found,) = gpu_tables.contradictions(run, rules)
-    assert found.startswith("card: gram, 1x3x512x512, float32, 33554432 elements: cuda takes 1.50")
+    assert found.startswith("card: gram, 1x3x512x512, float32, size 33554432: cuda takes 1.50")
     assert "| gram | 1 x 3 x 512 x 512 | float32 | 3 ms | 2 ms | triton |" in gpu_tables.markdown(
         run
     )

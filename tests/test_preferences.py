@@ -20,7 +20,7 @@ RULES = [
 
 
 @pytest.mark.parametrize(
-    ("op", "dtype", "elements", "expected"),
+    ("op", "dtype", "size", "expected"),
     [
         ("gram", torch.float32, 99, "triton"),
         ("gram", torch.float32, 100, "cuda"),
@@ -28,10 +28,18 @@ RULES = [
         ("dec", torch.float32, 100, preferences.DEFAULT[0]),
     ],
 )
-def test_the_first_rule_that_fits(
-    op: str, dtype: torch.dtype, elements: int, expected: str
-) -> None:
-    assert preferred_kernels(op, dtype, elements, RULES)[0] == expected
+def test_the_first_rule_that_fits(op: str, dtype: torch.dtype, size: int, expected: str) -> None:
+    assert preferred_kernels(op, dtype, (1, size), RULES)[0] == expected
+
+
+def test_the_size_of_a_problem() -> None:
+    assert preferences.size_of("monce", (128, 441, 64)) == 441
+    assert preferences.size_of("sinkhorn", (128, 441, 441)) == 441
+    assert preferences.size_of("gram", (1, 128, 5, 7)) == 128 * 35
+    # 441 patches of the paper's 512 x 512, and 1,764 of 1024 x 1024.
+    for op in ("sinkhorn", "monce"):
+        assert preferred_kernels(op, torch.float32, (128, 441, 64))[0] == "cuda"
+        assert preferred_kernels(op, torch.float32, (128, 1764, 64))[0] == "triton"
 
 
 def test_the_table_is_of_ops_and_their_kernels() -> None:
@@ -66,5 +74,7 @@ def test_auto_follows_the_table(
 
 def test_every_backend_is_in_order_once() -> None:
     for op in OPS:
-        assert sorted(preferences.in_order(op, [torch.zeros(2)], BACKENDS)) == sorted(BACKENDS)
+        assert sorted(preferences.in_order(op, [torch.zeros(1, 2, 2)], BACKENDS)) == sorted(
+            BACKENDS
+        )
     assert preferences.in_order("gram", [], BACKENDS) == BACKENDS
