@@ -102,8 +102,11 @@ triton-resources: $(STAMPS)/dev  ## compile the Triton kernels ahead of time: th
 	done; test -z "$$failed"
 
 # CUDA's compilers come complete as Python packages from version 13 on; nothing here needs a GPU or a
-# torch with CUDA.
+# torch with CUDA. All architectures take many minutes: a change of the kernels is compiled for all of
+# them once, and its table committed (CUDA_ARCHS=all ARGS=--write).
 CUDA_TOOLKIT := 13.0
+CUDA_ARCHS ?= 9.0a
+ALL_ARCHS = $(shell awk -F'"' '/^set.MGHF_CUDA_ARCHS/ {print $$2}' CMakeLists.txt)
 toolkit = $(abspath build/toolkits/$(1)/nvidia/cu$(firstword $(subst ., ,$(1))))
 build/toolkits/%/installed: $(STAMPS)/venv
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(@D) \
@@ -111,9 +114,10 @@ build/toolkits/%/installed: $(STAMPS)/venv
 	ln -sfn lib $(@D)/nvidia/cu$(firstword $(subst ., ,$*))/lib64  # where nvcc's profile looks
 	@touch $@
 
-cuda: $(STAMPS)/dev build/toolkits/$(CUDA_TOOLKIT)/installed  ## compile the CUDA kernels: registers, shared memory, spills: ARGS=--write
+cuda: $(STAMPS)/dev build/toolkits/$(CUDA_TOOLKIT)/installed  ## compile the CUDA kernels: registers, shared memory, spills: CUDA_ARCHS=all ARGS=--write
 	torch=$$($(BIN)/python -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])'); \
 	$(BIN)/cmake -S . -B build/cuda -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DMGHF_CUDA=1 \
+	    -DMGHF_CUDA_ARCHS="$(if $(filter all,$(CUDA_ARCHS)),$(ALL_ARCHS),$(CUDA_ARCHS))" \
 	    -DCMAKE_CUDA_COMPILER=$(call toolkit,$(CUDA_TOOLKIT))/bin/nvcc \
 	    -DMGHF_WERROR=$(or $(MGHF_WERROR),0) -DMGHF_TORCH_DIRECTORY=$$torch
 	$(BIN)/cmake --build build/cuda --target mghf_fast_cuda

@@ -3,12 +3,16 @@
     python -m mghf_fast.kernels.native_resources build/cuda/libmghf_fast_cuda.so [--write]
 
 compares them with the committed table of this nvcc, `kernels/resources/nvcc-<version>.json`, in the
-form of the Triton kernels' tables, and fails where they differ or a kernel spills.
+form of the Triton kernels' tables, and fails where they differ or a kernel spills. A library for
+some of the architectures is compared with its part of the table; that the table is of these very
+sources is what their fingerprint says. What a launch asks for in dynamic shared memory depends on
+the sizes of the problem and on the GPU, and is not in it.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 import subprocess
@@ -66,23 +70,48 @@ def measure(library: Path) -> Table:
     return parse(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
+SOURCES = "sources"
+"""The row of the table that holds the fingerprint of the sources."""
+
+
+def fingerprint(folder: Path) -> str:
+    """Of the kernels, their headers and nothing else; words in comments do not count."""
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.cu"), *folder.glob("*.h")]):
+        code = re.sub(r"//.*", "", path.read_text())
+        digest.update(f"{path.name} {' '.join(code.split())}".encode())
+    return digest.hexdigest()[:16]
+
+
+def complaints_about(table: Table, committed: Table, sources: str) -> list[str]:
+    """Where the library is not what the committed table says."""
+    rows = {name: row for name, row in committed.items() if name != SOURCES}
+    found = differences(table, rows)
+    found += [f"{name}: is no more" for name in rows if name not in table]
+    if committed.get(SOURCES) != {"fingerprint": sources}:
+        found.append("the table was made from other sources")
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m mghf_fast.kernels.native_resources")
     parser.add_argument("library", type=Path, help="libmghf_fast_cuda.so, with its build.json")
     parser.add_argument("--write", action="store_true", help="make the table anew")
+    parser.add_argument("--sources", type=Path, default=Path("csrc/cuda"), help="of the library")
     options = parser.parse_args(arguments)
     facts = json.loads(options.library.with_name("build.json").read_text())["cuda"]
     path = TABLES / f"nvcc-{'.'.join(facts['version'].split('.')[:2])}.json"
-    table = measure(options.library)
+    table, sources = measure(options.library), fingerprint(options.sources)
     complaints = problems(table)
     if options.write:
-        write(table, path)
+        write({SOURCES: {"fingerprint": sources}} | table, path)
     else:
         committed: Table = json.loads(path.read_text()) if path.exists() else {}
-        complaints += differences(table, committed)
-        complaints += [f"{name}: is no more" for name in committed if name not in table]
-        if complaints:
-            complaints.append(f"{path.name} is of other kernels: --write makes it anew")
+        if found := complaints_about(table, committed, sources):
+            complaints += [
+                *found,
+                f"`make cuda CUDA_ARCHS=all ARGS=--write` makes {path.name} anew",
+            ]
     for text in complaints:
         print(text, file=sys.stderr)
     print(f"{path.name}: {len(table)} kernels for {', '.join(facts['architectures'])}")

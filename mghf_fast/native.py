@@ -140,7 +140,8 @@ def cuda_resources() -> dict[str, Any] | None:
     file = package / "resources" / f"nvcc-{version}.json"
     if not version or not file.is_file():
         return None
-    table: dict[str, dict[str, dict[str, int]]] = json.loads(file.read_text())
+    table: dict[str, dict[str, Any]] = json.loads(file.read_text())
+    table.pop("sources", None)
     found = [row for kernel in table.values() for row in kernel.values()]
     most = {key: max(row[key] for row in found) for key in found[0]}
     return {"kernels": len(table), **most}

@@ -98,7 +98,9 @@ def given(argument: Any) -> Any:
     return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
 
 
-def taken(array: np.ndarray[Any, Any]) -> Tensor:
+def taken(array: np.ndarray[Any, Any] | None) -> Tensor | None:
+    if array is None:  # of an op that changes an argument
+        return None
     result = torch.from_numpy(array)
     return result.view(torch.bfloat16) if result.dtype == torch.uint16 else result
 

@@ -115,7 +115,7 @@ def test_larger_maps(tmp_path: Path) -> None:
     torch.manual_seed(0)
     problems = [
         problem(*pair(1, 150, 33)),
-        problem(*pair(1, 441, 64), 0.07, 1.0, 50, 1.0, "exp"),
+        problem(*pair(1, 441, 24), 0.07, 1.0, 50, 1.0, "exp"),
         problem(*pair(1, 460, 5), 0.07, 1.0, 2),
         problem(*pair(1, 470, 5), 0.07, 0.005, 2),
     ]

@@ -203,3 +203,27 @@ def test_the_resources_of_cuda_kernels_are_read_from_their_library() -> None:
             "sm_90a": {"registers": 38, "spilled_bytes": 12, **rest},
         }
     }
+
+
+def test_the_table_of_cuda_kernels_knows_its_sources(tmp_path: Path) -> None:
+    """Whatever part of its architectures is compiled; words in comments make no difference."""
+    (tmp_path / "a.cu").write_text("int a;  // one\n")
+    (tmp_path / "a.h").write_text("int b;\n")
+    (tmp_path / "a.cpp").write_text("int c;\n")
+    sources = native_resources.fingerprint(tmp_path)
+    (tmp_path / "a.cu").write_text("int  a;  // another\n")
+    (tmp_path / "a.cpp").write_text("int d;\n")
+    assert native_resources.fingerprint(tmp_path) == sources
+    (tmp_path / "a.h").write_text("int d;\n")
+    assert native_resources.fingerprint(tmp_path) != sources
+
+    row = {"registers": 40, "spilled_bytes": 0, "shared_bytes": 64}
+    committed = {"sources": {"fingerprint": sources}, "copy": {"sm_80": row, "sm_90a": row}}
+    complaints = native_resources.complaints_about
+    assert complaints({"copy": {"sm_90a": row}}, committed, sources) == []
+    assert complaints({"copy": {"sm_90a": row}}, committed, "other") == [
+        "the table was made from other sources"
+    ]
+    (found,) = complaints({"copy": {"sm_90a": row | {"registers": 41}}}, committed, sources)
+    assert found.startswith("copy, sm_90a: ")
+    assert complaints({}, committed, sources) == ["copy: is no more"]

@@ -1,19 +1,19 @@
 // MGHF-n and the content-style terms of a pair of feature stacks, S and G, with D = S - G.
 //
-// The weights commute out of every term, so all sums are over unweighted features. The forward reads
-// the pair in three sweeps:
+// The weights commute out of every term, so all sums are over unweighted features. The forward
+// reads the pair in three sweeps:
 //
 //   moments_of_runs      moments of S, G and D per run of pixels, about the run's own pivots, which
-//                        take large means out, and ranges. D has moments of its own because those of
-//                        a pair that is almost equal would cancel:
+//                        take large means out, and ranges. D has moments of its own because those
+//                        of a pair that is almost equal would cancel:
 //                        1 - rho = (var D - (sd S - sd G)^2) / (2 sd S sd G)
 //   count (histograms.h) histograms of G and of S
-//   products_of_runs     over the kept maps (maps_product.h): S S^T - G G^T is the symmetric part of
-//                        (S - G) (S + G)^T, one product instead of two, which does not cancel either
+//   products_of_runs     over the kept maps (maps_product.h): S S^T - G G^T is the symmetric part
+//                        of (S - G) (S + G)^T, one product instead of two, without cancellation
 //
-// with small kernels between them, whose work is some KB or MB and mostly latency: merge_runs (float64
-// statistics of each map), entropies_of_counts, select (the kept maps, by rank, and three of the
-// terms), sums_of_products, gram_difference. Eight launches.
+// with small kernels between them, whose work is some KB or MB and mostly latency: merge_runs
+// (float64 statistics of each map), entropies_of_counts, select (the kept maps, by rank, and three
+// of the terms), sums_of_products, gram_difference. Eight launches.
 //
 // The backward prepares coefficients (prepare, fragments_of_style) and reads the pair once:
 //
@@ -22,12 +22,12 @@
 // X being D for maps that are much alike, else G: with the other of the two the terms would nearly
 // cancel. Three launches.
 //
-// Floors for B = 1, C = 128, M = 64, 512 x 512, float32, at 4.3 TB/s: moments and histograms read 268
-// MB each, 62 us each (the histograms' 67 M divisions and counts in shared memory take about as
-// long); products 134 MB, 31 us (268 MB where a pixel's channels lie side by side), 3.2 G
-// multiply-adds of TF32, 21 us at 300 TFLOP/s; small kernels about 15 us: 170 us. The backward reads 268
-// and writes 134 MB, 94 us; its 3.2 G multiply-adds hide behind them. Halves: half the bytes, the
-// same arithmetic.
+// Floors for B = 1, C = 128, M = 64, 512 x 512, float32, at 4.3 TB/s: the moments and the
+// histograms read 268 MB each, 62 us each (counting 67 M numbers in shared memory takes about as
+// long), the products 134 MB, 31 us (268 MB where a pixel's channels lie side by side; their 3.2 G
+// multiply-adds of TF32 take 21 us at 300 TFLOP/s), the small kernels some 20 us: 175 us. The
+// backward reads 268 MB and writes 134, 94 us, behind which its 3.2 G multiply-adds hide. Halves:
+// half the bytes, the same arithmetic.
 #include "content_style.h"
 
 #include "maps_gradient.h"
@@ -70,9 +70,10 @@ enum Partial {
 constexpr int kSums = kLowS;        // so many of them are added up
 constexpr int kMerged = kPivotS;    // of so many every thread has one
 
-// Rows of a map's statistics, the first of which go to the backward: its gradient of the correlation
-// is, per pixel and times -n, scale (G - mean G) - slope (S - mean S) = excess (S - mean S) -
-// scale (D - mean D).
+// Rows of a map's statistics, the first of which go to the backward: its gradient of the
+// correlation is, per pixel and times -n,
+//
+//     scale (G - mean G) - slope (S - mean S) = excess (S - mean S) - scale (D - mean D)
 enum Statistic {
   kMeanS, kMeanG, kMeanD, kScale, kSlope, kExcess,
   kDistance,  // 1 - rho
@@ -226,8 +227,8 @@ struct Statistics {
   }
 };
 
-// Statistics of each map from those of its runs, in float64, about the first run's pivots. Ranges are
-// NaN for a map with a NaN or an infinity, which its mean shows. Also clears the counts.
+// Statistics of each map from those of its runs, in float64, about the first run's pivots. Ranges
+// are NaN for a map with a NaN or an infinity, which its mean shows. Also clears the counts.
 __global__ void __launch_bounds__(kSweepThreads)
     merge_runs(const float* partial, double* statistics, PairRanges ranges, int* counts,
                int64_t number_of_counts, int64_t batch, int64_t channels, int64_t pixels,
@@ -334,8 +335,8 @@ __device__ void sort_kept(const int* ranks, int64_t channels, int64_t maps, int*
 }
 
 // Which maps are kept, most important first: compared in float32, ties to the lower channel, a NaN
-// above all; their weights and moments, and the terms that need no product. A block an image; a map's
-// rank is the number of maps before it.
+// above all; their weights and moments, and the terms that need no product. A block an image; a
+// map's rank is the number of maps before it.
 __global__ void __launch_bounds__(kSelectThreads)
     select(const double* entropies, const double* statistics, float* compared,
            int* ranks, Ascending ascending, int* places, StyleResults results,
@@ -443,18 +444,18 @@ __global__ void __launch_bounds__(kDifferenceThreads)
 
 struct ForwardSpace {
   Pieces pieces;
-  float* partial;
-  double* statistics;
-  PairRanges ranges;
-  int* counts;
-  int64_t number_of_counts;
-  double* entropies;
-  float* compared;
-  int* ranks;
-  Ascending ascending;
-  int* places;
-  float* products;
-  double* totals;
+  float* partial = nullptr;
+  double* statistics = nullptr;
+  PairRanges ranges{};
+  int* counts = nullptr;
+  int64_t number_of_counts = 0;
+  double* entropies = nullptr;
+  float* compared = nullptr;
+  int* ranks = nullptr;
+  Ascending ascending{};
+  int* places = nullptr;
+  float* products = nullptr;
+  double* totals = nullptr;
 
   template <class T>
   ForwardSpace(const Image<T>& sr, const StyleOptions& options, void* workspace)
@@ -465,7 +466,6 @@ struct ForwardSpace {
     statistics = pieces.take<double>(maps * kStatistics);
     ranges.lows = pieces.take<float>(2 * maps);
     ranges.highs = pieces.take<float>(2 * maps);
-    number_of_counts = 0;
     if (options.top_m == 0) return;
     number_of_counts = 2 * Counts::number(sr.batch, sr.channels, options.bins, false);
     counts = pieces.take<int>(number_of_counts);
@@ -607,8 +607,8 @@ __global__ void __launch_bounds__(kSelectThreads)
   });
 }
 
-// Gram's part of the gradient is K S_kept with K_ij = (4 grad / (M^2 n)) w_i w_j D_ij. A block takes 16
-// of the rows of a group's kept maps; the first of them also the group's terms.
+// Gram's part of the gradient is K S_kept with K_ij = (4 grad / (M^2 n)) w_i w_j D_ij. A block
+// takes 16 of the rows of a group's kept maps; the first of them also the group's terms.
 __global__ void __launch_bounds__(kGradientThreads)
     fragments_of_style(StyleGradients grads, StyleStatistics statistics, Ascending ascending,
                        const int* places, const int* starts, StyleTerm* terms, uint4* fragments,

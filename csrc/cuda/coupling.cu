@@ -185,11 +185,9 @@ __global__ void __launch_bounds__(kPackThreads) pack_weights(Packing packing) {
 
 // ---- the mix ----
 
-constexpr int kMixThreads = 256;
-constexpr int kMixPixels = 128;   // of a block
-// Results of a pixel in a block. Where a 3x3 kernel reads is more to keep in registers.
-template <int kKernel>
-constexpr int kMixColumns = kKernel == 1 ? 128 : 64;
+constexpr int kMixThreads = 128;
+constexpr int kMixPixels = 64;    // of a block
+constexpr int kMixColumns = 128;  // results of a pixel in a block
 
 // result = W x + bias, or without a bias. x: images with `terms` of W for a pixel, in their order:
 // channel, and with a 3x3 kernel tap.
@@ -199,17 +197,15 @@ struct Mix {
   MutableChannels<Result> result;
   const uint4* weights;
   const float* bias;
-  int64_t pixels;
+  int pixels, height, width;  // of all images; of one
   int terms;
 };
 
 struct MixPixel {
   int b, y, x;
 
-  __device__ MixPixel(int64_t pixel, int64_t height, int64_t width)
-      : b(static_cast<int>(pixel / width / height)),
-        y(static_cast<int>(pixel / width % height)),
-        x(static_cast<int>(pixel % width)) {}
+  __device__ MixPixel(int pixel, int height, int width)
+      : b(pixel / width / height), y(pixel / width % height), x(pixel % width) {}
 };
 
 // Reads quads of terms of a pixel; zeros beyond the last pixel.
@@ -221,9 +217,9 @@ struct MixSource<T, 1> {
   const T* at = nullptr;
 
   template <class Result>
-  __device__ MixSource(const Mix<T, Result>& m, int64_t pixel) {
+  __device__ MixSource(const Mix<T, Result>& m, int pixel) {
     const Image<T>& i = m.x.image;
-    const MixPixel p(pixel, i.height, i.width);
+    const MixPixel p(pixel, m.height, m.width);
     if (pixel < m.pixels) at = i.map(p.b, 0) + p.y * i.row_stride + p.x * i.column_stride;
   }
   template <class Result>
@@ -240,10 +236,10 @@ struct MixSource<T, 3> {
   unsigned known = 0;  // bit by bit the taps within the image
 
   template <class Result>
-  __device__ MixSource(const Mix<T, Result>& m, int64_t pixel) {
+  __device__ MixSource(const Mix<T, Result>& m, int pixel) {
     const Image<T>& i = m.x.image;
     if (pixel >= m.pixels) return;
-    const MixPixel p(pixel, i.height, i.width);
+    const MixPixel p(pixel, m.height, m.width);
     at = i.map(p.b, 0) + p.y * i.row_stride + p.x * i.column_stride;
     for (int tap = 0; tap < 9; ++tap) {
       const int y = p.y + tap / 3 - 1, x = p.x + tap % 3 - 1;
@@ -263,21 +259,20 @@ struct MixSource<T, 3> {
   }
 };
 
-// Four warps share the pixels, two the results.
+// Two warps share the pixels, two the results.
 template <class T, class Result, class P, int kKernel>
-__global__ void __launch_bounds__(kMixThreads, 2) mix(Mix<T, Result> m) {
-  constexpr int kColumnsOfBlock = kMixColumns<kKernel>, kOwn = kColumnsOfBlock / kGroup / 2;
+__global__ void __launch_bounds__(kMixThreads, kKernel == 1 ? 3 : 2) mix(Mix<T, Result> m) {
+  constexpr int kOwn = kMixColumns / kGroup / 2;
   alignas(16) __shared__ T terms[kMixPixels * kGroup];
   const Tile<T, kGroup> tile{terms};
   const int warp = threadIdx.x / kWarp, g = threadIdx.x % kWarp / 4;
-  const int64_t height = m.x.image.height, width = m.x.image.width;
-  const int64_t blocks_of_columns = (m.result.count + kColumnsOfBlock - 1) / kColumnsOfBlock;
-  const int64_t first = blockIdx.x / blocks_of_columns * kMixPixels;
+  const unsigned blocks_of_columns = (m.result.count + kMixColumns - 1) / kMixColumns;
+  const int first = static_cast<int>(blockIdx.x / blocks_of_columns) * kMixPixels;
   const int first_group = static_cast<int>(blockIdx.x % blocks_of_columns) * 2 * kOwn +
-                          warp / 4 * kOwn;
+                          warp / 2 * kOwn;
   const int groups = (m.result.count + kGroup - 1) / kGroup;
   const int depths = (m.terms + kGroup - 1) / kGroup;
-  const MixSource<T, kKernel> from[2] = {{m, first + warp * 8 + g}, {m, first + 64 + warp * 8 + g}};
+  const MixSource<T, kKernel> from[2] = {{m, first + warp * 8 + g}, {m, first + 32 + warp * 8 + g}};
   float next[2][4];
   const auto read = [&](int group) {
     MGHF_UNROLL_ALL
@@ -288,25 +283,25 @@ __global__ void __launch_bounds__(kMixThreads, 2) mix(Mix<T, Result> m) {
   MGHF_UNROLL(1)
   for (int start = 0; start < depths; ++start) {
     MGHF_UNROLL_ALL
-    for (int i = 0; i < 2; ++i) tile.write(i * 64 + warp * 8 + g, 0, next[i]);
+    for (int i = 0; i < 2; ++i) tile.write(i * 32 + warp * 8 + g, 0, next[i]);
     __syncthreads();
     if (start + 1 < depths) read(start + 1);
     Values values[2];
     MGHF_UNROLL_ALL
     for (int i = 0; i < 2; ++i) {
-      values[i] = tile.block((warp % 4 * 2 + i) * kGroup + 2 * g, 0);
+      values[i] = tile.block((warp % 2 * 2 + i) * kGroup + 2 * g, 0);
     }
     multiply_add<P>(sum, values, m.weights, start * groups + first_group, groups - first_group);
     __syncthreads();
   }
-  const int64_t first_row = first + anew(warp % 4 * 2 * kGroup + 2 * g);
+  const int first_pixel = first + anew(warp % 2 * 2 * kGroup + 2 * g);
   MGHF_UNROLL_ALL
   for (int i = 0; i < 2; ++i) {
     MGHF_UNROLL_ALL
     for (int row = 0; row < 2; ++row) {
-      const int64_t pixel = first_row + i * kGroup + row;
+      const int pixel = first_pixel + i * kGroup + row;
       if (pixel >= m.pixels) continue;
-      const MixPixel to(pixel, height, width);
+      const MixPixel to(pixel, m.height, m.width);
       MGHF_UNROLL_ALL
       for (int n = 0; n < kOwn; ++n) {
         const int group = first_group + n;
@@ -969,7 +964,8 @@ PackedWeights lay_out(const CouplingShape& s, const float* weights, Direction di
   packing.count = 0;
   const auto add = [&](const float* from, const Axis& n, const Axis& k, bool fast) {
     const Matrix matrix{from, n, k, nullptr, fast};
-    const int loads = fast ? Fast<T>::kSteps * Fast<T>::kLoads : Exact<T>::kSteps * Exact<T>::kLoads;
+    const int loads =
+        fast ? Fast<T>::kSteps * Fast<T>::kLoads : Exact<T>::kSteps * Exact<T>::kLoads;
     uint4* const to = arena.take<uint4>(matrix.blocks() * loads * kWarp);
     packing.matrices[packing.count] = matrix;
     packing.matrices[packing.count++].to = to;
@@ -1067,10 +1063,16 @@ struct Run {
   template <class P, int kKernel, class Result>
   const char* mix(const Channels<T>& x, const MutableChannels<Result>& result,
                   const uint4* weights, const float* bias, int64_t terms) const {
-    constexpr int kColumnsOfBlock = kMixColumns<kKernel>;
     const int64_t blocks = (pixels() + kMixPixels - 1) / kMixPixels *
-                           ((result.count + kColumnsOfBlock - 1) / kColumnsOfBlock);
-    const Mix<T, Result> m{x, result, weights, bias, pixels(), static_cast<int>(terms)};
+                           ((result.count + kMixColumns - 1) / kMixColumns);
+    const Mix<T, Result> m{x,
+                           result,
+                           weights,
+                           bias,
+                           static_cast<int>(pixels()),
+                           static_cast<int>(height),
+                           static_cast<int>(width),
+                           static_cast<int>(terms)};
     return launch(cuda::mix<T, Result, P, kKernel>, {blocks, kMixThreads}, stream, m);
   }
 
@@ -1243,8 +1245,8 @@ struct Run {
   }
 };
 
-// Packs the weights, then calls f(run, first image, arena) for some images after the other. T: of the
-// features; x: of the size of all images.
+// Packs the weights, then calls f(run, first image, arena) for some images after the other. T is that
+// of the features; x has the size of all images.
 template <class T, class X, class F>
 const char* in_parts(const CouplingShape& shape, const Image<X>& x, const float* weights,
                      Direction direction, void* workspace, Stream stream, const F& f) {

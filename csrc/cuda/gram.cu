@@ -2,16 +2,16 @@
 //
 //     G = scale F F^T                          dF = scale (dG + dG^T) F
 //
-// Two kernels each: products of runs of pixels (maps_product.h), of which one half is computed, with
-// their sums, and their mirror image; the fragments of dG + dG^T, and their product with the pixels
-// (maps_gradient.h). What is stored in half precision is exact in TF32, which spares two of the
-// three products of the forward and one of the backward's.
+// The forward has three kernels: products of runs of pixels (maps_product.h), of which one half is
+// computed, their sums, and the mirror image. The backward has two: the fragments of dG + dG^T, and
+// their product with the pixels (maps_gradient.h). What is stored in half precision is exact in
+// TF32, which spares two of the three products of the forward and one of the backward's.
 //
-// Floor for B = 1, C = 128, 512 x 512: the forward reads 134 MB (bfloat16 67), 31 us at 4.3 TB/s (16
-// us); the three of four blocks of 64 x 64 take 3.2 G multiply-adds, as three TF32 9.7 G: 65 us at 300
-// TFLOP/s (one 21 us), which bounds it. The backward reads and writes 134 MB each, 62 us (31 us);
-// 4.3 G multiply-adds, as three TF32 12.9 G: 86 us (two 57 us), which bounds it. In float32 without
-// tensor cores, at 60 TFLOP/s, either takes 143 us.
+// Floor for B = 1, C = 128, 512 x 512: the forward reads 134 MB (bfloat16 67), 31 us at 4.3 TB/s
+// (16 us); the three of four blocks of 64 x 64 take 3.2 G multiply-adds, as three TF32 9.7 G: 65 us
+// at 300 TFLOP/s (one 21 us), which bounds it. The backward reads and writes 134 MB each, 62 us (31
+// us); 4.3 G multiply-adds, as three TF32 12.9 G: 86 us (two 57 us), which bounds it. In float32
+// without tensor cores, at 60 TFLOP/s, either takes 143 us.
 #include "gram.h"
 
 #include "maps_gradient.h"

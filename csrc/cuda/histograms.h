@@ -69,8 +69,8 @@ struct Ranges {
   __device__ float2 of(int64_t map) const { return range_of(lows, highs, map, parts); }
 };
 
-// Counts of all maps: a map's bins side by side, or, as they are counted where a pixel's channels lie
-// side by side, a bin's maps, in groups of 32.
+// Counts of all maps: a map's bins side by side, or, as they are counted where a pixel's channels
+// lie side by side, a bin's maps, in groups of 32.
 struct Counts {
   int* data;
   int bins;
@@ -90,9 +90,9 @@ struct Counts {
   }
 };
 
-// Bins of the values of a map. All divisions are by the same extent, so that two multiply-adds correct
-// what its reciprocal gives to the quotient that a division would round to (Markstein's theorem). A
-// power of two keeps tiny and huge extents where nothing underflows that decides a bin.
+// Bins of the values of a map. All divisions are by the same extent, so that two multiply-adds
+// correct what its reciprocal gives to the quotient that a division would round to (Markstein's
+// theorem). A power of two keeps tiny and huge extents where nothing underflows that decides a bin.
 struct Binning {
   float low, scale, extent, inverse;
   int bins;
@@ -124,8 +124,8 @@ struct Histograms {
   Counts counts;
 };
 
-// One or two images, whose blocks take turns. The last maps come first: of those the sweep before has
-// left most in the second-level cache.
+// One or two images, whose blocks take turns. The last maps come first: of those the sweep before
+// has left most in the second-level cache.
 template <class T>
 struct Counted {
   Histograms<T> first, second;
@@ -236,8 +236,8 @@ __global__ void __launch_bounds__(kSweepThreads)
   }
 }
 
-// Adds the counts of one image, or of two of one shape and of counts of one layout, to those that are
-// there.
+// Adds the counts of one image, or of two of one shape and of counts of one layout, to those that
+// are there.
 template <Reading kReading, class T>
 const char* count(const Counted<T>& counted, const Runs& runs, Stream stream) {
   const Image<T>& x = counted.first.x;

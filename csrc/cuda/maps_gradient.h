@@ -1,12 +1,13 @@
-// Gradients that are a product of a matrix with an image's maps, and terms of each map: for a pixel,
+// Gradients that are a product of a matrix with an image's maps, and terms of each map: for a
+// pixel,
 //
 //     grad_i = sum_j K_ij S_j + ...,      i and j maps that are kept
 //
-// A block takes 64 pixels and up to 128 channels, 64 at a time. It reads its pixels of the kept maps,
-// 64 at a time, into shared memory; each of its warps multiplies a quarter of the pixels with half of
-// the rows of K, which come from the caches in a tensor core's order, as two TF32 each; the product
-// goes through shared memory to the threads that read what else the gradient is made of and write
-// it, along the pixels or along the channels as these lie in memory.
+// A block takes 64 pixels and up to 128 channels, 64 at a time. It reads its pixels of the kept
+// maps, 64 at a time, into shared memory; each of its warps multiplies a quarter of the pixels with
+// half of the rows of K, which come from the caches in a tensor core's order, as two TF32 each; the
+// product goes through shared memory to the threads that read what else the gradient is made of and
+// write it, along the pixels or along the channels as these lie in memory.
 //
 // The rows of K come in groups: those of the kept maps among 64 channels, in tiles of 16.
 #pragma once

@@ -1,17 +1,18 @@
-// Products of feature maps, summed over the pixels, by tensor cores: what Gram matrices are made of.
+// Products of feature maps, summed over the pixels, by tensor cores: what Gram matrices are made
+// of.
 //
 //     pair:   product_ij = sum (S - G)_i (S + G)_j,   whose symmetric part is S S^T - G G^T
 //     single: product_ij = sum X_i X_j
 //
 // A block takes 64 x 64 maps and a run of pixels, 32 pixels at a time: it reads them (the next 32
 // while it computes), stores what is to be multiplied in shared memory as float32, and its warps
-// take 32 x 16 maps of the product each. Three products of TF32 are about as exact as float32. Tensor
-// cores add up without rounding to nearest, so that long sums would drift: every 64 pixels what they
-// have is added to sums in float32. The runs' products, in a workspace, are added in float64 in a
-// fixed order.
+// take 32 x 16 maps of the product each. Three products of TF32 are about as exact as float32.
+// Tensor cores add up without rounding to nearest, so that long sums would drift: every 64 pixels
+// what they have is added to sums in float32. The runs' products, in a workspace, are added in
+// float64 in a fixed order.
 //
-// Per 8 pixels a block has 96 tensor-core instructions, 147 cycles of an H200's SM at 300 TFLOP/s, and
-// each of the SM's four schedulers issues about 130 instructions for it.
+// Per 8 pixels a block has 96 tensor-core instructions, 147 cycles of an H200's SM at 300 TFLOP/s,
+// and each of the SM's four schedulers issues about 130 instructions for it.
 #pragma once
 
 #include "histograms.h"
@@ -133,13 +134,11 @@ __global__ void __launch_bounds__(kProductThreads, kReading == Reading::strided 
   const int maps_i = maps - first_i < kProductMaps ? maps - first_i : kProductMaps;
   const int maps_j = maps - first_j < kProductMaps ? maps - first_j : kProductMaps;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
-  if (thread < maps_i) {
-    left_channels[thread] = order == nullptr ? first_i + thread : order[b * maps + first_i + thread];
-  }
-  if (thread < maps_j) {
-    right_channels[thread] =
-        order == nullptr ? first_j + thread : order[b * maps + first_j + thread];
-  }
+  const auto channel_of = [&](int map) {
+    return order == nullptr ? map : order[b * maps + map];
+  };
+  if (thread < maps_i) left_channels[thread] = channel_of(first_i + thread);
+  if (thread < maps_j) right_channels[thread] = channel_of(first_j + thread);
   __syncthreads();
 
   // What is read while the pixels before are computed: S and G of maps i, or X of maps i and j.

@@ -1,5 +1,6 @@
 // Batches of matrices on a GPU: (B, rows, columns) of any strides, in elements, and of any of the
-// types that images have. The type is known at run time: the kernels that read matrices do much else.
+// types that images have. The type is known at run time: the kernels that read matrices do much
+// else.
 #pragma once
 
 #include <type_traits>

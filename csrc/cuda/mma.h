@@ -37,8 +37,8 @@ struct SplitTf32 {
       : big(to_tf32(x)), small(to_tf32(x - bits_as<float>(big))) {}
 };
 
-// Likewise by cutting off what a TF32 does not have, as tensor cores do with a float32 that they get:
-// fewer instructions, exact to 2^-20.
+// Likewise by cutting off what a TF32 does not have, as tensor cores do with a float32 that they
+// get: fewer instructions, exact to 2^-20.
 struct CutTf32 {
   uint32_t big, small;
 
@@ -145,6 +145,7 @@ __device__ __forceinline__ void mma_3xtf32(float (&d)[4], const SplitA& a, const
 template <class T>
 constexpr bool exact_in_tf32 = !std::is_same_v<T, float>;
 
+// Without the products of small parts that are zeros.
 template <bool kExactA, bool kExactB>
 __device__ __forceinline__ void mma_split(float (&d)[4], const SplitA& a, const SplitB& b) {
   if constexpr (!kExactA) mma_tf32(d, a.small, b.big);

@@ -9,18 +9,20 @@
 // with c_ij from the solver's recursion. Nothing overflows, whatever the temperature, and small
 // losses keep their digits.
 //
-// One launch forward and one backward. A block computes s of its rows by tensor cores into the place
-// of K whenever it is needed, which is cheaper than to keep both: before the iterations, after them,
-// and backward for ds as well, which takes the place of s and meets the keys there. No N x N matrix
-// is written to the device's memory, unless none fits the chip.
+// One launch forward and one backward. A block computes s of its rows by tensor cores into the
+// place of K whenever it is needed, which is cheaper than to keep both: before the iterations,
+// after them, and backward for ds as well, which takes the place of s and meets the keys there. No
+// N x N matrix is written to the device's memory, unless none fits the chip.
 //
 // Where K or v spreads over too many powers of two for w to be a float32, the exponents of all
 // factors are added before the power is taken.
 //
 // Floor for B = 128, N = 441, D = 64, float32 on an H200: 29 MB read, 6 us at 4.3 TB/s; 1.6 G
-// multiply-adds for each s, as three products of TF32 33 us at 300 TFLOP/s. In four rounds of 33
-// clusters: 2 products of about 14 us, 7 iterations of 1.6 us and the weights' 7 us, 0.2 ms forward;
-// backward 3 products and dq, 15 sweeps and the weights twice, 0.4 ms.
+// multiply-adds for each s, as three products of TF32 33 us at 300 TFLOP/s. In each of four rounds
+// of 33 clusters: s in 14 us, bound by the loads of its operands, K in 7, an iteration or a sweep
+// of the recursion in 1.8, the weights in 11, dq in 12. Forward two s, K, 7 iterations and the
+// weights: 60 us, 0.25 ms in all; backward three s, K twice, 15 sweeps, the weights three times,
+// the terms' sums and dq: 150 us, 0.6 ms in all.
 #include "monce.h"
 
 #include "patch_product.h"
@@ -71,8 +73,8 @@ __device__ __forceinline__ float sigmoid(float x) {
   return (x > 0 ? 1 : decay) / (1 + decay);
 }
 
-// w before the exponents of its row's largest is taken out, from K_ij times 2^a_i, v_j 2^-b_j and the
-// exponent of E_ij.
+// w before the exponents of its row's largest is taken out, from K_ij times 2^a_i, v_j 2^-b_j and
+// the exponent of E_ij.
 __device__ MGHF_NOINLINE Power wide_weight(Power own, Power column, float distance) {
   const float x = distance > -kLargestExponent ? distance : -kLargestExponent;
   const float exponent = round_to_integer(x);

@@ -1,5 +1,5 @@
-// The patch contrastive loss whose negatives a transport plan weighs, and its gradient, on a GPU; the
-// mathematics stand in mghf_fast/reference/monce.py.
+// The patch contrastive loss whose negatives a transport plan weighs, and its gradient, on a GPU;
+// the mathematics stand in mghf_fast/reference/monce.py.
 #pragma once
 
 #include "sinkhorn.h"

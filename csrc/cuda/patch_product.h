@@ -43,9 +43,9 @@ __device__ __forceinline__ void put(uint32_t& big, uint32_t& small, float x) {
   small = split.small;
 }
 
-// area = query key^T: rows `first` on of the query. A warp takes 8 keys and up to kTiles tiles of rows,
-// so that a key is read once for them; the queries are staged. A barrier of the block before and
-// after.
+// area = query key^T: rows `first` on of the query. A warp takes 8 keys and up to kTiles tiles of
+// rows, so that a key is read once for them; the queries are staged. A barrier of the block before
+// and after.
 template <int kTiles, class T>
 __device__ MGHF_NOINLINE void multiply_by_keys(Area area, float* staged, int tiles,
                                                Matrix<T> query, Matrix<T> key, int n, int first,
@@ -104,8 +104,8 @@ __device__ MGHF_NOINLINE void multiply_by_keys(Area area, float* staged, int til
   __syncthreads();
 }
 
-// result (n x depth, dense) = area keys for the block's rows, from `first` on. A warp takes 8 columns
-// of the result and kTiles tiles of rows.
+// result (n x depth, dense) = area keys for the block's rows, from `first` on. A warp takes 8
+// columns of the result and kTiles tiles of rows.
 template <int kTiles, class T>
 __device__ MGHF_NOINLINE void multiply_area(Area area, Matrix<T> key, T* result, int n, int first,
                                             int depth) {

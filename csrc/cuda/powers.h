@@ -1,5 +1,5 @@
-// Powers of two, logarithms and what follows from them, in float32 and to its precision, by the same
-// operations on a GPU and on the host.
+// Powers of two, logarithms and what follows from them, in float32 and to its precision, by the
+// same operations on a GPU and on the host.
 #pragma once
 
 #include <math.h>

@@ -2,19 +2,20 @@
 //
 //     plan_ij = u_i K_ij v_j
 //     dlog plan_ij = W_ij = dplan_ij plan_ij
-//     dlog K_ij = W_ij - sum over the terms t of u^t_i K_ij (v^t dg^t)_j + (u^t df^t)_i K_ij v^(t-1)_j
+//     dlog K_ij = W_ij - K_ij sum over the terms t of u^t_i (v^t dg^t)_j + (u^t df^t)_i v^(t-1)_j
 //     dsimilarity_ij = dlog K_ij dscore / dsimilarity / epsilon
 //
-// Forward: one launch. Backward: two, the iterations and the recursion in one, and the entries of the
-// gradient, which are independent of each other, from the terms that it leaves.
+// Forward: one launch. Backward: two, the iterations and the recursion in one, and the entries of
+// the gradient, which are independent of each other, from the terms that it leaves.
 //
-// Floor for B = 128, N = 441, float32 on an H200: 99.6 MB read and written, 46 us at 4.3 TB/s. The 33
-// clusters of 4 blocks (222 KB of shared memory each) that run at a time solve a matrix each, in four
-// rounds; an iteration reads a block's 196 KB once, 1570 cycles at 128 bytes a cycle, and its
-// exchange (a barrier of the cluster, two of the block, 4 x 441 sums through distributed shared
-// memory) takes some 1200: 1.6 us. At epsilon = 1 about 7 of 50 iterations are made: 4 x 7 x 1.6 =
-// 45 us, so about 0.1 ms; all 50 take 0.37 ms, and 0.2 ms for B = 64. Backward: the same, 8 more
-// sweeps, 500 MB: about 0.3 ms.
+// Floor for B = 128, N = 441, float32 on an H200: 99.6 MB read and written, 46 us at 4.3 TB/s. The
+// 33 clusters of 4 blocks (226 KB of shared memory each) that run at a time solve a matrix each, in
+// four rounds; K is built in 7 us. An iteration takes a block's 196 KB and five shuffles a row
+// through the shared memory's pipe, 2100 cycles, and its exchange (a barrier of the cluster, two of
+// the block, 4 x 441 sums through distributed shared memory) some 1300: 1.8 us. At epsilon = 1
+// about 7 of 50 iterations are made: 4 x (7 + 7 x 1.8) = 80 us, so 0.13 ms in all; were all 50
+// made, 0.44 ms, and half of either for B = 64. Backward: 8 more sweeps, the gradient read twice,
+// the entries in 70 us: about 0.35 ms.
 #include "sinkhorn.h"
 
 #include "sinkhorn_solver.h"
@@ -33,7 +34,6 @@ struct Given {
 
   template <class S>
   __device__ __forceinline__ void fill(const S& s) const {
-    __syncthreads();
     with_element(similarity.element, [&](auto element) {
       const auto matrix = similarity.matrix<decltype(element)>(s.map);
       if (similarity.by_rows()) {
@@ -108,7 +108,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Given source{similarity};
   const auto solution = s.solve(source);
   if (s.rank == 0 && s.thread == 0) s.history().made() = solution.made;
-  s.sync_all();  // what the history has is known to all blocks
   if (solution.made >= 0) {
     const float *const u = s.u(solution.made), *const v = s.v(solution.made);
     Statistics statistics;
@@ -120,7 +119,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     });
     s.recur(source, solution, kNegligible * statistics.total);
   }
-  s.sync_all();
+  s.sync_all();  // as above
 }
 
 // ---- the entries of the gradient ----
@@ -128,7 +127,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 constexpr int kRows = 4, kWords = 4;  // of a warp: rows, and columns of a lane
 constexpr int kTileRows = kMostWarps * kRows, kTileColumns = kWords * kWarp;
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     gradients(Problem p, Matrices similarity, Matrices grad, void* result, float slope) {
   const int n = p.n, tiles_i = (n + kTileRows - 1) / kTileRows;
   const int tiles_j = (n + kTileColumns - 1) / kTileColumns;
@@ -247,7 +246,8 @@ const char* sinkhorn(const Matrices& similarity, const TransportOptions& options
   Division division;
   const char* const error = divide(similarity.rows, division);
   if (error != nullptr) return error;
-  const Problem p = problem_of(similarity.rows, options, division, similarity.batch, false, workspace);
+  const Problem p =
+      problem_of(similarity.rows, options, division, similarity.batch, false, workspace);
   return with_solver(division, [&]<int kWords, bool kOnChip>(Solver<kWords, kOnChip>*) {
     return launch(plans<kWords, kOnChip>, grid_of(division, similarity.batch), stream, p,
                   similarity, plan);

@@ -3,15 +3,15 @@
 // mghf_fast/reference/sinkhorn.py for the mathematics.
 //
 // Method. K_ij = 2^(y_ij - a_i - b_j) with y = score / epsilon / ln 2 is built once. An iteration
-// is u = 1 / (K v), v = 1 / (K^T u): one sweep over K, in which a warp takes whole rows, a lane every
-// 32nd column: it adds up a row's K_ij v_j across the lanes and, the row still in its registers, adds
-// u_i K_ij to the column sums it keeps. Those of the warps, then of the cluster's blocks, are added
-// in their order: results are the same run after run. plan = u_i K_ij v_j.
+// is u = 1 / (K v), v = 1 / (K^T u): one sweep over K, in which a warp takes whole rows, a lane
+// every 32nd column: it adds up a row's K_ij v_j across the lanes and, the row still in its
+// registers, adds u_i K_ij to the column sums it keeps. Those of the warps, then of the cluster's
+// blocks, are added in their order: results are the same run after run. plan = u_i K_ij v_j.
 //
-// Where K lies. Each block of a cluster has n / blocks rows in its shared memory, and the blocks read
-// each other's column sums: one barrier of the cluster an iteration, for the sums are kept twice.
-// Where K fits no cluster, or there are none, a single block has it in the device's memory; more
-// columns than a lane's registers take are swept a chunk at a time, the row sums first.
+// Where K lies. Each block of a cluster has n / blocks rows in its shared memory, and the blocks
+// read each other's column sums: one barrier of the cluster an iteration, for the sums are kept
+// twice. Where K fits no cluster, or there are none, a single block has it in the device's memory;
+// more columns than a lane's registers take are swept a chunk at a time, the row sums first.
 //
 // Stability. a and b are integers, so they cost no digits and absorb any scale exactly. Every
 // iteration checks that its row and column sums stay within [1e-14, 1e14]: entries of K below
@@ -19,9 +19,9 @@
 // repeated with a maximum per row and per column (a log-sum-exp in base two), and K is rebuilt on
 // the new a and b. epsilon = 1 never needs that; 0.01 may, on widely spread similarities.
 //
-// Iterations that change nothing in float32 are left out: the first whose changes of u are all equal
-// but for rounding, having fallen to that fast, is the last (a factor that u and v exchange is no
-// change of the plan). The gradient's recursion goes through all iterations, those left out
+// Iterations that change nothing in float32 are left out: the first whose changes of u are all
+// equal but for rounding, having fallen to that fast, is the last (a factor that u and v exchange
+// is no change of the plan). The gradient's recursion goes through all iterations, those left out
 // included, until what it could still add is negligible.
 #pragma once
 
@@ -244,8 +244,8 @@ struct Solver {
   __device__ __forceinline__ float* v(int t) const { return v_of + (t & 1) * pitch; }
   __device__ __forceinline__ float* a(int base) const { return a_of + (base & 1) * rows; }
   __device__ __forceinline__ float* b(int base) const { return b_of + (base & 1) * pitch; }
-  // An entry of the area. Four columns trade places by row, so that neither lanes with a row and its
-  // columns nor those of a tensor core's operands, 8 rows and 4 columns, meet in a bank.
+  // An entry of the area. Four columns trade places by row, so that neither lanes with a row and
+  // its columns nor those of a tensor core's operands, 8 rows and 4 columns, meet in a bank.
   __device__ __forceinline__ float& at(int r, int j) const {
     return area[static_cast<int64_t>(r) * pitch + (j ^ (r & 7) * 4)];
   }
@@ -253,13 +253,10 @@ struct Solver {
     return History(p.history + map * p.history_floats, n, p.iterations);
   }
 
-  // Orders everything between the blocks that solve a matrix.
+  // Orders everything between the blocks that solve a matrix, if there are several, and is a barrier
+  // of each. In a single one the block's own barriers are enough.
   __device__ __forceinline__ void sync_all() const {
-    if (kOnChip && blocks > 1) {
-      sync_cluster();
-    } else {
-      __syncthreads();
-    }
+    if (kOnChip && blocks > 1) sync_cluster();
   }
 
   // Calls f(r) for the warp's rows.
@@ -322,9 +319,9 @@ struct Solver {
 
   // ---- sweeps ----
 
-  // With r_i = sum_j x_ij weights_j and c = coefficient(row of the block, r_i), adds up c x_ij over the
-  // block's rows; x_ij = entry(row of the block, j, K_ij). The coefficient is that of all lanes.
-  // finish() tells the statistics once the coefficients are known.
+  // With r_i = sum_j x_ij weights_j and c = coefficient(row of the block, r_i), adds up c x_ij over
+  // the block's rows; x_ij = entry(row of the block, j, K_ij). The coefficient is that of all
+  // lanes. finish() tells the statistics once the coefficients are known.
   template <int kRows = kOnChip ? kGroup : 1, class Entry, class Coefficient, class Finish>
   __device__ __forceinline__ void sweep(const float* weights, const Entry& entry,
                                         const Coefficient& coefficient, const Finish& finish) {
@@ -350,8 +347,8 @@ struct Solver {
       weight[k] = weights[lane + k * kWarp];
       total[k] = 0;
     }
-    // The warp's rows, as in for_rows(), some at a time; the next ones' entries are on their way while
-    // the lanes add up these, where registers allow.
+    // The warp's rows, as in for_rows(), some at a time; the next ones' entries are on their way
+    // while the lanes add up these, where registers allow.
     constexpr int kSteps = kGroup / kRows;
     constexpr bool kAhead = kOnChip && kRows == kGroup && kWords <= 14;
     const int next = warps * kGroup - (kGroup - kRows);
@@ -511,7 +508,8 @@ struct Solver {
     v(t)[j] = j < n ? value : 0;
     if (p.history != nullptr && rank == 0 && j < n) history().v(t)[j] = value;
   }
-  // Leaves the exponents of a base for the gradient; every thread those it wrote or will not change.
+  // Leaves the exponents of a base for the gradient; every thread those it wrote or will not
+  // change.
   __device__ __forceinline__ void keep_base(int base) const {
     if (p.history == nullptr) return;
     for_rows([&](int r) {
@@ -616,8 +614,9 @@ struct Solver {
     bool even;  // K stands on the first base, and v has no wide range
   };
 
-  // Runs the iterations. source.fill(solver) puts the similarities of the block's rows into the area;
-  // before and after that it is a barrier of the block. Those on the diagonal do not matter.
+  // Runs the iterations. source.fill(solver) puts the similarities of the block's rows into the
+  // area, at which no thread looks any more, and then is a barrier of the block. Those on the
+  // diagonal do not matter.
   template <class Source>
   __device__ __forceinline__ Solution solve(const Source& source) {
     for (int r = thread; r < rows; r += threads) u(0)[r] = 1;
@@ -692,9 +691,9 @@ struct Solver {
 
   // The recursion from df and dg, iteration by iteration:
   //   B = u K v:  df -= B dg;  A = u K v of the iteration before:  dg = -A^T df, df = 0.
-  // Leaves the terms in the history. It ends when what is left of dg, an equal number in all columns
-  // aside, adds up to less than `negligible` over the iterations to come: A and B are averages, so
-  // the sum of |dg| never grows, and an equal dg in all columns cancels.
+  // Leaves the terms in the history. It ends when what is left of dg, an equal number in all
+  // columns aside, adds up to less than `negligible` over the iterations to come: A and B are
+  // averages, so the sum of |dg| never grows, and an equal dg in all columns cancels.
   template <class Source>
   __device__ __forceinline__ void recur(const Source& source, const Solution& solution,
                                         float negligible) {
@@ -759,8 +758,7 @@ struct Solver {
 };
 
 // The terms' sum where K stood on several bases: every entry is a power of its own.
-template <class = void>
-__device__ MGHF_NOINLINE float wide_correction(History h, Power power, int i, int j) {
+inline __device__ MGHF_NOINLINE float wide_correction(History h, Power power, int i, int j) {
   const int made = h.made(), last = h.last();
   float sum = 0;
   for (int term = h.first(); term <= last; ++term) {

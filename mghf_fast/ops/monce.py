@@ -61,7 +61,7 @@ def _cuda_backward(grad: Tensor, query: Tensor, key: Tensor, *options: Any) -> T
 def _can_run_cuda(*tensors: Tensor) -> str | None:
     if (reason := can_run_cuda(*tensors)) is not None:
         return reason
-    if max(tensors[-1].shape[1:]) > MOST_PATCHES:
+    if tensors and max(tensors[-1].shape[1:], default=0) > MOST_PATCHES:
         return f"it takes up to {MOST_PATCHES} patches of as many numbers"
     return None
 

@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import native
 from ..precision import accumulation_dtype
 from ..reference.patches import patch_projection, patch_projection_backward
 from ._dispatch import (
     Op,
     can_run_cpu,
+    can_run_cuda,
     can_run_triton,
     double_backward_requested,
     empty_like_laid_out,
@@ -131,6 +133,62 @@ def _cpu_backward(
     return grad_x, [g.to(p.dtype) for g, p in zip(grads, parameters, strict=True)]
 
 
+def _cuda_forward(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    patch_size: int,
+    stride: int,
+) -> tuple[Tensor, Tensor]:
+    parameters = (p.float().contiguous() for p in (weight1, bias1, weight2, bias2))
+    result: tuple[Tensor, Tensor] = native.cuda_ops().patches(x, *parameters, patch_size, stride)
+    return result
+
+
+def _cuda_add_backward(
+    grad_x: Tensor,
+    grad: Tensor,
+    embedding: Tensor,
+    state: Tensor,
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    patch_size: int,
+    stride: int,
+) -> None:
+    options = (patch_size, stride)
+    saved = (grad.float(), embedding, state)
+    w1, w2 = weight1.float().contiguous(), weight2.float().contiguous()
+    native.cuda_ops().patches_backward_add_(grad_x, *saved, w1, w2, *options)
+
+
+def _cuda_backward(
+    grad: Tensor,
+    embedding: Tensor,
+    state: Tensor,
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    patch_size: int,
+    stride: int,
+    need_weights: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    ops, options, saved = native.cuda_ops(), (patch_size, stride), (grad.float(), embedding, state)
+    w1, b1, w2 = (p.float().contiguous() for p in (weight1, bias1, weight2))
+    grad_x = ops.patches_backward(*saved, x, w1, w2, *options)
+    if not need_weights:
+        return grad_x, []
+    grads = ops.patches_backward_weights(*saved, x, w1, b1, w2, *options)
+    parameters = (weight1, bias1, weight2, bias2)
+    return grad_x, [g.to(p.dtype) for g, p in zip(grads, parameters, strict=True)]
+
+
 def _can_run_triton(*tensors: Tensor) -> str | None:
     if (reason := can_run_triton(*tensors)) is not None or len(tensors) < 5:
         return reason
@@ -203,12 +261,14 @@ def _triton_backward(
 
 OP = Op("patches")
 OP.implement("reference", _reference_forward, _reference_backward)
+OP.implement("cuda", _cuda_forward, _cuda_backward, can_run_cuda)
 OP.implement("triton", _triton_forward, _triton_backward, _can_run_triton)
 OP.implement("cpu", _cpu_forward, _cpu_backward, can_run_cpu)
 
 # How a backend, known by its backward, adds the gradient of x to one that exists.
 _ADD_BACKWARD: dict[Any, Callable[..., None]] = {
     _reference_backward: _reference_add_backward,
+    _cuda_backward: _cuda_add_backward,
     _triton_backward: _triton_add_backward,
     _cpu_backward: _cpu_add_backward,
 }

@@ -90,7 +90,7 @@ def _cuda_backward(
 def _can_run_cuda(*tensors: Tensor) -> str | None:
     if (reason := can_run_cuda(*tensors)) is not None:
         return reason
-    if (n := tensors[-1].shape[-1]) > MOST_PATCHES:
+    if tensors and (n := tensors[-1].shape[-1]) > MOST_PATCHES:
         return f"it takes matrices of up to {MOST_PATCHES} rows, and these have {n}"
     return None
 

@@ -11,6 +11,7 @@ void define_entropy(pybind11::module_& m);
 void define_gram(pybind11::module_& m);
 void define_monce(pybind11::module_& m);
 void define_sinkhorn(pybind11::module_& m);
+void define_patches(pybind11::module_& m);
 void define_planted(pybind11::module_& m);
 
 }  // namespace mghf::cuda
@@ -25,5 +26,6 @@ PYBIND11_MODULE(mghf_fast_cuda_host, m) {
   mghf::cuda::define_gram(m);
   mghf::cuda::define_monce(m);
   mghf::cuda::define_sinkhorn(m);
+  mghf::cuda::define_patches(m);
   mghf::cuda::define_planted(m);
 }

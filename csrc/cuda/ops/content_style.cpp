@@ -1,5 +1,5 @@
-// The CUDA implementation of the native op `content_style`: argument checks, results, the calls of its
-// kernels.
+// The CUDA implementation of the native op `content_style`: argument checks, results, the calls of
+// its kernels.
 #include "../content_style.h"
 
 #include <initializer_list>

@@ -29,10 +29,10 @@ CouplingShape check_block(const Tensor& x, const char* argument, const Tensor& w
   STD_TORCH_CHECK(kernel == 1 || kernel == 3, "kernel is ", kernel, "; allowed are 1 and 3");
   STD_TORCH_CHECK(clamp >= 0, "clamp is ", clamp, "; allowed is 0 for none or a positive number");
   STD_TORCH_CHECK(x.size(1) > 0 && x.size(1) * kernel * kernel < int64_t{1} << 20 &&
-                      x.size(2) * x.size(3) < int64_t{1} << 31,
+                      x.size(2) * x.size(3) < int64_t{1} << 30,
                   argument, " has shape ", shape_of(x),
                   "; allowed are 1 to 2^20 products for a pixel of the mix and maps of less than "
-                  "2^31 pixels");
+                  "2^30 pixels");
   const CouplingShape shape{x.size(1), channels, kernel, check_activation(activation),
                             static_cast<float>(clamp)};
   STD_TORCH_CHECK(weights.is_cuda() && weights.get_device_index() == x.get_device_index(),

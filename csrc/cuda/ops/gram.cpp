@@ -1,4 +1,5 @@
-// The CUDA implementation of the native op `gram`: argument checks, results, the calls of its kernels.
+// The CUDA implementation of the native op `gram`: argument checks, results, the calls of its
+// kernels.
 #include "../gram.h"
 
 #include "arguments.h"

@@ -1,0 +1,164 @@
+// The CUDA implementation of the native op `patches`: argument checks, results, the calls of its
+// kernels.
+#include "../patches.h"
+
+#include <tuple>
+
+#include "arguments.h"
+
+namespace {
+
+using namespace mghf::cuda;
+using mghf::shape_of;
+
+void check_float32(const Tensor& tensor, const char* argument, int64_t dimensions) {
+  STD_TORCH_CHECK(tensor.is_cuda(), argument, " is not on a CUDA device");
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, argument, " is not float32");
+  STD_TORCH_CHECK(tensor.dim() == dimensions, argument, " has shape ", shape_of(tensor),
+                  "; allowed are ", dimensions, " dimensions");
+}
+
+const float* check_parameter(const Tensor& tensor, const char* argument, int64_t rows,
+                             int64_t columns) {
+  check_float32(tensor, argument, columns < 0 ? 1 : 2);
+  STD_TORCH_CHECK(tensor.is_contiguous(), argument, " is not contiguous");
+  STD_TORCH_CHECK(tensor.size(0) == rows && (columns < 0 || tensor.size(1) == columns), argument,
+                  " has shape ", shape_of(tensor), ", which does not fit the other weights");
+  return static_cast<const float*>(tensor.const_data_ptr());
+}
+
+// Without the biases.
+Projection check_patches(const Tensor& x, const char* argument, const Tensor& weight1,
+                         const Tensor& weight2, int64_t patch_size, int64_t stride) {
+  constexpr int64_t kMost = int64_t{1} << 24;
+  check_image(x, argument);
+  STD_TORCH_CHECK(patch_size >= 1 && patch_size <= x.size(2) && patch_size <= x.size(3) &&
+                      patch_size <= 4096,
+                  "patch_size is ", patch_size, "; allowed is 1 to the height and width of ",
+                  argument, ", ", x.size(2), " x ", x.size(3), ", and 4096");
+  STD_TORCH_CHECK(stride >= 1, "stride is ", stride, "; allowed is at least 1");
+  STD_TORCH_CHECK(
+      x.size(2) < kMost && x.size(3) < kMost && x.size(2) * x.size(3) < int64_t{1} << 31, argument,
+      " has shape ", shape_of(x), "; allowed are maps of less than 2^31 pixels");
+  check_float32(weight1, "weight1", 2);
+  check_float32(weight2, "weight2", 2);
+  Projection p{};
+  p.patch_size = patch_size;
+  p.stride = stride;
+  p.hidden = weight1.size(0);
+  p.dimension = weight2.size(0);
+  STD_TORCH_CHECK(p.hidden < kMost && p.dimension < kMost, "weight1 has shape ", shape_of(weight1),
+                  " and weight2 ", shape_of(weight2), "; allowed are less than 2^24 rows");
+  p.weight1 = check_parameter(weight1, "weight1", p.hidden, patch_size * patch_size);
+  p.weight2 = check_parameter(weight2, "weight2", p.dimension, p.hidden);
+  return p;
+}
+
+EmbeddingGradient check_gradient(const Projection& p, const Tensor& x, const Tensor& grad,
+                                 const Tensor& embedding, const Tensor& state) {
+  const int64_t maps = x.size(0) * x.size(1), patches = p.patches(x.size(2), x.size(3));
+  check_float32(grad, "grad", 3);
+  check_float32(embedding, "embedding", 3);
+  STD_TORCH_CHECK(embedding.size(0) == maps && embedding.size(1) == patches &&
+                      embedding.size(2) == p.dimension && embedding.is_contiguous(),
+                  "embedding is not what the forward returned");
+  STD_TORCH_CHECK(state.is_cuda() && state.scalar_type() == ScalarType::Int && state.dim() == 3 &&
+                      state.size(0) == patches && state.size(1) == p.state_words() &&
+                      state.size(2) == maps && state.is_contiguous(),
+                  "state is not what the forward returned");
+  STD_TORCH_CHECK(grad.size(0) == maps && grad.size(1) == patches && grad.size(2) == p.dimension,
+                  "grad has shape ", shape_of(grad), ", but embedding has ", shape_of(embedding));
+  return {static_cast<const float*>(grad.const_data_ptr()), grad.stride(0), grad.stride(1),
+          grad.stride(2), static_cast<const float*>(embedding.const_data_ptr()),
+          static_cast<const int*>(state.const_data_ptr())};
+}
+
+float* floats(Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
+
+Tensor new_workspace(const Tensor& like, int64_t bytes) {
+  return torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+}
+
+std::tuple<Tensor, Tensor> patches_op(const Tensor& x, const Tensor& weight1, const Tensor& bias1,
+                                      const Tensor& weight2, const Tensor& bias2,
+                                      int64_t patch_size, int64_t stride) {
+  Projection p = check_patches(x, "x", weight1, weight2, patch_size, stride);
+  p.bias1 = check_parameter(bias1, "bias1", p.hidden, -1);
+  p.bias2 = check_parameter(bias2, "bias2", p.dimension, -1);
+  const int64_t maps = x.size(0) * x.size(1), number = p.patches(x.size(2), x.size(3));
+  const Launcher launcher(x);
+  Tensor embedding = torch::stable::new_empty(x, {maps, number, p.dimension}, ScalarType::Float);
+  Tensor state = torch::stable::new_empty(x, {number, p.state_words(), maps}, ScalarType::Int);
+  with_image(x, "x", [&](const auto& image) {
+    check_launch(patches(image, p, floats(embedding), static_cast<int*>(state.mutable_data_ptr()),
+                         launcher.stream()),
+                 "patches");
+  });
+  return {embedding, state};
+}
+
+void image_gradient(const Tensor& grad_x, const char* argument, bool add, const Tensor& grad,
+                    const Tensor& embedding, const Tensor& state, const Tensor& weight1,
+                    const Tensor& weight2, int64_t patch_size, int64_t stride) {
+  const Projection p = check_patches(grad_x, argument, weight1, weight2, patch_size, stride);
+  const EmbeddingGradient gradient = check_gradient(p, grad_x, grad, embedding, state);
+  const Launcher launcher(grad_x);
+  Tensor workspace = new_workspace(
+      grad, patches_backward_workspace_bytes(p, grad_x.size(0) * grad_x.size(1), grad_x.size(2),
+                                             grad_x.size(3)));
+  with_image(grad_x, argument, [&]<class T>(const Image<T>&) {
+    check_launch(patches_backward(mutable_image_of<T>(grad_x), add, p, gradient,
+                                  workspace.mutable_data_ptr(), launcher.stream()),
+                 "patches_backward");
+  });
+}
+
+Tensor patches_backward_op(const Tensor& grad, const Tensor& embedding, const Tensor& state,
+                           const Tensor& x, const Tensor& weight1, const Tensor& weight2,
+                           int64_t patch_size, int64_t stride) {
+  check_image(x, "x");
+  const Tensor grad_x = new_image_like(x, x.size(1));
+  image_gradient(grad_x, "x", false, grad, embedding, state, weight1, weight2, patch_size, stride);
+  return grad_x;
+}
+
+void patches_backward_add_op(Tensor grad_x, const Tensor& grad, const Tensor& embedding,
+                             const Tensor& state, const Tensor& weight1, const Tensor& weight2,
+                             int64_t patch_size, int64_t stride) {
+  image_gradient(grad_x, "grad_x", true, grad, embedding, state, weight1, weight2, patch_size,
+                 stride);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> patches_backward_weights_op(
+    const Tensor& grad, const Tensor& embedding, const Tensor& state, const Tensor& x,
+    const Tensor& weight1, const Tensor& bias1, const Tensor& weight2, int64_t patch_size,
+    int64_t stride) {
+  Projection p = check_patches(x, "x", weight1, weight2, patch_size, stride);
+  p.bias1 = check_parameter(bias1, "bias1", p.hidden, -1);
+  const EmbeddingGradient gradient = check_gradient(p, x, grad, embedding, state);
+  const Launcher launcher(x);
+  Tensor weight1_grad = torch::stable::new_empty(weight1, {p.hidden, p.pixels()});
+  Tensor bias1_grad = torch::stable::new_empty(weight1, {p.hidden});
+  Tensor weight2_grad = torch::stable::new_empty(weight1, {p.dimension, p.hidden});
+  Tensor bias2_grad = torch::stable::new_empty(weight1, {p.dimension});
+  Tensor workspace =
+      new_workspace(grad, patches_backward_weights_workspace_bytes(p, x.size(0) * x.size(1),
+                                                                   x.size(2), x.size(3)));
+  with_image(x, "x", [&](const auto& image) {
+    const ParameterGradients result{floats(weight1_grad), floats(bias1_grad), floats(weight2_grad),
+                                    floats(bias2_grad)};
+    check_launch(patches_backward_weights(image, p, gradient, result, workspace.mutable_data_ptr(),
+                                          launcher.stream()),
+                 "patches_backward_weights");
+  });
+  return {weight1_grad, bias1_grad, weight2_grad, bias2_grad};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(mghf_native, CUDA, m) {
+  m.impl("patches", TORCH_BOX(&patches_op));
+  m.impl("patches_backward", TORCH_BOX(&patches_backward_op));
+  m.impl("patches_backward_add_", TORCH_BOX(&patches_backward_add_op));
+  m.impl("patches_backward_weights", TORCH_BOX(&patches_backward_weights_op));
+}
