@@ -116,6 +116,11 @@ def cuda_lacks(capability: tuple[int, int]) -> str | None:
         ):
             return None
     wanted = ".".join(map(str, capability))
+    if capability < (8, 0):
+        return (
+            "its kernels need compute capability 8.0 or higher (Ampere and later), and this GPU "
+            f"has {wanted}"
+        )
     return (
         f"its kernels are compiled for compute capability {', '.join(having) or 'none'}, and this "
         f"GPU has {wanted}: build them with MGHF_CUDA_ARCHS={wanted}"
