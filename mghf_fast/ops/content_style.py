@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,125 +30,72 @@ from ._dispatch import (
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
+# The implementations take what the operators below do: forwards the pair, top_m, alpha, gamma, bins
+# and gram; backwards the four gradients, the pair, the four statistics and gram.
+
+
 def _reference_backward(*args: Any) -> Tensor:
     naive, mse, correlation, style, gt, sr, kept, weights, _moments, _difference, gram = args
     return reference_backward(naive, mse, correlation, style, gt, sr, kept, weights, gram)
 
 
-def _can_run_cpu(*tensors: Tensor, gram: str = "channel") -> str | None:
-    if gram == "map":
-        return "it has kernels for gram='channel' only"
-    return can_run_cpu(*tensors)
-
-
-def _cpu_forward(
-    gt: Tensor, sr: Tensor, top_m: int, alpha: float, gamma: float, bins: int, gram: str
-) -> Outputs:
-    result: Outputs = torch.ops.mghf_native.content_style(
-        readable_on_cpu(gt), readable_on_cpu(sr), top_m, alpha, gamma, bins
-    )
+def _cpu_forward(gt: Tensor, sr: Tensor, *options: Any) -> Outputs:
+    images = readable_on_cpu(gt), readable_on_cpu(sr)
+    result: Outputs = torch.ops.mghf_native.content_style(*images, *options[:-1])
     return result
 
 
-def _cpu_backward(
-    grad_naive: Tensor,
-    grad_mse: Tensor,
-    grad_correlation: Tensor,
-    grad_gram: Tensor,
-    gt: Tensor,
-    sr: Tensor,
-    kept: Tensor,
-    weights: Tensor,
-    moments: Tensor,
-    difference: Tensor,
-    gram: str,
-) -> Tensor:
-    grads = (grad_naive, grad_mse, grad_correlation, grad_gram)
+def _cpu_backward(*args: Any) -> Tensor:
+    (*grads, gt, sr), statistics = args[:6], args[6:-1]
+    images = readable_on_cpu(gt), readable_on_cpu(sr)
     grad_sr: Tensor = torch.ops.mghf_native.content_style_backward(
-        *(grad.float() for grad in grads),
-        readable_on_cpu(gt),
-        readable_on_cpu(sr),
-        kept,
-        weights,
-        moments,
-        difference,
+        *(grad.float() for grad in grads), *images, *statistics
     )
     return grad_sr.to(sr.dtype)
 
 
-def _can_run_cuda(*tensors: Tensor, gram: str = "channel") -> str | None:
-    if gram == "map":
-        return "it has kernels for gram='channel' only"
-    return can_run_cuda(*tensors)
-
-
-def _cuda_forward(
-    gt: Tensor, sr: Tensor, top_m: int, alpha: float, gamma: float, bins: int, gram: str
-) -> Outputs:
-    result: Outputs = native.cuda_ops().content_style(gt, sr, top_m, alpha, gamma, bins)
+def _cuda_forward(gt: Tensor, sr: Tensor, *options: Any) -> Outputs:
+    result: Outputs = native.cuda_ops().content_style(gt, sr, *options[:-1])
     return result
 
 
-def _cuda_backward(
-    grad_naive: Tensor,
-    grad_mse: Tensor,
-    grad_correlation: Tensor,
-    grad_gram: Tensor,
-    gt: Tensor,
-    sr: Tensor,
-    kept: Tensor,
-    weights: Tensor,
-    moments: Tensor,
-    difference: Tensor,
-    gram: str,
-) -> Tensor:
-    grads = (grad_naive, grad_mse, grad_correlation, grad_gram)
+def _cuda_backward(*args: Any) -> Tensor:
+    grads, rest = args[:4], args[4:-1]
     grad_sr: Tensor = native.cuda_ops().content_style_backward(
-        *(grad.float() for grad in grads), gt, sr, kept, weights, moments, difference
+        *(grad.float() for grad in grads), *rest
     )
     return grad_sr
 
 
-def _can_run_triton(*tensors: Tensor, gram: str = "channel") -> str | None:
-    if gram == "map":
-        return "it has kernels for gram='channel' only"
-    return can_run_triton(*tensors)
-
-
-def _triton_forward(
-    gt: Tensor, sr: Tensor, top_m: int, alpha: float, gamma: float, bins: int, gram: str
-) -> Outputs:
+def _triton_forward(gt: Tensor, sr: Tensor, *options: Any) -> Outputs:
     from ..kernels import content_style as kernels
 
-    return kernels.content_style(gt, sr, top_m, alpha, gamma, bins)
+    return kernels.content_style(gt, sr, *options[:-1])
 
 
-def _triton_backward(
-    grad_naive: Tensor,
-    grad_mse: Tensor,
-    grad_correlation: Tensor,
-    grad_gram: Tensor,
-    gt: Tensor,
-    sr: Tensor,
-    kept: Tensor,
-    weights: Tensor,
-    moments: Tensor,
-    difference: Tensor,
-    gram: str,
-) -> Tensor:
+def _triton_backward(*args: Any) -> Tensor:
     from ..kernels import content_style as kernels
 
-    grads = (grad_naive, grad_mse, grad_correlation, grad_gram)
-    grad_sr = empty_like_laid_out(sr)
-    kernels.content_style_backward(grads, gt, sr, kept, weights, moments, difference, grad_sr)
+    grads, rest = args[:4], args[4:-1]
+    grad_sr = empty_like_laid_out(rest[1])
+    kernels.content_style_backward(grads, *rest, grad_sr)
     return grad_sr
+
+
+def _for_channels(can_run: Callable[..., str | None]) -> Callable[..., str | None]:
+    """What kernels of gram='channel' can run."""
+
+    def check(*tensors: Tensor, gram: str = "channel") -> str | None:
+        return "it has kernels for gram='channel' only" if gram == "map" else can_run(*tensors)
+
+    return check
 
 
 OP = Op("content_style")
 OP.implement("reference", reference_forward, _reference_backward)
-OP.implement("cuda", _cuda_forward, _cuda_backward, _can_run_cuda)
-OP.implement("triton", _triton_forward, _triton_backward, _can_run_triton)
-OP.implement("cpu", _cpu_forward, _cpu_backward, _can_run_cpu)
+OP.implement("cuda", _cuda_forward, _cuda_backward, _for_channels(can_run_cuda))
+OP.implement("triton", _triton_forward, _triton_backward, _for_channels(can_run_triton))
+OP.implement("cpu", _cpu_forward, _cpu_backward, _for_channels(can_run_cpu))
 
 
 @torch.library.custom_op("mghf_fast::content_style", mutates_args=())

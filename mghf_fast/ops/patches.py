@@ -11,7 +11,7 @@ The reference starts from the image and leaves its state at 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -68,125 +68,71 @@ def _reference_add_backward(
     grad_x += _reference_backward(grad, embedding, state, *rest, False)[0]
 
 
-def _for_cpu(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-    """The image as the kernels read it, and dense float32 parameters."""
-    return readable_on_cpu(x), *(p.float().contiguous() for p in parameters)
+# Of the implementations in C++ `rest` is what the operators below take after the image: weight1,
+# bias1, weight2, bias2, patch_size, stride.
 
 
-def _cpu_forward(
-    x: Tensor,
-    weight1: Tensor,
-    bias1: Tensor,
-    weight2: Tensor,
-    bias2: Tensor,
-    patch_size: int,
-    stride: int,
-) -> tuple[Tensor, Tensor]:
-    tensors = _for_cpu(x, weight1, bias1, weight2, bias2)
-    result: tuple[Tensor, Tensor] = torch.ops.mghf_native.patches(*tensors, patch_size, stride)
+def _dense(parameters: Iterable[Tensor]) -> list[Tensor]:
+    return [p.float().contiguous() for p in parameters]
+
+
+def _native_forward(ops: Any, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    result: tuple[Tensor, Tensor] = ops.patches(x, *_dense(rest[:4]), *rest[4:])
     return result
 
 
-def _cpu_add_backward(
-    grad_x: Tensor,
-    grad: Tensor,
-    embedding: Tensor,
-    state: Tensor,
-    x: Tensor,
-    weight1: Tensor,
-    bias1: Tensor,
-    weight2: Tensor,
-    bias2: Tensor,
-    patch_size: int,
-    stride: int,
-) -> None:
-    options = (patch_size, stride)
-    saved = (grad.float(), embedding, state)
-    w1, w2 = weight1.float().contiguous(), weight2.float().contiguous()
-    if grad_x.dtype == torch.float16:
-        grad_x += torch.ops.mghf_native.patches_backward(*saved, x.float(), w1, w2, *options)
-        return
-    torch.ops.mghf_native.patches_backward_add_(grad_x, *saved, w1, w2, *options)
-
-
-def _cpu_backward(
-    grad: Tensor,
-    embedding: Tensor,
-    state: Tensor,
-    x: Tensor,
-    weight1: Tensor,
-    bias1: Tensor,
-    weight2: Tensor,
-    bias2: Tensor,
-    patch_size: int,
-    stride: int,
-    need_weights: bool,
+def _native_backward(
+    ops: Any, grad: Tensor, embedding: Tensor, state: Tensor, x: Tensor, *rest: Any
 ) -> tuple[Tensor, list[Tensor]]:
-    image, w1, b1, w2, _ = _for_cpu(x, weight1, bias1, weight2, bias2)
-    options = (patch_size, stride)
-    saved = (grad.float(), embedding, state)
-    grad_x = torch.ops.mghf_native.patches_backward(*saved, image, w1, w2, *options).to(x.dtype)
-    if not need_weights:
-        return grad_x, []
-    grads = torch.ops.mghf_native.patches_backward_weights(*saved, image, w1, b1, w2, *options)
-    parameters = (weight1, bias1, weight2, bias2)
-    return grad_x, [g.to(p.dtype) for g, p in zip(grads, parameters, strict=True)]
-
-
-def _cuda_forward(
-    x: Tensor,
-    weight1: Tensor,
-    bias1: Tensor,
-    weight2: Tensor,
-    bias2: Tensor,
-    patch_size: int,
-    stride: int,
-) -> tuple[Tensor, Tensor]:
-    parameters = (p.float().contiguous() for p in (weight1, bias1, weight2, bias2))
-    result: tuple[Tensor, Tensor] = native.cuda_ops().patches(x, *parameters, patch_size, stride)
-    return result
-
-
-def _cuda_add_backward(
-    grad_x: Tensor,
-    grad: Tensor,
-    embedding: Tensor,
-    state: Tensor,
-    x: Tensor,
-    weight1: Tensor,
-    bias1: Tensor,
-    weight2: Tensor,
-    bias2: Tensor,
-    patch_size: int,
-    stride: int,
-) -> None:
-    options = (patch_size, stride)
-    saved = (grad.float(), embedding, state)
-    w1, w2 = weight1.float().contiguous(), weight2.float().contiguous()
-    native.cuda_ops().patches_backward_add_(grad_x, *saved, w1, w2, *options)
-
-
-def _cuda_backward(
-    grad: Tensor,
-    embedding: Tensor,
-    state: Tensor,
-    x: Tensor,
-    weight1: Tensor,
-    bias1: Tensor,
-    weight2: Tensor,
-    bias2: Tensor,
-    patch_size: int,
-    stride: int,
-    need_weights: bool,
-) -> tuple[Tensor, list[Tensor]]:
-    ops, options, saved = native.cuda_ops(), (patch_size, stride), (grad.float(), embedding, state)
-    w1, b1, w2 = (p.float().contiguous() for p in (weight1, bias1, weight2))
+    parameters, (*options, need_weights) = rest[:4], rest[4:]
+    saved, (w1, b1, w2, _) = (grad.float(), embedding, state), _dense(parameters)
     grad_x = ops.patches_backward(*saved, x, w1, w2, *options)
     if not need_weights:
         return grad_x, []
     grads = ops.patches_backward_weights(*saved, x, w1, b1, w2, *options)
-    parameters = (weight1, bias1, weight2, bias2)
     return grad_x, [g.to(p.dtype) for g, p in zip(grads, parameters, strict=True)]
+
+
+def _native_add_backward(
+    ops: Any, grad_x: Tensor, grad: Tensor, embedding: Tensor, state: Tensor, *rest: Any
+) -> None:
+    _, weight1, _, weight2, _, *options = rest
+    w1, w2 = _dense((weight1, weight2))
+    ops.patches_backward_add_(grad_x, grad.float(), embedding, state, w1, w2, *options)
+
+
+def _cpu_forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _native_forward(torch.ops.mghf_native, readable_on_cpu(x), *rest)
+
+
+def _cpu_backward(
+    grad: Tensor, embedding: Tensor, state: Tensor, x: Tensor, *rest: Any
+) -> tuple[Tensor, list[Tensor]]:
+    image = readable_on_cpu(x)
+    grad_x, grads = _native_backward(torch.ops.mghf_native, grad, embedding, state, image, *rest)
+    return grad_x.to(x.dtype), grads
+
+
+def _cpu_add_backward(
+    grad_x: Tensor, grad: Tensor, embedding: Tensor, state: Tensor, x: Tensor, *rest: Any
+) -> None:
+    ops, saved = torch.ops.mghf_native, (grad, embedding, state)
+    if grad_x.dtype == torch.float16:  # the float32 gradient is rounded once it is added
+        grad_x += _native_backward(ops, *saved, readable_on_cpu(x), *rest, False)[0]
+    else:
+        _native_add_backward(ops, grad_x, *saved, x, *rest)
+
+
+def _cuda_forward(*args: Any) -> tuple[Tensor, Tensor]:
+    return _native_forward(native.cuda_ops(), *args)
+
+
+def _cuda_backward(*args: Any) -> tuple[Tensor, list[Tensor]]:
+    return _native_backward(native.cuda_ops(), *args)
+
+
+def _cuda_add_backward(*args: Any) -> None:
+    _native_add_backward(native.cuda_ops(), *args)
 
 
 def _can_run_triton(*tensors: Tensor) -> str | None:

@@ -18,73 +18,44 @@ from ._dispatch import (
     register_float32_autocast,
 )
 
+# Of the implementations the options are cost, epsilon, iterations and tolerance.
 
-def _triton_forward(
-    similarity: Tensor, cost: str, epsilon: float, iterations: int, tolerance: float | None
-) -> Tensor:
+
+def _triton_forward(similarity: Tensor, *options: Any) -> Tensor:
     from ..kernels import sinkhorn as kernels
 
-    return kernels.sinkhorn(similarity, cost, epsilon, iterations, tolerance)
+    return kernels.sinkhorn(similarity, *options)
 
 
-def _triton_backward(
-    grad: Tensor,
-    similarity: Tensor,
-    cost: str,
-    epsilon: float,
-    iterations: int,
-    tolerance: float | None,
-) -> Tensor:
+def _triton_backward(grad: Tensor, similarity: Tensor, *options: Any) -> Tensor:
     from ..kernels import sinkhorn as kernels
 
-    return kernels.sinkhorn_backward(grad, similarity, cost, epsilon, iterations, tolerance)
+    return kernels.sinkhorn_backward(grad, similarity, *options)
 
 
-def _cpu_forward(
-    similarity: Tensor, cost: str, epsilon: float, iterations: int, tolerance: float | None
-) -> Tensor:
-    plan: Tensor = torch.ops.mghf_native.sinkhorn(
-        similarity.float(), cost, epsilon, iterations, tolerance
-    )
+def _cpu_forward(similarity: Tensor, *options: Any) -> Tensor:
+    plan: Tensor = torch.ops.mghf_native.sinkhorn(similarity.float(), *options)
     return plan.to(similarity.dtype)
 
 
-def _cpu_backward(
-    grad: Tensor,
-    similarity: Tensor,
-    cost: str,
-    epsilon: float,
-    iterations: int,
-    tolerance: float | None,
-) -> Tensor:
+def _cpu_backward(grad: Tensor, similarity: Tensor, *options: Any) -> Tensor:
     grad_similarity: Tensor = torch.ops.mghf_native.sinkhorn_backward(
-        grad.float(), similarity.float(), cost, epsilon, iterations, tolerance
+        grad.float(), similarity.float(), *options
     )
     return grad_similarity.to(similarity.dtype)
 
 
-MOST_PATCHES = 1 << 20
-
-
-def _cuda_forward(
-    similarity: Tensor, cost: str, epsilon: float, iterations: int, tolerance: float | None
-) -> Tensor:
-    plan: Tensor = native.cuda_ops().sinkhorn(similarity, cost, epsilon, iterations, tolerance)
+def _cuda_forward(similarity: Tensor, *options: Any) -> Tensor:
+    plan: Tensor = native.cuda_ops().sinkhorn(similarity, *options)
     return plan
 
 
-def _cuda_backward(
-    grad: Tensor,
-    similarity: Tensor,
-    cost: str,
-    epsilon: float,
-    iterations: int,
-    tolerance: float | None,
-) -> Tensor:
-    grad_similarity: Tensor = native.cuda_ops().sinkhorn_backward(
-        grad, similarity, cost, epsilon, iterations, tolerance
-    )
+def _cuda_backward(grad: Tensor, similarity: Tensor, *options: Any) -> Tensor:
+    grad_similarity: Tensor = native.cuda_ops().sinkhorn_backward(grad, similarity, *options)
     return grad_similarity
+
+
+MOST_PATCHES = 1 << 20
 
 
 def _can_run_cuda(*tensors: Tensor) -> str | None:
