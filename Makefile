@@ -125,15 +125,12 @@ cuda: $(STAMPS)/dev build/toolkits/$(CUDA_TOOLKIT)/installed  ## compile the CUD
 
 # The CUDA sources as C++ for the host: as they are, for the tests of every backend too, and under the
 # thread and address sanitizers.
-CUDA_HOST := plain thread address
 cuda-host: $(STAMPS)/dev  ## run the CUDA kernels on the CPU, against the reference and under sanitizers
 	torch=$$($(BIN)/python -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])'); \
-	for kind in $(CUDA_HOST); do \
-	    $(BIN)/cmake -S . -B build/cuda-host/$$kind -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
-	        -DMGHF_CUDA_HOST=$$kind -DMGHF_WERROR=$(or $(MGHF_WERROR),0) -DMGHF_TORCH_DIRECTORY=$$torch \
-	        -DPython_EXECUTABLE=$(abspath $(BIN)/python) && \
-	    $(BIN)/cmake --build build/cuda-host/$$kind --target mghf_fast_cuda_host || exit 1; \
-	done
+	$(BIN)/cmake -S . -B build/cuda-host -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+	    "-DMGHF_CUDA_HOST=plain;thread;address" -DMGHF_WERROR=$(or $(MGHF_WERROR),0) \
+	    -DMGHF_TORCH_DIRECTORY=$$torch -DPython_EXECUTABLE=$(abspath $(BIN)/python)
+	$(BIN)/cmake --build build/cuda-host --target mghf_fast_cuda_host
 	MGHF_CUDA_HOST=$(abspath build/cuda-host) MGHF_TEST_CAPABILITY_CHILD=1 $(BIN)/python -m pytest -q -k cuda \
 	    tests/test_cuda_*.py $(OPS:%=tests/test_%.py) tests/test_losses.py $(ARGS)
 

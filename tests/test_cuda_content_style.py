@@ -43,6 +43,8 @@ def layouts() -> Iterator[Problem]:
             g, s = gt.to(dtype), sr.to(dtype)
             yield Problem(g, s, 3)
             yield Problem(g.contiguous(memory_format=LAST), s.contiguous(memory_format=LAST), 3)
+            if size != (6, 9) and dtype != torch.float32:
+                continue  # at other strides their pixels are read one by one, as those before were
             for _, other in contract.image_layouts(s):
                 yield Problem(g, other, 3)
                 yield Problem(other, g, 3)
@@ -84,7 +86,7 @@ def problems(kind: str) -> list[Problem]:
     if kind == "plain":
         return [*every, *sizes(), *near(torch.contiguous_format), *near(LAST)]
     large = list(sizes())
-    return [every[0], every[1], every[-12], *every[5:8], *large[4:8]]
+    return [every[0], every[1], every[18], every[-4], *every[5:8], *large[4:8]]
 
 
 def forward_calls(of: list[Problem]) -> list[tuple[str, tuple[object, ...]]]:

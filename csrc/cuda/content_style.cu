@@ -492,8 +492,8 @@ const char* entropies(const Image<T>& gt, const Image<T>& sr, const ForwardSpace
     return Ranges{space.ranges.lows + first, space.ranges.highs + first, 1};
   };
   const auto launch_entropies = [&](const Counts& counts, int64_t first, int64_t number) {
-    return launch(entropies_of_counts<double>, {number, kSweepThreads}, stream, counts,
-                  ranges(first), space.entropies + first, sr.channels, pixels);
+    return entropies_of_counts(counts, ranges(first), space.entropies + first, number, sr.channels,
+                               pixels, stream);
   };
   const Histograms<T> g{gt, ranges(0), of_gt}, s{sr, ranges(maps), of_sr};
   const char* error = nullptr;

@@ -73,7 +73,7 @@ struct Tiling {
 struct Place {
   int b, y, x;
 
-  __device__ Place(const Tiling& tiling, unsigned tile)
+  __device__ __forceinline__ Place(const Tiling& tiling, unsigned tile)
       : b(static_cast<int>(tile) / tiling.across() / tiling.down()),
         y(static_cast<int>(tile) / tiling.across() % tiling.down() * tiling.rows),
         x(static_cast<int>(tile) % tiling.across() * kColumns) {}
@@ -513,6 +513,8 @@ enum class Role { add, couple, unscale, grad_rho };
 //                `gradients` (d_r, g1)
 template <class T>
 struct ForwardStage : Stage<T> {
+  Role role;
+  int count;  // of sub-networks
   Features<T> other;
   MutableChannels<T> y;  // y.image.data may be null
   Channels<T> g;
@@ -558,137 +560,148 @@ __device__ __forceinline__ void add_subnet(Values (&result)[Z::kGroups][Z::kRows
   }
 }
 
-// Calls f(block, row, image row, image column, pixel) for the pixels of a thread within the image.
-template <int kRowsOfWarp, class F>
-__device__ __forceinline__ void for_own_pixels(const Tiling& tiling, const Place& place,
-                                               const F& f) {
-  const int thread = anew(static_cast<int>(threadIdx.x));
-  const int warp = thread / kWarp, g = thread % kWarp / 4;
-  MGHF_UNROLL_ALL
-  for (int i = 0; i < kRowsOfWarp; ++i) {
-    MGHF_UNROLL_ALL
-    for (int row = 0; row < 2; ++row) {
-      const int y = place.y + warp * kRowsOfWarp + i, x = place.x + 2 * g + row;
-      if (tiling.holds(y, x)) f(i, row, y, x, tiling.pixel(place.b, y, x));
-    }
-  }
-}
-
-template <class Z, class T>
-__device__ __forceinline__ void finish_add(Values (&result)[Z::kGroups][Z::kRowsOfWarp],
-                                           const ForwardStage<T>& s, const Place& place) {
-  for_own_pixels<Z::kRowsOfWarp>(s.tiling, place, [&](int i, int row, int y, int x, int64_t p) {
-    MGHF_UNROLL_ALL
-    for (int n = 0; n < Z::kGroups; ++n) {
-      T* const at = s.other.quad(p, n);
-      float quad[4];
-      read_quad(at, quad);
-      MGHF_UNROLL_ALL
-      for (int q = 0; q < 4; ++q) quad[q] += s.sign * result[n][i].at(row, q);
-      write_quad(at, quad);
-      if (s.y.image.data != nullptr) s.y.write(place.b, y, x, n, quad);
-    }
-  });
-}
-
 // result, which is r before its clamp, becomes z1 exp(r).
 template <class Z, class T>
 __device__ __forceinline__ void scale_z1(Values (&result)[Z::kGroups][Z::kRowsOfWarp],
                                          const ForwardStage<T>& s, const Place& place) {
-  for_own_pixels<Z::kRowsOfWarp>(s.tiling, place, [&](int i, int row, int, int, int64_t p) {
+  const int thread = anew(static_cast<int>(threadIdx.x));
+  const int warp = thread / kWarp, g = thread % kWarp / 4;
+  MGHF_UNROLL_ALL
+  for (int i = 0; i < Z::kRowsOfWarp; ++i) {
     MGHF_UNROLL_ALL
-    for (int n = 0; n < Z::kGroups; ++n) {
-      float z1[4];
-      read_quad(s.other.quad(p, n), z1);
+    for (int row = 0; row < 2; ++row) {
+      const int y = place.y + warp * Z::kRowsOfWarp + i, x = place.x + 2 * g + row;
+      if (!s.tiling.holds(y, x)) continue;
       MGHF_UNROLL_ALL
-      for (int q = 0; q < 4; ++q) {
-        float& value = result[n][i].at(row, q);
-        value = z1[q] * expf(log_scale_of(value, s.clamp));
+      for (int n = 0; n < Z::kGroups; ++n) {
+        float z1[4];
+        read_quad(s.other.quad(s.tiling.pixel(place.b, y, x), n), z1);
+        MGHF_UNROLL_ALL
+        for (int q = 0; q < 4; ++q) {
+          float& value = result[n][i].at(row, q);
+          value = z1[q] * expf(log_scale_of(value, s.clamp));
+        }
       }
     }
-  });
+  }
 }
 
-template <class Z, class T>
-__device__ __forceinline__ void finish_unscale(Values (&result)[Z::kGroups][Z::kRowsOfWarp],
-                                               const ForwardStage<T>& s, const Place& place) {
-  for_own_pixels<Z::kRowsOfWarp>(s.tiling, place, [&](int i, int row, int, int, int64_t p) {
+// Calls f(image row, image column, pixel, sums) for the pixels of a thread within the image, with the
+// sums of all kParts parts of the warps, a quad for each group. Pixel by pixel, out of shared memory,
+// at which no other thread looks any more: out of registers each pixel would need code of its own.
+template <class Z, int kParts, class F>
+__device__ __forceinline__ void for_own_pixels(Values (&result)[Z::kGroups][Z::kRowsOfWarp],
+                                               float4* shared, const Tiling& tiling,
+                                               const Place& place, const F& f) {
+  constexpr int kPixels = 2 * Z::kRowsOfWarp, kThreads = Z::kRows / Z::kRowsOfWarp * kWarp;
+  static_assert(kParts * kPixels * Z::kGroups * kThreads * sizeof(float4) <= Z::kBytes);
+  const int thread = anew(static_cast<int>(threadIdx.x)) % kThreads;
+  const int part = static_cast<int>(threadIdx.x) / kThreads;
+  const auto slot = [&](int of_part, int pixel, int n) -> float4& {
+    return shared[((of_part * kPixels + pixel) * Z::kGroups + n) * kThreads + thread];
+  };
+  if (part < kParts) {
     MGHF_UNROLL_ALL
     for (int n = 0; n < Z::kGroups; ++n) {
-      T* const at = s.other.quad(p, n);
-      float quad[4];
-      read_quad(at, quad);
       MGHF_UNROLL_ALL
-      for (int q = 0; q < 4; ++q) {
-        quad[q] *= expf(-log_scale_of(result[n][i].at(row, q), s.clamp));
+      for (int pixel = 0; pixel < kPixels; ++pixel) {
+        Values& v = result[n][pixel / 2];
+        const int row = pixel % 2;
+        slot(part, pixel, n) = float4{v.at(row, 0), v.at(row, 1), v.at(row, 2), v.at(row, 3)};
       }
-      write_quad(at, quad);
     }
-  });
-}
-
-template <class Z, class T>
-__device__ __forceinline__ void finish_couple(Values (&result)[Z::kGroups][Z::kRowsOfWarp],
-                                              const ForwardStage<T>& s, const Place& place) {
-  for_own_pixels<Z::kRowsOfWarp>(s.tiling, place, [&](int i, int row, int y, int x, int64_t) {
+  }
+  if (kParts > 1) __syncthreads();
+  if (part >= kParts) return;
+  const int top = place.y + thread / kWarp * Z::kRowsOfWarp;
+  const int left = place.x + thread % kWarp / 4 * 2;
+  MGHF_UNROLL(1)
+  for (int pixel = part; pixel < kPixels; pixel += kParts) {
+    const int y = top + pixel / 2, x = left + pixel % 2;
+    if (!tiling.holds(y, x)) continue;
+    float sums[Z::kGroups][4] = {};
     MGHF_UNROLL_ALL
-    for (int n = 0; n < Z::kGroups; ++n) {
-      float quad[4];
+    for (int of_part = 0; of_part < kParts; ++of_part) {
       MGHF_UNROLL_ALL
-      for (int q = 0; q < 4; ++q) quad[q] = result[n][i].at(row, q);
-      s.y.write(place.b, y, x, n, quad);
+      for (int n = 0; n < Z::kGroups; ++n) {
+        const float4 quad = slot(of_part, pixel, n);
+        sums[n][0] += quad.x, sums[n][1] += quad.y, sums[n][2] += quad.z, sums[n][3] += quad.w;
+      }
     }
-  });
+    f(y, x, tiling.pixel(place.b, y, x), sums);
+  }
 }
 
-template <class Z, class T>
-__device__ __forceinline__ void finish_grad_rho(Values (&result)[Z::kGroups][Z::kRowsOfWarp],
-                                                const ForwardStage<T>& s, const Place& place) {
-  for_own_pixels<Z::kRowsOfWarp>(s.tiling, place, [&](int i, int row, int y, int x, int64_t p) {
+// What a role has for a pixel: `result` is that of its last sub-network.
+template <int kGroups, class T>
+__device__ __forceinline__ void finish_pixel(const ForwardStage<T>& s, int b, int y, int x,
+                                             int64_t pixel, float (&result)[kGroups][4]) {
+  if (s.role == Role::couple) {
     MGHF_UNROLL_ALL
-    for (int n = 0; n < Z::kGroups; ++n) {
-      float z1[4], g[4], scaled[4], d_rho[4];
-      read_quad(s.other.quad(p, n), z1);
-      s.g.read(place.b, y, x, n, g);
+    for (int n = 0; n < kGroups; ++n) s.y.write(b, y, x, n, result[n]);
+    return;
+  }
+  float other[kGroups][4];
+  MGHF_UNROLL_ALL
+  for (int n = 0; n < kGroups; ++n) read_quad(s.other.quad(pixel, n), other[n]);
+  if (s.role == Role::grad_rho) {
+    float g[kGroups][4];
+    MGHF_UNROLL_ALL
+    for (int n = 0; n < kGroups; ++n) s.g.read(b, y, x, n, g[n]);
+    MGHF_UNROLL_ALL
+    for (int n = 0; n < kGroups; ++n) {
+      float scaled[4], d_rho[4];
       MGHF_UNROLL_ALL
       for (int q = 0; q < 4; ++q) {
-        const float log_scale = log_scale_of(result[n][i].at(row, q), s.clamp);
+        const float log_scale = log_scale_of(result[n][q], s.clamp);
         const float saturation = s.clamp > 0 ? log_scale / s.clamp : 0.0f;
-        scaled[q] = g[q] * expf(log_scale);
-        d_rho[q] = scaled[q] * z1[q] * (1.0f - saturation * saturation);
+        scaled[q] = g[n][q] * expf(log_scale);
+        d_rho[q] = scaled[q] * other[n][q] * (1.0f - saturation * saturation);
       }
-      write_quad(s.scaled.quad(p, n), scaled);
-      write_quad(s.gradients.quad(p, n), d_rho);
-      write_quad(s.gradients.quad(p, n + Z::kGroups), g);
+      write_quad(s.scaled.quad(pixel, n), scaled);
+      write_quad(s.gradients.quad(pixel, n), d_rho);
+      write_quad(s.gradients.quad(pixel, n + kGroups), g[n]);
     }
-  });
+    return;
+  }
+  MGHF_UNROLL_ALL
+  for (int n = 0; n < kGroups; ++n) {
+    MGHF_UNROLL_ALL
+    for (int q = 0; q < 4; ++q) {
+      float& value = other[n][q];
+      value = s.role == Role::add ? value + s.sign * result[n][q]
+                                  : value * expf(-log_scale_of(result[n][q], s.clamp));
+    }
+    write_quad(s.other.quad(pixel, n), other[n]);
+    if (s.y.image.data != nullptr) s.y.write(b, y, x, n, other[n]);
+  }
 }
 
-template <class T, class Z, Role kRole>
+template <class T, class Z>
 __global__ void __launch_bounds__(Z::kThreads, 2) forward_stage(ForwardStage<T> s) {
   MGHF_DYNAMIC_SHARED(unsigned char, memory);
   const Tile<T, Z::kHalf> features{reinterpret_cast<T*>(memory)};
   const Tile<T, Z::kSlice> hidden{features.data + Z::kFeatures};
   float* const taps = reinterpret_cast<float*>(hidden.data + Z::kHidden);
-  const Place place(s.tiling, blockIdx.x);
-  copy_tile<Z::kThreads, Z::kRows + 2, Z::kAcross>(features, s.features, s.tiling, place.b,
-                                                   place.y - 1, place.x - 1);
+  {
+    const Place place(s.tiling, blockIdx.x);
+    copy_tile<Z::kThreads, Z::kRows + 2, Z::kAcross>(features, s.features, s.tiling, place.b,
+                                                     place.y - 1, place.x - 1);
+  }
   end_copies();
   wait_for_copies<0>();
   __syncthreads();
   Values result[Z::kGroups][Z::kRowsOfWarp] = {};
-  add_subnet<Z>(result, features, hidden, taps, s, s.subnets[0]);
-  if constexpr (kRole == Role::add) {
-    finish_add<Z>(result, s, place);
-  } else if constexpr (kRole == Role::unscale) {
-    finish_unscale<Z>(result, s, place);
-  } else if constexpr (kRole == Role::grad_rho) {
-    finish_grad_rho<Z>(result, s, place);
-  } else {
-    scale_z1<Z>(result, s, place);
-    add_subnet<Z>(result, features, hidden, taps, s, s.subnets[1]);
-    finish_couple<Z>(result, s, place);
+  MGHF_UNROLL(1)
+  for (int i = 0; i < s.count; ++i) {
+    if (i > 0) scale_z1<Z>(result, s, Place(s.tiling, anew(blockIdx.x)));  // eta is added to it
+    add_subnet<Z>(result, features, hidden, taps, s, s.subnets[i]);
   }
+  const Place place(s.tiling, anew(blockIdx.x));
+  for_own_pixels<Z, 1>(result, reinterpret_cast<float4*>(memory), s.tiling, place,
+                       [&](int y, int x, int64_t pixel, float (&sums)[Z::kGroups][4]) {
+                         finish_pixel(s, place.b, y, x, pixel, sums);
+                       });
 }
 
 // ---- backward ----
@@ -719,7 +732,6 @@ struct BackwardSizes {
   static constexpr size_t kBytes =
       (kFeatures + kGradients + kHidden + kThrough) * sizeof(T) + 9 * kSlice * 4;
   static_assert(kWarpsOfPart * kParts <= kWarps && kSlice % (kParts * kGroup) == 0);
-  static_assert(kRows * kColumns * kHalf * 4 <= kBytes);  // the sums of a part
 };
 
 // A' P^T g at the pixels of the tile with a halo of one; zeros outside of the image.
@@ -833,34 +845,6 @@ __device__ __forceinline__ void go_through_expand(Values (&result)[Z::kGroups][Z
   }
 }
 
-// The first part's warps get the sums of both.
-template <class Z>
-__device__ __forceinline__ void add_parts(Values (&result)[Z::kGroups][Z::kRowsOfWarp],
-                                          float* sums) {
-  const int part = threadIdx.x / kWarp / Z::kWarpsOfPart;
-  const int at = threadIdx.x % (Z::kWarpsOfPart * kWarp);
-  MGHF_UNROLL(1)
-  for (int other = 1; other < Z::kParts; ++other) {
-    const auto for_all = [&](const auto& f) {
-      MGHF_UNROLL_ALL
-      for (int n = 0; n < Z::kGroups; ++n) {
-        MGHF_UNROLL_ALL
-        for (int i = 0; i < Z::kRowsOfWarp; ++i) {
-          MGHF_UNROLL_ALL
-          for (int v = 0; v < kValues; ++v) {
-            const int place = (n * Z::kRowsOfWarp + i) * kValues + v;
-            f(result[n][i].all()[v], sums[place * Z::kWarpsOfPart * kWarp + at]);
-          }
-        }
-      }
-    };
-    if (part == other) for_all([](float own, float& sum) { sum = own; });
-    __syncthreads();
-    if (part == 0) for_all([](float& own, float sum) { own += sum; });
-    if (other + 1 < Z::kParts) __syncthreads();
-  }
-}
-
 template <class T, class Z>
 __global__ void __launch_bounds__(Z::kThreads, 1) backward_stage(BackwardStage<T> s) {
   MGHF_DYNAMIC_SHARED(unsigned char, memory);
@@ -895,18 +879,19 @@ __global__ void __launch_bounds__(Z::kThreads, 1) backward_stage(BackwardStage<T
       __syncthreads();
     }
   }
-  add_parts<Z>(result, reinterpret_cast<float*>(memory));
-  if (part > 0) return;
-  for_own_pixels<Z::kRowsOfWarp>(s.tiling, place, [&](int i, int row, int y, int x, int64_t p) {
-    MGHF_UNROLL_ALL
-    for (int n = 0; n < Z::kGroups; ++n) {
-      float quad[4];
-      s.direct.read(place.b, y, x, n, quad);
-      MGHF_UNROLL_ALL
-      for (int q = 0; q < 4; ++q) quad[q] += result[n][i].at(row, q);
-      write_quad(s.result.quad(p, n), quad);
-    }
-  });
+  for_own_pixels<Z, Z::kParts>(
+      result, reinterpret_cast<float4*>(memory), s.tiling, place,
+      [&](int y, int x, int64_t pixel, float (&sums)[Z::kGroups][4]) {
+        float direct[Z::kGroups][4];
+        MGHF_UNROLL_ALL
+        for (int n = 0; n < Z::kGroups; ++n) s.direct.read(place.b, y, x, n, direct[n]);
+        MGHF_UNROLL_ALL
+        for (int n = 0; n < Z::kGroups; ++n) {
+          MGHF_UNROLL_ALL
+          for (int q = 0; q < 4; ++q) sums[n][q] += direct[n][q];
+          write_quad(s.result.quad(pixel, n), sums[n]);
+        }
+      });
 }
 
 // ---- the workspace ----
@@ -1095,23 +1080,23 @@ struct Run {
   }
 
   // `fill` completes the stage's parameters.
-  template <Role kRole, class Fill>
-  const char* forward(const Features<T>& features, const Fill& fill) const {
+  template <class Fill>
+  const char* forward(Role role, const Features<T>& features, const Fill& fill) const {
     switch (half()) {
       case 32:
-        return forward<kRole, ForwardSizes<T, 32, 8, 2, 32>>(features, fill);
+        return forward<ForwardSizes<T, 32, 8, 2, 32>>(role, features, fill);
       case 64:
-        return forward<kRole, ForwardSizes<T, 64, 8, 2, 32>>(features, fill);
+        return forward<ForwardSizes<T, 64, 8, 2, 32>>(role, features, fill);
       default:
-        return forward<kRole, ForwardSizes<T, 128, 4, 1, 16>>(features, fill);
+        return forward<ForwardSizes<T, 128, 4, 1, 16>>(role, features, fill);
     }
   }
-  template <Role kRole, class Z, class Fill>
-  const char* forward(const Features<T>& features, const Fill& fill) const {
-    ForwardStage<T> s{stage(features, Z::kRows), {}, {}, {}, {}, {}, 1.0f};
+  template <class Z, class Fill>
+  const char* forward(Role role, const Features<T>& features, const Fill& fill) const {
+    ForwardStage<T> s{stage(features, Z::kRows), role, role == Role::couple ? 2 : 1, {}, {}, {}, {},
+                      {}, 1.0f};
     fill(s);
-    return launch(forward_stage<T, Z, kRole>, {s.tiling.count(), Z::kThreads, Z::kBytes}, stream,
-                  s);
+    return launch(forward_stage<T, Z>, {s.tiling.count(), Z::kThreads, Z::kBytes}, stream, s);
   }
 
   template <class Fill>
@@ -1145,7 +1130,7 @@ struct Run {
   // z from x, and phi in it; into the second half of y if there is one.
   const char* start(const Image<T>& x, const Features<T>& z, const MutableImage<T>& y) const {
     if (const char* error = features(x, z); error != nullptr) return error;
-    return forward<Role::add>(z, [&](ForwardStage<T>& s) {
+    return forward(Role::add, z, [&](ForwardStage<T>& s) {
       s.other = {z.data + half(), z.width};
       s.subnets[0] = packed.phi;
       s.y = channels_of(y, shape.channels / 2, shape.channels / 2);
@@ -1155,7 +1140,7 @@ struct Run {
   const char* value(const Image<T>& x, const MutableImage<T>& y, Arena arena) const {
     const Features<T> z{arena.take<T>(pixels() * 2 * half()), 2 * half()};
     if (const char* error = start(x, z, y); error != nullptr) return error;
-    return forward<Role::couple>({z.data + half(), z.width}, [&](ForwardStage<T>& s) {
+    return forward(Role::couple, {z.data + half(), z.width}, [&](ForwardStage<T>& s) {
       s.other = z;
       s.subnets[0] = packed.rho;
       s.subnets[1] = packed.eta;
@@ -1172,18 +1157,18 @@ struct Run {
                                {(count + kCopyThreads - 1) / kCopyThreads, kCopyThreads}, stream,
                                y, z, half(), y.by_maps());
     if (error != nullptr) return error;
-    error = forward<Role::add>(z2, [&](ForwardStage<T>& s) {
+    error = forward(Role::add, z2, [&](ForwardStage<T>& s) {
       s.other = z;
       s.subnets[0] = packed.eta;
       s.sign = -1;
     });
     if (error != nullptr) return error;
-    error = forward<Role::unscale>(z2, [&](ForwardStage<T>& s) {
+    error = forward(Role::unscale, z2, [&](ForwardStage<T>& s) {
       s.other = z;
       s.subnets[0] = packed.rho;
     });
     if (error != nullptr) return error;
-    error = forward<Role::add>(z, [&](ForwardStage<T>& s) {
+    error = forward(Role::add, z, [&](ForwardStage<T>& s) {
       s.other = z2;
       s.subnets[0] = packed.phi;
       s.sign = -1;
@@ -1201,7 +1186,7 @@ struct Run {
     const auto second = [&](const Features<T>& f) { return Features<T>{f.data + half(), wide}; };
     const Features<T> z = take(), d = take(), gradients = take();
     if (const char* error = start(x, z, {}); error != nullptr) return error;
-    const char* error = forward<Role::grad_rho>(second(z), [&](ForwardStage<T>& s) {
+    const char* error = forward(Role::grad_rho, second(z), [&](ForwardStage<T>& s) {
       s.other = z;
       s.subnets[0] = packed.rho;
       s.g = channels_of(grad, 0, c);

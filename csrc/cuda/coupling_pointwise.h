@@ -7,14 +7,48 @@
 
 namespace mghf::cuda {
 
+// Functions of their own: what few need is not to stand at every place of a kernel.
+template <int kCount>
+struct Numbers {
+  float of[kCount];
+};
+template <int kCount>
+__device__ MGHF_NOINLINE Numbers<kCount> softplus(Numbers<kCount> x) {
+  MGHF_UNROLL_ALL
+  for (float& v : x.of) v = (v < 0 ? 0 : v) + log1pf(expf(-fabsf(v)));
+  return x;
+}
+template <int kCount>
+__device__ MGHF_NOINLINE Numbers<kCount> softplus_slope(Numbers<kCount> x) {
+  MGHF_UNROLL_ALL
+  for (float& v : x.of) v = 1.0f / (1.0f + expf(-v));
+  return x;
+}
+template <int kCount>
+__device__ MGHF_NOINLINE Numbers<kCount> softplus_slope_at_value(Numbers<kCount> value) {
+  MGHF_UNROLL_ALL
+  for (float& v : value.of) v = -expm1f(-v);
+  return value;
+}
+inline __device__ MGHF_NOINLINE float soft_clamp(float x, float bound) {
+  return bound * tanhf(x / bound);
+}
+
+template <int kCount>
+__device__ __forceinline__ Numbers<kCount> numbers(const float* x) {
+  Numbers<kCount> numbers;
+  MGHF_UNROLL_ALL
+  for (int i = 0; i < kCount; ++i) numbers.of[i] = x[i];
+  return numbers;
+}
+
 // The value at what came out of a layer, in place. All numbers at once: one branch.
 template <int kCount>
 __device__ __forceinline__ void activate(float* x, Activation activation) {
   if (activation == Activation::softplus) {
+    const Numbers<kCount> values = softplus(numbers<kCount>(x));
     MGHF_UNROLL_ALL
-    for (int i = 0; i < kCount; ++i) {
-      x[i] = (x[i] < 0 ? 0 : x[i]) + log1pf(expf(-fabsf(x[i])));
-    }
+    for (int i = 0; i < kCount; ++i) x[i] = values.of[i];
     return;
   }
   const bool relu6 = activation == Activation::relu6;
@@ -26,32 +60,38 @@ __device__ __forceinline__ void activate(float* x, Activation activation) {
   }
 }
 
-// g times the derivative at x, in place. Times zero and not zero, for a NaN or an infinite g.
+// g times the derivative of those whose kinks are at 0 and 6, at x or, which has the same sign, at the
+// value, in place. Times zero and not zero, for a NaN or an infinite g.
+template <int kCount>
+__device__ __forceinline__ void go_back_by_kinks(float* g, const float* x, Activation activation) {
+  const bool relu6 = activation == Activation::relu6;
+  const float below = relu6 ? 0.0f : 0.01f;
+  MGHF_UNROLL_ALL
+  for (int i = 0; i < kCount; ++i) g[i] *= x[i] > 0 && !(relu6 && x[i] >= 6) ? 1.0f : below;
+}
+template <int kCount>
+__device__ __forceinline__ void multiply(float* g, const Numbers<kCount>& slopes) {
+  MGHF_UNROLL_ALL
+  for (int i = 0; i < kCount; ++i) g[i] *= slopes.of[i];
+}
+
+// g times the derivative at x, in place.
 template <int kCount>
 __device__ __forceinline__ void go_back(float* g, const float* x, Activation activation) {
-  MGHF_UNROLL_ALL
-  for (int i = 0; i < kCount; ++i) {
-    if (activation == Activation::softplus) {
-      g[i] = g[i] / (1.0f + expf(-x[i]));
-    } else if (activation == Activation::relu6) {
-      g[i] *= x[i] > 0 && x[i] < 6 ? 1.0f : 0.0f;
-    } else {
-      g[i] *= x[i] > 0 ? 1.0f : 0.01f;
-    }
-  }
+  if (activation != Activation::softplus) return go_back_by_kinks<kCount>(g, x, activation);
+  multiply(g, softplus_slope(numbers<kCount>(x)));
 }
 
 // The same from the value instead of x.
 template <int kCount>
 __device__ __forceinline__ void go_back_from_value(float* g, const float* value,
                                                    Activation activation) {
-  if (activation != Activation::softplus) return go_back<kCount>(g, value, activation);
-  MGHF_UNROLL_ALL
-  for (int i = 0; i < kCount; ++i) g[i] *= -expm1f(-value[i]);
+  if (activation != Activation::softplus) return go_back_by_kinks<kCount>(g, value, activation);
+  multiply(g, softplus_slope_at_value(numbers<kCount>(value)));
 }
 
 __device__ __forceinline__ float log_scale_of(float raw, float clamp) {
-  return clamp > 0 ? clamp * tanhf(raw / clamp) : raw;
+  return clamp > 0 ? soft_clamp(raw, clamp) : raw;
 }
 
 }  // namespace mghf::cuda

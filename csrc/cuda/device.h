@@ -69,27 +69,27 @@ const char* launch(void (*kernel)(Parameters...), const Grid& grid, Stream strea
 #endif
 }
 
-// What the current device has, as far as kernels choose by it.
+// What the current device has, as far as kernels choose by it, and as far as the code that it runs was
+// compiled for it: of clusters there is nothing in PTX for 8.0, on whatever GPU.
 struct Gpu {
   int64_t shared_bytes;  // that a block may have
   bool clusters;
 };
 
-inline const char* current_gpu(Gpu& gpu) {
-#ifdef __CUDACC__
-  int device = 0, bytes = 0, major = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  }
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  }
-  gpu = {bytes, major >= 9};
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+const char* current_gpu(Gpu& gpu);
+
+// Whether this code, of all that a source is compiled to, has clusters.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kClusters = false;
 #else
-  gpu = {host::gpu.shared_bytes, host::gpu.clusters};
-  return nullptr;
+constexpr bool kClusters = true;
+#endif
+
+// Ends code that nothing launches, so that none is made of what follows.
+__device__ __forceinline__ void never() {
+#ifdef __CUDA_ARCH__
+  __trap();
+  __builtin_unreachable();
 #endif
 }
 

@@ -117,8 +117,7 @@ const char* run(const Image<T>& x, int64_t bins, float* result, void* workspace,
   const Histograms<T> histograms{x, ranges, counts};
   error = count<kReading>(Counted<T>{histograms, histograms, 1}, runs, stream);
   if (error != nullptr) return error;
-  return launch(entropies_of_counts<float>, {maps, kSweepThreads}, stream, counts, ranges, result,
-                x.channels, x.pixels());
+  return entropies_of_counts(counts, ranges, result, maps, x.channels, x.pixels(), stream);
 }
 
 }  // namespace

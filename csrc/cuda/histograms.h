@@ -1,4 +1,5 @@
-// What kernels that sweep over the maps of an image, run by run, share, and the histograms of maps.
+// What kernels that sweep over the maps of an image, run by run, share, and the histograms of maps,
+// whose kernels stand in histograms.cu.
 //
 //     bin(v) = min(floor((v - low) / (high - low) * bins), bins - 1)      p = counts / (H W)
 //     entropy = -sum p ln p / ln(bins)
@@ -16,8 +17,6 @@ namespace mghf::cuda {
 constexpr int kSweepThreads = 256;
 constexpr int kWarp = 32;
 constexpr int kSweepWarps = kSweepThreads / kWarp;
-// Up to so many bins a block counts in its shared memory; beyond, in the device's.
-constexpr int64_t kSharedCounters = 8192;
 
 // The maps' pixels cut into runs of a multiple of 32; a function of the shape alone.
 struct Runs {
@@ -90,32 +89,6 @@ struct Counts {
   }
 };
 
-// Bins of the values of a map. All divisions are by the same extent, so that two multiply-adds
-// correct what its reciprocal gives to the quotient that a division would round to (Markstein's
-// theorem). A power of two keeps tiny and huge extents where nothing underflows that decides a bin.
-struct Binning {
-  float low, scale, extent, inverse;
-  int bins;
-
-  __device__ Binning(float2 range, int bins) : low(range.x), scale(1), bins(bins) {
-    extent = range.y - range.x;
-    if (extent < 0x1p-80f) scale = 0x1p80f;
-    if (extent > 0x1p80f) scale = 0x1p-80f;
-    extent *= scale;
-    inverse = 1 / extent;
-  }
-
-  // What has no bin (0 / 0 in a constant map, whatever came of a NaN) goes to the first.
-  __device__ __forceinline__ int of(float value) const {
-    const float from_low = (value - low) * scale;
-    const float share = from_low * inverse;
-    const float quotient = fmaf(fmaf(-share, extent, from_low), inverse, share);
-    const float position = quotient * static_cast<float>(bins);
-    const float most = static_cast<float>(bins - 1);
-    return !(position > 0) ? 0 : position > most ? bins - 1 : static_cast<int>(position);
-  }
-};
-
 // An image whose maps are counted.
 template <class T>
 struct Histograms {
@@ -137,132 +110,15 @@ struct Counted {
   __device__ int64_t block() const { return (gridDim.x - 1 - blockIdx.x) / images; }
 };
 
-// kShared: a histogram for each of `copies` groups of warps, fewer collisions for each of them.
-template <class T, Reading kReading, bool kShared>
-__global__ void __launch_bounds__(kSweepThreads)
-    counts_of_maps(Counted<T> counted, int copies, Runs runs) {
-  MGHF_DYNAMIC_SHARED(int, histograms);
-  constexpr int kStep = pixels_of(kReading);
-  const auto [x, ranges, counts] = counted.own();
-  const int bins = counts.bins;
-  const Place place(counted.block(), runs.number, x.channels, 1);
-  const int64_t map_index = place.b * x.channels + place.channel;
-  int* const target = counts.data + map_index * bins;
-  if (kShared) {
-    for (int i = threadIdx.x; i < bins * copies; i += kSweepThreads) histograms[i] = 0;
-    __syncthreads();
-  }
-  int* const own = kShared ? histograms + threadIdx.x / kWarp % copies * bins : target;
-  const Binning binning(ranges.of(map_index), bins);
-  const T* const map = x.map(place.b, place.channel);
-  const int64_t end = runs.end(place.run, x.pixels());
-  MGHF_UNROLL(4)
-  for (int64_t p = runs.begin(place.run) + threadIdx.x * kStep; p < end;
-       p += kSweepThreads * kStep) {
-    float values[kStep];
-    x.template read<kReading>(values, map, p);
-    for (const float value : values) atomicAdd(own + binning.of(value), 1);
-  }
-  if (kShared) {
-    __syncthreads();
-    for (int i = threadIdx.x; i < bins; i += kSweepThreads) {
-      int count = 0;
-      for (int copy = 0; copy < copies; ++copy) count += histograms[copy * bins + i];
-      if (count > 0) atomicAdd(target + i, count);
-    }
-  }
-}
-
-// A lane of the warp has a map and a histogram of its own, laid out [bin][lane]: no two lanes of a
-// warp ever meet in a bank.
-template <class T, Reading kReading, bool kShared>
-__global__ void __launch_bounds__(kSweepThreads)
-    counts_of_pixels(Counted<T> counted, Runs runs) {
-  MGHF_DYNAMIC_SHARED(int, histograms);
-  const auto [x, ranges, counts] = counted.own();
-  const int bins = counts.bins;
-  const Place place(counted.block(), runs.number, x.channels, kWarp);
-  const int lane = threadIdx.x % kWarp, row = threadIdx.x / kWarp;
-  const int64_t channel = place.channel + lane;
-  int* const target = counts.group(place.b, place.channel, x.channels);
-  if (kShared) {
-    for (int i = threadIdx.x; i < bins * kWarp; i += kSweepThreads) histograms[i] = 0;
-    __syncthreads();
-  }
-  if (channel < x.channels) {
-    int* const own = (kShared ? histograms : target) + lane;
-    const Binning binning(ranges.of(place.b * x.channels + channel), bins);
-    const T* const map = x.map(place.b, channel);
-    const int64_t end = runs.end(place.run, x.pixels());
-    MGHF_UNROLL(4)
-    for (int64_t p = runs.begin(place.run) + row; p < end; p += kSweepWarps) {
-      float values[1];
-      x.template read<kReading>(values, map, p);
-      atomicAdd(own + binning.of(values[0]) * kWarp, 1);
-    }
-  }
-  if (kShared) {
-    __syncthreads();
-    for (int i = threadIdx.x; i < bins * kWarp; i += kSweepThreads) {
-      if (histograms[i] > 0) atomicAdd(target + i, histograms[i]);
-    }
-  }
-}
-
-// Entropies of all maps from their counts, a block each.
-template <class Result>
-__global__ void __launch_bounds__(kSweepThreads)
-    entropies_of_counts(Counts counts, Ranges ranges, Result* result, int64_t channels,
-                        int64_t pixels) {
-  __shared__ double sums[kSweepThreads];
-  const int64_t map = blockIdx.x;
-  const int thread = static_cast<int>(threadIdx.x);
-  double sum = 0;
-  for (int i = thread; i < counts.bins; i += kSweepThreads) {
-    const int count = counts.of(map, channels, i);
-    const double p = static_cast<double>(count) / static_cast<double>(pixels);
-    if (count > 0) sum -= p * log(p);
-  }
-  sums[thread] = sum;
-  for (int half = kSweepThreads / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (thread < half) sums[thread] += sums[thread + half];
-  }
-  if (thread == 0) {
-    const float2 range = ranges.of(map);
-    const float extent = range.y - range.x;
-    const double entropy = sums[0] / log(static_cast<double>(counts.bins));
-    result[map] = extent - extent == 0 ? static_cast<Result>(entropy) : static_cast<Result>(NAN);
-  }
-}
-
 // Adds the counts of one image, or of two of one shape and of counts of one layout, to those that
 // are there.
 template <Reading kReading, class T>
-const char* count(const Counted<T>& counted, const Runs& runs, Stream stream) {
-  const Image<T>& x = counted.first.x;
-  const int64_t bins = counted.first.counts.bins;
-  if (counted.first.counts.by_maps) {
-    const int64_t blocks = counted.images * x.batch * x.channels * runs.number;
-    const int64_t fitting = kSharedCounters / bins;
-    const int copies = static_cast<int>(fitting < kSweepWarps ? fitting : kSweepWarps);
-    const size_t bytes = static_cast<size_t>(copies * bins) * sizeof(int);
-    return copies > 0 ? launch(counts_of_maps<T, kReading, true>, {blocks, kSweepThreads, bytes},
-                               stream, counted, copies, runs)
-                      : launch(counts_of_maps<T, kReading, false>, {blocks, kSweepThreads}, stream,
-                               counted, 1, runs);
-  }
-  if constexpr (pixels_of(kReading) == 1) {
-    const int64_t groups = (x.channels + kWarp - 1) / kWarp;
-    const int64_t blocks = counted.images * x.batch * groups * runs.number;
-    const size_t bytes = static_cast<size_t>(bins * kWarp) * sizeof(int);
-    return bins * kWarp <= kSharedCounters
-               ? launch(counts_of_pixels<T, kReading, true>, {blocks, kSweepThreads, bytes},
-                        stream, counted, runs)
-               : launch(counts_of_pixels<T, kReading, false>, {blocks, kSweepThreads}, stream,
-                        counted, runs);
-  }
-  return "pixels of maps side by side are not counted by fours";
-}
+const char* count(const Counted<T>& counted, const Runs& runs, Stream stream);
+
+// Entropies of all maps from their counts, in float32 or float64.
+template <class Result>
+const char* entropies_of_counts(const Counts& counts, const Ranges& ranges, Result* result,
+                                int64_t maps, int64_t channels, int64_t pixels, Stream stream);
 
 }  // namespace mghf::cuda
+

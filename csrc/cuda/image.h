@@ -1,4 +1,5 @@
-// Images and feature stacks on a GPU: (B, C, H, W) of any strides, in elements.
+// Images and feature stacks on a GPU: (B, C, H, W) of any strides, in elements, with less than 2^31
+// pixels to a map.
 #pragma once
 
 #include <type_traits>
@@ -44,7 +45,9 @@ struct ImageOf {
   }
   template <bool kFlat>
   __device__ int64_t offset(int64_t p) const {
-    return kFlat ? p * column_stride : p / width * row_stride + p % width * column_stride;
+    if (kFlat) return p * column_stride;
+    const auto row = static_cast<uint32_t>(p) / static_cast<uint32_t>(width);
+    return row * row_stride + (p - row * width) * column_stride;
   }
   // Reads from pixel p of a map on, or writes there.
   template <Reading kReading>

@@ -55,13 +55,8 @@ struct Products {
   __device__ __forceinline__ void fill(const Solver<kWords, kOnChip>& s) const {
     constexpr int kTiles = kTilesOf<kWords>;
     const int fitting = s.p.division.partial() / (kTile * kDepth);
-    with_element(query.element, [&](auto element) {
-      using T = decltype(element);
-      multiply_by_keys<kTiles, T>(Area{s.area, s.pitch, s.rows}, s.partial,
-                                  fitting < kTiles ? fitting : kTiles, query.matrix<T>(s.map),
-                                  key.matrix<T>(s.map), s.n, s.first,
-                                  static_cast<int>(query.columns));
-    });
+    multiply_by_keys<kTiles>(s.own_rows(), s.partial, fitting < kTiles ? fitting : kTiles, query,
+                             key, s.map, s.first);
   }
 };
 
@@ -125,8 +120,8 @@ struct Weights {
       high = j == i ? high : most_of(high, x);
       low = j == i ? low : least_of(low, x);
     }
-    high = s.across_lanes(high, Most{});
-    low = s.across_lanes(low, [](float x, float y) { return least_of(x, y); });
+    high = across_lanes(high, Most{});
+    low = across_lanes(low, [](float x, float y) { return least_of(x, y); });
     const float range = score_of(high, s.p.cost) - score_of(low, s.p.cost);
     const bool is_narrow = even && fabsf(range * s.p.factor.value) <= 40;
     const auto distance = [&](float x) { return (x - high) * terms.log2_slope; };
@@ -145,7 +140,7 @@ struct Weights {
         const float x = s.at(r, j);
         if (j != i) most = most_of(most, wide(power(x), distance(x), j).exponent);
       }
-      most = s.across_lanes(most, Most{});
+      most = across_lanes(most, Most{});
       MGHF_UNROLL(1)
       for (int j = s.lane; j < s.n; j += kWarp) {
         const float x = s.at(r, j);
@@ -153,7 +148,7 @@ struct Weights {
         sum += j == i ? 0 : w.power * scale(w.exponent - most);
       }
     }
-    sum = s.across_lanes(sum, Add{});
+    sum = across_lanes(sum, Add{});
     if (s.lane == 0) {
       highest(r) = high;
       top(r) = most;
@@ -164,38 +159,11 @@ struct Weights {
   }
 };
 
-template <int kWords, bool kOnChip>
-__global__ void __launch_bounds__(kThreads, 1)
-    losses(Problem p, Terms terms, Matrices query, Matrices key, float* result) {
-  MGHF_DYNAMIC_SHARED(float, shared);
-  using S = Solver<kWords, kOnChip>;
-  S s(p, shared);
-  const Products source{query, key};
-  const auto solution = s.solve(source);
-  float* const out = result + static_cast<int64_t>(s.map) * s.n;
-  if (solution.made >= 0) {
-    source.fill(s);
-    const Weights<S> weights{s, terms, s.v(solution.made), s.b(solution.base)};
-    s.for_rows([&](int r) {
-      if (s.first + r >= s.n) return;
-      float sum = 0;
-      const float x = weights.excess(r, s.u(solution.made)[r], s.a(solution.base)[r],
-                                     solution.even, sum);
-      if (s.lane == 0) out[s.first + r] = softplus(x);
-    });
-  } else {
-    for (int r = s.thread; r < s.rows; r += s.threads) {
-      if (s.first + r < s.n) out[s.first + r] = NAN;
-    }
-  }
-  s.sync_all();  // the other blocks may still read this one's memory
-}
-
 // ds of the block's rows, in place of s in the area.
 template <class S>
 __device__ __forceinline__ void differentiate(const S& s, const Weights<S>& weights,
                                               const typename S::Solution& solution, bool exact) {
-  constexpr int kRows = kGroup, kWords = S::kWords;
+  constexpr int kRows = kGroup, kWords = S::kWords % 7 == 0 ? 7 : 4;  // columns of a lane at a time
   const Terms& terms = weights.terms;
   const History h = s.history();
   const int first = exact ? h.first() : 1, last = exact ? h.last() : 0, made = solution.made;
@@ -260,10 +228,12 @@ __device__ __forceinline__ void differentiate(const S& s, const Weights<S>& weig
   }
 }
 
+// Writes the losses, or the gradient of the query if there are no `losses`. One kernel for both: most
+// of either is the plan.
 template <int kWords, bool kOnChip>
 __global__ void __launch_bounds__(kThreads, 1)
-    query_gradients(Problem p, Terms terms, Matrices grad, Matrices query, Matrices key,
-                    void* result) {
+    contrast(Problem p, Terms terms, Matrices grad, Matrices query, Matrices key, float* losses,
+             void* result) {
   MGHF_DYNAMIC_SHARED(float, shared);
   const bool exact = p.history != nullptr;
   using S = Solver<kWords, kOnChip>;
@@ -271,40 +241,51 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Products source{query, key};
   const auto solution = s.solve(source);
   const int depth = static_cast<int>(query.columns);
-  const int64_t start = s.map * static_cast<int64_t>(s.n) * depth;
+  const int64_t start = s.map * static_cast<int64_t>(s.n);
   if (solution.made < 0) {
-    with_element(query.element, [&](auto element) {
-      using T = decltype(element);
-      T* const out = static_cast<T*>(result) + start;
-      for (int64_t x = s.thread; x < static_cast<int64_t>(s.rows) * depth; x += s.threads) {
-        if (s.first + x / depth >= s.n) break;
-        out[static_cast<int64_t>(s.first) * depth + x] = from_float<T>(NAN);
-      }
-    });
-    s.sync_all();
+    const int64_t end = start + (s.first + s.rows < s.n ? s.first + s.rows : s.n);
+    if (losses != nullptr) {
+      for (int64_t i = start + s.first + s.thread; i < end; i += s.threads) losses[i] = NAN;
+    } else {
+      with_element(query.element, [&](auto element) {
+        using T = decltype(element);
+        T* const out = static_cast<T*>(result);
+        for (int64_t i = (start + s.first) * depth + s.thread; i < end * depth; i += s.threads) {
+          out[i] = from_float<T>(NAN);
+        }
+      });
+    }
+    s.sync_all();  // the other blocks may still read this one's memory
     return;
   }
   if (exact && s.rank == 0 && s.thread == 0) s.history().made() = solution.made;
-  s.sync_all();  // what the history has is known to all blocks
+  if (exact) s.sync_all();  // what the history has is known to all blocks
   source.fill(s);
   // The recursion needs b's place.
   const float* const b = exact ? s.history().b(solution.base) : s.b(solution.base);
   const Weights<S> weights{s, terms, s.v(solution.made), b};
   Statistics statistics;
-  with_element(grad.element, [&](auto element) {
-    const auto upstream = grad.matrix<decltype(element)>(s.map);
-    s.for_rows([&](int r) {
-      if (s.first + r >= s.n) return;
-      float sum = 0;
-      const float x = weights.excess(r, s.u(solution.made)[r], s.a(solution.base)[r],
-                                     solution.even, sum);
-      if (s.lane == 0) {
-        const float share = upstream(s.first + r, 0) * sigmoid(x);
-        weights.share(r) = share;
-        weights.scaled(r) = share / sum;
-      }
+  s.for_rows([&](int r) {
+    if (s.first + r >= s.n) return;
+    float sum = 0;
+    const float x = weights.excess(r, s.u(solution.made)[r], s.a(solution.base)[r], solution.even,
+                                   sum);
+    if (s.lane != 0) return;
+    if (losses != nullptr) {
+      losses[start + s.first + r] = softplus(x);
+      return;
+    }
+    float share = 0;
+    with_element(grad.element, [&](auto element) {
+      share = grad.matrix<decltype(element)>(s.map)(s.first + r, 0) * sigmoid(x);
     });
+    weights.share(r) = share;
+    weights.scaled(r) = share / sum;
   });
+  if (losses != nullptr) {
+    s.sync_all();  // as above
+    return;
+  }
   __syncwarp();
   if (exact) {
     s.for_rows([&](int r) {
@@ -325,11 +306,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   differentiate(s, weights, solution, exact);
   __syncthreads();
-  with_element(query.element, [&](auto element) {
-    using T = decltype(element);
-    multiply_area<kTilesOf<kWords>, T>(Area{s.area, s.pitch, s.rows}, key.matrix<T>(s.map),
-                                       static_cast<T*>(result) + start, s.n, s.first, depth);
-  });
+  multiply_area<kTilesOf<kWords>>(s.own_rows(), key, result, s.map, s.first);
   s.sync_all();
 }
 
@@ -401,8 +378,8 @@ const char* monce(const Matrices& query, const Matrices& key, const MonceOptions
   if (error != nullptr) return error;
   const Problem p = problem_of(n, options.transport, division, batch, false, workspace);
   return with_solver(division, [&]<int kWords, bool kOnChip>(Solver<kWords, kOnChip>*) {
-    return launch(losses<kWords, kOnChip>, grid_of(division, batch), stream, p,
-                  terms_of(options, n), query, key, result);
+    return launch(contrast<kWords, kOnChip>, grid_of(division, batch), stream, p,
+                  terms_of(options, n), Matrices{}, query, key, result, nullptr);
   });
 }
 
@@ -420,8 +397,8 @@ const char* monce_backward(const Matrices& grad, const Matrices& query, const Ma
   const bool exact = differentiates_plan(options, n);
   const Problem p = problem_of(n, options.transport, division, batch, exact, workspace);
   return with_solver(division, [&]<int kWords, bool kOnChip>(Solver<kWords, kOnChip>*) {
-    return launch(query_gradients<kWords, kOnChip>, grid_of(division, batch), stream, p,
-                  terms_of(options, n), grad, query, key, grad_query);
+    return launch(contrast<kWords, kOnChip>, grid_of(division, batch), stream, p,
+                  terms_of(options, n), grad, query, key, nullptr, grad_query);
   });
 }
 

@@ -8,6 +8,7 @@
 
 #include "matrix.h"
 #include "mma.h"
+#include "sinkhorn_solver.h"
 
 namespace mghf::cuda {
 
@@ -15,24 +16,15 @@ constexpr int kTile = 16;    // rows
 constexpr int kDepth = 32;   // of queries, staged at a time: 32 numbers for each row
 constexpr int kColumns = 8;  // of a tensor core's product, which is also its depth
 
-// The block's rows in the area.
-struct Area {
-  float* numbers;
-  int pitch, rows;
-
-  __device__ __forceinline__ float& at(int r, int j) const {
-    return numbers[static_cast<int64_t>(r) * pitch + (j ^ (r & 7) * 4)];
-  }
-};
-
-template <class T>
-__device__ __forceinline__ void add_product(float (&sum)[4], const SplitA& a, const SplitB& b) {
+// `split`: whether the factors have small parts.
+__device__ __forceinline__ void add_product(float (&sum)[4], const SplitA& a, const SplitB& b,
+                                            bool split) {
   float d[4] = {};
-  if constexpr (std::is_same_v<T, float>) {
-    mma_3xtf32(d, a, b);
-  } else {
-    mma_tf32(d, a.big, b.big);
+  if (split) {
+    mma_tf32(d, a.small, b.big);
+    mma_tf32(d, a.big, b.small);
   }
+  mma_tf32(d, a.big, b.big);
   MGHF_UNROLL_ALL
   for (int i = 0; i < 4; ++i) sum[i] += d[i];
 }
@@ -43,25 +35,45 @@ __device__ __forceinline__ void put(uint32_t& big, uint32_t& small, float x) {
   small = split.small;
 }
 
-// area = query key^T: rows `first` on of the query. A warp takes 8 keys and up to kTiles tiles of
-// rows, so that a key is read once for them; the queries are staged. A barrier of the block before
-// and after.
-template <int kTiles, class T>
+// Two rows, or two columns, of a matrix; zeros where there are none. One code for all types of
+// elements: they are known where they are read and nowhere else.
+__device__ __forceinline__ SplitB read_two(const Matrices& m, int64_t b, const int (&rows)[2],
+                                           const int (&columns)[2], int n, int depth) {
+  float x[2] = {};
+  with_element(m.element, [&](auto element) {
+    const auto matrix = m.matrix<decltype(element)>(b);
+    MGHF_UNROLL_ALL
+    for (int i = 0; i < 2; ++i) {
+      if (rows[i] < n && columns[i] < depth) x[i] = matrix(rows[i], columns[i]);
+    }
+  });
+  SplitB split;
+  MGHF_UNROLL_ALL
+  for (int i = 0; i < 2; ++i) put(split.big[i], split.small[i], x[i]);
+  return split;
+}
+
+// area = query key^T, of map `map`: rows `first` on of the query. A warp takes 8 keys and up to kTiles
+// tiles of rows, so that a key is read once for them; the queries are staged. A barrier of the block
+// before and after.
+template <int kTiles>
 __device__ MGHF_NOINLINE void multiply_by_keys(Area area, float* staged, int tiles,
-                                               Matrix<T> query, Matrix<T> key, int n, int first,
-                                               int depth) {
+                                               Matrices query, Matrices key, int map, int first) {
+  const int n = static_cast<int>(key.rows), depth = static_cast<int>(key.columns);
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const int lane = thread % 32, g = lane / 4, t = lane % 4;
   for (int start = 0; start == 0 || start < depth; start += kDepth) {
     for (int top = 0; top < area.rows; top += tiles * kTile) {
       __syncthreads();
-      MGHF_UNROLL(4)
-      for (int x = thread; x < tiles * kTile * kDepth; x += threads) {
-        const int r = x / kDepth, d = x % kDepth;
-        const bool inside =
-            top + r < area.rows && first + top + r < n && start + d < depth;
-        staged[r * kDepth + (d ^ (r & 7) * 4)] = inside ? query(first + top + r, start + d) : 0;
-      }
+      with_element(query.element, [&](auto element) {
+        const auto matrix = query.matrix<decltype(element)>(map);
+        MGHF_UNROLL(4)
+        for (int x = thread; x < tiles * kTile * kDepth; x += threads) {
+          const int r = x / kDepth, d = x % kDepth, i = first + top + r;
+          const bool inside = top + r < area.rows && i < n && start + d < depth;
+          staged[r * kDepth + (d ^ (r & 7) * 4)] = inside ? matrix(i, start + d) : 0;
+        }
+      });
       __syncthreads();
       MGHF_UNROLL(1)
       for (int left = thread / 32 * kColumns; left < n; left += threads / 32 * kColumns) {
@@ -69,22 +81,18 @@ __device__ MGHF_NOINLINE void multiply_by_keys(Area area, float* staged, int til
         const int j = left + g;
         MGHF_UNROLL(1)
         for (int step = 0; step < kDepth; step += kColumns) {
-          SplitB b;
-          MGHF_UNROLL_ALL
-          for (int half = 0; half < 2; ++half) {
-            const int d = start + step + t + 4 * half;
-            put(b.big[half], b.small[half], j < n && d < depth ? key(j, d) : 0);
-          }
+          const int d = start + step + t;
+          const SplitB b = read_two(key, map, {j, j}, {d, d + 4}, n, depth);
           MGHF_UNROLL_ALL
           for (int tile = 0; tile < kTiles; ++tile) {
             if (tile >= tiles) continue;
             SplitA a;
             MGHF_UNROLL_ALL
             for (int i = 0; i < 4; ++i) {
-              const int r = tile * kTile + g + i % 2 * 8, d = step + t + i / 2 * 4;
-              put(a.big[i], a.small[i], staged[r * kDepth + (d ^ (r & 7) * 4)]);
+              const int r = tile * kTile + g + i % 2 * 8, of = step + t + i / 2 * 4;
+              put(a.big[i], a.small[i], staged[r * kDepth + (of ^ (r & 7) * 4)]);
             }
-            add_product<T>(sum[tile], a, b);
+            add_product(sum[tile], a, b, key.element == Element::float32);
           }
         }
         MGHF_UNROLL_ALL
@@ -106,9 +114,10 @@ __device__ MGHF_NOINLINE void multiply_by_keys(Area area, float* staged, int til
 
 // result (n x depth, dense) = area keys for the block's rows, from `first` on. A warp takes 8
 // columns of the result and kTiles tiles of rows.
-template <int kTiles, class T>
-__device__ MGHF_NOINLINE void multiply_area(Area area, Matrix<T> key, T* result, int n, int first,
-                                            int depth) {
+template <int kTiles>
+__device__ MGHF_NOINLINE void multiply_area(Area area, Matrices key, void* result, int map,
+                                            int first) {
+  const int n = static_cast<int>(key.rows), depth = static_cast<int>(key.columns);
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const int lane = thread % 32, g = lane / 4, t = lane % 4;
   for (int top = 0; top < area.rows; top += kTiles * kTile) {
@@ -117,12 +126,7 @@ __device__ MGHF_NOINLINE void multiply_area(Area area, Matrix<T> key, T* result,
       float sum[kTiles][4] = {};
       MGHF_UNROLL(1)
       for (int j = 0; j < n; j += kColumns) {
-        SplitB b;
-        MGHF_UNROLL_ALL
-        for (int half = 0; half < 2; ++half) {
-          const int row = j + t + 4 * half, d = left + g;
-          put(b.big[half], b.small[half], row < n && d < depth ? key(row, d) : 0);
-        }
+        const SplitB b = read_two(key, map, {j + t, j + t + 4}, {left + g, left + g}, n, depth);
         MGHF_UNROLL_ALL
         for (int tile = 0; tile < kTiles; ++tile) {
           SplitA a;
@@ -131,20 +135,24 @@ __device__ MGHF_NOINLINE void multiply_area(Area area, Matrix<T> key, T* result,
             const int r = top + tile * kTile + g + i % 2 * 8, column = j + t + i / 2 * 4;
             put(a.big[i], a.small[i], r < area.rows ? area.at(r, column) : 0);
           }
-          add_product<float>(sum[tile], a, b);
+          add_product(sum[tile], a, b, true);
         }
       }
-      MGHF_UNROLL_ALL
-      for (int tile = 0; tile < kTiles; ++tile) {
+      with_element(key.element, [&](auto element) {
+        using T = decltype(element);
+        T* const out = static_cast<T*>(result) + static_cast<int64_t>(map) * n * depth;
         MGHF_UNROLL_ALL
-        for (int i = 0; i < 4; ++i) {
-          const int r = top + tile * kTile + g + i / 2 * 8, d = left + 2 * t + i % 2;
-          const int64_t row = first + r;
-          if (r < area.rows && row < n && d < depth) {
-            result[row * depth + d] = from_float<T>(sum[tile][i]);
+        for (int tile = 0; tile < kTiles; ++tile) {
+          MGHF_UNROLL_ALL
+          for (int i = 0; i < 4; ++i) {
+            const int r = top + tile * kTile + g + i / 2 * 8, d = left + 2 * t + i % 2;
+            const int64_t row = first + r;
+            if (r < area.rows && row < n && d < depth) {
+              out[row * depth + d] = from_float<T>(sum[tile][i]);
+            }
           }
         }
-      }
+      });
     }
   }
 }

@@ -28,98 +28,102 @@ constexpr int kThreads = kMostWarps * kWarp;
 // Part of the sum of |W| that the recursion may leave out.
 constexpr float kNegligible = 1e-7f;
 
+// A warp takes rows. float32 needs no registers on its way into shared memory, so all of it is on its
+// way at once.
+template <bool kOnChip, class T>
+__device__ __forceinline__ void fill_rows(const Area& area, const Matrix<T>& matrix, int first,
+                                          int n) {
+  for_rows_of_warp(area.rows, [&](int r) {
+    const int64_t i = first + r;
+    if (i >= n) return;
+    MGHF_UNROLL(8)
+    for (int j = static_cast<int>(threadIdx.x) % kWarp; j < n; j += kWarp) {
+      if constexpr (kOnChip && std::is_same_v<T, float>) {
+        copy_async<4>(&area.at(r, j),
+                      matrix.data + i * matrix.row_stride + j * matrix.column_stride);
+      } else {
+        area.at(r, j) = matrix(i, j);
+      }
+    }
+  });
+  end_copies();
+  wait_for_copies<0>();
+}
+
+// The same for columns that lie side by side: 8 of one at a time.
+template <class T>
+__device__ __forceinline__ void fill_columns(const Area& area, const Matrix<T>& matrix, int first,
+                                             int n) {
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  const int end = area.rows < n - first ? area.rows : n - first;
+  for (int j = thread / 8; j < n; j += threads / 8) {
+    MGHF_UNROLL(4)
+    for (int r = thread % 8; r < end; r += 8) area.at(r, j) = matrix(first + r, j);
+  }
+}
+
+// A function of its own, because kernels need it in several places.
+template <bool kOnChip>
+__device__ MGHF_NOINLINE void fill_area(Area area, Matrices similarity, int map, int first, int n) {
+  with_element(similarity.element, [&](auto element) {
+    const auto matrix = similarity.matrix<decltype(element)>(map);
+    if (similarity.by_rows()) {
+      fill_rows<kOnChip>(area, matrix, first, n);
+    } else {
+      fill_columns(area, matrix, first, n);
+    }
+  });
+}
+
 // Fills the area with given similarities.
 struct Given {
   const Matrices& similarity;
 
-  template <class S>
-  __device__ __forceinline__ void fill(const S& s) const {
-    with_element(similarity.element, [&](auto element) {
-      const auto matrix = similarity.matrix<decltype(element)>(s.map);
-      if (similarity.by_rows()) {
-        fill_rows(s, matrix);
-      } else {
-        fill_columns(s, matrix);
-      }
-    });
+  template <int kWords, bool kOnChip>
+  __device__ __forceinline__ void fill(const Solver<kWords, kOnChip>& s) const {
+    fill_area<kOnChip>(s.own_rows(), similarity, s.map, s.first, s.n);
     __syncthreads();
-  }
-
-  // A warp takes rows. float32 needs no registers on its way into shared memory, so all of it is on
-  // its way at once.
-  template <int kWords, bool kOnChip, class T>
-  __device__ __forceinline__ static void fill_rows(const Solver<kWords, kOnChip>& s,
-                                                   const Matrix<T>& matrix) {
-    for (int r = s.warp; r < s.rows && s.first + r < s.n; r += s.warps) {
-      const int64_t i = s.first + r;
-      MGHF_UNROLL(8)
-      for (int j = s.lane; j < s.n; j += kWarp) {
-        if constexpr (kOnChip && std::is_same_v<T, float>) {
-          copy_async<4>(&s.at(r, j),
-                        matrix.data + i * matrix.row_stride + j * matrix.column_stride);
-        } else {
-          s.at(r, j) = matrix(i, j);
-        }
-      }
-    }
-    end_copies();
-    wait_for_copies<0>();
-  }
-
-  // The same for columns that lie side by side: 8 of one at a time.
-  template <class S, class M>
-  __device__ __forceinline__ static void fill_columns(const S& s, const M& matrix) {
-    const int end = s.rows < s.n - s.first ? s.rows : s.n - s.first;
-    for (int j = s.thread / 8; j < s.n; j += s.threads / 8) {
-      MGHF_UNROLL(4)
-      for (int r = s.thread % 8; r < end; r += 8) s.at(r, j) = matrix(s.first + r, j);
-    }
   }
 };
 
+// Writes plans, or leaves the terms of their gradient in the history if there is no `plan`. One kernel
+// for both: most of either are the iterations.
 template <int kWords, bool kOnChip>
 __global__ void __launch_bounds__(kThreads, 1)
-    plans(Problem p, Matrices similarity, void* plan) {
-  MGHF_DYNAMIC_SHARED(float, shared);
-  Solver<kWords, kOnChip> s(p, shared);
-  const auto solution = s.solve(Given{similarity});
-  with_element(similarity.element, [&](auto element) {
-    using T = decltype(element);
-    T* const out = static_cast<T*>(plan) + s.map * static_cast<int64_t>(s.n) * s.n;
-    const float *const u = s.u(solution.made), *const v = s.v(solution.made);
-    s.for_rows([&](int r) {
-      const int64_t i = s.first + r;
-      if (i >= s.n) return;
-      MGHF_UNROLL(8)
-      for (int j = s.lane; j < s.n; j += kWarp) {
-        const float value = solution.made < 0 ? NAN : u[r] * s.at(r, j) * v[j];
-        out[i * s.n + j] = from_float<T>(value);
-      }
-    });
-  });
-  s.sync_all();  // the other blocks may still read this one's memory
-}
-
-template <int kWords, bool kOnChip>
-__global__ void __launch_bounds__(kThreads, 1)
-    recursions(Problem p, Matrices similarity, Matrices grad) {
+    transport(Problem p, Matrices similarity, Matrices grad, void* plan) {
   MGHF_DYNAMIC_SHARED(float, shared);
   Solver<kWords, kOnChip> s(p, shared);
   const Given source{similarity};
   const auto solution = s.solve(source);
-  if (s.rank == 0 && s.thread == 0) s.history().made() = solution.made;
-  if (solution.made >= 0) {
-    const float *const u = s.u(solution.made), *const v = s.v(solution.made);
-    Statistics statistics;
-    with_element(grad.element, [&](auto element) {
-      const auto upstream = grad.matrix<decltype(element)>(s.map);
-      s.sum_gradient(statistics, [&](int r, int j, float x) {
-        return upstream(s.first + r, j) * (u[r] * x * v[j]);
+  const float *const u = s.u(solution.made), *const v = s.v(solution.made);
+  if (plan != nullptr) {
+    with_element(similarity.element, [&](auto element) {
+      using T = decltype(element);
+      T* const out = static_cast<T*>(plan) + s.map * static_cast<int64_t>(s.n) * s.n;
+      s.for_rows([&](int r) {
+        const int64_t i = s.first + r;
+        if (i >= s.n) return;
+        MGHF_UNROLL(8)
+        for (int j = s.lane; j < s.n; j += kWarp) {
+          const float value = solution.made < 0 ? NAN : u[r] * s.at(r, j) * v[j];
+          out[i * s.n + j] = from_float<T>(value);
+        }
       });
     });
-    s.recur(source, solution, kNegligible * statistics.total);
+  } else {
+    if (s.rank == 0 && s.thread == 0) s.history().made() = solution.made;
+    if (solution.made >= 0) {
+      Statistics statistics;
+      with_element(grad.element, [&](auto element) {
+        const auto upstream = grad.matrix<decltype(element)>(s.map);
+        s.sum_gradient(statistics, [&](int r, int j, float x) {
+          return upstream(s.first + r, j) * (u[r] * x * v[j]);
+        });
+      });
+      s.recur(source, solution, kNegligible * statistics.total);
+    }
   }
-  s.sync_all();  // as above
+  s.sync_all();  // the other blocks may still read this one's memory
 }
 
 // ---- the entries of the gradient ----
@@ -146,15 +150,19 @@ __global__ void __launch_bounds__(kThreads, 1)
   MGHF_UNROLL_ALL
   for (int k = 0; k < kWords; ++k) columns[k] = left + k * kWarp < n ? left + k * kWarp : n - 1;
 
-  float value[kRows][kWords];
-  with_element(similarity.element, [&](auto element) {
-    const auto s = similarity.matrix<decltype(element)>(map);
-    MGHF_UNROLL_ALL
-    for (int g = 0; g < kRows; ++g) {
+  float value[kRows][kWords], upstream[kRows][kWords];
+  const auto read = [&](const Matrices& from, float (&to)[kRows][kWords]) {
+    with_element(from.element, [&](auto element) {
+      const auto matrix = from.matrix<decltype(element)>(map);
       MGHF_UNROLL_ALL
-      for (int k = 0; k < kWords; ++k) value[g][k] = s(rows[g], columns[k]);
-    }
-  });
+      for (int g = 0; g < kRows; ++g) {
+        MGHF_UNROLL_ALL
+        for (int k = 0; k < kWords; ++k) to[g][k] = matrix(rows[g], columns[k]);
+      }
+    });
+  };
+  read(similarity, value);
+  read(grad, upstream);
   float correction[kRows][kWords] = {};
   const int base = made > 0 ? h.base(made) : 0;
   if (made > 0 && base == 0) {
@@ -178,25 +186,22 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   const float *const a = h.a(base), *const b = h.b(base);
   const float *const u = h.u(made > 0 ? made : 0), *const v = h.v(made > 0 ? made : 0);
-  with_element(grad.element, [&](auto element) {
-    const auto upstream = grad.matrix<decltype(element)>(map);
+  MGHF_UNROLL_ALL
+  for (int g = 0; g < kRows; ++g) {
+    const int i = rows[g];
     MGHF_UNROLL_ALL
-    for (int g = 0; g < kRows; ++g) {
-      const int i = rows[g];
-      MGHF_UNROLL_ALL
-      for (int k = 0; k < kWords; ++k) {
-        const int j = columns[k];
-        const float score = score_of(value[g][k], p.cost);
-        const Power power = power_of_two(score, p.factor);
-        const float entry = power.power * scale(power.exponent - a[i] - b[j]);
-        float through = entry * correction[g][k];
-        if (base > 0) through = wide_correction(h, power, i, j);
-        const float d = upstream(i, j) * (u[i] * entry * v[j]) - through;
-        const float by_score = p.cost == TransportCost::exp ? score : 1;
-        value[g][k] = made < 0 ? NAN : i == j ? 0 : d * slope * by_score;
-      }
+    for (int k = 0; k < kWords; ++k) {
+      const int j = columns[k];
+      const float score = score_of(value[g][k], p.cost);
+      const Power power = power_of_two(score, p.factor);
+      const float entry = power.power * scale(power.exponent - a[i] - b[j]);
+      float through = entry * correction[g][k];
+      if (base > 0) through = wide_correction(h, power, i, j);
+      const float d = upstream[g][k] * (u[i] * entry * v[j]) - through;
+      const float by_score = p.cost == TransportCost::exp ? score : 1;
+      value[g][k] = made < 0 ? NAN : i == j ? 0 : d * slope * by_score;
     }
-  });
+  }
   with_element(similarity.element, [&](auto element) {
     using T = decltype(element);
     T* const out = static_cast<T*>(result) + map * static_cast<int64_t>(n) * n;
@@ -249,8 +254,8 @@ const char* sinkhorn(const Matrices& similarity, const TransportOptions& options
   const Problem p =
       problem_of(similarity.rows, options, division, similarity.batch, false, workspace);
   return with_solver(division, [&]<int kWords, bool kOnChip>(Solver<kWords, kOnChip>*) {
-    return launch(plans<kWords, kOnChip>, grid_of(division, similarity.batch), stream, p,
-                  similarity, plan);
+    return launch(transport<kWords, kOnChip>, grid_of(division, similarity.batch), stream, p,
+                  similarity, Matrices{}, plan);
   });
 }
 
@@ -264,8 +269,8 @@ const char* sinkhorn_backward(const Matrices& grad, const Matrices& similarity,
   if (error != nullptr) return error;
   const Problem p = problem_of(n, options, division, batch, true, workspace);
   error = with_solver(division, [&]<int kWords, bool kOnChip>(Solver<kWords, kOnChip>*) {
-    return launch(recursions<kWords, kOnChip>, grid_of(division, batch), stream, p, similarity,
-                  grad);
+    return launch(transport<kWords, kOnChip>, grid_of(division, batch), stream, p, similarity, grad,
+                  nullptr);
   });
   if (error != nullptr) return error;
   const int64_t tiles =

@@ -77,12 +77,16 @@ inline Division divided(int64_t n, int words, bool on_chip, int blocks) {
   return d;
 }
 
+// A matrix of more columns fits no single block's shared memory.
+constexpr int kWordsOfBlock = 8;
+
 inline const char* divide(int64_t n, Division& division) {
   Gpu gpu;
   const char* const error = current_gpu(gpu);
   if (error != nullptr) return error;
   for (const int words : {4, 8, 14, 20}) {
     if (n > words * kWarp) continue;
+    if (words > kWordsOfBlock && !gpu.clusters) break;
     for (int blocks = 1; blocks <= (gpu.clusters ? 8 : 1); blocks *= 2) {
       division = divided(n, words, true, blocks);
       if (static_cast<int64_t>(division.shared_bytes()) <= gpu.shared_bytes) return nullptr;
@@ -158,6 +162,30 @@ inline int64_t solver_bytes(int64_t batch, int64_t n, int64_t iterations, bool b
   return batch * numbers * static_cast<int64_t>(sizeof(float));
 }
 
+// The block's rows, of which K and what it is made from take turns. Four columns trade places by row,
+// so that neither lanes with a row and its columns nor those of a tensor core's operands, 8 rows and
+// 4 columns, meet in a bank.
+struct Area {
+  float* numbers;
+  int pitch, rows;
+
+  __device__ __forceinline__ float& at(int r, int j) const {
+    return numbers[static_cast<int64_t>(r) * pitch + (j ^ (r & 7) * 4)];
+  }
+};
+
+// Calls f(r) for the warp's rows of so many.
+template <class F>
+__device__ __forceinline__ void for_rows_of_warp(int rows, const F& f) {
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int warps = static_cast<int>(blockDim.x) / kWarp;
+  MGHF_UNROLL(1)
+  for (int r = warp * kGroup; r < rows; r += warps * kGroup) {
+    MGHF_UNROLL(1)
+    for (int g = 0; g < kGroup; ++g) f(r + g);
+  }
+}
+
 // What the plan maximises, up to a constant and a sign, which are u's and the factor's.
 __device__ __forceinline__ float score_of(float similarity, TransportCost cost) {
   return cost == TransportCost::exp ? -exponential(similarity) : similarity;
@@ -188,6 +216,100 @@ struct Most {
   static constexpr float kNothing = 2 * kNoExponent;
   __device__ __forceinline__ float operator()(float x, float y) const { return most_of(x, y); }
 };
+
+// Functions of their own, because kernels need them in several places: K of the similarities in the
+// area, whose first row is the matrix's row `first`, on the exponents a of the area's rows and b;
+inline __device__ MGHF_NOINLINE void build_kernel(Area area, int first, int n, const float* a,
+                                                  const float* b, TransportCost cost,
+                                                  float factor, float factor_low) {
+  for_rows_of_warp(area.rows, [&](int r) {
+    const int i = first + r;
+    const float exponent = i < n ? a[r] : 0;
+    MGHF_UNROLL(4)
+    for (int j = static_cast<int>(threadIdx.x) % kWarp; j < area.pitch; j += kWarp) {
+      float entry = 0;
+      if (i < n && j < n && j != i) {
+        const Power power = power_of_two(score_of(area.at(r, j), cost), factor, factor_low);
+        entry = power.power * scale(power.exponent - exponent - b[j]);
+      }
+      area.at(r, j) = entry;
+    }
+  });
+}
+// and the power that an entry is before the exponents are taken out, for the iterations of which few
+// matrices need any.
+inline __device__ MGHF_NOINLINE Power power_of_entry(float similarity, TransportCost cost,
+                                                     float factor, float factor_low) {
+  return power_of_two(score_of(similarity, cost), factor, factor_low);
+}
+
+// Combines the lanes' numbers, for all of them.
+template <class Combine>
+__device__ __forceinline__ float across_lanes(float x, const Combine& combine) {
+  MGHF_UNROLL_ALL
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) x = combine(x, __shfl_xor_sync(~0u, x, mask));
+  return x;
+}
+
+// A block's column sums from those of its warps, which lie one after the other.
+template <class Combine>
+__device__ MGHF_NOINLINE void join_warps_of_block(const float* of_warps, int width, float* sums) {
+  const int threads = static_cast<int>(blockDim.x);
+  __syncthreads();
+  for (int j = static_cast<int>(threadIdx.x); j < width; j += threads) {
+    float total = of_warps[j];
+    for (int w = 1; w < threads / kWarp; ++w) total = Combine{}(total, of_warps[w * width + j]);
+    sums[j] = total;
+  }
+}
+
+// What the blocks of a cluster, each of its warps, have found: statistics, 8 numbers apart, and column
+// sums. Joins them in their order, statistics into `all`; returns where each thread finds the sums of
+// its own columns, which may be `joined`.
+template <class Combine>
+__device__ MGHF_NOINLINE const float* join_blocks(const float* of_warps, float* own, float* all,
+                                                  float* sums, float* joined, int pitch,
+                                                  int blocks) {
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  if (thread < kStatistics) {
+    float x = of_warps[thread];
+    for (int w = 1; w < threads / kWarp; ++w) x = combined(thread, x, of_warps[8 * w + thread]);
+    own[thread] = x;
+    if (blocks == 1) all[thread] = x;
+  }
+  if (blocks == 1) return sums;
+  sync_cluster();
+  const auto rank = [](int r) { return static_cast<unsigned>(r); };
+  if (thread < kStatistics) {
+    float x = *of_block(own + thread, 0);
+    for (int r = 1; r < blocks; ++r) x = combined(thread, x, *of_block(own + thread, rank(r)));
+    all[thread] = x;
+  }
+  MGHF_UNROLL(2)
+  for (int j = thread; j < pitch; j += threads) {
+    float total = *of_block(sums + j, 0);
+    for (int r = 1; r < blocks; ++r) total = Combine{}(total, *of_block(sums + j, rank(r)));
+    joined[j] = total;
+  }
+  return joined;
+}
+
+// The range of all threads' numbers. A barrier of the block.
+inline __device__ MGHF_NOINLINE Range range_of_block(Range range, float* of_warps) {
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  range.least = across_lanes(range.least, [](float x, float y) { return least_of(x, y); });
+  range.most = across_lanes(range.most, Most{});
+  if (threadIdx.x % kWarp == 0) {
+    of_warps[8 * warp] = range.least;
+    of_warps[8 * warp + 1] = range.most;
+  }
+  __syncthreads();
+  for (int w = 0; w < static_cast<int>(blockDim.x) / kWarp; ++w) {
+    range.least = least_of(range.least, of_warps[8 * w]);
+    range.most = most_of(range.most, of_warps[8 * w + 1]);
+  }
+  return range;
+}
 
 // The entries of K themselves.
 struct Plain {
@@ -225,6 +347,7 @@ struct Solver {
         map(static_cast<int>(blockIdx.x) / blocks),
         rank(kOnChip ? static_cast<int>(block_of_cluster()) : 0),
         first(rank * rows) {
+    if constexpr (kOnChip && kWords > kWordsOfBlock && !kClusters) never();
     partial = shared;
     block_statistics = partial + p.division.partial();
     all_statistics = block_statistics + 16;
@@ -244,11 +367,8 @@ struct Solver {
   __device__ __forceinline__ float* v(int t) const { return v_of + (t & 1) * pitch; }
   __device__ __forceinline__ float* a(int base) const { return a_of + (base & 1) * rows; }
   __device__ __forceinline__ float* b(int base) const { return b_of + (base & 1) * pitch; }
-  // An entry of the area. Four columns trade places by row, so that neither lanes with a row and
-  // its columns nor those of a tensor core's operands, 8 rows and 4 columns, meet in a bank.
-  __device__ __forceinline__ float& at(int r, int j) const {
-    return area[static_cast<int64_t>(r) * pitch + (j ^ (r & 7) * 4)];
-  }
+  __device__ __forceinline__ Area own_rows() const { return {area, pitch, rows}; }
+  __device__ __forceinline__ float& at(int r, int j) const { return own_rows().at(r, j); }
   __device__ __forceinline__ History history() const {
     return History(p.history + map * p.history_floats, n, p.iterations);
   }
@@ -259,42 +379,19 @@ struct Solver {
     if (kOnChip && blocks > 1) sync_cluster();
   }
 
-  // Calls f(r) for the warp's rows.
   template <class F>
   __device__ __forceinline__ void for_rows(const F& f) const {
-    MGHF_UNROLL(1)
-    for (int r = warp * kGroup; r < rows; r += warps * kGroup) {
-      MGHF_UNROLL(1)
-      for (int g = 0; g < kGroup; ++g) f(r + g);
-    }
-  }
-
-  template <class Combine>
-  __device__ __forceinline__ float across_lanes(float x, const Combine& combine) const {
-    MGHF_UNROLL_ALL
-    for (int mask = kWarp / 2; mask > 0; mask /= 2) {
-      x = combine(x, __shfl_xor_sync(~0u, x, mask));
-    }
-    return x;
+    for_rows_of_warp(rows, f);
   }
 
   // ---- K ----
 
   // Builds K of the similarities in the area, on the exponents a of the block's rows and b.
   __device__ __forceinline__ void build(const float* a, const float* b) const {
-    for_rows([&](int r) {
-      const int i = first + r;
-      const float exponent = i < n ? a[r] : 0;
-      MGHF_UNROLL(4)
-      for (int j = lane; j < pitch; j += kWarp) {
-        float entry = 0;
-        if (i < n && j < n && j != i) {
-          const Power power = power_of_two(score_of(at(r, j), p.cost), p.factor);
-          entry = power.power * scale(power.exponent - exponent - b[j]);
-        }
-        at(r, j) = entry;
-      }
-    });
+    build_kernel(own_rows(), first, n, a, b, p.cost, p.factor.value, p.factor.low);
+  }
+  __device__ __forceinline__ Power power_of(float similarity) const {
+    return power_of_entry(similarity, p.cost, p.factor.value, p.factor.low);
   }
 
   // Puts the rows' rounded maxima of y into a; the statistics tell of what is infinite, NaN or too
@@ -304,7 +401,7 @@ struct Solver {
     for_rows([&](int r) {
       if (first + r >= n) return;
       float top = -INFINITY;
-      MGHF_UNROLL(4)
+      MGHF_UNROLL(2)
       for (int j = lane; j < n; j += kWarp) {
         const float y = score_of(at(r, j), p.cost) * p.factor.value;
         if (j == first + r) continue;
@@ -391,38 +488,37 @@ struct Solver {
     join_warps<Add>(0);
   }
 
-  // Combines f(total, row of the block, j, what the area has there) over the block's rows.
+  // Combines f(total, row of the block, j, what the area has there) over the block's rows. On chip
+  // few matrices need it, and few columns at a time make a short loop.
   template <class Combine, class F>
   __device__ __forceinline__ void sweep_columns(const F& f) {
+    constexpr int kTogether = !kOnChip ? kWords : kWords % 7 == 0 ? 7 : 4;
     for (int chunk = 0; chunk < chunks; ++chunk) {
-      float total[kWords];
-      MGHF_UNROLL_ALL
-      for (int k = 0; k < kWords; ++k) total[k] = Combine::kNothing;
-      for_rows([&](int r) {
-        if (first + r >= n) return;
-        const int left = chunk * kWidth + lane;
-        const float* const entries = &at(r, left);
+      MGHF_UNROLL(1)
+      for (int word = 0; word < kWords; word += kTogether) {
+        const int left = word * kWarp + lane;  // in the chunk
+        float total[kTogether];
         MGHF_UNROLL_ALL
-        for (int k = 0; k < kWords; ++k) {
-          total[k] = f(total[k], r, left + k * kWarp, entries[k * kWarp]);
-        }
-      });
-      MGHF_UNROLL_ALL
-      for (int k = 0; k < kWords; ++k) partial[warp * kWidth + lane + k * kWarp] = total[k];
+        for (int k = 0; k < kTogether; ++k) total[k] = Combine::kNothing;
+        for_rows([&](int r) {
+          if (first + r >= n) return;
+          MGHF_UNROLL_ALL
+          for (int k = 0; k < kTogether; ++k) {
+            const int j = chunk * kWidth + left + k * kWarp;
+            total[k] = f(total[k], r, j, at(r, j));
+          }
+        });
+        MGHF_UNROLL_ALL
+        for (int k = 0; k < kTogether; ++k) partial[warp * kWidth + left + k * kWarp] = total[k];
+      }
       join_warps<Combine>(chunk);
       if (chunks > 1) __syncthreads();
     }
   }
 
-  // The block's column sums from those of its warps.
   template <class Combine>
   __device__ __forceinline__ void join_warps(int chunk) {
-    __syncthreads();
-    for (int j = thread; j < kWidth; j += threads) {
-      float total = partial[j];
-      for (int w = 1; w < warps; ++w) total = Combine{}(total, partial[w * kWidth + j]);
-      sums[turn * pitch + chunk * kWidth + j] = total;
-    }
+    join_warps_of_block<Combine>(partial, kWidth, sums + turn * pitch + chunk * kWidth);
   }
 
   // Lane 0's are the warp's. To be told before a sweep's column sums.
@@ -440,46 +536,20 @@ struct Solver {
   // returns the range of those numbers for j < n. The statistics become those of the whole matrix.
   template <class Combine, class Use>
   __device__ __forceinline__ Range exchange(Statistics& statistics, const Use& use) {
-    float* const own = block_statistics + turn * 8;
-    if (thread < kStatistics) {
-      float x = warp_statistics[thread];
-      for (int w = 1; w < warps; ++w) x = combined(thread, x, warp_statistics[8 * w + thread]);
-      own[thread] = x;
-    }
-    sync_all();
-    if (thread < kStatistics) {
-      float x = of_rank(own, 0)[thread];
-      for (int r = 1; r < blocks; ++r) x = combined(thread, x, of_rank(own, r)[thread]);
-      all_statistics[thread] = x;
-    }
+    const float* const totals =
+        join_blocks<Combine>(warp_statistics, block_statistics + turn * 8, all_statistics,
+                             sums + turn * pitch, partial, pitch, blocks);
     Range range{INFINITY, -INFINITY};
     MGHF_UNROLL(2)
     for (int j = thread; j < pitch; j += threads) {
-      float* const sum = sums + turn * pitch + j;
-      float total = *of_rank(sum, 0);
-      for (int r = 1; r < blocks; ++r) total = Combine{}(total, *of_rank(sum, r));
-      const float number = use(j, total);
+      const float number = use(j, totals[j]);
       if (j < n) range = {least_of(range.least, number), most_of(range.most, number)};
     }
-    range.least = across_lanes(range.least, [](float x, float y) { return least_of(x, y); });
-    range.most = across_lanes(range.most, Most{});
-    if (lane == 0) {
-      warp_ranges[8 * warp] = range.least;
-      warp_ranges[8 * warp + 1] = range.most;
-    }
-    __syncthreads();
-    for (int w = 0; w < warps; ++w) {
-      range.least = least_of(range.least, warp_ranges[8 * w]);
-      range.most = most_of(range.most, warp_ranges[8 * w + 1]);
-    }
+    range = range_of_block(range, warp_ranges);
     statistics = {all_statistics[0], all_statistics[1], all_statistics[2], all_statistics[3],
                   all_statistics[4]};
     turn ^= 1;
     return range;
-  }
-
-  __device__ __forceinline__ float* of_rank(float* own, int of) const {
-    return kOnChip && blocks > 1 ? of_block(own, static_cast<unsigned>(of)) : own;
   }
 
   // ---- the iterations ----
@@ -559,7 +629,7 @@ struct Solver {
     Statistics statistics;
     float* const new_a = a(base + 1);
     const auto power_at = [&](int r, int j) {
-      const Power own = power_of_two(score_of(at(r, j), p.cost), p.factor);
+      const Power own = power_of(at(r, j));
       const Power column = split(v(t - 1)[j], b(base)[j]);
       return j == first + r ? Power{kNoExponent, 0}
                             : Power{own.exponent + column.exponent, own.power * column.power};
@@ -586,8 +656,7 @@ struct Solver {
     __syncwarp();
     sweep_columns<Most>([&](float top, int r, int j, float similarity) {
       if (j >= n || j == first + r) return top;
-      const Power own = power_of_two(score_of(similarity, p.cost), p.factor);
-      return most_of(top, own.exponent - new_a[r]);
+      return most_of(top, power_of(similarity).exponent - new_a[r]);
     });
     exchange<Most>(statistics, [&](int j, float top) { return b(base + 1)[j] = top; });
     return progress_of(statistics, {1, 1});
