@@ -115,6 +115,33 @@ def wanted_nvcc() -> str | None:
     return found if cuda_version(found).split(".")[0] == of_torch.split(".")[0] else None
 
 
+def build_library(name: str, options: list[str], prefix: Path) -> None:
+    """Builds the library of that name and puts it and its facts into ``prefix``."""
+    cmake, ninja = program("cmake"), program("ninja")
+    torch = importlib.util.find_spec("torch")
+    assert cmake and ninja and torch and torch.submodule_search_locations
+    work = ROOT / "build" / f"cmake-{local if name == 'cuda' else name}"
+    configure = [
+        cmake, "-S", str(ROOT), "-B", str(work), "-G", "Ninja",
+        f"-DCMAKE_MAKE_PROGRAM={ninja}",
+        f"-DMGHF_TORCH_DIRECTORY={torch.submodule_search_locations[0]}",
+        f"-DMGHF_TORCH_VERSION={version_of('torch')}",
+        f"-DMGHF_WERROR={os.environ.get('MGHF_WERROR', '0')}",
+        *options,
+    ]  # fmt: skip
+    # What was compiled before serves again, unless it was configured in another way.
+    stamp, wanted = work / "configured", "\n".join([str(compiler()), *configure])
+    if not stamp.exists() or stamp.read_text() != wanted:
+        configure.append("--fresh")
+    stamp.unlink(missing_ok=True)
+    subprocess.run(configure, check=True)
+    stamp.write_text(wanted)
+    subprocess.run([cmake, "--build", str(work), "--target", f"mghf_fast_{name}"], check=True)
+    for component in (name, "facts"):
+        install = [cmake, "--install", str(work), "--prefix", str(prefix), "--strip"]
+        subprocess.run([*install, "--component", component], check=True)
+
+
 class build_native(Command):
     """Configures, builds and installs the CMake project into mghf_fast/lib."""
 
@@ -132,27 +159,15 @@ class build_native(Command):
         )
 
     def run(self) -> None:
-        cmake, ninja = program("cmake"), program("ninja")
-        torch = importlib.util.find_spec("torch")
-        assert cmake and ninja and torch and torch.submodule_search_locations
-        work = ROOT / "build" / "cmake"
         target = ROOT if self.editable_mode else Path(str(self.build_lib)).resolve()
-        configure = [
-            cmake, "--fresh", "-S", str(ROOT), "-B", str(work), "-G", "Ninja",
-            f"-DCMAKE_MAKE_PROGRAM={ninja}",
-            f"-DMGHF_TORCH_DIRECTORY={torch.submodule_search_locations[0]}",
-            f"-DMGHF_TORCH_VERSION={version_of('torch')}",
-            f"-DMGHF_WERROR={os.environ.get('MGHF_WERROR', '0')}",
-            f"-DMGHF_CUDA={int(cuda_compiler is not None)}",
-        ]  # fmt: skip
-        if cuda_compiler is not None:
-            configure.append(f"-DCMAKE_CUDA_COMPILER={cuda_compiler}")
-        if archs := os.environ.get("MGHF_CUDA_ARCHS"):
-            configure.append(f"-DMGHF_CUDA_ARCHS={archs}")
-        subprocess.run(configure, check=True)
-        subprocess.run([cmake, "--build", str(work)], check=True)
         prefix = target / "mghf_fast" / "lib"
-        subprocess.run([cmake, "--install", str(work), "--prefix", str(prefix)], check=True)
+        # In a folder each, for the kernels of the CPU are the same whatever CUDA there is.
+        build_library("cpu", ["-DMGHF_CUDA=0"], prefix)
+        if cuda_compiler is not None:
+            options = ["-DMGHF_CUDA=1", f"-DCMAKE_CUDA_COMPILER={cuda_compiler}"]
+            if archs := os.environ.get("MGHF_CUDA_ARCHS"):
+                options.append(f"-DMGHF_CUDA_ARCHS={archs}")
+            build_library("cuda", options, prefix)
 
     # What setuptools asks a build step for; the files lie in place after run().
     def get_source_files(self) -> list[str]:
