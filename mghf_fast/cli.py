@@ -24,12 +24,16 @@ COMMANDS = {
         "mghf_fast.table5",
         "the paper's Table 5: counts by formula, time and memory measured on this machine",
     ),
+    "pretrain": (
+        "mghf_fast.pretrain.command",
+        "train a detail feature extractor on your pictures or on built-in procedural ones",
+    ),
     "doctor": (
         "mghf_fast.doctor",
         "versions, backends and why one is missing, build facts, a numerical self-check",
     ),
 }
-INSTALL = {"demo": 'pip install "mghf_fast[demo]"'}
+INSTALL = {name: f'pip install "mghf_fast[{name}]"' for name in ("demo", "pretrain")}
 
 
 class _Parser(argparse.ArgumentParser):

@@ -261,15 +261,19 @@ class DetailFeatureExtractor(nn.Module):
             ValueError: another file name.
             FileExistsError: the file exists; nothing is overwritten.
         """
-        from safetensors.torch import save_file
-
         path = Path(path)
         if path.suffix != ".safetensors":
             raise ValueError(f"path must end in .safetensors, got {str(path)!r}")
         if path.exists():
             raise FileExistsError(f"path {str(path)!r} exists already; choose another name")
-        state = {name: t.detach().contiguous() for name, t in self.state_dict().items()}
-        save_file(state, path, metadata={"mghf_fast": json.dumps(self.config)})
+        path.write_bytes(self.to_safetensors())
+
+    def to_safetensors(self) -> bytes:
+        """The content of the file that :meth:`save_pretrained` writes; equal for equal weights."""
+        from safetensors.torch import save
+
+        state = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
+        return save(state, metadata={"mghf_fast": json.dumps(self.config)})
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path) -> DetailFeatureExtractor:
