@@ -78,7 +78,7 @@ def training_batches(
     return iter(
         DataLoader(
             _Images(source, held_out=False),
-            batch_sampler=_Positions(first, last, batch, rank, ranks),  # type: ignore[arg-type]
+            batch_sampler=_Positions(first, last, batch, rank, ranks),
             num_workers=workers,
             collate_fn=_collate,
             worker_init_fn=_one_thread,

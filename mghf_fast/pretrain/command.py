@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from ..nn.detail_feature_extractor import STEMS
 from ..reference.coupling import ACTIVATIONS, SUBNETS
@@ -83,10 +84,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Trains, or estimates; returns 0. Mistakes are errors, which the command line tells."""
-    values = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Settings)}
-    settings = Settings(
-        **{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-    )
+    values: dict[str, Any] = {
+        field.name: getattr(arguments, field.name) for field in dataclasses.fields(Settings)
+    }
+    for name, value in values.items():
+        if isinstance(value, list):
+            values[name] = tuple(value)
+    settings = Settings(**values)
     if arguments.dry_run:
         from .estimate import report
 

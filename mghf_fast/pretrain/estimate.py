@@ -21,9 +21,9 @@ def estimate(settings: Settings) -> dict[str, Any]:
 
     Returns:
         ``images`` of an epoch, ``held_out``, ``classes``, ``steps``, ``parameters_extractor`` and
-        ``parameters_head``, multiply-adds of one image forward ``macs_extractor`` and ``macs_head``,
-        and of a step ``macs_step``, ``seconds_step`` (median), ``seconds_batch`` (to prepare one,
-        in one process), ``seconds_held_out`` (one evaluation) and ``seconds`` in all.
+        ``parameters_head``, multiply-adds of one image forward ``macs_extractor`` and
+        ``macs_head``, and of a step ``macs_step``, ``seconds_step`` (median), ``seconds_batch`` (to
+        prepare one, in one process), ``seconds_held_out`` (one evaluation), ``seconds`` in all.
     """
     device = device_of(settings)
     source = open_source(settings)
@@ -88,7 +88,7 @@ def report(settings: Settings) -> str:
             f"GFLOPs forward at {size} x {size} (a FLOP is one multiply-add)",
             f"a step        about {found['macs_step'] / 1e9:.1f} GFLOPs; {batch} images, "
             f"{found['seconds_step']:.2f} s, and {found['seconds_batch']:.2f} s to prepare them",
-            f"all           {found['steps']} steps, about {hours} h {minutes:02d} min in one process "
-            "like this",
+            f"all           {found['steps']} steps, about {hours} h {minutes:02d} min in one "
+            "process like this",
         )
     )

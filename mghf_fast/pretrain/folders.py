@@ -51,7 +51,9 @@ class Folders:
                 for path in _pictures(folder):
                     name = path.relative_to(directory).as_posix()
                     self.names.append(name)
-                    digest.update(f"{name}\0{path.stat().st_size}\n".encode("utf-8", "surrogateescape"))
+                    digest.update(
+                        f"{name}\0{path.stat().st_size}\n".encode("utf-8", "surrogateescape")
+                    )
                 labels += [label] * (len(self.names) - before)
                 if len(self.names) == before:
                     raise PretrainError(

@@ -4,6 +4,7 @@ linear layer (Algorithm 1 of MGHF). All but the extractor is thrown away afterwa
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +34,10 @@ class Classifier(nn.Module):
     ) -> None:
         super().__init__()
         widths = [extractor.channels, *stages]
-        layers = [m for pair in zip(widths, widths[1:], strict=False) for m in _stage(*pair)]
+        layers = [m for pair in pairwise(widths) for m in _stage(*pair)]
         self.extractor = extractor
-        self.stages = nn.Sequential(*layers).to(memory_format=torch.channels_last)
+        self.stages = nn.Sequential(*layers)
+        self.stages.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.classifier = nn.Linear(widths[-1], classes)
 
     def forward(self, image: Tensor) -> Tensor:

@@ -73,7 +73,8 @@ def crop(content: bytes, size: int, rng: np.random.Generator | None) -> Pixels:
         left, top = rng.random() * (width - side), rng.random() * (height - side)
     box = (left, top, left + side, top + side)
     if side == size:  # nothing to resample: pixels as they are
-        box = tuple(float(round(edge)) for edge in box)
+        left, top = float(round(left)), float(round(top))
+        box = (left, top, left + side, top + side)
     resized = image.resize((size, size), Image.Resampling.BICUBIC, box)
     pixels = np.asarray(resized, dtype=np.uint8)
     return pixels if rng is None else _varied(pixels, rng)

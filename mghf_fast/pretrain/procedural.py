@@ -1,10 +1,10 @@
 """An endless stream of labelled pictures that need no file: textured dead leaves.
 
-A picture is a pile of leaves whose radii follow a density of 1 / r^3 (Lee, Mumford and Huang 2001: the
-pile then looks the same at every scale, as photographs do), coloured from a natural palette, each
-leaf with a texture. Four parameters of the generator are the label; everything else - radii, places,
-colours, contrast, light, noise - is chance. To tell the labels apart a network must see what a
-perceptual loss must see: how sharp an edge is, how fine a texture is, and which way it runs.
+A picture is a pile of leaves whose radii follow a density of 1 / r^3 (Lee, Mumford and Huang 2001:
+the pile then looks the same at every scale, as photographs do), coloured from a natural palette,
+each leaf with a texture. Four parameters of the generator are the label; everything else - radii,
+places, colours, contrast, light, noise - is chance. To tell the labels apart a network must see
+what a perceptual loss must see: how sharp an edge is, how fine a texture is, which way it runs.
 
 Picture ``i`` of seed ``s`` is a function of ``(s, i)`` alone, so that a stream can be split over
 processes, and continued anywhere. NumPy's generators give the same numbers on every platform;
@@ -39,8 +39,8 @@ ORIENTATIONS = (0, 45, 90, 135)
 
 ORIENTED = ("grating", "streaks")
 ISOTROPIC = ("speckle", "dots", "cascade", "cloud")
-"""Texture families: band-passed noise, spots, a multiplicative cascade (a random fractal), and noise
-with a power-law spectrum, whose exponent takes the place of the band."""
+"""Texture families: band-passed noise, spots, a multiplicative cascade (a random fractal), and
+noise with a power-law spectrum, whose exponent takes the place of the band."""
 
 CLOUD_EXPONENTS = {"fine": (0.5, 0.75), "middle": (1.1, 1.35), "coarse": (1.8, 2.1)}
 """Of the amplitude spectrum, 1 / f^a, of the family ``cloud``."""
@@ -95,22 +95,25 @@ CLASSES = tuple(TextureClass(law, *texture) for law in LAWS for texture in _text
 
 
 class _Leaves(NamedTuple):
-    """Leaves of one octave of radii, the front one first. ``order`` is a leaf's place in the pile."""
+    """Leaves of one octave of radii.
 
-    y: Plane
-    x: Plane
-    half_length: Plane
-    half_width: Plane
-    cosine: Plane
-    sine: Plane
+    ``geometry`` is (6, leaves): y and x of the middle, half the length, half the width, cosine and
+    sine of the turn. ``order`` is a leaf's place in the pile, 0 on top.
+    """
+
+    geometry: Plane
     order: npt.NDArray[np.int64]
+
+    def taken(self, index: npt.NDArray[np.int64]) -> _Leaves:
+        """These leaves in that order."""
+        return _Leaves(self.geometry[:, index], self.order[index])
 
     def cover(self, y: Plane, x: Plane, rectangle: bool) -> npt.NDArray[np.bool_]:
         """Whether each leaf covers the points; ``y`` and ``x`` broadcast against (leaves, 1, 1)."""
-        column = (slice(None), None, None)
-        dy, dx = y - self.y[column], x - self.x[column]
-        along = (dx * self.cosine[column] + dy * self.sine[column]) / self.half_length[column]
-        across = (dy * self.cosine[column] - dx * self.sine[column]) / self.half_width[column]
+        centre_y, centre_x, half_length, half_width, cosine, sine = self.geometry[..., None, None]
+        dy, dx = y - centre_y, x - centre_x
+        along = (dx * cosine + dy * sine) / half_length
+        across = (dy * cosine - dx * sine) / half_width
         if rectangle:
             covered: npt.NDArray[np.bool_] = np.maximum(np.abs(along), np.abs(across)) <= 1
         else:
@@ -146,9 +149,8 @@ def _draw_leaves(
         order = pile[start : start + len(turn)]
         start += len(turn)
         front_first = np.argsort(order)
-        parts = (y, x, half_length, half_width, np.cos(turn), np.sin(turn))
-        planes = (part[front_first].astype(np.float32) for part in parts)
-        leaves.append((reach, _Leaves(*planes, order[front_first])))
+        geometry = np.stack([y, x, half_length, half_width, np.cos(turn), np.sin(turn)])
+        leaves.append((reach, _Leaves(geometry.astype(np.float32), order).taken(front_first)))
     return leaves, total
 
 
@@ -169,12 +171,14 @@ def _front_leaf(
             here[any_leaf] = octave.order[covered.argmax(0)[any_leaf]]
         else:
             # Each small leaf in a window of its own, the front one last: it stays.
-            octave = _Leaves(*(part[::-1] for part in octave))
+            octave = octave.taken(np.arange(len(octave.order))[::-1])
             offsets = np.arange(window)
-            rows = np.floor(octave.y - reach).astype(np.int64)[:, None] + offsets
-            columns = np.floor(octave.x - reach).astype(np.int64)[:, None] + offsets
+            rows = np.floor(octave.geometry[0] - reach).astype(np.int64)[:, None] + offsets
+            columns = np.floor(octave.geometry[1] - reach).astype(np.int64)[:, None] + offsets
             covered = octave.cover(
-                rows[:, :, None].astype(np.float32), columns[:, None, :].astype(np.float32), rectangle
+                rows[:, :, None].astype(np.float32),
+                columns[:, None, :].astype(np.float32),
+                rectangle,
             )
             inside = ((rows >= 0) & (rows < size))[:, :, None]
             covered &= inside & ((columns >= 0) & (columns < size))[:, None, :]
@@ -198,8 +202,7 @@ def _frequencies(size: int) -> tuple[Plane, Plane, Plane]:
 def _filtered(rng: np.random.Generator, size: int, response: Plane) -> Plane:
     """White noise through a filter, given by its frequency response."""
     noise = rng.standard_normal((size, size), dtype=np.float32)
-    field: Plane = np.fft.irfft2(np.fft.rfft2(noise) * response, (size, size))
-    return field
+    return np.fft.irfft2(np.fft.rfft2(noise) * response, (size, size)).astype(np.float32)
 
 
 def _grating(rng: np.random.Generator, size: int, period: float, angle: float) -> Plane:
@@ -216,13 +219,15 @@ def _streaks(rng: np.random.Generator, size: int, period: float, angle: float) -
     across = fy * math.cos(angle) - fx * math.sin(angle)
     turned = np.arctan2(across, np.abs(along) + 1e-6)
     band = np.log(np.maximum(radius, 1e-3) * period) / 0.25
-    return _filtered(rng, size, np.exp(-0.5 * (band**2 + (turned / 0.2) ** 2)))
+    response: Plane = np.exp(-0.5 * (band**2 + (turned / 0.2) ** 2))
+    return _filtered(rng, size, response)
 
 
 def _speckle(rng: np.random.Generator, size: int, period: float) -> Plane:
     _, _, radius = _frequencies(size)
     band = np.log(np.maximum(radius, 1e-3) * period) / 0.2
-    return _filtered(rng, size, np.exp(-0.5 * band**2))
+    response: Plane = np.exp(-0.5 * band**2)
+    return _filtered(rng, size, response)
 
 
 def _dots(rng: np.random.Generator, size: int, period: float) -> Plane:
@@ -237,8 +242,8 @@ def _dots(rng: np.random.Generator, size: int, period: float) -> Plane:
     impulses[rows[inside], columns[inside]] = 1
     _, _, radius = _frequencies(size)
     spot = np.exp(-2 * (math.pi * 0.17 * period * radius) ** 2)
-    spots: Plane = np.fft.irfft2(np.fft.rfft2(impulses) * spot, (size, size))
-    return np.minimum(spots * (period / 3) ** 2, 1)
+    spots = np.fft.irfft2(np.fft.rfft2(impulses) * spot, (size, size))
+    return np.minimum(spots * (period / 3) ** 2, 1).astype(np.float32)
 
 
 def _cascade(rng: np.random.Generator, size: int, period: float) -> Plane:
@@ -354,7 +359,9 @@ def render(seed: int, index: int, size: int = 64) -> tuple[Pixels, int]:
     picture *= (1 + slope[0] * axis[:, None] + slope[1] * axis[None, :])[:, :, None]
     balance = rng.normal(0.0, 0.04, 3).astype(np.float32)
     contrast, brightness = rng.uniform(0.7, 1.25), rng.uniform(-0.12, 0.12)
-    picture = (picture - 0.45) * np.float32(contrast) * (1 + balance) + np.float32(0.45 + brightness)
+    picture = (picture - 0.45) * np.float32(contrast) * (1 + balance) + np.float32(
+        0.45 + brightness
+    )
     noise = rng.uniform(0.0, 2.5) / 255
     picture += np.float32(noise) * rng.standard_normal(picture.shape, dtype=np.float32)
     return np.clip(np.rint(picture * 255), 0, 255).astype(np.uint8), label

@@ -1,6 +1,6 @@
 """Tar files in the layout of webdataset: of each sample a picture and its label in ``.cls``, under
-one name. Their headers are read once; then any picture can be had by itself, so that the order is as
-free, and as easily continued, as that of single files."""
+one name. Their headers are read once; then any picture can be had by itself, so that the order is
+as free, and as easily continued, as that of single files."""
 
 from __future__ import annotations
 
@@ -93,11 +93,15 @@ class Shards:
                 self._places.append(_Place(number, picture.offset_data, picture.size))
                 self.names.append(f"{path.name}:{picture.name}")
                 labels.append(label)
-                digest.update(f"{key}\0{label}\0{picture.size}\n".encode("utf-8", "surrogateescape"))
+                digest.update(
+                    f"{key}\0{label}\0{picture.size}\n".encode("utf-8", "surrogateescape")
+                )
         self.labels = np.array(labels, dtype=np.int64)
         counts = np.bincount(self.labels) if labels else np.zeros(0, dtype=np.int64)
         if len(counts) < 2:
-            raise PretrainError(f"--data: {len(counts)} classes in the shards; at least 2 are needed")
+            raise PretrainError(
+                f"--data: {len(counts)} classes in the shards; at least 2 are needed"
+            )
         if not counts.all():
             empty = int(np.flatnonzero(counts == 0)[0])
             raise PretrainError(

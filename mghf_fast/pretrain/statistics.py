@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,7 @@ def spectrum_slope(grey: Grey) -> float:
     frequency = np.fft.fftfreq(size)
     radius = np.hypot(frequency[:, None], frequency[None, :])
     edges = np.geomspace(4 / size, 0.35, 11)
-    rings = [(radius >= low) & (radius < high) for low, high in zip(edges, edges[1:], strict=False)]
+    rings = [(radius >= low) & (radius < high) for low, high in pairwise(edges)]
     rings = [ring for ring in rings if ring.any()]
     levels = np.log([power[ring].mean() + 1e-12 for ring in rings])
     places = np.log([np.exp(np.log(radius[ring]).mean()) for ring in rings])

@@ -225,7 +225,10 @@ def _read(path: Path, resume: bool) -> tuple[bytes | None, str | None]:
         if not path.exists():
             return None, None
         if not resume:
-            return None, f"{path} is there already: --resume goes on from it, or choose another --out"
+            return (
+                None,
+                f"{path} is there already: --resume goes on from it, or choose another --out",
+            )
         return path.read_bytes(), None
     except OSError as error:
         return None, f"{path} cannot be read: {error.strerror}"
@@ -303,7 +306,7 @@ class Board:
         if run.settings.tensorboard and run.ranks.first:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(  # type: ignore[no-untyped-call]
+            self._writer = SummaryWriter(
                 str(run.settings.out / "tensorboard"), purge_step=run.step or None
             )
 
@@ -339,8 +342,11 @@ def _learn(run: Run, described: dict[str, Any], steps: int) -> None:
             last = run.step == steps
             evaluates = last or run.step % settings.evaluate_every == 0
             if evaluates or run.step % settings.log_every == 0:
-                entry = {"step": run.step, "loss": run.mean_loss()}
-                entry["learning_rate"] = run.scheduler.get_last_lr()[0]
+                entry = {
+                    "step": run.step,
+                    "loss": run.mean_loss(),
+                    "learning_rate": float(run.scheduler.get_last_lr()[0]),
+                }
                 if evaluates:
                     entry |= run.evaluate()
                 run.curve.append(entry)
@@ -410,4 +416,3 @@ def pretrain(
         if ranks.first:
             finish(run, described)
         ranks.from_first(None)  # the others wait, so that none ends the first one's work
-
