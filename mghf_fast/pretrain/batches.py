@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .settings import PretrainError
 from .sources import Item, Source
 
 
@@ -68,13 +67,8 @@ def _one_thread(worker: int) -> None:
 def training_batches(
     source: Source, first: int, last: int, *, batch: int, rank: int, ranks: int, workers: int
 ) -> Iterator[Batch]:
-    """The batches of the steps ``first`` to ``last - 1``: of each batch the share of this rank.
-
-    Raises:
-        PretrainError: the batch cannot be shared equally.
-    """
-    if batch % ranks:
-        raise PretrainError(f"--batch is {batch}; it must be a multiple of the {ranks} processes")
+    """The batches of the steps ``first`` to ``last - 1``: of each ``batch`` images, a multiple of
+    ``ranks``, the share of this rank."""
     return iter(
         DataLoader(
             _Images(source, held_out=False),

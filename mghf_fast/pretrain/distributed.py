@@ -48,11 +48,15 @@ class Ranks:
         return values
 
 
+def world_size() -> int:
+    """Processes in all, as ``torchrun`` tells."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @contextmanager
 def started(device: torch.device) -> Iterator[Ranks]:
     """Joins the processes that ``torchrun`` started, if it did, and leaves them at the end."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
+    if (world := world_size()) == 1:
         yield Ranks()
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..nn import DetailFeatureExtractor
 from . import checkpoint
 from .batches import Batch, held_out_batches, scaled, training_batches
-from .distributed import Ranks, check_agreement, started
+from .distributed import Ranks, check_agreement, started, world_size
 from .network import Classifier
 from .settings import PretrainError, Settings
 from .sources import Source, open_source
@@ -219,6 +219,26 @@ def configuration(settings: Settings, source: Source, ranks: Ranks) -> dict[str,
     return {**settings.identity(), **data, "processes": ranks.world}
 
 
+def _agreed(settings: Settings, ranks: Ranks) -> tuple[Source, dict[str, Any]]:
+    """The source and the configuration, once every rank has them and they are the same.
+
+    Raises:
+        PretrainError: on every rank, what is wrong on one.
+    """
+    source, described, problem = None, {}, None
+    try:
+        source = open_source(settings)
+        described = configuration(settings, source, ranks)
+    except PretrainError as error:
+        problem = str(error)
+    for rank, told in enumerate(ranks.gather(problem)):
+        if told is not None:
+            raise PretrainError(told if ranks.world == 1 else f"rank {rank}: {told}")
+    assert source is not None
+    check_agreement(ranks, described)
+    return source, described
+
+
 def _read(path: Path, resume: bool) -> tuple[bytes | None, str | None]:
     """A checkpoint's bytes, if there is one, or what is wrong."""
     try:
@@ -399,20 +419,29 @@ def pretrain(
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     device = device_of(settings)
+    if settings.batch % (world := world_size()):
+        raise PretrainError(
+            f"--batch is {settings.batch}; it must be a multiple of the {world} processes"
+        )
     with started(device) as ranks:
-        if settings.batch % ranks.world:
-            raise PretrainError(
-                f"--batch is {settings.batch}; it must be a multiple of the {ranks.world} processes"
-            )
-        source = open_source(settings)
-        described = configuration(settings, source, ranks)
-        check_agreement(ranks, described)
-        steps = total_steps(settings, source)
-        run = Run(settings, source, ranks, device)
-        _restore(run, described, fresh_names=names)
-        run.distribute()
-        if run.step < steps:
-            _learn(run, described, steps)
-        if ranks.first:
-            finish(run, described)
-        ranks.from_first(None)  # the others wait, so that none ends the first one's work
+        # In a function, so that what holds the group of processes is gone before the group is.
+        _pretrain(settings, ranks, device, finish, names)
+
+
+def _pretrain(
+    settings: Settings,
+    ranks: Ranks,
+    device: torch.device,
+    finish: Callable[[Run, dict[str, Any]], None],
+    names: tuple[str, ...],
+) -> None:
+    source, described = _agreed(settings, ranks)
+    steps = total_steps(settings, source)
+    run = Run(settings, source, ranks, device)
+    _restore(run, described, fresh_names=names)
+    run.distribute()
+    if run.step < steps:
+        _learn(run, described, steps)
+    if ranks.first:
+        finish(run, described)
+    ranks.from_first(None)  # the others wait, so that none ends the first one's work
