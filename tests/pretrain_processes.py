@@ -22,15 +22,14 @@ from random import Random
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import torch._dynamo  # a first step would import it, in every process
+import torch._dynamo  # noqa: F401  a first step would import it, in every process
 
 from mghf_fast import cli
 from mghf_fast.pretrain import card, checkpoint, train
 
-TINY = (
-    "pretrain --size 16 --batch 4 --channels 4 --stages 4 --held-out 8 --workers 0 --threads 1 "
-    "--log-every 4 --evaluate-every 10 --checkpoint-every 3 --steps"
-).split()
+SMALL = "--size 16 --batch 4 --channels 4 --stages 4 --held-out 8 --workers 0 --threads 1"
+OFTEN = "--log-every 4 --evaluate-every 10 --checkpoint-every 3"
+TINY = ["pretrain", *SMALL.split(), *OFTEN.split(), "--steps"]
 
 
 def forked(action: Callable[[], int]) -> int:

@@ -41,8 +41,9 @@ def test_a_killed_training_ends_with_the_weights_of_an_undisturbed_one(tmp_path:
 def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path: Path) -> None:
     found = happened("full_disk", tmp_path)
     assert found["code"] == 2
-    assert "checkpoint.pt cannot be written: File too large (the earlier one is whole)" in (
-        found["told"]
+    assert (
+        "checkpoint.pt cannot be written: File too large (the earlier one is whole)"
+        in (found["told"])
     )
     assert found["unchanged"]
     assert found["files"] == ["checkpoint.pt", "extractor.json", "extractor.safetensors"]

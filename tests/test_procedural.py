@@ -30,7 +30,9 @@ def test_the_global_random_state_is_left_alone() -> None:
 def test_classes_are_distinct_and_all_are_drawn() -> None:
     names = [kind.name for kind in CLASSES]
     assert len(set(names)) == len(names) == 84
-    labels = [int(np.random.default_rng([procedural.VERSION, 0, i, 16]).integers(84)) for i in range(900)]
+    labels = [
+        int(np.random.default_rng([procedural.VERSION, 0, i, 16]).integers(84)) for i in range(900)
+    ]
     assert labels[:5] == [render(0, i, 16)[1] for i in range(5)]
     assert set(labels) == set(range(84))
 
@@ -98,7 +100,7 @@ def test_radii_follow_an_inverse_cube() -> None:
     for _ in range(60):
         leaves, _ = procedural._draw_leaves(rng, 64, "discs", 2.0)
         radii = np.concatenate([octave.geometry[2] for _, octave in leaves])
-        # Those whose middles lie in the picture: leaves further out are drawn only if they reach it.
+        # Those whose middles lie in the picture; others are drawn only if they reach it.
         middles = np.concatenate([octave.geometry[:2] for _, octave in leaves], axis=1)
         radii = radii[((middles >= 0) & (middles < 64)).all(0)]
         counts += [((radii >= a) & (radii < 2 * a)).sum() for a in (2, 4)]

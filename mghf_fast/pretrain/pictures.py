@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from .procedural import Pixels
 from .settings import PretrainError
-from .sources import Item
+from .sources import NO_LABEL, Item
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm"})
 
@@ -160,9 +160,9 @@ class PictureSource:
                 skipped.append(self._reader.names[file])
             else:
                 return Item(pixels, int(self._reader.labels[file]), tuple(skipped))
-        # More than the limit: whoever counts them ends the training.
+        # All of them, or more than the limit: whoever counts them ends the training.
         empty = np.zeros((self._size, self._size, 3), dtype=np.uint8)
-        return Item(empty, 0, tuple(skipped))
+        return Item(empty, NO_LABEL, tuple(skipped))
 
     def description(self) -> dict[str, Any]:
         return {

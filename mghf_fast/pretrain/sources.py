@@ -15,6 +15,10 @@ from .procedural import Pixels
 from .settings import PROCEDURAL, PretrainError, Settings
 
 
+NO_LABEL = -1
+"""Of an item that stands for no image, as no file could be read."""
+
+
 class Item(NamedTuple):
     """One image with its label, and the files that could not be read on the way to it."""
 

@@ -27,7 +27,7 @@ from .batches import Batch, held_out_batches, scaled, training_batches
 from .distributed import Ranks, check_agreement, started, world_size
 from .network import Classifier
 from .settings import PretrainError, Settings
-from .sources import Source, open_source
+from .sources import NO_LABEL, Source, open_source
 
 AMP_TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 INVERTIBILITY_IMAGES = 8
@@ -112,7 +112,7 @@ class Run:
 
     def train_on(self, batch: Batch) -> None:
         """One step of the optimizer."""
-        self.skip(batch.skipped)
+        self.skip(batch)
         images = scaled(batch.images, self.device)
         labels = batch.labels.to(self.device, non_blocking=True)
         self.optimizer.zero_grad(set_to_none=True)
@@ -126,18 +126,20 @@ class Run:
         self.loss += loss.detach()
         self.losses += 1
 
-    def skip(self, names: tuple[str, ...]) -> None:
-        """Notes pictures that could not be read.
+    def skip(self, batch: Batch) -> None:
+        """Notes the pictures that could not be read.
 
         Raises:
-            PretrainError: they are more than the limit.
+            PretrainError: they are more than the limit, or all there are.
         """
-        self.skipped.update(names)
+        self.skipped.update(batch.skipped)
         if len(self.skipped) > (limit := self.settings.skip_limit):
             some = ", ".join(sorted(self.skipped)[:3])
             raise PretrainError(
                 f"more pictures than --skip-limit {limit} cannot be read, such as {some}"
             )
+        if bool((batch.labels == NO_LABEL).any()):
+            raise PretrainError(f"none of {len(batch.skipped)} pictures in a row can be read")
 
     def mean_loss(self) -> float:
         """Over the steps since the last entry of the curve, and over the ranks.
@@ -163,7 +165,7 @@ class Run:
             self.source, self.settings.batch, self.ranks.rank, self.ranks.world
         )
         for batch in batches:
-            self.skip(batch.skipped)
+            self.skip(batch)
             images = scaled(batch.images, self.device)
             labels = batch.labels.to(self.device)
             with self.autocast():
