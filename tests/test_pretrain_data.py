@@ -145,7 +145,7 @@ def test_two_classes_are_learned_from_folders_and_from_shards(
 
     for name, data in (("folders", [folders]), ("shards", shards)):
         out = tmp_path / name
-        assert train(out, list(data), "--lr", "0.05", steps=16) == 0
+        assert train(out, list(data), "--lr", "0.02", steps=40) == 0
         card = json.loads((out / "extractor.json").read_text())
         assert card["held_out_accuracy"] == 1 and card["unreadable"] == 0
         assert card["configuration"]["data, source"] == name

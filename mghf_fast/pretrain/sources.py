@@ -14,7 +14,6 @@ from . import procedural
 from .procedural import Pixels
 from .settings import PROCEDURAL, PretrainError, Settings
 
-
 NO_LABEL = -1
 """Of an item that stands for no image, as no file could be read."""
 
