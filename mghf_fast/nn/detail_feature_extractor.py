@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _checks as check
-from .. import functional
+from .. import functional, weights
 from ..backends import current_backend
 from ..reference.coupling import (
     ACTIVATIONS,
@@ -277,36 +277,46 @@ class DetailFeatureExtractor(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path) -> DetailFeatureExtractor:
-        """Loads an extractor from a safetensors file that :meth:`save_pretrained` wrote.
-
-        No weights ship with this version, so there is no name to give yet, only paths. Other
-        formats are refused: unpickling runs code.
+        """Loads an extractor by the name of weights that ship (:mod:`mghf_fast.weights`), or from a
+        safetensors file that :meth:`save_pretrained` wrote. Other formats are refused: unpickling
+        runs code. Takes nothing from torch's random numbers.
 
         Raises:
-            FileNotFoundError: no such file, or an unknown name.
-            ValueError: not a safetensors file, truncated, or not an extractor's.
+            FileNotFoundError: no such file.
+            ValueError: an unknown name; not a safetensors file, truncated, altered (weights that
+                ship), or not an extractor's.
         """
-        from safetensors import SafetensorError, safe_open
-
+        if isinstance(name_or_path, str) and name_or_path in weights.SHA256:
+            return cls._from_safetensors(weights.read(name_or_path), name_or_path)
         path = Path(name_or_path)
         if path.suffix != ".safetensors":
+            named = ", ".join(repr(name) for name in weights.SHA256)
             raise ValueError(
-                f"name_or_path must be a .safetensors file (no named weights ship with this "
-                f"version), got {str(name_or_path)!r}"
+                f"name_or_path must be a .safetensors file or one of the weights that ship "
+                f"({named}), got {str(name_or_path)!r}"
             )
         if not path.is_file():
             raise FileNotFoundError(f"name_or_path {str(path)!r} is not a file")
+        return cls._from_safetensors(path.read_bytes(), str(path))
+
+    @classmethod
+    def _from_safetensors(cls, content: bytes, name: str) -> DetailFeatureExtractor:
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            state = load(content)
         except SafetensorError as error:
-            raise ValueError(f"{str(path)!r} is not a whole safetensors file: {error}") from error
+            raise ValueError(f"{name!r} is not a whole safetensors file: {error}") from error
+        # The format: the header's length in 8 bytes, and the header, which has been checked now.
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        metadata = header.get("__metadata__", {})
         if "mghf_fast" not in metadata:
-            raise ValueError(f"{str(path)!r} holds no mghf_fast extractor: its metadata lacks one")
+            raise ValueError(f"{name!r} holds no mghf_fast extractor: its metadata lacks one")
         try:
-            extractor = cls(**json.loads(metadata["mghf_fast"]))
-            extractor.load_state_dict(state)
+            with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+                extractor = cls(**json.loads(metadata["mghf_fast"]))
+                extractor.load_state_dict(state)
         except (TypeError, RuntimeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{str(path)!r} does not fit its own description: {error}") from error
-        return extractor
+            raise ValueError(f"{name!r} does not fit its own description: {error}") from error
+        return extractor.to(torch.get_default_device())
