@@ -7,6 +7,7 @@ run that was killed and resumed ends with the very weights of one that was not.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import sys
@@ -290,12 +291,12 @@ def _restore(run: Run, described: dict[str, Any], *, fresh_names: tuple[str, ...
 
 
 class Progress:
-    """A bar on a terminal, lines elsewhere; on the first rank."""
+    """A bar on a terminal (and with tqdm), lines elsewhere; on the first rank."""
 
     def __init__(self, run: Run, steps: int) -> None:
         self._steps, self._shown = steps, run.ranks.first
         self._bar: Any = None
-        if self._shown and sys.stderr.isatty():
+        if self._shown and sys.stderr.isatty() and importlib.util.find_spec("tqdm"):
             from tqdm import tqdm
 
             self._bar = tqdm(total=steps, initial=run.step, desc="pretrain", dynamic_ncols=True)
