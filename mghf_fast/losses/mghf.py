@@ -40,7 +40,7 @@ PRESETS = {
 
 
 RANDOM = "random"
-DEFAULT_EXTRACTOR = RANDOM
+DEFAULT_EXTRACTOR = "procedural-v1"
 """The extractor of a loss that is given none: ``RANDOM``, or a name of :mod:`mghf_fast.weights`."""
 
 
@@ -74,8 +74,9 @@ class MGHFLoss(nn.Module):
         variant: ``"c"`` comprehensive or ``"n"`` naive.
         preset: ``"2026"``, ``"2025"`` or a :class:`Preset` of one's own.
         extractor: any module (B, 3, H, W) -> (B, C, h, w); a frozen copy of it is kept, the module
-            itself stays as it is. ``None``: a random :class:`DetailFeatureExtractor` with a fixed
-            seed (trained weights do not ship with this version).
+            itself stays as it is. Or a name: ``"procedural-v1"``, which ``None`` means too, a
+            :class:`DetailFeatureExtractor` trained on procedural textures as a substitute for
+            ImageNet weights; or ``"random"``, an untrained one with a fixed seed.
         top_m: feature maps kept by the entropy score; default C // 2.
         reduction: ``"mean"`` for a scalar, ``"none"`` for one value per image, (B,).
         input_range: ``"0,1"`` maps images from [0, 1] to the [-1, 1] an extractor is trained on;

@@ -11,7 +11,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-SHA256: dict[str, str] = {}
+SHA256: dict[str, str] = {
+    "procedural-v1": "0f6eb09695f52e52e68a91fc4ee32474b0ff8eaabe696372e72b1fcaf34d9181",
+}
 """Name -> digest of the file."""
 
 _FOLDER = Path(__file__).parent
