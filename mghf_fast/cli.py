@@ -20,6 +20,10 @@ COMMANDS = {
         "mghf_fast.demo.command",
         "fine-tune a small SR network with MGHF-c and with L1 on photographs, and compare",
     ),
+    "visualize": (
+        "mghf_fast.visualize.command",
+        "feature maps, entropies and weights of a picture; of two, where the loss comes from",
+    ),
     "table5": (
         "mghf_fast.table5",
         "the paper's Table 5: counts by formula, time and memory measured on this machine",
@@ -29,7 +33,10 @@ COMMANDS = {
         "versions, backends and why one is missing, build facts, a numerical self-check",
     ),
 }
-INSTALL = {"demo": 'pip install "mghf_fast[demo]"'}
+INSTALL = {
+    "demo": 'pip install "mghf_fast[demo]"',
+    "visualize": 'pip install "mghf_fast[visualize]"',
+}
 
 
 class _Parser(argparse.ArgumentParser):
