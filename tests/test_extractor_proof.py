@@ -36,7 +36,7 @@ from benchmarks.extractor import (  # noqa: E402
 )
 from benchmarks.report import ROOT  # noqa: E402
 from benchmarks.results import RESULTS  # noqa: E402
-from mghf_fast import DetailFeatureExtractor  # noqa: E402
+from mghf_fast import DetailFeatureExtractor, MGHFLoss  # noqa: E402
 from mghf_fast.demo.photographs import Collection, Photograph  # noqa: E402
 from mghf_fast.demo.settings import DemoSettings  # noqa: E402
 
@@ -217,19 +217,24 @@ def test_one_psnr_for_all(name: str) -> None:
     )
 
 
-def test_response_and_order_of_an_mse() -> None:
+def test_response_and_order() -> None:
     windows = TEXTURES[:2]
-    matched = {
-        name: [sensitivity.at_psnr(name, s.image, 30)[0] for s in windows]
-        for name in sensitivity.DISTORTIONS
-    }
-    found = sensitivity.response(sensitivity.mse, matched, windows)
-    assert found == pytest.approx(dict.fromkeys(found, 1.0))
 
     def of_edges(a: Tensor, b: Tensor) -> float:
         return sensitivity.mse(a.diff(dim=2), b.diff(dim=2))
 
-    assert sensitivity.response(of_edges, matched, windows)["blur"] < 0.97  # noise has more edges
+    def values(distance: Any) -> dict[str, list[float]]:
+        return {
+            name: [distance(sensitivity.at_psnr(name, s.image, 30)[0], s.image) for s in windows]
+            for name in ("noise", "blur")
+        }
+
+    errors = values(sensitivity.mse)
+    assert sensitivity.response(errors, errors) == {"noise": 1, "blur": 1}
+    assert sensitivity.response(values(of_edges), errors)["blur"] < 0.97  # noise has more edges
+    assert sensitivity.response(
+        {"noise": [1, 1], "blur": [2, 8]}, {"noise": [1, 1], "blur": [1, 1]}
+    )["blur"] == pytest.approx(4)
     assert sensitivity.order([[1, 2, 3], [1, 3, 2]]) == (5, 6)
     assert sensitivity.order([[1, 1]]) == (0, 1)
 
@@ -247,6 +252,14 @@ def test_a_part_of_sensitivity(
         assert row["response"]["noise"] == 1 and row["order"]["blur"][1] == 2
         assert row["curve"]["noise"][1] == pytest.approx(1)
     assert part["rows"][0]["response"] == dict.fromkeys(sensitivity.DISTORTIONS, 1)
+    # The rows are what the losses say of one picture, one at a time.
+    loss = MGHFLoss("n", extractor=trained, input_range="0,1")
+    ratios = [
+        float(loss(sensitivity.noise(s.image, 2)[None], s.image[None]))
+        / float(loss(sensitivity.noise(s.image, 8)[None], s.image[None]))
+        for s in TEXTURES[:2]
+    ]
+    assert part["rows"][1]["curve"]["noise"][0] == pytest.approx(sum(ratios) / 2, rel=1e-3)
 
 
 # ---- fine-tuning ---------------------------------------------------------------------------------

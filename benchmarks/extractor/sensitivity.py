@@ -37,8 +37,8 @@ UNITS = {
     "JPEG": "100 - quality",
     "ringing": "1 / cut-off, pixels a cycle",
 }
-Metric = Callable[[Tensor, Tensor], float]
-"""(sr, gt), (3, H, W) each -> the distance."""
+Evaluate = Callable[[Tensor, Tensor], dict[str, list[float]]]
+"""(B, 3, H, W) and their ground truth, (3, H, W) -> distances of each by metric."""
 
 
 def blur(image: Tensor, sigma: float) -> Tensor:
@@ -113,38 +113,38 @@ def at_psnr(name: str, image: Tensor, wanted: float) -> tuple[Tensor, float]:
     return distort(image, low), low
 
 
-def metrics(extractor: DetailFeatureExtractor) -> dict[str, Metric]:
-    """MGHF-n and MGHF-c with an extractor."""
-    found: dict[str, Metric] = {}
-    for variant in ("n", "c"):
-        loss = MGHFLoss(variant, extractor=extractor, input_range="0,1")
+def by_mse(images: Tensor, gt: Tensor) -> dict[str, list[float]]:
+    return {"MSE": [mse(image, gt) for image in images]}
 
-        def distance(sr: Tensor, gt: Tensor, loss: MGHFLoss = loss) -> float:
-            with torch.no_grad():
-                return float(loss(sr[None], gt[None]))
 
-        found[f"MGHF-{variant}"] = distance
-    return found
+def by_loss(extractor: DetailFeatureExtractor) -> Evaluate:
+    """MGHF-n and MGHF-c with an extractor, in one pass."""
+    loss = MGHFLoss("c", extractor=extractor, input_range="0,1", reduction="none")
+
+    @torch.no_grad()
+    def evaluate(images: Tensor, gt: Tensor) -> dict[str, list[float]]:
+        terms = [loss.terms(each, gt.expand_as(each)) for each in images.split(4)]
+        return {
+            metric: torch.cat([t[name] for t in terms]).tolist()
+            for metric, name in (("MGHF-n", "naive"), ("MGHF-c", "total"))
+        }
+
+    return evaluate
 
 
 def response(
-    metric: Metric, distorted: Mapping[str, Sequence[Tensor]], scenes: Sequence[Scene]
+    values: Mapping[str, Sequence[float]], errors: Mapping[str, Sequence[float]]
 ) -> dict[str, float]:
-    """Of each distortion: the loss over the MSE relative to that of noise, geometric mean over the
-    photographs."""
-    per_mse = {
-        name: [
-            metric(image, scene.image) / mse(image, scene.image)
-            for image, scene in zip(images, scenes, strict=True)
-        ]
-        for name, images in distorted.items()
+    """Of each distortion the loss over the MSE relative to that of noise: the geometric mean over
+    the photographs, of which ``values`` and ``errors`` (the MSEs) have one each."""
+    per_error = {
+        name: [math.log(v / e) for v, e in zip(values[name], errors[name], strict=True)]
+        for name in values
     }
+    noise_ = per_error["noise"]
     return {
-        name: math.exp(
-            sum(math.log(v / n) for v, n in zip(values, per_mse["noise"], strict=True))
-            / len(scenes)
-        )
-        for name, values in per_mse.items()
+        name: math.exp(sum(a - b for a, b in zip(logs, noise_, strict=True)) / len(noise_))
+        for name, logs in per_error.items()
     }
 
 
@@ -161,47 +161,55 @@ def measure(
     wanted: float = PSNR,
 ) -> dict[str, Any]:
     """The part's result."""
-    subjects: list[tuple[str, int, str, Metric]] = [("MSE", 0, "MSE", mse)]
-    for name, seed, extractor in (
-        (TRAINED, 0, trained),
-        *((RANDOM, seed, random_extractor(trained, seed)) for seed in seeds),
-    ):
-        subjects += [(name, seed, m, f) for m, f in metrics(extractor).items()]
-
     matched = {
         name: [at_psnr(name, scene.image, wanted)[0] for scene in scenes] for name in DISTORTIONS
     }
-    levels = {
-        name: [
-            [DISTORTIONS[name][0](scene.image, level) for level in LEVELS[name]] for scene in scenes
-        ]
-        for name in LEVELS
+    errors = {
+        name: [mse(i, scene.image) for i, scene in zip(images, scenes, strict=True)]
+        for name, images in matched.items()
     }
-    rows = []
-    for name, seed, metric_name, metric in subjects:
-        row: dict[str, Any] = {"subject": name, "seed": seed, "metric": metric_name}
-        row["response"] = {k: round(v, 3) for k, v in response(metric, matched, scenes).items()}
-        row["order"], row["curve"] = {}, {}
-        for distortion, images in levels.items():
-            values = [
-                [metric(image, scene.image) for image in each]
-                for each, scene in zip(images, scenes, strict=True)
+    # Of each photograph all that it is distorted to: at one PSNR, then every level of each kind.
+    distorted = [
+        torch.stack(
+            [images[i] for images in matched.values()]
+            + [
+                DISTORTIONS[name][0](scene.image, level)
+                for name, levels in LEVELS.items()
+                for level in levels
             ]
-            row["order"][distortion] = order(values)
+        )
+        for i, scene in enumerate(scenes)
+    ]
+
+    def row(name: str, seed: int, metric: str, values: list[list[float]]) -> dict[str, Any]:
+        """``values`` holds a photograph's distances in the order of ``distorted``."""
+        at_one = {kind: [each[k] for each in values] for k, kind in enumerate(matched)}
+        found: dict[str, Any] = {"subject": name, "seed": seed, "metric": metric}
+        found["response"] = {k: round(v, 3) for k, v in response(at_one, errors).items()}
+        found["order"], found["curve"] = {}, {}
+        start = len(matched)
+        for kind, levels in LEVELS.items():
+            part = [each[start : start + len(levels)] for each in values]
+            start += len(levels)
+            found["order"][kind] = order(part)
             # Relative to the strongest level, mean over the photographs.
-            relative = np.mean([[v / each[-1] for v in each] for each in values], axis=0)
-            row["curve"][distortion] = [float(f"{v:.4g}") for v in relative]
-        rows.append(row)
+            relative = np.mean([[v / each[-1] for v in each] for each in part], axis=0)
+            found["curve"][kind] = [float(f"{v:.4g}") for v in relative]
+        return found
+
+    rows = []
+    subjects: list[tuple[str, int, Evaluate]] = [("MSE", 0, by_mse), (TRAINED, 0, by_loss(trained))]
+    subjects += [(RANDOM, seed, by_loss(random_extractor(trained, seed))) for seed in seeds]
+    for name, seed, evaluate in subjects:
+        found = [evaluate(i, scene.image) for i, scene in zip(distorted, scenes, strict=True)]
+        for metric in found[0]:
+            rows.append(row(name, seed, metric, [each[metric] for each in found]))
     return {
         "photographs": [scene.name for scene in scenes],
         "side": scenes[0].image.shape[1],
         "psnr": wanted,
         "reached": {
-            name: [
-                round(-10 * math.log10(mse(i, s.image)), 2)
-                for i, s in zip(images, scenes, strict=True)
-            ]
-            for name, images in matched.items()
+            name: [round(-10 * math.log10(e), 2) for e in each] for name, each in errors.items()
         },
         "levels": {name: list(values) for name, values in LEVELS.items()},
         "rows": rows,
