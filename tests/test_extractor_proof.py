@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import json
 import math
@@ -56,7 +57,10 @@ def texture(side: int, angle: float, period: float, seed: int = 0) -> Tensor:
     return (0.5 + 0.25 * wave + 0.03 * noise).clamp(0, 1)
 
 
-TEXTURES = [scenes.Scene(f"texture {i}", texture(64, 0.7 * i, 3 + 2 * i, seed=i)) for i in range(4)]
+@functools.cache
+def textures() -> list[scenes.Scene]:
+    """Four gratings of their own direction and period."""
+    return [scenes.Scene(f"texture {i}", texture(64, 0.7 * i, 3 + 2 * i, seed=i)) for i in range(4)]
 
 
 # ---- what is compared ----------------------------------------------------------------------------
@@ -98,7 +102,7 @@ def test_crops_are_of_textured_regions_and_do_not_overlap() -> None:
 
 
 def test_without_colour_brightness_and_contrast_say_nothing() -> None:
-    images = torch.stack([scene.image for scene in TEXTURES])
+    images = torch.stack([scene.image for scene in textures()])
     tinted = images * torch.tensor([0.4, 0.4, 0.4]).view(1, 3, 1, 1) + 0.3
     torch.testing.assert_close(scenes.without_colour(images), scenes.without_colour(tinted))
     grey = scenes.without_colour(images)
@@ -107,7 +111,7 @@ def test_without_colour_brightness_and_contrast_say_nothing() -> None:
 
 
 def test_retrieval_and_probe_between_knowing_all_and_nothing() -> None:
-    data = scenes.crops(TEXTURES, 8, 4)
+    data = scenes.crops(textures(), 8, 4)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(len(data.images), 6, generator=generator, dtype=torch.float64)
     of_region = F.one_hot(data.region).double() + 0.01 * noise[:, :1]
@@ -126,7 +130,7 @@ def test_a_part_of_retrieval(trained: DetailFeatureExtractor) -> None:
         subjects.of_extractor(subjects.RANDOM, subjects.random_extractor(trained, 1), 1),
         subjects.Subject(subjects.PIXELS, lambda image: image),
     ]
-    part = retrieval.measure(compared, TEXTURES, side=16, regions=4)
+    part = retrieval.measure(compared, textures(), side=16, regions=4)
     assert part["crops"] == 64 and part["regions"] == 16 and part["photographs"] == 4
     assert part["chance"] == {"region": round(3 / 63, 4), "photograph": 0.2, "probe": 0.25}
     assert len(part["rows"]) == 6
@@ -145,7 +149,7 @@ def test_the_stem_is_undone_exactly(trained: DetailFeatureExtractor) -> None:
 
 
 def test_the_inverse_gives_the_image_back(trained: DetailFeatureExtractor) -> None:
-    image = TEXTURES[0].image[None, :, :20, :24]
+    image = textures()[0].image[None, :, :20, :24]
     full = inversion.psnr(inversion.exact(trained, image, torch.float32), image)
     half = inversion.psnr(inversion.exact(trained, image, torch.bfloat16), image)
     assert full > 100 > half > 35
@@ -154,7 +158,7 @@ def test_the_inverse_gives_the_image_back(trained: DetailFeatureExtractor) -> No
 
 
 def test_descent_keeps_to_its_budget_and_gets_nearer() -> None:
-    image = TEXTURES[1].image[None, :, :16, :16]
+    image = textures()[1].image[None, :, :16, :16]
     calls = 0
 
     def blurred(x: Tensor) -> Tensor:
@@ -174,7 +178,7 @@ def test_descent_keeps_to_its_budget_and_gets_nearer() -> None:
 
 
 def test_a_part_of_inversion(trained: DetailFeatureExtractor) -> None:
-    windows = [scenes.Scene(s.name, s.image[:, :16, :16]) for s in TEXTURES[:2]]
+    windows = [scenes.Scene(s.name, s.image[:, :16, :16]) for s in textures()[:2]]
     part, strip = inversion.measure(trained, windows, [1, 2], budget=3)
     kinds = [(row["subject"], row["how"], row["seed"]) for row in part["rows"]]
     assert len(kinds) == len(set(kinds)) == 3 * 3 + 3
@@ -211,7 +215,7 @@ def test_ringing_cuts_off_and_rings() -> None:
 
 @pytest.mark.parametrize("name", sensitivity.DISTORTIONS)
 def test_one_psnr_for_all(name: str) -> None:
-    image = TEXTURES[3].image
+    image = textures()[3].image
     found, _ = sensitivity.at_psnr(name, image, 30)
     assert -10 * math.log10(sensitivity.mse(found, image)) == pytest.approx(
         30, abs=1 if name == "JPEG" else 0.05
@@ -219,7 +223,7 @@ def test_one_psnr_for_all(name: str) -> None:
 
 
 def test_response_and_order() -> None:
-    windows = TEXTURES[:2]
+    windows = textures()[:2]
 
     def of_edges(a: Tensor, b: Tensor) -> float:
         return sensitivity.mse(a.diff(dim=2), b.diff(dim=2))
@@ -244,7 +248,7 @@ def test_a_part_of_sensitivity(
     trained: DetailFeatureExtractor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sensitivity, "LEVELS", {"blur": (0.5, 1.0), "noise": (2, 8)})
-    part = sensitivity.measure(trained, TEXTURES[:2], [1])
+    part = sensitivity.measure(trained, textures()[:2], [1])
     assert [(r["subject"], r["metric"]) for r in part["rows"]] == [
         ("MSE", "MSE"), ("trained", "MGHF-n"), ("trained", "MGHF-c"),
         ("random", "MGHF-n"), ("random", "MGHF-c"),
@@ -258,7 +262,7 @@ def test_a_part_of_sensitivity(
     ratios = [
         float(loss(sensitivity.noise(s.image, 2)[None], s.image[None]))
         / float(loss(sensitivity.noise(s.image, 8)[None], s.image[None]))
-        for s in TEXTURES[:2]
+        for s in textures()[:2]
     ]
     assert part["rows"][1]["curve"]["noise"][0] == pytest.approx(sum(ratios) / 2, rel=1e-3)
 
