@@ -189,7 +189,7 @@ def test_pair_as_png_and_html(
     gt = scene(66, 90)
     words = [
         "visualize",
-        str(saved(tmp_path / "a <b>.png", gt)),
+        str(saved(tmp_path / "kit <b>.png", gt)),
         str(saved(tmp_path / "b.jpg", gt, quality=30)),
         "--extractor",
         extractor_file,
@@ -210,7 +210,7 @@ def test_pair_as_png_and_html(
 
     assert cli.main([*words, "--out", str(html)]) == 0
     text = html.read_text()
-    assert "a &lt;b&gt;.png" in text and "<b>" not in text
+    assert "kit &lt;b&gt;.png and b.jpg, as MGHF sees them" in text and "<b>" not in text
     assert "http" not in text and "<script" not in text
     sources = re.findall(r'(?:src|href)="([^"]{0,22})', text)
     assert sources and all(source == "data:image/png;base64," for source in sources)

@@ -101,8 +101,8 @@ def run(args: argparse.Namespace) -> int:
         f"{width} x {height} pixels from ({left}, {top}), {what}, "
         f"{len(found.features[0])} feature maps, preset {args.preset}."
     )
-    title = " and ".join(picture.name for picture in shown) + ", as MGHF sees it"
-    title = title.replace("it", "them") if len(shown) > 1 else title
+    whom = "it" if len(shown) == 1 else "them"
+    title = f"{' and '.join(picture.name for picture in shown)}, as MGHF sees {whom}"
     sections = figure.sections(shown, found, args.maps, args.width)
     files.Document(title, text, sections, args.width, args.small).save(args.out)
     print(f"Written: {args.out}")
