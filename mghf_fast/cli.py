@@ -20,6 +20,10 @@ COMMANDS = {
         "mghf_fast.demo.command",
         "fine-tune a small SR network with MGHF-c and with L1 on photographs, and compare",
     ),
+    "visualize": (
+        "mghf_fast.visualize.command",
+        "feature maps, entropies and weights of a picture; of two, where the loss comes from",
+    ),
     "table5": (
         "mghf_fast.table5",
         "the paper's Table 5: counts by formula, time and memory measured on this machine",
@@ -33,7 +37,9 @@ COMMANDS = {
         "versions, backends and why one is missing, build facts, a numerical self-check",
     ),
 }
-INSTALL = {name: f'pip install "mghf_fast[{name}]"' for name in ("demo", "pretrain")}
+INSTALL = {
+    name: f'pip install "mghf_fast[{name}]"' for name in ("demo", "pretrain", "visualize")
+}
 
 
 class _Parser(argparse.ArgumentParser):

@@ -18,6 +18,7 @@ from ..reference.coupling import (
     SUBNETS,
     BlockWeights,
     invertible_block,
+    invertible_block_log_det,
 )
 
 MEMORY_MODES = ("recompute", "store")
@@ -127,6 +128,51 @@ class InvertibleBlock(nn.Module):
     def inverse(self, y: Tensor, *, backend: str | None = None) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W), the input that gives ``y``."""
         return functional.invertible_block_inverse(y, self.weights(), backend=backend)
+
+    def log_det(self, x: Tensor) -> Tensor:
+        """log |det| of the block's Jacobian at ``x``: what the block adds to the differential
+        entropy, once averaged over images (MGHF eq. 29; `docs/theory.md`).
+
+        The mix contributes H W log |det mix|, the couplings the sum of rho (of the clamped rho with
+        ``clamp``) over half the channels and all pixels; phi and eta contribute nothing. That needs
+        no derivative of an activation, so it is exact at the kinks of ReLU6 too.
+
+        Args:
+            x: features, (B, C, H, W), on the block's device.
+
+        Returns:
+            (B,) in nats, float32 (float64 for float64). Differentiable in ``x`` and the parameters;
+            it runs in plain PyTorch whatever the backend.
+
+        Raises:
+            torch.linalg.LinAlgError: the mix is a singular matrix, so the block has no inverse and
+                the logarithm is minus infinity.
+        """
+        weights = self.weights()
+        channels = weights.mix_bias.shape[0]
+        check.check_tensor("x", x, "(B, C, H, W)")
+        if x.shape[1] != channels:
+            raise ValueError(
+                f"x must have the block's {channels} channels, got {x.shape[1]} "
+                f"(shape {tuple(x.shape)})"
+            )
+        check.check_device("x", x, "the block", weights.mix_weight)
+        _check_regular(weights.mix_weight.detach().flatten(1).cpu().double())
+        with torch.autocast(x.device.type, enabled=False):
+            return invertible_block_log_det(x, weights)
+
+
+def _check_regular(mix: Tensor) -> None:
+    """Refuses a matrix that is singular to float64, in which its determinant is taken."""
+    if not torch.isfinite(mix).all():
+        return  # the result will be NaN
+    singular = torch.linalg.svdvals(mix)
+    largest, smallest = float(singular[0]), float(singular[-1])
+    if smallest <= largest * len(mix) * torch.finfo(torch.float64).eps:
+        raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
+            f"the block's mix is singular: its singular values reach from {largest:.3g} down to "
+            f"{smallest:.3g}, so the block has no inverse and no log determinant"
+        )
 
 
 class ResidualStem(nn.Module):
