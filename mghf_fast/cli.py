@@ -37,9 +37,7 @@ COMMANDS = {
         "versions, backends and why one is missing, build facts, a numerical self-check",
     ),
 }
-INSTALL = {
-    name: f'pip install "mghf_fast[{name}]"' for name in ("demo", "pretrain", "visualize")
-}
+INSTALL = {name: f'pip install "mghf_fast[{name}]"' for name in ("demo", "pretrain", "visualize")}
 
 
 class _Parser(argparse.ArgumentParser):
