@@ -4,11 +4,11 @@ from torch import Tensor
 
 from benchmarks.cases import features, measured, standard_forms
 from mghf_fast import functional
-from mghf_fast.losses.mghf import default_extractor
+from mghf_fast.losses.mghf import random_extractor
 from mghf_fast.reference import coupling
 from mghf_fast.workloads import CHANNELS
 
-(BLOCK,) = default_extractor().requires_grad_(False).blocks
+(BLOCK,) = random_extractor().requires_grad_(False).blocks
 WEIGHTS = BLOCK.weights()  # type: ignore[operator]
 
 

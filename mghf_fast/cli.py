@@ -20,16 +20,24 @@ COMMANDS = {
         "mghf_fast.demo.command",
         "fine-tune a small SR network with MGHF-c and with L1 on photographs, and compare",
     ),
+    "visualize": (
+        "mghf_fast.visualize.command",
+        "feature maps, entropies and weights of a picture; of two, where the loss comes from",
+    ),
     "table5": (
         "mghf_fast.table5",
         "the paper's Table 5: counts by formula, time and memory measured on this machine",
+    ),
+    "pretrain": (
+        "mghf_fast.pretrain.command",
+        "train a detail feature extractor on your pictures or on built-in procedural ones",
     ),
     "doctor": (
         "mghf_fast.doctor",
         "versions, backends and why one is missing, build facts, a numerical self-check",
     ),
 }
-INSTALL = {"demo": 'pip install "mghf_fast[demo]"'}
+INSTALL = {name: f'pip install "mghf_fast[{name}]"' for name in ("demo", "pretrain", "visualize")}
 
 
 class _Parser(argparse.ArgumentParser):

@@ -351,7 +351,7 @@ def test_bad_input() -> None:
         MGHFLoss(reduction="sum")
     with pytest.raises(ValueError, match="backend is 'gpu'; allowed are"):
         MGHFLoss(backend="gpu")
-    with pytest.raises(TypeError, match="extractor must be a torch.nn.Module or None"):
+    with pytest.raises(TypeError, match="extractor must be a torch.nn.Module, a name or None"):
         MGHFLoss(extractor=lambda x: x)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="patch_size must be one of 'auto'"):
         MGHFLoss(patch_size="small")

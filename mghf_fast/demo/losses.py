@@ -26,8 +26,8 @@ def l1(sr: Tensor, gt: Tensor) -> dict[str, Tensor]:
 
 
 def l1_with_mghf() -> Objective:
-    """``L1 + MGHF_WEIGHT * MGHF-c``, with the default feature extractor."""
-    mghf = mghf_fast.MGHFLoss(preset=PRESET, input_range="0,1")
+    """``L1 + MGHF_WEIGHT * MGHF-c``, with the untrained feature extractor."""
+    mghf = mghf_fast.MGHFLoss(preset=PRESET, extractor="random", input_range="0,1")
 
     def objective(sr: Tensor, gt: Tensor) -> dict[str, Tensor]:
         terms = mghf.terms(sr, gt)

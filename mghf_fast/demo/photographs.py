@@ -70,11 +70,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def load(path: Path) -> Pixels:
-    """Reads one picture as RGB, upright, no side longer than ``LONGEST_SIDE``.
+def decode(path: Path) -> Image.Image:
+    """Reads one picture as RGB, upright.
 
     Raises:
-        ValueError: the picture cannot be read or is too small; the message is the reason.
+        ValueError: the picture cannot be read; the message is the reason.
     """
     try:
         with warnings.catch_warnings():
@@ -82,11 +82,20 @@ def load(path: Path) -> Pixels:
             with Image.open(path) as image:
                 if image.mode[0] in "IF":
                     raise ValueError(f"its pixel format {image.mode} is not 8 bits a channel")
-                upright = ImageOps.exif_transpose(image).convert("RGB")
+                return ImageOps.exif_transpose(image).convert("RGB")
     except ValueError:
         raise
     except Exception as error:  # a decoder may raise nearly anything on a broken file
         raise ValueError(f"not readable as a picture ({type(error).__name__})") from error
+
+
+def load(path: Path) -> Pixels:
+    """Reads one picture as RGB, upright, no side longer than ``LONGEST_SIDE``.
+
+    Raises:
+        ValueError: the picture cannot be read or is too small; the message is the reason.
+    """
+    upright = decode(path)
     if min(upright.size) < SMALLEST_SIDE:
         width, height = upright.size
         raise ValueError(f"too small ({width} x {height}, the least is {SMALLEST_SIDE} a side)")

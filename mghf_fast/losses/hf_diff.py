@@ -32,7 +32,7 @@ class HFDiffLoss(nn.Module):
 
     def __init__(
         self,
-        extractor: nn.Module | None = None,
+        extractor: nn.Module | str | None = None,
         embedder: Callable[[Tensor], Tensor] | None = None,
         *,
         eta1: float = 0.2,

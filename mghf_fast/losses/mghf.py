@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks as check
-from .. import functional
+from .. import functional, weights
 from ..backends import check_backend
 from ..nn import DetailFeatureExtractor
 from .content_style import ContentStyleLoss
@@ -39,13 +39,29 @@ PRESETS = {
 """The published weights, by the year of the paper."""
 
 
-def default_extractor() -> DetailFeatureExtractor:
-    """A random extractor, the same in every process. No trained weights ship with this version."""
+RANDOM = "random"
+DEFAULT_EXTRACTOR = "procedural-v1"
+"""The extractor of a loss that is given none: ``RANDOM``, or a name of :mod:`mghf_fast.weights`."""
+
+
+def random_extractor() -> DetailFeatureExtractor:
+    """An untrained extractor, the same in every process."""
     # Drawn on the CPU, as a GPU draws other numbers.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(0)
         extractor = DetailFeatureExtractor()
     return extractor.to(torch.get_default_device())
+
+
+def default_extractor() -> DetailFeatureExtractor:
+    """The extractor of a loss that is given none."""
+    return named_extractor(DEFAULT_EXTRACTOR)
+
+
+def named_extractor(name: str) -> DetailFeatureExtractor:
+    """``"random"`` or weights that ship, by their name."""
+    check.check_choice("extractor", name, (RANDOM, *weights.SHA256))
+    return random_extractor() if name == RANDOM else DetailFeatureExtractor.from_pretrained(name)
 
 
 class MGHFLoss(nn.Module):
@@ -58,8 +74,9 @@ class MGHFLoss(nn.Module):
         variant: ``"c"`` comprehensive or ``"n"`` naive.
         preset: ``"2026"``, ``"2025"`` or a :class:`Preset` of one's own.
         extractor: any module (B, 3, H, W) -> (B, C, h, w); a frozen copy of it is kept, the module
-            itself stays as it is. ``None``: a random :class:`DetailFeatureExtractor` with a fixed
-            seed (trained weights do not ship with this version).
+            itself stays as it is. Or a name: ``"procedural-v1"``, which ``None`` means too, a
+            :class:`DetailFeatureExtractor` trained on procedural textures as a substitute for
+            ImageNet weights; or ``"random"``, an untrained one with a fixed seed.
         top_m: feature maps kept by the entropy score; default C // 2.
         reduction: ``"mean"`` for a scalar, ``"none"`` for one value per image, (B,).
         input_range: ``"0,1"`` maps images from [0, 1] to the [-1, 1] an extractor is trained on;
@@ -78,7 +95,7 @@ class MGHFLoss(nn.Module):
         self,
         variant: str = "c",
         preset: str | Preset = "2026",
-        extractor: nn.Module | None = None,
+        extractor: nn.Module | str | None = None,
         top_m: int | None = None,
         reduction: str = "mean",
         input_range: str | None = None,
@@ -93,18 +110,24 @@ class MGHFLoss(nn.Module):
         if not isinstance(preset, Preset):
             check.check_choice("preset", preset, tuple(PRESETS))
             preset = PRESETS[preset]
-        if extractor is not None and not isinstance(extractor, nn.Module):
+        if extractor is None:
+            extractor = default_extractor()
+        elif isinstance(extractor, str):
+            extractor = named_extractor(extractor)
+        elif isinstance(extractor, nn.Module):
+            extractor = copy.deepcopy(extractor)
+        else:
             raise TypeError(
-                f"extractor must be a torch.nn.Module or None, got {type(extractor).__name__}"
+                f"extractor must be a torch.nn.Module, a name or None, got "
+                f"{type(extractor).__name__}"
             )
         if top_m is not None:
-            channels = getattr(extractor, "channels", None) or (128 if extractor is None else None)
-            check.check_integer("top_m", top_m, 1, channels)
+            check.check_integer("top_m", top_m, 1, getattr(extractor, "channels", None))
         self.variant, self.preset, self.reduction = variant, preset, reduction
         self.input_range = input_range
         # "auto" stays open to use_backend; a name is forced.
         self.backend = None if check_backend(backend) == "auto" else backend
-        self.extractor = default_extractor() if extractor is None else copy.deepcopy(extractor)
+        self.extractor = extractor
         self.extractor.requires_grad_(False).eval()
         self.content_style = ContentStyleLoss(
             preset.betas,

@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _checks as check
-from .. import functional
+from .. import functional, weights
 from ..backends import current_backend
 from ..reference.coupling import (
     ACTIVATIONS,
     SUBNETS,
     BlockWeights,
     invertible_block,
+    invertible_block_log_det,
 )
 
 MEMORY_MODES = ("recompute", "store")
@@ -127,6 +128,51 @@ class InvertibleBlock(nn.Module):
     def inverse(self, y: Tensor, *, backend: str | None = None) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W), the input that gives ``y``."""
         return functional.invertible_block_inverse(y, self.weights(), backend=backend)
+
+    def log_det(self, x: Tensor) -> Tensor:
+        """log |det| of the block's Jacobian at ``x``: what the block adds to the differential
+        entropy, once averaged over images (MGHF eq. 29; `docs/theory.md`).
+
+        The mix contributes H W log |det mix|, the couplings the sum of rho (of the clamped rho with
+        ``clamp``) over half the channels and all pixels; phi and eta contribute nothing. That needs
+        no derivative of an activation, so it is exact at the kinks of ReLU6 too.
+
+        Args:
+            x: features, (B, C, H, W), on the block's device.
+
+        Returns:
+            (B,) in nats, float32 (float64 for float64). Differentiable in ``x`` and the parameters;
+            it runs in plain PyTorch whatever the backend.
+
+        Raises:
+            torch.linalg.LinAlgError: the mix is a singular matrix, so the block has no inverse and
+                the logarithm is minus infinity.
+        """
+        weights = self.weights()
+        channels = weights.mix_bias.shape[0]
+        check.check_tensor("x", x, "(B, C, H, W)")
+        if x.shape[1] != channels:
+            raise ValueError(
+                f"x must have the block's {channels} channels, got {x.shape[1]} "
+                f"(shape {tuple(x.shape)})"
+            )
+        check.check_device("x", x, "the block", weights.mix_weight)
+        _check_regular(weights.mix_weight.detach().flatten(1).cpu().double())
+        with torch.autocast(x.device.type, enabled=False):
+            return invertible_block_log_det(x, weights)
+
+
+def _check_regular(mix: Tensor) -> None:
+    """Refuses a matrix that is singular to float64, in which its determinant is taken."""
+    if not torch.isfinite(mix).all():
+        return  # the result will be NaN
+    singular = torch.linalg.svdvals(mix)
+    largest, smallest = float(singular[0]), float(singular[-1])
+    if smallest <= largest * len(mix) * torch.finfo(torch.float64).eps:
+        raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
+            f"the block's mix is singular: its singular values reach from {largest:.3g} down to "
+            f"{smallest:.3g}, so the block has no inverse and no log determinant"
+        )
 
 
 class ResidualStem(nn.Module):
@@ -261,48 +307,62 @@ class DetailFeatureExtractor(nn.Module):
             ValueError: another file name.
             FileExistsError: the file exists; nothing is overwritten.
         """
-        from safetensors.torch import save_file
-
         path = Path(path)
         if path.suffix != ".safetensors":
             raise ValueError(f"path must end in .safetensors, got {str(path)!r}")
         if path.exists():
             raise FileExistsError(f"path {str(path)!r} exists already; choose another name")
-        state = {name: t.detach().contiguous() for name, t in self.state_dict().items()}
-        save_file(state, path, metadata={"mghf_fast": json.dumps(self.config)})
+        path.write_bytes(self.to_safetensors())
+
+    def to_safetensors(self) -> bytes:
+        """The content of the file that :meth:`save_pretrained` writes; equal for equal weights."""
+        from safetensors.torch import save
+
+        state = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
+        return save(state, metadata={"mghf_fast": json.dumps(self.config)})
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path) -> DetailFeatureExtractor:
-        """Loads an extractor from a safetensors file that :meth:`save_pretrained` wrote.
-
-        No weights ship with this version, so there is no name to give yet, only paths. Other
-        formats are refused: unpickling runs code.
+        """Loads an extractor by the name of weights that ship (:mod:`mghf_fast.weights`), or from a
+        safetensors file that :meth:`save_pretrained` wrote. Other formats are refused: unpickling
+        runs code. Takes nothing from torch's random numbers.
 
         Raises:
-            FileNotFoundError: no such file, or an unknown name.
-            ValueError: not a safetensors file, truncated, or not an extractor's.
+            FileNotFoundError: no such file.
+            ValueError: an unknown name; not a safetensors file, truncated, altered (weights that
+                ship), or not an extractor's.
         """
-        from safetensors import SafetensorError, safe_open
-
+        if isinstance(name_or_path, str) and name_or_path in weights.SHA256:
+            return cls._from_safetensors(weights.read(name_or_path), name_or_path)
         path = Path(name_or_path)
         if path.suffix != ".safetensors":
+            named = ", ".join(repr(name) for name in weights.SHA256)
             raise ValueError(
-                f"name_or_path must be a .safetensors file (no named weights ship with this "
-                f"version), got {str(name_or_path)!r}"
+                f"name_or_path must be a .safetensors file or one of the weights that ship "
+                f"({named}), got {str(name_or_path)!r}"
             )
         if not path.is_file():
             raise FileNotFoundError(f"name_or_path {str(path)!r} is not a file")
+        return cls._from_safetensors(path.read_bytes(), str(path))
+
+    @classmethod
+    def _from_safetensors(cls, content: bytes, name: str) -> DetailFeatureExtractor:
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            state = load(content)
         except SafetensorError as error:
-            raise ValueError(f"{str(path)!r} is not a whole safetensors file: {error}") from error
+            raise ValueError(f"{name!r} is not a whole safetensors file: {error}") from error
+        # The format: the header's length in 8 bytes, and the header, which has been checked now.
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        metadata = header.get("__metadata__", {})
         if "mghf_fast" not in metadata:
-            raise ValueError(f"{str(path)!r} holds no mghf_fast extractor: its metadata lacks one")
+            raise ValueError(f"{name!r} holds no mghf_fast extractor: its metadata lacks one")
         try:
-            extractor = cls(**json.loads(metadata["mghf_fast"]))
-            extractor.load_state_dict(state)
+            with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+                extractor = cls(**json.loads(metadata["mghf_fast"]))
+                extractor.load_state_dict(state)
         except (TypeError, RuntimeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{str(path)!r} does not fit its own description: {error}") from error
-        return extractor
+            raise ValueError(f"{name!r} does not fit its own description: {error}") from error
+        return extractor.to(torch.get_default_device())

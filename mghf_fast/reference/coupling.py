@@ -19,6 +19,11 @@ Gradient of the input for (g1, g2), the gradient of y (T marks a transposed Jaco
     d_x = mix^T cat(d_z1, d_z2)
 
 Only the block's input is kept for the backward; everything else is computed again.
+
+Determinant of the Jacobian: the mix is the same C x C matrix at each of the H W pixels; of the two
+shears (phi, eta) it is 1, whatever they are, and the scale multiplies each z1 by exp(r):
+
+    log |det| = H W log |det mix| + sum of r
 """
 
 from __future__ import annotations
@@ -199,6 +204,21 @@ def invertible_block_inverse(y: Tensor, weights: BlockWeights) -> Tensor:
     mixed = torch.cat((z1, z2), 1) - w.mix_bias.view(-1, 1, 1)
     inverse = torch.linalg.inv(w.mix_weight.flatten(1))
     return F.conv2d(mixed, inverse[:, :, None, None]).to(dtype)
+
+
+def invertible_block_log_det(x: Tensor, weights: BlockWeights) -> Tensor:
+    """(B, C, H, W) -> (B,), log |det| of the Jacobian of ``invertible_block`` at each image, in
+    float32 (float64 for float64); minus infinity for a singular mix."""
+    x, w = _in_accumulation_dtype(x, weights)
+    z1, z2 = _mix(x, w).chunk(2, 1)
+    z2 = z2 + _subnet(z1, w.phi, w.activation)
+    log_scale = _log_scale(_subnet(z2, w.rho, w.activation), w.clamp)
+    # Multiplied by the number of pixels, an error in the mix's share would show. (Apple's GPUs have
+    # no float64.)
+    mix = w.mix_weight.flatten(1)
+    mix = mix if x.device.type == "mps" else mix.double()
+    of_mix = torch.linalg.slogdet(mix).logabsdet * (x.shape[2] * x.shape[3])
+    return of_mix.to(x.dtype) + log_scale.sum((1, 2, 3))
 
 
 def invertible_block_backward(

@@ -1,0 +1,1 @@
+"""Pretraining of the detail feature extractor: ``mghf-fast pretrain``."""

@@ -1,0 +1,89 @@
+"""Checkpoints: whole or not there, and never a program.
+
+A checkpoint is written beside the old one, brought to the disk and then renamed over it, so that
+whenever the process or the machine dies, one whole checkpoint is left. It holds tensors, numbers
+and text only, and is read with ``weights_only``, which runs no code.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .distributed import differences
+from .settings import PretrainError
+
+FORMAT = 1
+NAME = "checkpoint.pt"
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file by renaming a complete one into place.
+
+    Raises:
+        PretrainError: the system refuses (a full disk, for one); the earlier file of that name is
+            then untouched, and nothing else is left behind.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync_folder(path.parent)
+    except OSError as error:
+        kept = " (the earlier one is whole)" if path.exists() else ""
+        raise PretrainError(f"{path} cannot be written: {error.strerror}{kept}") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """The renaming itself to the disk, where the system knows folders as files."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Unfinished files of a process that was killed while it wrote."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def encode(configuration: dict[str, Any], state: dict[str, Any]) -> bytes:
+    """A checkpoint's bytes."""
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, "configuration": json.dumps(configuration), **state}, buffer)
+    return buffer.getvalue()
+
+
+def decode(content: bytes, path: Path, configuration: dict[str, Any]) -> dict[str, Any]:
+    """The state in a checkpoint's bytes, which came from ``path``.
+
+    Raises:
+        PretrainError: it is no checkpoint, not a whole one, or one of another configuration.
+    """
+    try:
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # of a broken file, nearly anything
+        raise PretrainError(f"{path} is not a whole checkpoint") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise PretrainError(f"{path} is no checkpoint of this version's format")
+    there = json.loads(state["configuration"])
+    here = json.loads(json.dumps(configuration))
+    if different := list(differences(there, here)):
+        told = "; ".join(f"{name} is {a} there and {b} here" for name, a, b in different)
+        raise PretrainError(f"{path} is a checkpoint of another configuration: {told}")
+    return state

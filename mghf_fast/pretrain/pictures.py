@@ -1,0 +1,173 @@
+"""Training images cut from picture files, wherever their bytes come from."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from functools import lru_cache
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from .procedural import Pixels
+from .settings import PretrainError
+from .sources import NO_LABEL, Item
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm"})
+
+LARGEST_CROP = 2.0
+"""A crop is at most this many times as large as the training image. Detail is to be learned, so
+pictures are not shrunk much."""
+
+
+class Reader(Protocol):
+    """Picture files with labels.
+
+    Attributes:
+        classes: the names of the labels.
+        names: of the files, as a user knows them.
+        labels: of each file, an index of ``classes``.
+    """
+
+    classes: tuple[str, ...]
+    names: list[str]
+    labels: npt.NDArray[np.int64]
+
+    def read(self, index: int) -> bytes:
+        """The content of file ``index``; ``OSError`` if it cannot be read."""
+
+    def description(self) -> dict[str, Any]:
+        """What files these are, for JSON; equal for equal files."""
+
+
+def crop(content: bytes, size: int, rng: np.random.Generator | None) -> Pixels:
+    """A square training image out of a picture file: at random with ``rng``, else the middle.
+
+    At random it is 1 to ``LARGEST_CROP`` times as large as what it becomes, maybe mirrored, and
+    varied in contrast, brightness, colour and noise. A picture smaller than ``size`` is enlarged.
+
+    Returns:
+        (size, size, 3).
+
+    Raises:
+        OSError: the bytes are no whole picture.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(content)) as opened:
+                image = ImageOps.exif_transpose(opened).convert("RGB")
+    except Exception as error:  # a decoder may raise nearly anything on a broken file
+        raise OSError(f"no whole picture ({type(error).__name__})") from error
+    width, height = image.size
+    shorter = min(width, height)
+    if rng is None:
+        side = min(float(shorter), LARGEST_CROP * size)
+        left, top = (width - side) / 2, (height - side) / 2
+    else:
+        most = min(float(shorter), LARGEST_CROP * size)
+        side = min(size * (most / size) ** rng.random(), shorter) if most > size else shorter
+        left, top = rng.random() * (width - side), rng.random() * (height - side)
+    box = (left, top, left + side, top + side)
+    if side == size:  # nothing to resample: pixels as they are
+        left, top = float(round(left)), float(round(top))
+        box = (left, top, left + side, top + side)
+    resized = image.resize((size, size), Image.Resampling.BICUBIC, box)
+    pixels = np.asarray(resized, dtype=np.uint8)
+    return pixels if rng is None else _varied(pixels, rng)
+
+
+def _varied(pixels: Pixels, rng: np.random.Generator) -> Pixels:
+    picture = pixels.astype(np.float32) / 255
+    if rng.random() < 0.5:
+        picture = picture[:, ::-1]
+    contrast, brightness = rng.uniform(0.7, 1.25), rng.uniform(-0.12, 0.12)
+    balance = 1 + rng.normal(0.0, 0.04, 3)
+    picture = (picture - 0.45) * (contrast * balance).astype(np.float32)
+    picture = picture + np.float32(0.45 + brightness)
+    noise = np.float32(rng.uniform(0.0, 2.5) / 255)
+    picture = picture + noise * rng.standard_normal(picture.shape, dtype=np.float32)
+    return np.clip(np.rint(picture * 255), 0, 255).astype(np.uint8)
+
+
+class PictureSource:
+    """A :class:`Source` of picture files.
+
+    Args:
+        reader: the files.
+        seed: of the order, of what is held out, and of the crops.
+        size: side of the training images, pixels.
+        batch: images a step; what is left of an epoch after its last whole batch is left out.
+        held_out: files held out, at most a fifth of them.
+        skip_limit: unreadable files in a row that are passed over.
+
+    An unreadable file's place is taken by the next one in the order of the epoch.
+
+    Raises:
+        PretrainError: too few files for one batch.
+    """
+
+    def __init__(
+        self, reader: Reader, seed: int, size: int, batch: int, held_out: int, skip_limit: int
+    ) -> None:
+        self.classes, self._reader, self._seed, self._size = reader.classes, reader, seed, size
+        self._skip_limit = skip_limit
+        order = np.random.default_rng([seed, 0]).permutation(len(reader.names))
+        self.held_out_images = min(held_out, len(order) // 5)
+        self._held_out, self._training = np.split(order, [self.held_out_images])
+        self.epoch_images = len(self._training) // batch * batch
+        if not self.epoch_images or not self.held_out_images:
+            raise PretrainError(
+                f"--data has {len(order)} pictures, which is too few: {self.held_out_images} are "
+                f"held out, and --batch {batch} are needed besides"
+            )
+        # A method's cache would keep the source alive, and be shared by all sources.
+        self._order = lru_cache(maxsize=2)(self._shuffled)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_order"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._order = lru_cache(maxsize=2)(self._shuffled)
+
+    def _shuffled(self, epoch: int) -> npt.NDArray[np.int64]:
+        shuffled: npt.NDArray[np.int64] = np.random.default_rng([self._seed, 1, epoch]).permutation(
+            self._training
+        )
+        return shuffled
+
+    def training(self, position: int) -> Item:
+        epoch, offset = divmod(position, self.epoch_images)
+        rng = np.random.default_rng([self._seed, 2, position])
+        return self._first_readable(self._order(epoch), offset, rng)
+
+    def held_out(self, index: int) -> Item:
+        return self._first_readable(self._held_out, index, None)
+
+    def _first_readable(
+        self, files: npt.NDArray[np.int64], start: int, rng: np.random.Generator | None
+    ) -> Item:
+        skipped: list[str] = []
+        for tried in range(min(len(files), self._skip_limit + 1)):
+            file = int(files[(start + tried) % len(files)])
+            try:
+                pixels = crop(self._reader.read(file), self._size, rng)
+            except OSError:
+                skipped.append(self._reader.names[file])
+            else:
+                return Item(pixels, int(self._reader.labels[file]), tuple(skipped))
+        # All of them, or more than the limit: whoever counts them ends the training.
+        empty = np.zeros((self._size, self._size, 3), dtype=np.uint8)
+        return Item(empty, NO_LABEL, tuple(skipped))
+
+    def description(self) -> dict[str, Any]:
+        return {
+            **self._reader.description(),
+            "pictures": len(self._reader.names),
+            "classes": len(self.classes),
+            "held out": self.held_out_images,
+        }

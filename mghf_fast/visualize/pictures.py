@@ -1,0 +1,92 @@
+"""The pictures that are looked at, as they are: cut if need be, never resized."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..demo.photographs import decode, printable
+
+LONGEST_SIDE = 512
+"""Of a larger picture the centre is taken; the features of 512 x 512 are 128 MiB."""
+LARGEST_CROP = 2048
+SMALLEST_SIDE = 8
+
+Crop = tuple[int, int, int, int]
+"""Left, top, width, height in pixels."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture to look at: its name, and (3, H, W) in [0, 1]."""
+
+    name: str
+    image: Tensor
+
+
+def read(path: Path) -> Tensor:
+    """(3, H, W) in [0, 1].
+
+    Raises:
+        ValueError: the file is no picture, or not one of 8 bits a channel.
+        OSError: the system does not give the file.
+    """
+    with path.open("rb"):  # what the system says of a missing file is clearer than what a decoder
+        pass
+    try:
+        picture = decode(path)
+    except ValueError as error:
+        raise ValueError(f"{printable(str(path))}: {error}") from error
+    pixels = np.asarray(picture, dtype=np.float32)
+    return torch.from_numpy(pixels / 255).permute(2, 0, 1).contiguous()
+
+
+def window(height: int, width: int, crop: Crop | None) -> Crop:
+    """The part that is shown: ``crop``, or the whole picture, or the centre of a large one.
+
+    Raises:
+        ValueError: the crop is empty, too large, too small or not inside the picture.
+    """
+    if crop is None:
+        shown_width, shown_height = min(width, LONGEST_SIDE), min(height, LONGEST_SIDE)
+        crop = (width - shown_width) // 2, (height - shown_height) // 2, shown_width, shown_height
+    left, top, shown_width, shown_height = crop
+    if min(left, top) < 0 or left + shown_width > width or top + shown_height > height:
+        raise ValueError(
+            f"--crop {left} {top} {shown_width} {shown_height} is not inside a picture of "
+            f"{width} x {height} pixels"
+        )
+    if min(shown_width, shown_height) < SMALLEST_SIDE:
+        raise ValueError(
+            f"a picture or crop of {shown_width} x {shown_height} pixels is too small: at least "
+            f"{SMALLEST_SIDE} a side are needed"
+        )
+    if max(shown_width, shown_height) > LARGEST_CROP:
+        raise ValueError(f"--crop may be {LARGEST_CROP} pixels a side at most")
+    return crop
+
+
+def load(paths: list[Path], crop: Crop | None) -> tuple[list[Picture], Crop]:
+    """The pictures, cut alike, and the window that they were cut to.
+
+    Raises:
+        ValueError, OSError: as :func:`read` and :func:`window`; and pictures of different sizes.
+    """
+    images = [read(path) for path in paths]
+    sizes = [f"{image.shape[2]} x {image.shape[1]}" for image in images]
+    if len(set(sizes)) > 1:
+        named = " and ".join(
+            f"{printable(path.name)} {size}" for path, size in zip(paths, sizes, strict=True)
+        )
+        raise ValueError(f"the two pictures must be of one size, got {named}")
+    left, top, width, height = crop = window(images[0].shape[1], images[0].shape[2], crop)
+    part = (slice(None), slice(top, top + height), slice(left, left + width))
+    pictures = [
+        Picture(printable(path.name), image[part].contiguous())
+        for path, image in zip(paths, images, strict=True)
+    ]
+    return pictures, crop

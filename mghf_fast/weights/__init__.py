@@ -1,0 +1,55 @@
+"""The trained weights that come with the package, each with its model card beside it.
+
+They are checked against the digests that stand here, so that a file which was cut short or altered
+on its way is refused and never used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+SHA256: dict[str, str] = {
+    "procedural-v1": "0f6eb09695f52e52e68a91fc4ee32474b0ff8eaabe696372e72b1fcaf34d9181",
+}
+"""Name -> digest of the file."""
+
+_FOLDER = Path(__file__).parent
+
+
+def path(name: str) -> Path:
+    """The file of weights that ship.
+
+    Raises:
+        ValueError: no weights of that name ship.
+    """
+    if name not in SHA256:
+        raise ValueError(f"name must be one of {', '.join(SHA256) or 'none'}, got {name!r}")
+    return _FOLDER / f"{name}.safetensors"
+
+
+def read(name: str) -> bytes:
+    """The content of a file of weights that ship, checked.
+
+    Raises:
+        ValueError: no weights of that name ship, or the file is not the one that shipped.
+        FileNotFoundError: it is not there.
+    """
+    file = path(name)
+    if not file.is_file():
+        raise FileNotFoundError(f"the weights {name!r} are missing from this installation: {file}")
+    content = file.read_bytes()
+    if hashlib.sha256(content).hexdigest() != SHA256[name]:
+        raise ValueError(
+            f"the weights {name!r} are not the ones that shipped (their SHA-256 differs): {file} "
+            "was cut short or altered; install mghf_fast anew"
+        )
+    return content
+
+
+def card(name: str) -> dict[str, Any]:
+    """The model card of weights that ship: data, command, steps, accuracy, date, digest."""
+    found: dict[str, Any] = json.loads(path(name).with_suffix(".json").read_text())
+    return found

@@ -1,0 +1,68 @@
+"""Trainings that are killed, run out of disk, or share their batches between two processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
+
+
+def happened(scenario: str, directory: Path) -> dict[str, Any]:
+    script = Path(__file__).with_name("pretrain_processes.py")
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    told = subprocess.run(
+        [sys.executable, str(script), scenario, str(directory)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
+    assert told.returncode == 0, told.stderr
+    return json.loads(told.stdout.splitlines()[-1])
+
+
+def test_a_killed_training_ends_with_the_weights_of_an_undisturbed_one(tmp_path: Path) -> None:
+    found = happened("kills", tmp_path)
+    assert found["codes"] == [-9] * 7 + [0]
+    assert found["checkpoints"] == [False] * 3 + [True] * 4
+    assert found["leftovers"] == 1 and found["leftovers at the end"] == 0
+    assert set(found["at random"][:-1]) <= {-9} and found["at random"][-1] == 0
+    assert found["chosen"] == found["whole"]
+    assert found["anywhere"] == found["whole"]
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path: Path) -> None:
+    found = happened("full_disk", tmp_path)
+    assert found["code"] == 2
+    assert (
+        "checkpoint.pt cannot be written: File too large (the earlier one is whole)"
+        in (found["told"])
+    )
+    assert found["unchanged"]
+    assert found["files"] == ["checkpoint.pt", "extractor.json", "extractor.safetensors"]
+    assert found["resumed"] == 0
+
+
+def test_two_processes_train_one_network(tmp_path: Path) -> None:
+    found = happened("ranks", tmp_path)
+    assert found["together"]["codes"] == [0, 0]
+    first, second = found["weights"]
+    assert first == second
+    assert found["half"] == found["rest"] == [0, 0]
+    assert found["parts digests"]["weights"] == found["whole digests"]["weights"]
+    assert found["seeds"]["codes"] == [2, 2]
+    for told in found["seeds"]["told"]:
+        assert "rank 1 differs from rank 0: seed is 1, on rank 0 0" in told
+    assert found["no data"]["codes"] == [2, 2]
+    assert "rank 1: --data none" in found["no data"]["told"][0]
+    assert found["odd"]["codes"] == [2, 2]
+    assert "--batch is 5; it must be a multiple of the 2 processes" in found["odd"]["told"][0]
+    # A single process may not go on where two were.
+    assert found["alone"] == 2

@@ -1,0 +1,105 @@
+"""The weights that ship: whole, checked, the same everywhere, and fit for the presets."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from pathlib import Path
+
+import contract
+import pytest
+import torch
+
+from mghf_fast import DetailFeatureExtractor, MGHFLoss, weights
+from mghf_fast.losses.mghf import random_extractor
+from mghf_fast.pretrain import procedural, scale
+
+NAMES = sorted(weights.SHA256)
+
+EXPECTED = (0.00370921, 0.12685122, 0.0556023)
+"""Mean, standard deviation and one value of procedural-v1's features of a made-up image."""
+
+
+def pictures(number: int, size: int = 48) -> torch.Tensor:
+    """(number, 3, size, size), -1 to 1, of a stream that was not trained on."""
+    drawn = [torch.from_numpy(procedural.render(10**6, i, size)[0]) for i in range(number)]
+    return torch.stack(drawn).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_file_digest_and_card_belong_together(name: str) -> None:
+    content, card = weights.path(name).read_bytes(), weights.card(name)
+    assert hashlib.sha256(content).hexdigest() == weights.SHA256[name] == card["sha256"]
+    assert len(content) == card["bytes"]
+    extractor = DetailFeatureExtractor.from_pretrained(name)
+    assert extractor.config == card["extractor"]
+    assert sum(p.numel() for p in extractor.parameters()) == card["parameters"]
+    assert "substitute for ImageNet" in card["note"]
+    assert card["held_out_accuracy"] > 10 * card["chance_accuracy"]
+    assert extractor.to_safetensors() == content
+
+
+def test_procedural_v1_gives_the_same_features_everywhere() -> None:
+    extractor = DetailFeatureExtractor.from_pretrained("procedural-v1")
+    y, x = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
+    image = torch.stack([(x / 15 - 0.5), (x * y).sin(), ((y - 7) / 8)])[None]
+    with torch.no_grad():
+        features = extractor(image).double()
+    found = [float(v) for v in (features.mean(), features.std(), features[0, 5, 3, 4])]
+    assert found == pytest.approx(EXPECTED, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_loading_takes_no_random_numbers(name: str) -> None:
+    state = torch.random.get_rng_state()
+    DetailFeatureExtractor.from_pretrained(name)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_truncated_altered_or_missing_file_is_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = weights.path(name).read_bytes()
+    monkeypatch.setattr(weights, "_FOLDER", tmp_path)
+    with pytest.raises(FileNotFoundError, match="missing from this installation"):
+        DetailFeatureExtractor.from_pretrained(name)
+    changed = bytearray(content)
+    changed[len(content) // 2] ^= 1  # one bit of one weight: still a whole safetensors file
+    for broken in (bytes(changed), content[:-4], b""):
+        (tmp_path / f"{name}.safetensors").write_bytes(broken)
+        with pytest.raises(ValueError, match="SHA-256 differs"):
+            DetailFeatureExtractor.from_pretrained(name)
+    (tmp_path / f"{name}.safetensors").write_bytes(content)
+    DetailFeatureExtractor.from_pretrained(name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_blocks_can_be_undone(name: str) -> None:
+    extractor = DetailFeatureExtractor.from_pretrained(name)
+    assert extractor.invertibility_error(pictures(4)) < 1e-4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_features_have_the_scale_that_the_presets_are_made_for(name: str) -> None:
+    extractor, image = DetailFeatureExtractor.from_pretrained(name), pictures(16)
+    ratio = scale.response(extractor, image) / scale.response(random_extractor(), image)
+    assert abs(math.log2(ratio)) < 2
+
+
+def test_losses_take_them_by_name() -> None:
+    gt = pictures(2)
+    sr = gt + 0.05 * torch.randn_like(gt)
+    for name in ("random", *NAMES):
+        loss = MGHFLoss("n", extractor=name)
+        expected = random_extractor() if name == "random" else None
+        expected = expected or DetailFeatureExtractor.from_pretrained(name)
+        assert contract.relative_error(loss.extractor(gt), expected(gt)) == 0
+        assert not any(p.requires_grad for p in loss.extractor.parameters())
+        assert 0 < float(loss(sr, gt)) < math.inf
+    with pytest.raises(ValueError, match="extractor must be one of 'random', 'procedural-v1'"):
+        MGHFLoss(extractor="imagenet")
+    with pytest.raises(ValueError, match=r"weights that ship \('procedural-v1'\), got 'imagenet'"):
+        DetailFeatureExtractor.from_pretrained("imagenet")
+    with pytest.raises(ValueError, match="name must be one of procedural-v1, got '../x'"):
+        weights.path("../x")
