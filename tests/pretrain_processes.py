@@ -1,5 +1,5 @@
 """Trainings in processes of their own, which are killed, starved of disk, or joined as ranks:
-`python pretrain_processes.py SCENARIO DIRECTORY` prints what happened as JSON.
+`python pretrain_processes.py DIRECTORY` prints what happened as JSON.
 
 The processes are forked, so that torch is imported once; until then nothing
 is computed, as torch's threads would not come along."""
@@ -25,7 +25,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch._dynamo  # noqa: F401  a first step would import it, in every process
 
 from mghf_fast import cli
-from mghf_fast.pretrain import card, checkpoint, train
+from mghf_fast.pretrain import batches, card, checkpoint, train
 
 SMALL = "--size 16 --batch 4 --channels 4 --stages 4 --held-out 8 --workers 0 --threads 1"
 OFTEN = "--log-every 4 --evaluate-every 10 --checkpoint-every 3"
@@ -48,6 +48,10 @@ def forked(action: Callable[[], int]) -> int:
 def ended(pid: int) -> int:
     """The exit code; negative: the signal that ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def has_ended(pid: int) -> bool:
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def training(out: Path, steps: int, *more: str) -> int:
@@ -125,7 +129,7 @@ def kills(directory: Path) -> dict[str, object]:
         before = last_written(anywhere)
         pid = forked(lambda: training(anywhere, steps))
         if len(at_random) < 6:
-            while last_written(anywhere) == before:
+            while last_written(anywhere) == before and not has_ended(pid):
                 time.sleep(0.001)
             time.sleep(random.uniform(0, 0.05))
             os.kill(pid, signal.SIGKILL)
@@ -189,23 +193,27 @@ def _join(directory: Path, name: str, action: Callable[[int], int]) -> dict[str,
 def ranks(directory: Path) -> dict[str, object]:
     """Two ranks that agree, stop and go on; and pairs that do not agree."""
     whole, parts, seeds = (directory / name for name in ("whole", "parts", "seeds"))
-    weights: Path = directory / "weights"
 
     def noting(number: int) -> int:
-        """Notes every rank's weights at the end."""
-        save = train._save
+        """Notes every rank's images, and its weights at the end."""
+        save, step = train._save, train.Run.train_on
+        images = hashlib.sha256()
 
-        def noted(run: train.Run, *rest: object) -> None:
+        def looked_at(run: train.Run, batch: batches.Batch) -> None:
+            images.update(batch.images.numpy().tobytes())
+            step(run, batch)
+
+        def noting_save(run: train.Run, *rest: object) -> None:
             state = run.network.extractor.to_safetensors()
-            text = f"{hashlib.sha256(state).hexdigest()} {len(run.optimizer.state)}"
-            weights.with_name(f"weights-{number}").write_text(text)
+            noted = {"weights": hashlib.sha256(state).hexdigest(), "images": images.hexdigest()}
+            (directory / f"noted-{number}").write_text(json.dumps(noted))
             save(run, *rest)  # type: ignore[arg-type]
 
-        train._save = noted
+        train._save, train.Run.train_on = noting_save, looked_at  # type: ignore[method-assign]
         return training(whole, 12)
 
     result: dict[str, object] = {"together": _join(directory, "together", noting)}
-    result["weights"] = [weights.with_name(f"weights-{n}").read_text() for n in range(2)]
+    result["noted"] = [json.loads((directory / f"noted-{n}").read_text()) for n in range(2)]
     result["half"] = _join(directory, "half", lambda number: training(parts, 7))["codes"]
     result["rest"] = _join(directory, "rest", lambda number: training(parts, 12))["codes"]
     result["whole digests"], result["parts digests"] = digests(whole), digests(parts)
@@ -223,5 +231,9 @@ def ranks(directory: Path) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    scenario, directory = sys.argv[1:]
-    print(json.dumps(globals()[scenario](Path(directory))))
+    found = {}
+    for scenario in (kills, full_disk, ranks):
+        place = Path(sys.argv[1], scenario.__name__)
+        place.mkdir()
+        found[scenario.__name__] = scenario(place)
+    print(json.dumps(found))

@@ -14,11 +14,13 @@ import pytest
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
 
 
-def happened(scenario: str, directory: Path) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def happened(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What pretrain_processes.py tells, by scenario."""
     script = Path(__file__).with_name("pretrain_processes.py")
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     told = subprocess.run(
-        [sys.executable, str(script), scenario, str(directory)],
+        [sys.executable, str(script), str(tmp_path_factory.mktemp("processes"))],
         capture_output=True,
         text=True,
         env=environment,
@@ -28,8 +30,10 @@ def happened(scenario: str, directory: Path) -> dict[str, Any]:
     return json.loads(told.stdout.splitlines()[-1])
 
 
-def test_a_killed_training_ends_with_the_weights_of_an_undisturbed_one(tmp_path: Path) -> None:
-    found = happened("kills", tmp_path)
+def test_a_killed_training_ends_with_the_weights_of_an_undisturbed_one(
+    happened: dict[str, Any],
+) -> None:
+    found = happened["kills"]
     assert found["codes"] == [-9] * 7 + [0]
     assert found["checkpoints"] == [False] * 3 + [True] * 4
     assert found["leftovers"] == 1 and found["leftovers at the end"] == 0
@@ -38,8 +42,8 @@ def test_a_killed_training_ends_with_the_weights_of_an_undisturbed_one(tmp_path:
     assert found["anywhere"] == found["whole"]
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path: Path) -> None:
-    found = happened("full_disk", tmp_path)
+def test_a_full_disk_leaves_the_last_checkpoint_whole(happened: dict[str, Any]) -> None:
+    found = happened["full_disk"]
     assert found["code"] == 2
     assert (
         "checkpoint.pt cannot be written: File too large (the earlier one is whole)"
@@ -50,11 +54,12 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path: Path) -> None:
     assert found["resumed"] == 0
 
 
-def test_two_processes_train_one_network(tmp_path: Path) -> None:
-    found = happened("ranks", tmp_path)
+def test_two_processes_train_one_network(happened: dict[str, Any]) -> None:
+    found = happened["ranks"]
     assert found["together"]["codes"] == [0, 0]
-    first, second = found["weights"]
-    assert first == second
+    first, second = found["noted"]
+    assert first["weights"] == second["weights"]
+    assert first["images"] != second["images"]
     assert found["half"] == found["rest"] == [0, 0]
     assert found["parts digests"]["weights"] == found["whole digests"]["weights"]
     assert found["seeds"]["codes"] == [2, 2]
