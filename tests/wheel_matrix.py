@@ -84,9 +84,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for torch in options.torch:
             inside = environment(options.folder, python, torch)
             for wheel in options.wheels:
-                outcome = try_wheel(wheel.resolve(), inside, options.folder / "run")
+                pair = inside.parts[-3]  # of its own, so that two may run side by side
+                outcome = try_wheel(wheel.resolve(), inside, options.folder / "run" / pair)
                 failed |= outcome.startswith("FAILED")
-                print(f"{inside.parts[-3]}  {wheel.name}: {outcome}", flush=True)
+                print(f"{pair}  {wheel.name}: {outcome}", flush=True)
     return int(failed)
 
 
