@@ -2,7 +2,6 @@
 #include "emulator.h"
 
 #include <sys/mman.h>
-#include <ucontext.h>
 
 #include <memory>
 #include <vector>
@@ -14,6 +13,8 @@
 #include <sanitizer/tsan_interface.h>
 #endif
 
+#include "context.h"
+
 namespace mghf::host {
 
 Index thread_index, block_index, grid_size, block_size;
@@ -22,6 +23,7 @@ Gpu gpu;
 namespace {
 
 constexpr size_t kStackBytes = 256 << 10;
+constexpr size_t kOutermostBytes = 4 << 10;
 
 // Two places for what ThreadSanitizer knows of a barrier: threads that are already at the next time
 // must not tell those which have still to leave this one.
@@ -59,17 +61,22 @@ struct Block {
   std::unique_ptr<unsigned char[]> shared;
 };
 
+// What a fiber runs on. They are kept for the next launch: new memory costs more than a short kernel.
+struct Stack {
+  void* memory = nullptr;
+#if defined(MGHF_THREAD_SANITIZER)
+  void* known = nullptr;
+#endif
+};
+
 struct Fiber {
-  ucontext_t context;
-  void* stack = nullptr;
+  Context context;
+  Stack stack;
   unsigned thread = 0, rank = 0, block = 0;
   const Barrier* waits_for = nullptr;
   uint64_t time = 0;
   bool done = false;
   std::vector<std::vector<Copy>> copies{1};
-#if defined(MGHF_THREAD_SANITIZER)
-  void* known = nullptr;
-#endif
 
   bool can_run() const { return !done && (waits_for == nullptr || waits_for->times != time); }
 };
@@ -82,7 +89,7 @@ struct Launch {
   std::vector<Block> blocks;
   Barrier cluster, end;
   std::vector<Fiber> fibers;
-  ucontext_t scheduler;
+  Context scheduler;
 #if defined(__SANITIZE_ADDRESS__)
   const void* scheduler_stack = nullptr;
   size_t scheduler_stack_bytes = 0;
@@ -112,7 +119,7 @@ void to_scheduler() {
 #if defined(MGHF_THREAD_SANITIZER)
   __tsan_switch_to_fiber(launch->scheduler_known, __tsan_switch_to_fiber_no_sync);
 #endif
-  swapcontext(&self->context, &launch->scheduler);
+  self->context.switch_to(launch->scheduler);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
 #endif
@@ -124,12 +131,12 @@ void to_fiber(Fiber& next) {
   block_index.x = next.block;
 #if defined(__SANITIZE_ADDRESS__)
   void* fake = nullptr;
-  __sanitizer_start_switch_fiber(&fake, next.stack, kStackBytes);
+  __sanitizer_start_switch_fiber(&fake, next.stack.memory, kStackBytes);
 #endif
 #if defined(MGHF_THREAD_SANITIZER)
-  __tsan_switch_to_fiber(next.known, __tsan_switch_to_fiber_no_sync);
+  __tsan_switch_to_fiber(next.stack.known, __tsan_switch_to_fiber_no_sync);
 #endif
-  swapcontext(&launch->scheduler, &next.context);
+  launch->scheduler.switch_to(next.context);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
 #endif
@@ -163,15 +170,33 @@ void live() {
   to_scheduler();
 }
 
-void prepare(Fiber& of) {
-  getcontext(&of.context);
-  of.context.uc_stack.ss_sp = of.stack;
-  of.context.uc_stack.ss_size = kStackBytes;
-  of.context.uc_link = nullptr;
-  makecontext(&of.context, live, 0);
+// The first so many, or none if there is no memory.
+const std::vector<Stack>& stacks(size_t number) {
+  static std::vector<Stack> kept;
+  while (kept.size() < number) {
+    void* const memory = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
+                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) {
+      static const std::vector<Stack> none;
+      return none;
+    }
+    kept.push_back({memory});
 #if defined(MGHF_THREAD_SANITIZER)
-  of.known = __tsan_create_fiber(0);
+    kept.back().known = __tsan_create_fiber(0);
 #endif
+  }
+  return kept;
+}
+
+// Of AddressSanitizer's marks, those of frames that nobody returned from: the outermost, or all if
+// threads got stuck.
+void forget_frames(const Stack& stack, bool stuck) {
+#if defined(__SANITIZE_ADDRESS__)
+  const size_t bytes = stuck ? kStackBytes : kOutermostBytes;
+  __asan_unpoison_memory_region(static_cast<char*>(stack.memory) + kStackBytes - bytes, bytes);
+#endif
+  (void)stack;
+  (void)stuck;
 }
 
 }  // namespace
@@ -240,10 +265,8 @@ const char* run(unsigned blocks, unsigned blocks_of_cluster, int threads, size_t
   block_size.x = static_cast<unsigned>(threads);
   own.fibers.resize(own.end.threads);
   launch = &own;
-  const size_t stacks_bytes = own.fibers.size() * kStackBytes;
-  void* const stacks = mmap(nullptr, stacks_bytes, PROT_READ | PROT_WRITE,
-                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (stacks == MAP_FAILED) return "no memory for the threads' stacks";
+  const std::vector<Stack>& kept = stacks(own.fibers.size());
+  if (kept.empty()) return "no memory for the threads' stacks";
 #if defined(MGHF_THREAD_SANITIZER)
   own.scheduler_known = __tsan_get_current_fiber();
 #endif
@@ -251,8 +274,8 @@ const char* run(unsigned blocks, unsigned blocks_of_cluster, int threads, size_t
     Fiber& of = own.fibers[i];
     of.thread = static_cast<unsigned>(i) % static_cast<unsigned>(threads);
     of.rank = static_cast<unsigned>(i) / static_cast<unsigned>(threads);
-    of.stack = static_cast<unsigned char*>(stacks) + i * kStackBytes;
-    prepare(of);
+    of.stack = kept[i];
+    of.context.prepare(of.stack.memory, kStackBytes, live);
   }
 #if defined(MGHF_THREAD_SANITIZER)
   __tsan_release(&own.end.known[0]);
@@ -272,12 +295,8 @@ const char* run(unsigned blocks, unsigned blocks_of_cluster, int threads, size_t
   }
 #if defined(MGHF_THREAD_SANITIZER)
   for (char& known : own.end.known) __tsan_acquire(&known);
-  for (Fiber& of : own.fibers) __tsan_destroy_fiber(of.known);
 #endif
-#if defined(__SANITIZE_ADDRESS__)
-  __asan_unpoison_memory_region(stacks, stacks_bytes);  // of frames that nobody returned from
-#endif
-  munmap(stacks, stacks_bytes);
+  for (const Fiber& of : own.fibers) forget_frames(of.stack, stuck);
   launch = nullptr;
   fiber = nullptr;
   return stuck ? "threads wait at a barrier that others never reach" : nullptr;
