@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
@@ -17,11 +16,11 @@ pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
 Image = pytest.importorskip("PIL.Image")
 
-from mghf_fast.demo import (  # noqa: E402  # noqa: E402
+from mghf_fast import cli  # noqa: E402
+from mghf_fast.demo import (  # noqa: E402
     DemoError,
     DemoSettings,
     charts,
-    command,
     output,
     photographs,
     run,
@@ -359,14 +358,12 @@ def test_settings_that_cannot_be_are_refused() -> None:
 
 
 def main(*words: object) -> int:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    return command.run(parser.parse_args([str(w) for w in words]))
+    return cli.main(["demo", *map(str, words)])
 
 
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:
     text = capsys.readouterr().err
-    assert text.startswith("mghf-fast demo: ") and text.count("\n") == 1 and "Traceback" not in text
+    assert text.startswith("mghf-fast: ") and text.count("\n") == 1 and "Traceback" not in text
     return text
 
 

@@ -18,7 +18,7 @@ SMALLEST_SIDE = 96
 """Pictures with a shorter side than this (pixels) are not used."""
 
 
-class DemoError(Exception):
+class DemoError(ValueError):
     """The demo cannot go on; the message is one line written for the user."""
 
 

@@ -12,7 +12,6 @@ from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
 from ..demo.output import write
-from ..demo.settings import DemoError
 from . import canvas
 from .figure import GAP, Panel, Section
 
@@ -56,13 +55,10 @@ class Document:
         """Writes the picture or the page, whole or not at all.
 
         Raises:
-            OSError: the system refuses.
+            DemoError: the system refuses.
         """
         content = page(self) if path.suffix.lower() == ".html" else picture(self)
-        try:
-            write(path.parent, path.name, content)
-        except DemoError as error:
-            raise OSError(str(error)) from error
+        write(path.parent, path.name, content)
 
 
 def _png(image: Image.Image, small: bool) -> bytes:
