@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -37,11 +38,17 @@ def run_under(capability: str, *arguments: str) -> subprocess.CompletedProcess[s
     )
 
 
+@functools.cache
+def used_under(capability: str) -> str:
+    """The instruction set that a process which is held to ``capability`` ends up with."""
+    return run_under(capability, "-c", PRINT_CAPABILITY).stdout.strip()
+
+
 def run_file_under(capability: str, file: str, *selection: str, bfloat16: bool = False) -> None:
     """Passes if the file's tests pass under ``capability``; skips where the machine lacks it. What
     this process runs anyway is not run again: without products of bfloat16 an op has nothing beyond
     AVX-512."""
-    used = run_under(capability, "-c", PRINT_CAPABILITY).stdout.strip()
+    used = used_under(capability)
     if used != capability:
         pytest.skip(f"this machine or build has no {capability}, its best is {used}")
     own = torch.ops.mghf_native.cpu_capability()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import io
+import itertools
 import json
 import math
 from pathlib import Path
@@ -244,6 +245,26 @@ def test_response_and_order() -> None:
     assert sensitivity.order([[1, 1]]) == (0, 1)
 
 
+def test_the_response_to_an_octave() -> None:
+    image = texture(64, 0, 8)
+    for low, high in sensitivity.OCTAVES:
+        noise = sensitivity.octave_noise(image, low, high)
+        assert float(noise.square().mean().sqrt()) == pytest.approx(2 / 255, rel=1e-4)
+        power = torch.fft.fft2(noise.double()).abs().square().sum(0)
+        f = torch.fft.fftfreq(64, dtype=torch.float64)
+        radius = (f[:, None].square() + f.square()).sqrt()
+        assert float(power[(radius >= low) & (radius < high)].sum() / power.sum()) > 0.99999
+
+    def gradient(image: Tensor) -> Tensor:  # whose square grows nearly as that of the frequency
+        return torch.cat((image.roll(1, 3) - image, image.roll(1, 2) - image), 1)
+
+    scene = [scenes.Scene("a", image)]
+    found = sensitivity.by_octave(gradient, scene)  # type: ignore[arg-type]
+    assert found[-1] == 1 and all(2.5 < b / a < 5.5 for a, b in itertools.pairwise(found))
+    flat = sensitivity.by_octave(lambda image: image, scene)  # type: ignore[arg-type, return-value]
+    assert flat == pytest.approx([1] * 5, rel=1e-3)
+
+
 def test_a_part_of_sensitivity(
     trained: DetailFeatureExtractor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -257,6 +278,9 @@ def test_a_part_of_sensitivity(
         assert row["response"]["noise"] == 1 and row["order"]["blur"][1] == 2
         assert row["curve"]["noise"][1] == pytest.approx(1)
     assert part["rows"][0]["response"] == dict.fromkeys(sensitivity.DISTORTIONS, 1)
+    assert [(r["subject"], r["response"][-1]) for r in part["octaves"]] == [
+        ("trained", 1), ("random", 1),
+    ]  # fmt: skip
     # The rows are what the losses say of one picture, one at a time.
     loss = MGHFLoss("n", extractor=trained, input_range="0,1")
     ratios = [
@@ -386,6 +410,10 @@ def made_up(gain: float) -> dict[str, Any]:
             "sensitivity": {
                 "photographs": ["a", "b"], "side": 96, "psnr": 30.0,
                 "levels": {"blur": [0.5, 1.0], "noise": [2, 8]}, "rows": responses,
+                "octaves": [
+                    {"subject": name, "seed": seed, "response": [0.1 + seed] * 4 + [1]}
+                    for name, seed in (("trained", 0), ("random", 0), ("random", 1))
+                ],
             },
             "fine-tuning": {
                 "pretrain_steps": 10, "steps": 5, "batch": 4, "patch": 96,
@@ -457,6 +485,7 @@ def test_the_page_is_a_function_of_the_result() -> None:
     assert "**retrieval** (wins): without colour, neighbour of the same region 92.0 %" in text
     assert "more than 1 of 2 layers of VGG-16's layout" in text
     assert "trained, gradient matched, less random |  | +0.204 (0.004)" in text
+    assert "| random | 0.600 (0.100 to 1.100) |" in text and "1/4 to 1/2" in text
     assert "(loses)" in page.generate(source, made_up(-20))
     for name, svg in page.drawings(result).items():
         ElementTree.fromstring(svg)

@@ -15,6 +15,7 @@ from benchmarks.text import table
 
 from . import plots, verdicts
 from .finetuning import L1, MATCHED
+from .sensitivity import OCTAVES
 from .subjects import RANDOM, TRAINED
 from .verdicts import PARTS, VERDICTS, select, span
 
@@ -111,7 +112,20 @@ def sensitivity(result: Result) -> str:
         f"Response at a PSNR of {part['psnr']:g} dB per unit of MSE, relative to white noise "
         f"({len(part['photographs'])} photographs):\n\n{table(['', *distortions], first)}\n"
         "Pairs of levels in the stated order, per cent:\n\n"
-        f"{table(['', *part['levels'], 'all'], second)}{_image('sensitivity')}"
+        f"{table(['', *part['levels'], 'all'], second)}\n{octaves(part)}{_image('sensitivity')}"
+    )
+
+
+def octaves(part: Mapping[str, Any]) -> str:
+    """What the features answer to each octave."""
+    rows = []
+    for subject in dict.fromkeys(row["subject"] for row in part["octaves"]):
+        found = [row["response"] for row in part["octaves"] if row["subject"] == subject]
+        rows.append([subject, *(span(each, 3) for each in zip(*found, strict=True))])
+    head = [f"1/{round(1 / low)} to 1/{round(1 / high)}" for low, high in OCTAVES]
+    return (
+        "Square of the features' change by noise of one octave, cycles a pixel, relative to the "
+        f"finest:\n\n{table(['features', *head], rows)}"
     )
 
 

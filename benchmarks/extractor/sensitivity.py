@@ -3,7 +3,8 @@
 *At one PSNR*: blur, white noise, JPEG and ringing (an ideal low-pass), each as strong as gives a
 photograph this PSNR; the loss over the MSE, which the PSNR makes equal, relative to noise. An MSE
 says 1 for all. *Order*: stronger blur, noise and compression shall cost more; of all pairs of
-levels, the share on which the loss agrees.
+levels, the share on which the loss agrees. *Octaves*: what the features answer to noise of one
+octave of frequencies.
 """
 
 from __future__ import annotations
@@ -37,6 +38,10 @@ UNITS = {
     "JPEG": "100 - quality",
     "ringing": "1 / cut-off, pixels a cycle",
 }
+OCTAVES = tuple((2.0**-k, 2.0 ** (1 - k)) for k in (6, 5, 4, 3, 2))
+"""Of the radial frequency, cycles a pixel, up to the finest."""
+OCTAVE_NOISE = 2 / 255
+"""Standard deviation of the noise of an octave."""
 Evaluate = Callable[[Tensor, Tensor], dict[str, list[float]]]
 """(B, 3, H, W) and their ground truth, (3, H, W) -> distances of each by metric."""
 
@@ -148,6 +153,33 @@ def response(
     }
 
 
+def octave_noise(image: Tensor, low: float, high: float) -> Tensor:
+    """Noise of the frequencies from ``low`` up to ``high``, of the image's shape, the same each
+    time."""
+    generator = torch.Generator().manual_seed(0)
+    white = torch.randn(image.shape, generator=generator)
+    fy = torch.fft.fftfreq(image.shape[1])[:, None]
+    fx = torch.fft.rfftfreq(image.shape[2])[None]
+    radius = (fy.square() + fx.square()).sqrt()
+    kept = torch.fft.rfft2(white) * ((radius >= low) & (radius < high))
+    found = torch.fft.irfft2(kept, s=image.shape[1:])
+    return found * (OCTAVE_NOISE / found.square().mean().sqrt())
+
+
+@torch.no_grad()
+def by_octave(extractor: DetailFeatureExtractor, scenes: Sequence[Scene]) -> list[float]:
+    """Mean square of what noise of each octave changes in the features, relative to the finest:
+    the mean over the photographs."""
+    found = torch.zeros(len(OCTAVES), dtype=torch.float64)
+    for scene in scenes:
+        # An octave at a time, and the image itself in front.
+        noisy = [scene.image + octave_noise(scene.image, *octave) for octave in OCTAVES]
+        first, *others = (extractor(each[None] * 2 - 1) for each in (scene.image, *noisy))
+        change = torch.stack([(other - first).double().square().mean() for other in others])
+        found += change / change[-1] / len(scenes)
+    return [float(f"{value:.4g}") for value in found]
+
+
 def order(values: Sequence[Sequence[float]]) -> tuple[int, int]:
     """Of the pairs of levels of each photograph, weakest first: agreements and all."""
     pairs = [p for each in values for p in itertools.combinations(each, 2)]
@@ -198,8 +230,10 @@ def measure(
         return found
 
     rows = []
-    subjects: list[tuple[str, int, Evaluate]] = [("MSE", 0, by_mse), (TRAINED, 0, by_loss(trained))]
-    subjects += [(RANDOM, seed, by_loss(random_extractor(trained, seed))) for seed in seeds]
+    extractors = [(TRAINED, 0, trained)]
+    extractors += [(RANDOM, seed, random_extractor(trained, seed)) for seed in seeds]
+    subjects: list[tuple[str, int, Evaluate]] = [("MSE", 0, by_mse)]
+    subjects += [(name, seed, by_loss(extractor)) for name, seed, extractor in extractors]
     for name, seed, evaluate in subjects:
         found = [evaluate(i, scene.image) for i, scene in zip(distorted, scenes, strict=True)]
         for metric in found[0]:
@@ -213,4 +247,8 @@ def measure(
         },
         "levels": {name: list(values) for name, values in LEVELS.items()},
         "rows": rows,
+        "octaves": [
+            {"subject": name, "seed": seed, "response": by_octave(extractor, scenes)}
+            for name, seed, extractor in extractors
+        ],
     }

@@ -134,12 +134,18 @@ def sensitivity(part: Mapping[str, Any]) -> Verdict:
     others = {name: v for name, v in trained["response"].items() if name != "noise"}
     most, least = (f(others, key=lambda n: others[n]) for f in (max, min))
     span_random = [row["response"][most] for row in random]
+    coarse = {
+        name: [r["response"][0] for r in part["octaves"] if r["subject"] == name]
+        for name in (TRAINED, RANDOM)
+    }
     return Verdict(
         outcome,
         f"MGHF-n orders {100 * agreement(trained):.1f} % of the pairs of levels as stated, with "
         f"random features {span([agreement(r) for r in random], 1, 100)} %; at equal PSNR the "
         f"trained one counts {most} {others[most]:.2f} times as much as noise (random ones "
-        f"{span(span_random, 2)}) and {least} {others[least]:.2f} times.",
+        f"{span(span_random, 2)}) and {least} {others[least]:.2f} times. The trained features "
+        f"answer to noise of the coarsest octave {span(coarse[TRAINED], 3)} times as much as to "
+        f"the finest, random ones {span(coarse[RANDOM], 2)} times.",
     )
 
 
