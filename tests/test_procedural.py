@@ -37,6 +37,17 @@ def test_classes_are_distinct_and_all_are_drawn() -> None:
     assert set(labels) == set(range(84))
 
 
+def test_the_camera_blurs_and_adds_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    def finest(lens: float, noise: float) -> float:
+        monkeypatch.setattr(procedural, "LENS", (lens, lens))
+        monkeypatch.setattr(procedural, "NOISE", (noise, noise))
+        greys = [statistics.luminance(render(0, i, 48)[0]) for i in range(8)]
+        return float(np.mean([np.abs(np.diff(g, 2)).mean() for g in greys]))
+
+    sharp = finest(0.1, 0)
+    assert finest(1.0, 0) < 0.6 * sharp < sharp < finest(0.1, 20)
+
+
 def _angular_energy(pixels: np.ndarray, degrees: int) -> float:
     """Share of the spectral power above 0.1 cycles a pixel within 15 degrees of a direction."""
     grey = statistics.luminance(pixels)
@@ -60,6 +71,14 @@ def _of_class(wanted: dict[str, object], number: int, size: int = 48) -> list[np
     raise AssertionError(wanted)
 
 
+@pytest.fixture
+def no_camera(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of few pictures blur and noise would hide what the label says."""
+    monkeypatch.setattr(procedural, "LENS", (0.1, 0.1))
+    monkeypatch.setattr(procedural, "NOISE", (0.0, 0.0))
+
+
+@pytest.mark.usefixtures("no_camera")
 @pytest.mark.parametrize("family", procedural.ORIENTED)
 def test_the_label_tells_the_orientation(family: str) -> None:
     for true in procedural.ORIENTATIONS:
@@ -71,6 +90,7 @@ def test_the_label_tells_the_orientation(family: str) -> None:
         assert max(energies, key=energies.__getitem__) == true
 
 
+@pytest.mark.usefixtures("no_camera")
 def test_the_label_tells_the_band() -> None:
     centroids = []
     for band in ("fine", "middle", "coarse"):
@@ -85,13 +105,16 @@ def test_the_label_tells_the_band() -> None:
     assert centroids[0] > 1.1 * centroids[1] > 1.1**2 * centroids[2]
 
 
+@pytest.mark.usefixtures("no_camera")
 def test_petals_have_softer_edges() -> None:
-    def sharpest(law: str) -> float:
-        pictures = _of_class({"law": law, "family": "cloud", "band": "coarse"}, 12)
+    def steepness(law: str) -> float:
+        """What one of a hundred differences is above, of the picture's deviation."""
+        pictures = _of_class({"law": law, "family": "cloud", "band": "coarse"}, 24)
         greys = [statistics.luminance(p) for p in pictures]
-        return float(np.mean([np.abs(np.diff(g, axis=0)).max() / g.std() for g in greys]))
+        steep = [np.percentile(np.abs(np.diff(g, axis=0)), 99) / g.std() for g in greys]
+        return float(np.mean(steep))
 
-    assert sharpest("petals") < 0.85 * min(sharpest("discs"), sharpest("slabs"))
+    assert steepness("petals") < 0.85 * min(steepness("discs"), steepness("slabs"))
 
 
 def test_radii_follow_an_inverse_cube() -> None:
