@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 SHA256: dict[str, str] = {
-    "procedural-v1": "0f6eb09695f52e52e68a91fc4ee32474b0ff8eaabe696372e72b1fcaf34d9181",
+    "procedural-v1": "68bbfdd6bd2ba7e795dadb2245642433471f7cfdac3fe5feba0fe64830d058f5",
 }
 """Name -> digest of the file."""
 
