@@ -17,7 +17,8 @@ from mghf_fast.pretrain import procedural, scale
 NAMES = sorted(weights.SHA256)
 
 EXPECTED = (0.09292394, 0.1277673, 0.06184246)
-"""Mean absolute value, standard deviation and one value of procedural-v1's features of a made-up image."""
+"""Of procedural-v1's features of a made-up image: mean absolute value, standard deviation, and one
+value."""
 
 
 def pictures(number: int, size: int = 48) -> torch.Tensor:

@@ -359,8 +359,9 @@ def render(seed: int, index: int, size: int = 64) -> tuple[Pixels, int]:
     texture = textures[carried[shown], np.arange(size * size)] * strength[shown].astype(np.float32)
     picture = base + (texture[:, None] * tint[shown]).reshape(size, size, 3)
 
-    # The lens; light that falls off across the picture, exposure, white balance; the sensor's noise.
-    # Without them the finest detail told most of a class, and features answered to little else.
+    # The lens; light that falls off across the picture, exposure, white balance; the sensor's
+    # noise. Without lens and noise the finest detail told most of a class, and features answered to
+    # little else.
     picture = _blur(picture, rng.uniform(*LENS))
     axis = np.linspace(-1, 1, size, dtype=np.float32)
     slope = rng.normal(0.0, 0.15, 2).astype(np.float32)
