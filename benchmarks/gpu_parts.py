@@ -398,7 +398,7 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--backend", default="triton")
+    parser.add_argument("--backend", default="auto")
     parser.add_argument("--size", type=int)
     options = parser.parse_args()
     torch.set_default_device(options.device)

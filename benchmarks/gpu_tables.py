@@ -17,7 +17,7 @@ import torch
 from mghf_fast import preferences
 
 from . import results
-from .cases import CASES, Shape
+from .cases import CASES, Shape, load_all
 from .gpu_parts import AUTOTUNED, CAPTURED, FORCED, PAPER, SIZES, TRAINING, WHOLE
 from .results import Row, Run, fastest, select, value
 from .text import TITLES, cell, part_of, speed, table
@@ -262,6 +262,7 @@ def block() -> str:
 
 
 if __name__ == "__main__":
+    load_all()
     wrong = [text for run in runs() for text in contradictions(run)]
     print("\n".join(wrong) or "no committed result contradicts the table")
     sys.exit(1 if wrong else 0)

@@ -54,14 +54,14 @@ def check_against_reference(
     exact_inputs = [x.double() for x in inputs]
     expected = outputs(reference, *exact_inputs)
     for got, want in zip(outputs(fn, *inputs), expected, strict=True):
-        assert relative_error(got, want) <= value_tolerance
+        assert (error := relative_error(got, want)) <= value_tolerance, error
     if differentiable:
         upstream = [torch.randn(e.shape, dtype=torch.float64) for e in expected]
         got_gradients = gradients(fn, inputs, upstream)
         for got, want in zip(
             got_gradients, gradients(reference, exact_inputs, upstream), strict=True
         ):
-            assert relative_error(got, want) <= gradient_tolerance
+            assert (error := relative_error(got, want)) <= gradient_tolerance, error
             assert got.dtype == inputs[0].dtype
 
 
