@@ -25,18 +25,21 @@ class Setting:
         batch: image pairs, B.
         channels: feature maps of the extractor, C (even).
         kept: feature maps kept by the entropy pruning, M, from 1 to C.
-        height: image and feature height in pixels, H.
-        width: image and feature width in pixels, W.
+        height: image height in pixels, H.
+        width: image width in pixels, W.
         image_channels: channels of the image.
         blocks: invertible blocks of the extractor, K.
-        patch_size: side of a patch in pixels.
-        stride: distance of neighbouring patches in pixels.
+        patch_size: side of a patch in image pixels.
+        stride: distance of neighbouring patches in image pixels.
         hidden: width of the projection's hidden layer.
         embedding: width of a patch embedding, D.
         iterations: Sinkhorn iterations, each one row and one column scaling.
+        squeeze: r of the extractor's "squeeze" stem, whose features are at 1/r of the resolution
+            (sides rounded up); 1 stands for the 3x3 convolution, at full resolution.
 
     Raises:
-        ValueError: a size is not positive, C is odd, M exceeds C or the image holds no patch.
+        ValueError: a size is not positive, C is odd, M exceeds C, the image holds no patch, or
+            ``squeeze`` does not divide patch and stride or has more than C channels to lift.
     """
 
     batch: int = 1
@@ -51,6 +54,7 @@ class Setting:
     hidden: int = 128
     embedding: int = 64
     iterations: int = 50
+    squeeze: int = 1
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -65,18 +69,40 @@ class Setting:
                 f"a {self.height}x{self.width} image holds no {self.patch_size}x{self.patch_size} "
                 f"patch; height and width must be at least patch_size"
             )
+        if self.patch_size % self.squeeze or self.stride % self.squeeze:
+            raise ValueError(
+                f"squeeze is {self.squeeze}; it must divide patch_size {self.patch_size} and "
+                f"stride {self.stride}"
+            )
+        if self.squeeze > 1 and self.image_channels * self.squeeze**2 > self.channels:
+            raise ValueError(
+                f"squeeze is {self.squeeze}; channels {self.channels} must be at least "
+                f"image_channels * squeeze ** 2 = {self.image_channels * self.squeeze**2}"
+            )
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Height and width of a feature map: H and W over r, rounded up."""
+        return -(-self.height // self.squeeze), -(-self.width // self.squeeze)
 
     @property
     def pixels(self) -> int:
-        """Pixels of all images of one side (SR or GT): B H W."""
-        return self.batch * self.height * self.width
+        """Pixels of the features of all images of one side (SR or GT): B H W, over r^2 where r
+        divides H and W."""
+        height, width = self.sides
+        return self.batch * height * width
+
+    @property
+    def patch_pixels(self) -> int:
+        """Pixels of a feature map in a patch."""
+        return (self.patch_size // self.squeeze) ** 2
 
     @property
     def patches(self) -> int:
-        """Patches of one feature map, N (no padding)."""
-        rows = (self.height - self.patch_size) // self.stride + 1
-        columns = (self.width - self.patch_size) // self.stride + 1
-        return rows * columns
+        """Patches of one feature map, N (no padding but the stem's)."""
+        patch, step = self.patch_size // self.squeeze, self.stride // self.squeeze
+        height, width = self.sides
+        return ((height - patch) // step + 1) * ((width - patch) // step + 1)
 
 
 @dataclass(frozen=True)
@@ -123,7 +149,7 @@ def lip_parts(setting: Setting, similarity_products: int = 2) -> dict[str, int]:
         ``sinkhorn`` (two matrix-vector products per iteration).
     """
     s, maps = setting, setting.batch * setting.channels
-    layers = s.patch_size**2 * s.hidden + s.hidden * s.embedding
+    layers = s.patch_pixels * s.hidden + s.hidden * s.embedding
     return {
         "projection": 2 * maps * s.patches * layers,
         "similarity": similarity_products * maps * s.patches**2 * s.embedding,
@@ -133,9 +159,10 @@ def lip_parts(setting: Setting, similarity_products: int = 2) -> dict[str, int]:
 
 
 def projection_parameters(setting: Setting) -> int:
-    """Parameters of Linear(patch^2, hidden), ReLU, Linear(hidden, embedding), biases included."""
+    """Parameters of Linear(pixels of a patch, hidden), ReLU, Linear(hidden, embedding), with their
+    biases."""
     s = setting
-    return (s.patch_size**2 + 1) * s.hidden + (s.hidden + 1) * s.embedding
+    return (s.patch_pixels + 1) * s.hidden + (s.hidden + 1) * s.embedding
 
 
 def lip(setting: Setting) -> Cost:
@@ -144,7 +171,7 @@ def lip(setting: Setting) -> Cost:
     map, and the two scaling vectors."""
     s, maps = setting, setting.batch * setting.channels
     elements = maps * (
-        2 * s.patches * (s.patch_size**2 + s.embedding) + s.patches**2 + 2 * s.patches
+        2 * s.patches * (s.patch_pixels + s.embedding) + s.patches**2 + 2 * s.patches
     )
     return Cost(
         macs=sum(lip_parts(s).values()),
@@ -204,21 +231,25 @@ def invertible_block(setting: Setting) -> Cost:
 
 
 def stem(setting: Setting) -> Cost:
-    """The 3x3 convolution with bias from the image to C maps, on both images; weights as memory."""
-    per_pixel = 9 * setting.image_channels * setting.channels
-    parameters = per_pixel + setting.channels
+    """The 3x3 convolution with bias from the image to C maps, or the squeeze stem's lift of r^2
+    pixels to C maps without, on both images; weights as memory."""
+    squeezed = setting.squeeze > 1
+    inputs = setting.image_channels * (setting.squeeze**2 if squeezed else 9)
+    per_pixel = inputs * setting.channels
+    parameters = per_pixel + (0 if squeezed else setting.channels)
     return Cost(2 * per_pixel * setting.pixels, parameters * FLOAT32_BYTES, parameters)
 
 
 def extractor(setting: Setting, with_stem: bool = False) -> Cost:
-    """The detail feature extractor: K invertible blocks, and the stem if asked for. The stem is
-    computed drawn into the first block's mix, so it takes the place of that mix."""
+    """The detail feature extractor: K invertible blocks, and the stem if asked for. The 3x3 stem is
+    computed drawn into the first block's mix, so it takes the place of that mix; the squeeze stem
+    is computed before it."""
     block, start = invertible_block(setting), stem(setting)
     k = setting.blocks
     cost = Cost(k * block.macs, k * block.bytes, k * block.parameters)
     if not with_stem:
         return cost
-    first_mix = 2 * setting.channels**2 * setting.pixels
+    first_mix = 0 if setting.squeeze > 1 else 2 * setting.channels**2 * setting.pixels
     return Cost(cost.macs - first_mix, cost.bytes, cost.parameters) + start
 
 
@@ -262,6 +293,8 @@ def table5(
     batch: int = 1,
     channels: int = 128,
     top_m: int | None = None,
+    blocks: int = 1,
+    squeeze: int = 1,
 ) -> tuple[Row, ...]:
     """Table 5 for images of ``height`` x ``width`` pixels.
 
@@ -275,6 +308,8 @@ def table5(
         batch: image pairs.
         channels: feature maps, even.
         top_m: feature maps our implementation keeps, 1 to ``channels``; ``None`` means half.
+        blocks: invertible blocks of our extractor.
+        squeeze: of our extractor's stem, as in :class:`Setting`.
 
     Returns:
         The rows in the paper's order: lip, gram, correlation, awdfe_mse, dfe_mse, dfe, total,
@@ -285,7 +320,7 @@ def table5(
     """
     half = channels // 2 if top_m is None else top_m
     theirs = Setting(batch, channels, channels, height, width)
-    our = Setting(batch, channels, half, height, width)
+    our = Setting(batch, channels, half, height, width, blocks=blocks, squeeze=squeeze)
 
     rows = [
         Row("lip", "LIP", (21.402, 819.96, 0.139), lip(theirs), lip_ours(our)),

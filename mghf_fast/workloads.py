@@ -205,11 +205,13 @@ def _step(function: Callable[..., Tensor], sr: Tensor, *others: Tensor) -> Step:
     return lambda: torch.autograd.grad(function(sr, *others), sr)
 
 
-def reference_lip(s: Tensor, g: Tensor, weights: Weights) -> Tensor:
-    """The local term of two feature stacks, the reference's under ordinary autograd."""
-    query = patches.patch_projection(s, *weights, PATCH_SIZE, STRIDE)
+def reference_lip(s: Tensor, g: Tensor, weights: Weights, downscale: int = 1) -> Tensor:
+    """The local term of two feature stacks at 1 / ``downscale`` of the resolution, the reference's
+    under ordinary autograd."""
+    sizes = PATCH_SIZE // downscale, STRIDE // downscale
+    query = patches.patch_projection(s, *weights, *sizes)
     with torch.no_grad():
-        key = patches.patch_projection(g, *weights, PATCH_SIZE, STRIDE)
+        key = patches.patch_projection(g, *weights, *sizes)
     return monce.monce(query, key, 0.07, 1.0, 50, 1.0, "hard", "exact").mean()
 
 
@@ -279,7 +281,8 @@ def _dfe(variant: str, size: int, batch: int, wrap: Wrap) -> Step:
     extractor = random_extractor().requires_grad_(False)
     sr, gt = image_pair(size, batch)
     generator = torch.Generator().manual_seed(1)
-    upstream = torch.randn(sr.shape[0], CHANNELS, size, size, generator=generator, device="cpu")
+    side = -(-size // extractor.downscale)
+    upstream = torch.randn(sr.shape[0], CHANNELS, side, side, generator=generator, device="cpu")
     upstream = upstream.to(sr.device)
 
     def reference(image: Tensor) -> Tensor:
@@ -295,11 +298,14 @@ def _dfe(variant: str, size: int, batch: int, wrap: Wrap) -> Step:
     return step
 
 
-def reference_mghf(variant: str = "c") -> Callable[[Tensor, Tensor], Tensor]:
+def reference_mghf(
+    variant: str = "c", extractor: DetailFeatureExtractor | None = None
+) -> Callable[[Tensor, Tensor], Tensor]:
     """MGHF-c or MGHF-n with the defaults of :class:`MGHFLoss`, as a function of SR and GT: the
-    reference's under ordinary autograd."""
-    extractor = random_extractor().requires_grad_(False)
-    weights = projection_weights()
+    reference's under ordinary autograd. Without an ``extractor``, the random one."""
+    extractor = (extractor or random_extractor()).requires_grad_(False)
+    downscale = extractor.downscale
+    weights = projection_weights(PATCH_SIZE // downscale)
     preset = PRESETS["2026"]
 
     def loss(sr: Tensor, gt: Tensor) -> Tensor:
@@ -309,11 +315,11 @@ def reference_mghf(variant: str = "c") -> Callable[[Tensor, Tensor], Tensor]:
         if variant == "n":
             return (s - g).square().mean()
         terms = content_style.content_style(
-            g, s, CHANNELS // 2, preset.alpha, preset.gamma, 256, "channel"
+            g, s, s.shape[1] // 2, preset.alpha, preset.gamma, 256, "channel"
         )
         naive, *consistency = (term.mean() for term in terms[:4])
         csc = sum(beta * term for beta, term in zip(preset.betas, consistency, strict=True))
-        lip = reference_lip(s, g, weights)
+        lip = reference_lip(s, g, weights, downscale)
         return preset.gammas[0] * naive + preset.gammas[1] * csc + preset.gammas[2] * lip
 
     return loss
@@ -329,9 +335,9 @@ def _vgg16(variant: str, size: int, batch: int, wrap: Wrap) -> Step:
     return _step(wrap(VGG16Perceptual()), *image_pair(size, batch))
 
 
-def projection_weights() -> Weights:
+def projection_weights(patch_size: int = PATCH_SIZE) -> Weights:
     """The default patch projection's weights and biases, in the order that the op takes them."""
-    first, second = (projection := PatchProjection()).hidden, projection.output
+    first, second = (projection := PatchProjection(patch_size)).hidden, projection.output
     return first.weight, first.bias, second.weight, second.bias
 
 

@@ -101,3 +101,58 @@ def test_counts_are_linear_in_the_batch() -> None:
 def test_bad_sizes_are_named(arguments: dict[str, int], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         Setting(**arguments)
+
+
+# ---- the squeeze stem ----------------------------------------------------------------------------
+
+
+def test_a_squeezed_extractor_costs_a_part() -> None:
+    """By hand: 128 x 128 pixels of the features, 48 x 128 multiply-adds of the lift at each, three
+    blocks with all their mixes."""
+    squeezed = Setting(squeeze=4, blocks=3)
+    assert squeezed.sides == (128, 128) and squeezed.pixels == PAPER.pixels // 16
+    assert cost.stem(squeezed).macs == 2 * 48 * 128 * 128**2
+    assert cost.stem(squeezed).parameters == 48 * 128
+    whole = cost.extractor(squeezed, with_stem=True)
+    assert whole.macs == 2 * 128**2 * (48 * 128 + 3 * 68_992)
+    assert whole.parameters == 48 * 128 + 3 * 69_120
+    assert cost.extractor(squeezed).macs == 2 * 128**2 * 3 * 68_992
+
+
+@pytest.mark.parametrize("squeeze", [2, 4, 8])
+def test_a_squeeze_keeps_the_patches_and_shrinks_them(squeeze: int) -> None:
+    squeezed = Setting(squeeze=squeeze, channels=192)
+    assert squeezed.patches == 441 and squeezed.patch_pixels == (32 // squeeze) ** 2
+    assert cost.projection_parameters(squeezed) == (
+        (32 // squeeze) ** 2 * 128 + 128 + 128 * 64 + 64
+    )
+    parts, full = cost.lip_parts(squeezed), cost.lip_parts(Setting(channels=192))
+    assert {name for name in parts if parts[name] != full[name]} == {"projection"}
+    assert cost.gram(squeezed).macs * squeeze**2 == cost.gram(Setting(channels=192)).macs
+
+
+def test_sides_that_the_squeeze_does_not_divide_are_rounded_up() -> None:
+    squeezed = Setting(height=61, width=90, squeeze=4)
+    assert squeezed.sides == (16, 23)
+    assert squeezed.patches == ((16 - 8) // 6 + 1) * ((23 - 8) // 6 + 1)
+
+
+def test_table_of_a_squeezed_extractor() -> None:
+    rows = {row.key: row for row in cost.table5(blocks=3, squeeze=4)}
+    assert rows["dfe"].ours == cost.extractor(Setting(kept=64, blocks=3, squeeze=4), with_stem=True)
+    for key, row in rows.items():
+        assert row.published == ROWS[key].published
+    assert rows["total"].ours.macs < 0.3 * ROWS["total"].ours.macs
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"squeeze": 0}, "squeeze is 0"),
+        ({"squeeze": 5}, "squeeze is 5; it must divide patch_size 32 and stride 24"),
+        ({"squeeze": 8}, r"squeeze is 8; channels 128 must be at least .* = 192"),
+    ],
+)
+def test_squeezes_that_do_not_fit_are_named(arguments: dict[str, int], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        Setting(**arguments)

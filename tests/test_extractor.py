@@ -35,11 +35,12 @@ def test_parameter_names() -> None:
         assert expected in names
 
 
+@pytest.mark.parametrize("init", ["curved", "linear"])
 @pytest.mark.parametrize("stem", ["conv", "residual"])
 @pytest.mark.parametrize("subnet", ["bottleneck", "conv2"])
 @pytest.mark.parametrize("in_channels", [1, 3, 4])
-def test_options(stem: str, subnet: str, in_channels: int) -> None:
-    extractor = DetailFeatureExtractor(in_channels, 8, 2, stem, subnet, "softplus")
+def test_options(init: str, stem: str, subnet: str, in_channels: int) -> None:
+    extractor = DetailFeatureExtractor(in_channels, 8, 2, stem, subnet, "softplus", init=init)
     image = torch.randn(2, in_channels, 9, 7)
     features = extractor(image)
     assert features.shape == (2, 8, 9, 7)
@@ -150,7 +151,7 @@ def test_only_whole_safetensors_files_load(tmp_path: Path) -> None:
 def test_bad_input() -> None:
     with pytest.raises(ValueError, match="even number of channels, 2 or more, got 7"):
         DetailFeatureExtractor(channels=7)
-    with pytest.raises(ValueError, match="stem must be one of 'conv', 'residual', got 'resnet'"):
+    with pytest.raises(ValueError, match="one of 'conv', 'residual', 'squeeze', got 'resnet'"):
         DetailFeatureExtractor(stem="resnet")
     with pytest.raises(ValueError, match="memory must be one of 'recompute', 'store'"):
         DetailFeatureExtractor(memory="invert")

@@ -12,7 +12,8 @@ from torch import Tensor
 
 Image = pytest.importorskip("PIL.Image")
 
-from mghf_fast import DetailFeatureExtractor, cli  # noqa: E402
+from mghf_fast import DetailFeatureExtractor, MGHFLoss, cli  # noqa: E402
+from mghf_fast.losses import Preset  # noqa: E402
 from mghf_fast.visualize import analysis, canvas, colours, figure, pictures, shares  # noqa: E402
 
 
@@ -73,6 +74,50 @@ def test_the_mean_of_a_heat_map_is_its_term(extractor: DetailFeatureExtractor, p
     )
     assert sum(comparison.weighted.values()) == pytest.approx(comparison.terms["total"], rel=1e-5)
     assert comparison.terms["total"] == pytest.approx(float(loss(sr[None], gt[None])), rel=1e-6)
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 96), (61, 90)])
+def test_shares_of_squeezed_features_are_brought_to_the_pictures_size(
+    height: int, width: int
+) -> None:
+    torch.manual_seed(0)
+    extractor = DetailFeatureExtractor(3, 48, 2, stem="squeeze")
+    gt = scene(height, width)
+    comparison = compare(extractor, gt, (gt + 0.1 * scene(height, width, seed=1)).clamp(0, 1))
+    for name in figure.TERM_NAMES:
+        share, term = comparison.shares[name], comparison.terms[name]
+        assert share.shape == (height, width)
+        assert float(share.mean()) == pytest.approx(term, rel=2e-4, abs=1e-12), name
+    assert comparison.shares["total"].mean() == pytest.approx(comparison.terms["total"], rel=1e-4)
+    assert comparison.gradient.shape == (height, width)
+    rows, columns = (range(0, -(-side // 4) * 4 - 31, 24) for side in (height, width))
+    assert comparison.corners == [(y, x) for y in rows for x in columns]
+    assert comparison.links
+
+
+def test_a_share_stands_over_the_pixels_that_its_features_are_made_of() -> None:
+    share = torch.arange(6.0).view(2, 3)
+    even = shares.enlarged(share, 4, 8, 12)
+    assert torch.equal(even, share.repeat_interleave(4, 0).repeat_interleave(4, 1))
+    cut = shares.enlarged(share, 4, 5, 11)
+    assert cut.shape == (5, 11) and float(cut.mean()) == pytest.approx(2.5)
+    # One row of four is left of the second; its share is as large as if all were there.
+    assert float(cut[4:, 4:8].sum() / cut[:4, 4:8].sum()) == pytest.approx(4)
+
+
+def test_terms_without_a_weight_are_left_out(extractor: DetailFeatureExtractor) -> None:
+    gt = scene(64, 64)
+    sr = (gt + 0.1 * scene(64, 64, seed=1)).clamp(0, 1)
+    for gammas, names in (((1, 0, 0), {"naive"}), ((0, 0, 1), {"lip"})):
+        preset = Preset(gammas, (1, 1, 1), 1.1, 1.4, 24)
+        loss = MGHFLoss("c", preset, extractor, reduction="none", input_range="0,1")
+        found = analysis.analyse(loss, [gt, sr])
+        assert found.comparison is not None
+        assert set(found.comparison.weighted) == names
+        assert set(found.comparison.shares) == {*names, "total"}
+        shown = [pictures.Picture(name, x) for name, x in (("a", gt), ("b", sr))]
+        titles = [section.title for section in figure.sections(shown, found, 4, 800)]
+        assert ("The transport plan's strongest links" in titles) == ("lip" in names)
 
 
 def test_a_constant_map_keeps_the_sum_right() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+
 from torch import Tensor, nn
 
 from .. import _checks as check
@@ -54,9 +57,9 @@ class ContentStyleLoss(nn.Module):
         )
 
     def combine(self, terms: functional.ContentStyleTerms) -> Tensor:
-        """(B,): the weighted sum of the terms."""
-        beta1, beta2, beta3 = self.betas
-        return beta1 * terms.mse + beta2 * terms.correlation + beta3 * terms.gram
+        """(B,): the weighted sum of the terms. One whose beta is 0 has no say, even infinite."""
+        weighted = [b * term for b, term in zip(self.betas, terms[1:], strict=True) if b]
+        return functools.reduce(operator.add, weighted) if weighted else 0 * terms.mse
 
     def forward(self, sr: Tensor, gt: Tensor) -> Tensor:
         """Features of the super-resolved image and of the ground truth, (B, C, H, W) each."""

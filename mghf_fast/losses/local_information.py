@@ -13,13 +13,17 @@ from ..reference.sinkhorn import COSTS
 AUTO_PATCH_SIZES = (32, 16, 8)
 
 
+def _auto_sizes(downscale: int) -> list[int]:
+    return [s for s in AUTO_PATCH_SIZES if s % downscale == 0 and s >= 2 * downscale]
+
+
 class LocalInformationLoss(nn.Module):
     """LIP: projected patches of every map, contrasted with transported negatives (MGHF eq. 8).
 
     Args:
-        patch_size: 32, or ``"auto"``: the largest of 32, 16 and 8 that fits the features, with the
-            stride scaled alike, for small images and latents.
-        stride: distance between patches in pixels, at ``patch_size`` 32.
+        patch_size: side of a patch in image pixels: 32, or ``"auto"``: the largest of 32, 16 and 8
+            that fits the image, with the stride scaled alike, for small images and latents.
+        stride: distance between patches in image pixels, at ``patch_size`` 32.
         temperature, epsilon, iterations, negative_weight, cost, plan_gradient: as in
             :func:`functional.monce_loss`.
         patch_reduction: over a map's patches, ``"mean"`` or ``"sum"`` (eq. 8 literally); over maps
@@ -28,6 +32,9 @@ class LocalInformationLoss(nn.Module):
         seed: of the projection.
         reduction: ``"mean"`` for a scalar, ``"none"`` for (B,).
         backend: ``"auto"`` or a backend's name.
+        downscale: image pixels to a pixel of the features, on each side; it must divide
+            ``patch_size`` and ``stride``. ``"auto"`` takes of its patches those of at least 2
+            pixels of the features and rounds their strides down to whole ones.
     """
 
     def __init__(
@@ -46,6 +53,7 @@ class LocalInformationLoss(nn.Module):
         seed: int = 0,
         reduction: str = "mean",
         backend: str | None = None,
+        downscale: int = 1,
     ) -> None:
         super().__init__()
         if isinstance(patch_size, str):
@@ -53,6 +61,19 @@ class LocalInformationLoss(nn.Module):
         else:
             check.check_integer("patch_size", patch_size, 1)
         check.check_integer("stride", stride, 1)
+        check.check_integer("downscale", downscale, 1)
+        automatic = _auto_sizes(downscale)
+        if patch_size == "auto" and not automatic:
+            raise ValueError(
+                f"patch_size 'auto' takes features at 1/{AUTO_PATCH_SIZES[0] // 2} of the "
+                f"resolution at the least, got the extractor's downscale {downscale}"
+            )
+        largest = patch_size if isinstance(patch_size, int) else AUTO_PATCH_SIZES[0]
+        if largest % downscale or stride % downscale:
+            raise ValueError(
+                f"patch_size and stride must be multiples of the extractor's downscale {downscale} "
+                f"(image pixels to a pixel of its features), got {largest} and {stride}"
+            )
         check.check_choice("cost", cost, COSTS)
         check.check_choice("plan_gradient", plan_gradient, PLAN_GRADIENTS)
         check.check_choice("patch_reduction", patch_reduction, ("mean", "sum"))
@@ -64,39 +85,56 @@ class LocalInformationLoss(nn.Module):
         ):
             check.check_number(name, value, positive=True)
         check.check_integer("iterations", iterations, 1)
-        self.patch_size, self.stride = patch_size, stride
+        self.patch_size, self.stride, self.downscale = patch_size, stride, downscale
         self.temperature, self.epsilon, self.iterations = temperature, epsilon, iterations
         self.negative_weight, self.cost, self.plan_gradient = negative_weight, cost, plan_gradient
         self.patch_reduction, self.reduction, self.backend = patch_reduction, reduction, backend
+        # From the side of a patch to the stride, in pixels of the features.
         if isinstance(patch_size, int):
-            strides = {patch_size: stride}
+            strides = {patch_size // downscale: stride // downscale}
         else:
-            strides = {size: max(stride * size // 32, 1) for size in AUTO_PATCH_SIZES}
+            strides = {
+                size // downscale: max(stride * size // (AUTO_PATCH_SIZES[0] * downscale), 1)
+                for size in automatic
+            }
         self.projections = nn.ModuleDict(
             {
-                str(size): PatchProjection(size, step, trainable=trainable_projection, seed=seed)
-                for size, step in strides.items()
+                str(side * downscale): PatchProjection(
+                    side, step, trainable=trainable_projection, seed=seed
+                )
+                for side, step in strides.items()
             }
         )
 
-    def _projection(self, x: Tensor) -> PatchProjection:
-        sizes = [int(size) for size in self.projections]
-        side = min(x.shape[2:])
-        fitting = [size for size in sizes if size <= side]
-        if not fitting:
-            advice = (
-                "" if self.patch_size == "auto" else "; patch_size='auto' takes 8 pixels and up"
-            )
+    def check_size(self, height: int, width: int) -> None:
+        """Refuses an image, sides in pixels, that holds no patch.
+
+        Raises:
+            ValueError: a side is below the smallest patch's.
+        """
+        least = min(int(size) for size in self.projections)
+        if min(height, width) < least:
+            smaller = [] if self.patch_size == "auto" else _auto_sizes(self.downscale)
+            advice = f"; patch_size='auto' takes {smaller[-1]} pixels and up" if smaller else ""
             raise ValueError(
-                f"sr must be at least {min(sizes)} pixels high and wide for patch_size "
-                f"{self.patch_size!r}, got {x.shape[2]} x {x.shape[3]}{advice}"
+                f"sr must be at least {least} pixels high and wide for patch_size "
+                f"{self.patch_size!r}, got {height} x {width}{advice}"
             )
+
+    def _projection(self, x: Tensor) -> PatchProjection:
+        height, width = (side * self.downscale for side in x.shape[2:])
+        self.check_size(height, width)
+        fitting = [size for size in map(int, self.projections) if size <= min(height, width)]
         projection = self.projections[str(max(fitting))]
         assert isinstance(projection, PatchProjection)
         return projection
 
     def forward(self, sr: Tensor, gt: Tensor) -> Tensor:
-        """Features of the super-resolved image and of the ground truth, (B, C, H, W) each."""
+        """Features of the super-resolved image and of the ground truth, (B, C, H, W) each.
+
+        Raises:
+            ValueError: H or W times ``downscale`` is below a patch's side.
+        """
         return self._compare(sr, gt, self._projection_of(sr, gt)(sr, backend=self.backend))
 
     def compare_and_pass(self, sr: Tensor, gt: Tensor) -> tuple[Tensor, Tensor]:

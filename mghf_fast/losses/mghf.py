@@ -12,10 +12,12 @@ from .. import _checks as check
 from .. import functional, weights
 from ..backends import check_backend
 from ..nn import DetailFeatureExtractor
+from ..precision import accumulation_dtype
 from .content_style import ContentStyleLoss
 from .local_information import LocalInformationLoss
 
 VARIANTS = ("c", "n")
+TERMS = ("naive", "csc", "csc_mse", "csc_correlation", "csc_gram", "lip")
 INPUT_RANGES = (None, "0,1", "-1,1")
 
 
@@ -31,6 +33,17 @@ class Preset:
     gamma: float
     stride: int
 
+    def factors(self) -> dict[str, float]:
+        """What the total takes each term times, by the names of :meth:`MGHFLoss.terms`."""
+        (gamma1, gamma2, gamma3), (beta1, beta2, beta3) = self.gammas, self.betas
+        return {
+            "naive": gamma1,
+            "csc_mse": gamma2 * beta1,
+            "csc_correlation": gamma2 * beta2,
+            "csc_gram": gamma2 * beta3,
+            "lip": gamma3,
+        }
+
 
 PRESETS = {
     "2026": Preset((2, 2, 8e-2), (6e-3, 1e-1, 5e-4), 1.1, 2**0.5, 24),
@@ -45,7 +58,8 @@ DEFAULT_EXTRACTOR = "procedural-v1"
 
 
 def random_extractor() -> DetailFeatureExtractor:
-    """An untrained extractor, the same in every process."""
+    """An untrained extractor with the curved start (:mod:`mghf_fast.nn.start`), the same in every
+    process."""
     # Drawn on the CPU, as a GPU draws other numbers.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(0)
@@ -64,6 +78,25 @@ def named_extractor(name: str) -> DetailFeatureExtractor:
     return random_extractor() if name == RANDOM else DetailFeatureExtractor.from_pretrained(name)
 
 
+def downscale_of(extractor: nn.Module) -> int:
+    """Image pixels to a pixel of the extractor's features: its attribute ``downscale``, 1 without
+    (a layer of that name says nothing).
+
+    Raises:
+        TypeError, ValueError: the attribute is a number, but no integer of 1 or more.
+    """
+    downscale = getattr(extractor, "downscale", 1)
+    if not isinstance(downscale, (int, float)):
+        return 1
+    check.check_integer("extractor.downscale", downscale, 1)
+    return int(downscale)
+
+
+def _nothing(sr: Tensor, gt: Tensor) -> Tensor:
+    """(B,): 0 with a gradient of 0, NaN for an image that holds a NaN or an infinity."""
+    return (0 * sr + 0 * gt).flatten(1).sum(1, dtype=accumulation_dtype(sr.dtype))
+
+
 class MGHFLoss(nn.Module):
     """MGHF perceptual loss for image super-resolution, a drop-in for LPIPS or a VGG loss.
 
@@ -74,15 +107,24 @@ class MGHFLoss(nn.Module):
         variant: ``"c"`` comprehensive or ``"n"`` naive.
         preset: ``"2026"``, ``"2025"`` or a :class:`Preset` of one's own.
         extractor: any module (B, 3, H, W) -> (B, C, h, w); a frozen copy of it is kept, the module
-            itself stays as it is. Or a name: ``"procedural-v1"``, which ``None`` means too, a
-            :class:`DetailFeatureExtractor` trained on procedural textures as a substitute for
-            ImageNet weights; or ``"random"``, an untrained one with a fixed seed.
+            itself stays as it is. One whose features are at 1/r of the image's resolution says so
+            by an integer attribute ``downscale``, as :class:`DetailFeatureExtractor` does; without
+            it a pixel of the features counts as one of the image. Or a name: ``"procedural-v1"``,
+            which ``None`` means too, a :class:`DetailFeatureExtractor` trained on procedural
+            textures as a substitute for ImageNet weights; or ``"random"``, an untrained one with
+            the curved start and a fixed seed. (PyTorch's own initialisation, with which MGHF-n is
+            close to an MSE of pixels, is ``DetailFeatureExtractor(init="linear", clamp=None)``.)
         top_m: feature maps kept by the entropy score; default C // 2.
         reduction: ``"mean"`` for a scalar, ``"none"`` for one value per image, (B,).
         input_range: ``"0,1"`` maps images from [0, 1] to the [-1, 1] an extractor is trained on;
             ``"-1,1"`` and ``None`` pass them on unchanged. Nothing is clamped.
         backend: ``"auto"`` or a backend's name, for every op of the loss.
-        patch_size: of the local term, 32 or ``"auto"`` for images below 32 pixels.
+        patch_size: of the local term, 32 or ``"auto"`` for images below 32 pixels: in image pixels,
+            like the preset's stride. The extractor's ``downscale`` must divide both.
+
+    A term of MGHF-c whose weight is 0 is not computed; but the content-style terms come out of one
+    op, MGHF-n included, which runs if one of the three has a weight. Images of which a side is no
+    multiple of ``downscale`` are continued by the extractor, patches included.
 
     It computes in the extractor's dtype, float32 unless the loss was cast, also under autocast. No
     gradient reaches ``gt`` or the extractor. A NaN or an infinity in an image gives a NaN loss.
@@ -138,8 +180,18 @@ class MGHFLoss(nn.Module):
             backend=self.backend,
         )
         self.local_information = LocalInformationLoss(
-            patch_size, preset.stride, reduction="none", backend=self.backend
+            patch_size,
+            preset.stride,
+            reduction="none",
+            backend=self.backend,
+            downscale=downscale_of(extractor) if "lip" in self._weighted() else 1,
         )
+
+    def _weighted(self) -> list[str]:
+        """The terms whose weight is not 0."""
+        if self.variant == "n":
+            return ["naive"]
+        return [name for name, factor in self.preset.factors().items() if factor]
 
     def train(self, mode: bool = True) -> MGHFLoss:
         super().train(mode)
@@ -156,41 +208,61 @@ class MGHFLoss(nn.Module):
         return features
 
     def _terms(self, sr: Tensor, gt: Tensor) -> dict[str, Tensor]:
-        """Every term, (B,) each."""
+        """The total and every term that has a weight, (B,) each."""
         for name, image in (("sr", sr), ("gt", gt)):
             check.check_tensor(name, image, "(B, 3, H, W)")
         check.check_pair("sr", sr, "gt", gt)
         parameter = next(self.extractor.parameters(), sr)
         check.check_device("sr", sr, "the loss (move it with .to(device))", parameter)
+        weighted = self._weighted()
+        if self.local_information.downscale > 1:
+            self.local_information.check_size(sr.shape[2], sr.shape[3])  # before it is padded
         with torch.autocast(sr.device.type, enabled=False):
-            dtype = parameter.dtype
+            sr, gt = sr.to(parameter.dtype), gt.detach().to(parameter.dtype)
+            if not weighted:
+                return {"total": _nothing(sr, gt)}
             with torch.no_grad():
-                gt_features = self._features(gt.to(dtype))
-            sr_features = self._features(sr.to(dtype))
+                gt_features = self._features(gt)
+            sr_features = self._features(sr)
             if self.variant == "n":
                 naive = functional.naive_term(gt_features, sr_features, backend=self.backend)
                 return {"total": naive, "naive": naive}
-            # Both terms differentiate into one gradient of the features. What comes later in the
-            # forward is differentiated first, so gt's features are released before the rest.
-            lip, sr_features = self.local_information.compare_and_pass(sr_features, gt_features)
-            style = self.content_style.terms(sr_features, gt_features)
-            csc = self.content_style.combine(style)
-            gamma1, gamma2, gamma3 = self.preset.gammas
-            return {
-                "total": gamma1 * style.naive + gamma2 * csc + gamma3 * lip,
-                "naive": style.naive,
-                "csc": csc,
-                "csc_mse": style.mse,
-                "csc_correlation": style.correlation,
-                "csc_gram": style.gram,
-                "lip": lip,
-            }
+            terms: dict[str, Tensor] = {}
+            if "lip" in weighted and len(weighted) > 1:
+                # Two uses of the features differentiate into one gradient. What comes later in the
+                # forward is differentiated first, so gt's features are released before the rest.
+                terms["lip"], sr_features = self.local_information.compare_and_pass(
+                    sr_features, gt_features
+                )
+            elif "lip" in weighted:
+                terms["lip"] = self.local_information(sr_features, gt_features)
+            if any(name.startswith("csc") for name in weighted):
+                style = self.content_style.terms(sr_features, gt_features)
+                terms["naive"], terms["csc"] = style.naive, self.content_style.combine(style)
+                terms["csc_mse"], terms["csc_correlation"] = style.mse, style.correlation
+                terms["csc_gram"] = style.gram
+            elif "naive" in weighted:
+                terms["naive"] = functional.naive_term(
+                    gt_features, sr_features, backend=self.backend
+                )
+            else:
+                terms["naive"] = _nothing(sr, gt)  # LIP sees only pixels that a patch covers
+        gamma1, gamma2, gamma3 = self.preset.gammas
+        total = gamma1 * terms["naive"]  # NaN if the images hold one, without a weight too
+        if "csc" in terms:
+            total = total + gamma2 * terms["csc"]
+            weighted.append("csc")
+        if "lip" in terms:
+            total = total + gamma3 * terms["lip"]
+        return {"total": total, **{name: terms[name] for name in TERMS if name in weighted}}
 
     def terms(self, sr: Tensor, gt: Tensor) -> dict[str, Tensor]:
         """Every term by name, reduced like the loss and not yet weighted by the preset.
 
         ``total`` is the loss itself. For ``variant="c"``: ``naive``, ``csc`` (the weighted sum of
-        ``csc_mse``, ``csc_correlation`` and ``csc_gram``) and ``lip``; for ``"n"``: ``naive``.
+        ``csc_mse``, ``csc_correlation`` and ``csc_gram``) and ``lip``, as far as the preset gives
+        them a weight that is not 0 (``csc`` if it does to one of the three); for ``"n"``:
+        ``naive``.
         """
         terms = self._terms(sr, gt)
         if self.reduction == "none":
@@ -202,7 +274,7 @@ class MGHFLoss(nn.Module):
 
         Raises:
             TypeError: not tensors, not floating-point, or of different dtypes.
-            ValueError: shapes or devices differ, channels do not fit the extractor, or the features
-                are smaller than a patch.
+            ValueError: shapes or devices differ, channels do not fit the extractor, or the image or
+                its features are smaller than a patch.
         """
         return self.terms(sr, gt)["total"]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import functional
 from ..losses import MGHFLoss
-from ..losses.mghf import Preset
+from ..losses.mghf import Preset, downscale_of
 from ..nn import DetailFeatureExtractor, PatchProjection
 from ..reference.content_style import importance_weights
 from . import shares
@@ -34,11 +34,13 @@ class Comparison:
     """What two pictures have to do with each other.
 
     Attributes:
-        terms: the unweighted terms of MGHF-c and its total, by the names of ``MGHFLoss.terms``.
+        terms: the unweighted terms of MGHF-c and its total, by the names of ``MGHFLoss.terms``;
+            those that the preset gives a weight.
         weighted: what each term contributes to the total: they add up to it.
         shares: by term, and for ``total``, (H, W), mean over pixels the term (``total``: weighted).
+            Of features at 1/r of the resolution, a share is even over the r x r pixels of one.
         gradient: length of the gradient of the total to the second picture's pixels, (H, W).
-        corners: top and left of every patch.
+        corners: top and left of every patch, image pixels.
         links: the strongest links, strongest first; none if there is a single patch.
     """
 
@@ -52,7 +54,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Analysis:
-    """One picture or two, (C, H, W) features each.
+    """One picture or two, (C, H, W) features each ((C, H / r, W / r) of a squeezed extractor).
 
     Attributes:
         features: of each picture.
@@ -130,16 +132,8 @@ def analyse(loss: MGHFLoss, images: list[Tensor], links: int = 30) -> Analysis:
 
 def contributions(terms: dict[str, float], preset: Preset) -> dict[str, float]:
     """What each term adds to the total."""
-    gamma1, gamma2, gamma3 = preset.gammas
-    beta1, beta2, beta3 = preset.betas
-    factors = {
-        "naive": gamma1,
-        "csc_mse": gamma2 * beta1,
-        "csc_correlation": gamma2 * beta2,
-        "csc_gram": gamma2 * beta3,
-        "lip": gamma3,
-    }
-    return {name: factor * terms[name] for name, factor in factors.items()}
+    factors = preset.factors()
+    return {name: factor * terms[name] for name, factor in factors.items() if name in terms}
 
 
 def _compare(loss: MGHFLoss, images: list[Tensor], found: Analysis, links: int) -> Comparison:
@@ -155,19 +149,30 @@ def _compare(loss: MGHFLoss, images: list[Tensor], found: Analysis, links: int) 
     height, width = images[0].shape[1:]
     kept, weights = found.order[: found.kept], found.weights[: found.kept]
     (g, s), (kept_g, kept_s) = found.features, (f[kept] for f in found.features)
-    patch_losses, plan = _patches(loss, g, s)
+    squeeze = downscale_of(loss.extractor)
     stride = loss.local_information.stride
+    sizes = (*g.shape[1:], PATCH // squeeze, stride // squeeze)
     parts = {
         "naive": shares.naive(g, s),
         "csc_mse": shares.mse(kept_g, kept_s, weights),
         "csc_correlation": shares.correlation(kept_g, kept_s),
         "csc_gram": shares.gram(kept_g, kept_s, weights),
-        "lip": shares.lip(patch_losses, height, width, PATCH, stride),
     }
-    factors = contributions(dict.fromkeys(parts, 1.0), loss.preset)
-    parts["total"] = torch.stack([factors[name] * part for name, part in parts.items()]).sum(0)
-    corners = shares.patch_corners(height, width, PATCH, stride)
-    strongest = strongest_links(plan, links)
+    corners: list[tuple[int, int]] = []
+    strongest: list[Link] = []
+    if "lip" in values:
+        patch_losses, plan = _patches(loss, g, s)
+        parts["lip"] = shares.lip(patch_losses, *sizes)
+        corners = [(squeeze * y, squeeze * x) for y, x in shares.patch_corners(*sizes)]
+        strongest = strongest_links(plan, links)
+    parts = {
+        name: shares.enlarged(part, squeeze, height, width)
+        for name, part in parts.items()
+        if name in values
+    }
+    factors = loss.preset.factors()
+    total = sum((factors[name] * part for name, part in parts.items()), torch.zeros(height, width))
+    parts["total"] = total
     magnitude = shares.gradient_magnitude(gradient[0])
     return Comparison(values, weighted, parts, magnitude, corners, strongest)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..losses.mghf import PRESETS
+from ..losses.mghf import PRESETS, downscale_of
 
 MAPS, LINKS, WIDTH = 8, 30, 1040
 
@@ -97,10 +97,11 @@ def run(args: argparse.Namespace) -> int:
     found = analysis.analyse(loss, [picture.image for picture in shown], args.links)
     left, top, width, height = crop
     what = "the default extractor" if args.extractor is None else Path(args.extractor).name
-    text = (
-        f"{width} x {height} pixels from ({left}, {top}), {what}, "
-        f"{len(found.features[0])} feature maps, preset {args.preset}."
-    )
+    squeeze = downscale_of(loss.extractor)
+    maps = f"{len(found.features[0])} feature maps"
+    if squeeze > 1:
+        maps += f" at 1/{squeeze} of the resolution"
+    text = f"{width} x {height} pixels from ({left}, {top}), {what}, {maps}, preset {args.preset}."
     whom = "it" if len(shown) == 1 else "them"
     title = f"{' and '.join(picture.name for picture in shown)}, as MGHF sees {whom}"
     sections = figure.sections(shown, found, args.maps, args.width)

@@ -76,6 +76,7 @@ def _pictures(pictures: Sequence[Picture], found: Analysis, page: int) -> Sectio
         if total
         else (name, "0", 0.0)
         for term, name in TERM_NAMES.items()
+        if term in comparison.weighted
     ]
     chart = canvas.shares_chart(rows, width, max(gt.height, 210), f"MGHF-c {total:.4g}, made of")
     return Section(
@@ -195,6 +196,8 @@ def _terms(pictures: Sequence[Picture], comparison: Comparison, page: int) -> Se
     picture = pictures[1].image
     panels = []
     for term, name in {**TERM_NAMES, "total": "all of them, weighted"}.items():
+        if term not in comparison.shares:
+            continue
         over = colours.signed_over if term == "csc_gram" else colours.heat_over
         image = canvas.to_image(over(picture, comparison.shares[term]))
         value = comparison.terms[term]
@@ -210,8 +213,8 @@ def _terms(pictures: Sequence[Picture], comparison: Comparison, page: int) -> Se
     ]
     panels.append(Panel("", canvas.scale_bars(legend, page)))
     text = (
-        "The mean of a heat map over the picture is its term, without its weight; the sixth adds "
-        "them up with their weights. Every map has a scale of its own."
+        "The mean of a heat map over the picture is its term, without its weight; the one of all "
+        "of them adds them up with their weights. Every map has a scale of its own."
     )
     return Section("Where the terms come from", text, panels)
 

@@ -12,6 +12,7 @@ is the term (MGHF eqs. 2 to 8; the notation is that of reference/content_style.p
     lip          a patch's loss, mean over maps, averaged over the patches that cover a pixel, and
                  scaled as a whole so that the mean is the term; 0 where no patch reaches.
 
+All of them at the resolution of the features; :func:`enlarged` brings them to the image's.
 A share says which pixels a term is made of; where a change would matter most is the gradient.
 """
 
@@ -72,6 +73,22 @@ def lip(losses: Tensor, height: int, width: int, patch_size: int, stride: int) -
     share = total / count.clamp_min(1)
     mean = share.mean()
     return share * (losses.mean() / mean) if mean > 0 else share
+
+
+def enlarged(share: Tensor, factor: int, height: int, width: int) -> Tensor:
+    """A share of features at 1 / ``factor`` of the resolution, (ceil(H / factor),
+    ceil(W / factor)) -> (H, W), of the same mean: each value stands evenly over the pixels of the
+    image that its features are made of."""
+    if factor == 1:
+        return share
+    for dim, side in enumerate((height, width)):
+        # Of the last row or column only a part lies in the image.
+        inside = share.new_full((share.shape[dim],), factor)
+        inside[-1] = side - factor * (share.shape[dim] - 1)
+        each = side / share.shape[dim] / inside
+        share = share * (each[:, None] if dim == 0 else each)
+        share = share.repeat_interleave(factor, dim).narrow(dim, 0, side)
+    return share
 
 
 def gradient_magnitude(gradient: Tensor) -> Tensor:

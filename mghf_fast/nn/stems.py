@@ -1,0 +1,99 @@
+"""What stands before the invertible blocks and gives them their channels."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+STEMS = ("conv", "residual", "squeeze")
+
+
+class ResidualStem(nn.Module):
+    """A ResNet basic block: two 3x3 convolutions and a 1x1 shortcut, each with batch norm."""
+
+    def __init__(self, in_channels: int, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(channels)
+        self.shortcut = nn.Conv2d(in_channels, channels, 1, bias=False)
+        self.shortcut_norm = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+        return F.relu(y + self.shortcut_norm(self.shortcut(x)))
+
+
+def reflected(x: Tensor, dim: int, count: int) -> Tensor:
+    """``x`` continued by ``count`` entries of its mirror image past the end of ``dim``, which is
+    longer than ``count``."""
+    # torch.nn.functional.pad adds up its gradient in another order on every run on a GPU.
+    if not count:
+        return x
+    return torch.cat((x, x.narrow(dim, x.shape[dim] - 1 - count, count).flip(dim)), dim)
+
+
+class SqueezeStem(nn.Module):
+    """Space to depth, then an orthogonal lift to more channels: at 1/r of the resolution, and
+    invertible.
+
+    Pixel (r i + p, r j + q) of colour k becomes channel (k r + p) r + q at (i, j), the order of
+    :func:`torch.nn.functional.pixel_unshuffle`. Sides that are no multiple of r are continued by
+    reflection.
+
+    Args:
+        in_channels: of the image.
+        channels: C, at least ``in_channels`` r^2, or the lift would lose some of the image.
+        squeeze: r.
+    """
+
+    def __init__(self, in_channels: int, channels: int, squeeze: int) -> None:
+        super().__init__()
+        self.in_channels, self.squeeze = in_channels, squeeze
+        self.lift = nn.Linear(in_channels * squeeze**2, channels, bias=False)
+        nn.init.orthogonal_(self.lift.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, H, W) -> (B, C, ceil(H / r), ceil(W / r)), channels_last; dtype of the
+        image, under autocast float32 at least.
+
+        Raises:
+            ValueError: a side of fewer than r pixels.
+        """
+        r = self.squeeze
+        if min(x.shape[2:]) < r:
+            raise ValueError(
+                f"image must be at least {r} pixels high and wide for squeeze {r}, got "
+                f"{x.shape[2]} x {x.shape[3]}"
+            )
+        # Autocast leaves the blocks' arithmetic in float32, and so this.
+        autocast = torch.is_autocast_enabled(x.device.type)
+        weight, given = self.lift.weight, x.dtype
+        dtype = torch.promote_types(given, weight.dtype)
+        x = reflected(reflected(x, 2, -x.shape[2] % r), 3, -x.shape[3] % r)
+        batch, colours, height, width = x.shape
+        x = x.reshape(batch, colours, height // r, r, width // r, r).permute(0, 2, 4, 1, 3, 5)
+        x = x.reshape(batch, height // r, width // r, colours * r * r)
+        with torch.autocast(x.device.type, enabled=False):
+            lifted = F.linear(x.to(dtype), weight.to(dtype)).permute(0, 3, 1, 2)
+        return lifted if autocast else lifted.to(given)
+
+    @torch.no_grad()
+    def inverse(self, y: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, in_channels, r h, r w): the padded image whose features are nearest
+        to ``y``, by least squares."""
+        r = self.squeeze
+        undo = torch.linalg.pinv(self.lift.weight.double()).to(y.dtype)
+        x = F.linear(y.permute(0, 2, 3, 1), undo)
+        return F.pixel_shuffle(x.permute(0, 3, 1, 2).contiguous(), r)
+
+
+def make_stem(kind: str, in_channels: int, channels: int, squeeze: int) -> nn.Module:
+    """The stem of one of ``STEMS``."""
+    if kind == "conv":
+        return nn.Conv2d(in_channels, channels, 3, padding=1)
+    if kind == "residual":
+        return ResidualStem(in_channels, channels)
+    return SqueezeStem(in_channels, channels, squeeze)
