@@ -20,6 +20,10 @@ COMMANDS = {
         "mghf_fast.demo.command",
         "fine-tune a small SR network with MGHF-c and with L1 on photographs, and compare",
     ),
+    "evaluate": (
+        "mghf_fast.evaluate.command",
+        "PSNR, SSIM, ST-LPIPS and NIQE of super-resolved pictures against their ground truths",
+    ),
     "visualize": (
         "mghf_fast.visualize.command",
         "feature maps, entropies and weights of a picture; of two, where the loss comes from",
@@ -37,7 +41,10 @@ COMMANDS = {
         "versions, backends and why one is missing, build facts, a numerical self-check",
     ),
 }
-INSTALL = {name: f'pip install "mghf_fast[{name}]"' for name in ("demo", "pretrain", "visualize")}
+INSTALL = {
+    name: f'pip install "mghf_fast[{name}]"'
+    for name in ("demo", "evaluate", "pretrain", "visualize")
+}
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,0 +1,1 @@
+"""How super-resolved pictures are measured: ``mghf-fast evaluate``, the demo and the studies."""

@@ -1,0 +1,192 @@
+"""Which pictures belong together, and how one is read."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from ..demo.photographs import SUFFIXES, printable
+from .metrics import Pixels
+
+SHOWN_NAMES = 8
+"""Of the names in an error; of the others it says how many there are."""
+
+# What tools put behind a picture's name: x4, 4x, SRF_4, SR, HR, GT, LR4, out ...
+_MARK = r"(?:x\d+(?:\.\d+)?|\d+x|srf[_-]?\d+|sr|hr|gt|lr\d*|lq|hq|out|output|result)"
+_MARKS = re.compile(rf"(?:[ ._-]{_MARK})+$", re.IGNORECASE)
+_TURNED = (5, 6, 7, 8)
+"""EXIF orientations that swap height and width."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A super-resolved picture's file and its ground truth's, and the name they are shown by."""
+
+    name: str
+    sr: Path
+    hr: Path
+
+
+def pair(sr: Path, hr: Path) -> list[Pair]:
+    """Two pictures, or the pictures of two folders by name.
+
+    In folders the names without suffix must be equal; those that are not are compared without what
+    tools append (``name_x4``, ``name_SR``). Subfolders and files that are no pictures are left
+    alone.
+
+    Raises:
+        FileNotFoundError: one of the two does not exist.
+        ValueError: a file beside a folder, a folder without pictures, names without a partner, or
+            names that fit more than one.
+    """
+    for what, path in (("SR", sr), ("HR", hr)):
+        if not path.exists():
+            raise FileNotFoundError(f"{what}: there is no {_shown(path)}")
+    if sr.is_dir() != hr.is_dir():
+        folder, file = (sr, hr) if sr.is_dir() else (hr, sr)
+        raise ValueError(
+            f"SR and HR must be two pictures or two folders; {_shown(folder)} is a folder and "
+            f"{_shown(file)} is not"
+        )
+    if not sr.is_dir():
+        return [Pair(printable(sr.name), sr, hr)]
+
+    left, right = _by_name(sr, "SR"), _by_name(hr, "HR")
+    exact = left.keys() & right.keys()
+    pairs = [Pair(printable(name), left[name], right[name]) for name in exact]
+    rest_sr = _without_marks({n: p for n, p in left.items() if n not in exact}, "SR", sr)
+    rest_hr = _without_marks({n: p for n, p in right.items() if n not in exact}, "HR", hr)
+    both = rest_sr.keys() & rest_hr.keys()
+    pairs += [Pair(printable(name), rest_sr[name], rest_hr[name]) for name in both]
+    lone = [
+        f"{what} {_listed([p.name for n, p in sorted(rest.items()) if n not in both])}"
+        for what, rest in (("SR", rest_sr), ("HR", rest_hr))
+        if rest.keys() - both
+    ]
+    if lone:
+        raise ValueError(
+            f"every picture needs a partner of its name in the other folder; {len(pairs)} have "
+            f"one; without: {'; '.join(lone)}"
+        )
+    return sorted(pairs, key=lambda p: p.name)
+
+
+def _by_name(folder: Path, what: str) -> dict[str, Path]:
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
+    if not files:
+        raise ValueError(
+            f"{what}: there is no picture in the folder {_shown(folder)} (subfolders are not "
+            f"searched; pictures are {', '.join(sorted(SUFFIXES))})"
+        )
+    return _unique([(file.stem, file) for file in files], what, folder)
+
+
+def _without_marks(files: dict[str, Path], what: str, folder: Path) -> dict[str, Path]:
+    return _unique([(_MARKS.sub("", name), file) for name, file in files.items()], what, folder)
+
+
+def _unique(named: Sequence[tuple[str, Path]], what: str, folder: Path) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for name, file in named:
+        if name in found:
+            raise ValueError(
+                f"{what}: {_listed([found[name].name, file.name])} in {_shown(folder)} both stand "
+                f"for the name {printable(name)!r}; one of them must go"
+            )
+        found[name] = file
+    return found
+
+
+def _listed(names: list[str]) -> str:
+    text = ", ".join(printable(name) for name in names[:SHOWN_NAMES])
+    more = len(names) - SHOWN_NAMES
+    return text if more <= 0 else f"{text} and {more} more"
+
+
+def _shown(path: Path) -> str:
+    return printable(str(path))
+
+
+def check_sizes(pairs: list[Pair], border: int = 0) -> None:
+    """Looks into the files' headers, so that a wrong one is found before anything is computed.
+
+    Raises:
+        ValueError: pictures of different sizes, a file that is no picture, or a picture of which a
+            ``border`` on each side leaves nothing; it names them.
+        OSError: the system does not give a file.
+    """
+    unequal = []
+    for p in pairs:
+        sr, hr = _size(p.sr), _size(p.hr)
+        if sr != hr:
+            unequal.append(
+                f"{_shown(p.sr)} is {sr[0]} x {sr[1]} and {_shown(p.hr)} is {hr[0]} x {hr[1]}"
+            )
+        elif min(hr) <= 2 * border:
+            raise ValueError(
+                f"--border {border} leaves nothing of {printable(p.hr.name)}, which is {hr[0]} x "
+                f"{hr[1]}"
+            )
+    if unequal:
+        more = f" ({len(unequal)} pairs in all)" if len(unequal) > 3 else ""
+        raise ValueError(
+            f"SR and HR must be of one size (width x height): {'; '.join(unequal[:3])}{more}"
+        )
+
+
+def _size(path: Path) -> tuple[int, int]:
+    """Width and height of a picture as it is looked at."""
+    with path.open("rb"):  # what the system says of a missing file is clearer than a decoder
+        pass
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path) as image:
+                width, height = image.size
+                turned = image.getexif().get(0x0112) in _TURNED
+                return (height, width) if turned else (width, height)
+    except Exception as error:  # a decoder may raise nearly anything on a broken file
+        raise _unreadable(path, error) from error
+
+
+def read(path: Path) -> tuple[Pixels, bool]:
+    """One picture: ``(H, W, 3)`` of uint8, upright.
+
+    A grey one gets three equal channels. A transparent one is laid on white, as what its hidden
+    pixels hold is nobody's to judge.
+
+    Returns:
+        The pixels, and whether any was transparent.
+
+    Raises:
+        ValueError: the file is no picture, or not one of 8 bits a channel.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path) as opened:
+                image = ImageOps.exif_transpose(opened)
+                image.load()
+    except Exception as error:  # as above
+        raise _unreadable(path, error) from error
+    if image.mode[0] in "IF":
+        raise ValueError(f"{_shown(path)}: its pixel format {image.mode} is not 8 bits a channel")
+    transparent = False
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        low = image.getchannel("A").getextrema()[0]
+        transparent = isinstance(low, int | float) and low < 255
+        if transparent:
+            page = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(page, image)
+    return np.asarray(image.convert("RGB"), dtype=np.uint8), transparent
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{_shown(path)}: not readable as a picture ({type(error).__name__})")
