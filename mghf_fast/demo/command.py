@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=FINE_TUNE_STEPS,
         metavar="N",
-        help="fine-tuning steps of each of the two trainings (default: %(default)s)",
+        help="fine-tuning steps of each training (default: %(default)s)",
     )
     parser.add_argument(
         "--images",
@@ -30,6 +30,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=Path("demo_output"),
         metavar="DIR",
         help="where report.html, metrics.json and comparison.png go (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--from-scratch",
+        action="store_true",
+        help="train the start network first, for a moment, instead of taking the one that ships",
+    )
+    parser.add_argument(
+        "--ablation",
+        action="store_true",
+        help="instead of the comparison: the rows of the paper's Tables 4 and 6 (each term of the "
+        "loss alone and together, a VGG loss, LPIPS), 11 trainings in all; writes ablation.json",
     )
     parser.add_argument(
         "--seed",
@@ -49,9 +60,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the demo; returns 0. Mistakes are errors, which the command line tells."""
     settings = DemoSettings(
-        out=args.out, images=args.images, steps=args.steps, seed=args.seed, threads=args.threads
+        out=args.out,
+        images=args.images,
+        steps=args.steps,
+        seed=args.seed,
+        threads=args.threads,
+        from_scratch=args.from_scratch,
     )
     from . import run as run_demo
+    from . import run_ablation
 
-    run_demo(settings)
+    if args.ablation:
+        run_ablation(settings)
+    else:
+        run_demo(settings)
     return 0

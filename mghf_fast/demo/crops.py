@@ -10,11 +10,10 @@ from PIL.PngImagePlugin import PngInfo
 
 from .output import GENERATOR
 from .photographs import Pixels
-from .pipeline import BICUBIC, GROUND_TRUTH, L1, MGHF, Result
-from .train import CROP
+from .pipeline import GROUND_TRUTH, L1, MGHF, START, Result
 
 COLUMNS = {
-    BICUBIC: "LR, bicubic",
+    START: "start",
     L1: "L1 alone",
     MGHF: "L1 + MGHF-c",
     GROUND_TRUTH: "ground truth",
@@ -39,7 +38,7 @@ def png(pixels: Pixels) -> bytes:
 
 def comparison_strip(result: Result, zoom: int = 2) -> bytes:
     """All crops in one labelled PNG: a row for each photograph, a column for each method."""
-    gap, header, tile = 6, 30, CROP * zoom
+    gap, header, tile = 6, 30, result.held_out[0].side * zoom
     rows = len(result.held_out)
     size = (4 * tile + 5 * gap, header + rows * (tile + gap))
     strip = Image.new("RGB", size, "white")

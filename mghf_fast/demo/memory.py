@@ -60,7 +60,9 @@ class PeakMemory:
     def _watch(self) -> None:
         while not self._stop.wait(0.005):
             if self._watching:
-                self._peak = max(self._peak, resident_bytes() or 0)
+                level = resident_bytes() or 0
+                if self._watching:  # a pause may have begun before the level was read
+                    self._peak = max(self._peak, level)
 
     def __exit__(
         self,

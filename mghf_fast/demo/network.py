@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load
 from torch import Tensor, nn
 
+from .. import weights
 from .settings import SCALE
+
+START_NAME = "demo-start"
+"""The weights that ship (:mod:`mghf_fast.weights`) of the network which the demo fine-tunes."""
 
 
 class ResidualBlock(nn.Module):
@@ -69,6 +74,18 @@ class CompactEDSR(nn.Module):
         features = features + self.body(features)
         detail: Tensor = self.tail(self.upsample(features))
         return detail + upsample_bicubic(x)
+
+
+def shipped_start() -> CompactEDSR:
+    """The network that ships, trained on L1; its card is ``weights.card(START_NAME)``.
+
+    Raises:
+        ValueError: the file is not the one that shipped.
+        FileNotFoundError: it is not there.
+    """
+    network = CompactEDSR(torch.Generator())
+    network.load_state_dict(load(weights.read(START_NAME)))
+    return network
 
 
 def upsample_bicubic(x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from .settings import DemoError
@@ -11,10 +12,14 @@ GENERATOR = "mghf-fast demo"
 """Stands near the beginning of every file the demo writes, and tells its own from others."""
 
 REPORT, METRICS, COMPARISON = "report.html", "metrics.json", "comparison.png"
+ABLATION = "ablation.json"
 
 
-def prepare(out: Path) -> None:
+def prepare(out: Path, names: Sequence[str] = (REPORT, METRICS, COMPARISON)) -> None:
     """Makes ``out`` if it is missing, and makes sure that the results can be written there.
+
+    Args:
+        names: of the files that will be written.
 
     Raises:
         DemoError: ``out`` is not a directory, cannot be written to, or holds a file with the name
@@ -27,7 +32,7 @@ def prepare(out: Path) -> None:
         probe = _temporary(out, "probe")
         probe.touch()
         probe.unlink()
-        for name in (REPORT, METRICS, COMPARISON):
+        for name in names:
             path = out / name
             if path.exists() and not (path.is_file() and _is_ours(path)):
                 raise DemoError(f"--out {out}: {name} is there and is not the demo's; not replaced")

@@ -1,4 +1,4 @@
-"""The run: photographs, pre-training, two fine-tunings, measurements."""
+"""The run: photographs, a start network, two fine-tunings, measurements."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -17,9 +18,11 @@ from torch import Tensor
 
 import mghf_fast
 
-from . import losses
-from .metrics import Quality, luminance, measure, radial_power
-from .network import CompactEDSR, upsample_bicubic
+from .. import weights
+from . import losses, objectives
+from .metrics import Judge, Quality, luminance, measure, radial_power
+from .metrics import judge as find_judge
+from .network import START_NAME, CompactEDSR, shipped_start, upsample_bicubic
 from .photographs import Collection, Pixels, bundled, from_directory
 from .settings import DemoSettings, random_source
 from .train import HeldOut, Training, batches, hold_out, super_resolve, train
@@ -33,13 +36,44 @@ METHODS = (BICUBIC, START, L1, MGHF)
 
 
 @dataclass
-class Result:
-    """Everything a run found out."""
+class Setup:
+    """What every training of a run has in common."""
 
     settings: DemoSettings
     collection: Collection
     held_out: list[HeldOut]
-    pretraining: Training
+    start: CompactEDSR
+    pretraining: Training | None
+    """How ``start`` came about; None if it is the network that ships."""
+    judge: Judge | None
+
+    def crops(self, purpose: str = "fine-tuning") -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches for ``purpose``, the same at every call."""
+        source = random_source(self.settings.seed, purpose)
+        photographs = self.collection.training
+        return batches(photographs, self.settings.batch, self.settings.patch, source)
+
+    def measure(self, pictures: list[Pixels]) -> list[Quality]:
+        """Quality of a super-resolved picture of each held-out photograph."""
+        return [
+            measure(sr, h.gt, self.judge) for sr, h in zip(pictures, self.held_out, strict=True)
+        ]
+
+    def describe_start(self) -> dict[str, str]:
+        """Where ``start`` comes from, for the results."""
+        if self.pretraining is not None:
+            return {"from": f"scratch, {self.settings.pretrain_steps} steps on L1"}
+        return {"from": START_NAME, "sha256": weights.OTHER_SHA256[START_NAME]}
+
+
+@dataclass
+class Result:
+    """Everything a run found out."""
+
+    setup: Setup
+    gradient_ratio: float
+    """Length of the weighted MGHF-c's gradient on the super-resolved picture over that of L1's, on
+    the first batches."""
     trainings: dict[str, Training]
     """By method: L1 and MGHF-c."""
     pictures: dict[str, list[Pixels]]
@@ -49,9 +83,29 @@ class Result:
     spectra: dict[str, list[float]]
     """By method and for "ground truth": power in each ring, mean over the held-out photographs;
     "frequency" holds the rings' centres in cycles a pixel."""
-    parameters: int
     machine: dict[str, str]
     seconds: float
+
+    @property
+    def settings(self) -> DemoSettings:
+        return self.setup.settings
+
+    @property
+    def collection(self) -> Collection:
+        return self.setup.collection
+
+    @property
+    def held_out(self) -> list[HeldOut]:
+        return self.setup.held_out
+
+    @property
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.setup.start.parameters())
+
+    @property
+    def judged(self) -> bool:
+        """Whether ST-LPIPS could be measured."""
+        return self.setup.judge is not None
 
     def mean(self, method: str) -> Quality:
         """The mean over the held-out photographs."""
@@ -78,7 +132,8 @@ def describe_machine() -> dict[str, str]:
         "mghf_fast backends": ", ".join(mghf_fast.available_backends()),
         "Python": platform.python_version(),
     }
-    for package in ("mghf_fast", "torch", "numpy", "scikit-image", "scikit-learn", "pillow"):
+    packages = ("mghf_fast", "torch", "numpy", "scikit-image", "scikit-learn", "pillow")
+    for package in (*packages, "stlpips_pytorch"):
         try:
             machine[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -113,23 +168,24 @@ def _spectra(pictures: dict[str, list[Pixels]]) -> dict[str, list[float]]:
     return spectra
 
 
-def compare(settings: DemoSettings) -> Result:
-    """Trains and measures; writes no file.
+@contextmanager
+def threads_of(settings: DemoSettings) -> Iterator[None]:
+    """PyTorch with the run's number of threads, and afterwards with the one it had."""
+    before = torch.get_num_threads()
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def set_up(settings: DemoSettings) -> Setup:
+    """Reads the photographs, and loads or trains the start network.
 
     Raises:
         DemoError: too few usable pictures, or a loss that is no finite number.
     """
-    began = time.perf_counter()
-    threads_before = torch.get_num_threads()
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-    try:
-        return _compare(settings, began)
-    finally:
-        torch.set_num_threads(threads_before)
-
-
-def _compare(settings: DemoSettings, began: float) -> Result:
     if settings.images is None:
         collection = bundled()
     else:
@@ -137,54 +193,68 @@ def _compare(settings: DemoSettings, began: float) -> Result:
     for line in describe_collection(collection):
         _say(line)
     held_out = hold_out(collection.held_out, settings.seed)
-
-    def crops(purpose: str) -> Iterator[tuple[Tensor, Tensor]]:
-        source = random_source(settings.seed, purpose)
-        return batches(collection.training, settings.batch, settings.patch, source)
-
-    generator = torch.Generator().manual_seed(settings.seed)
-    start = CompactEDSR(generator)
-    pretraining = train(
+    if not settings.from_scratch:
+        return Setup(settings, collection, held_out, shipped_start(), None, find_judge())
+    start = CompactEDSR(torch.Generator().manual_seed(settings.seed))
+    setup = Setup(settings, collection, held_out, start, None, find_judge())
+    setup.pretraining = train(
         start,
-        crops("pre-training"),
+        setup.crops("pre-training"),
         losses.l1,
         label="pre-training",
         steps=settings.pretrain_steps,
         learning_rate=PRETRAIN_RATE,
     )
+    return setup
 
-    networks: dict[str, Callable[[Tensor], Tensor]] = {BICUBIC: upsample_bicubic, START: start}
-    trainings: dict[str, Training] = {}
-    with_mghf = losses.l1_with_mghf()
-    for method, objective in ((L1, losses.l1), (MGHF, with_mghf)):
-        network = copy.deepcopy(start)
-        trainings[method] = train(
-            network,
-            crops("fine-tuning"),  # the same batches both times
-            objective,
-            label=method,
-            steps=settings.steps,
-            learning_rate=FINE_TUNE_RATE,
-            held_out=held_out,
-            probe=with_mghf,
-            checkpoints=settings.checkpoints,
+
+def gradient_ratio(setup: Setup) -> float:
+    """How long the gradient of the demo's weighted MGHF-c is, in lengths of L1's."""
+    mghf = objectives.mghf(losses.EXTRACTOR, "c", losses.PRESET)
+    lengths = [objectives.gradient_length(o, setup.start, setup.crops()) for o in (mghf, losses.l1)]
+    return losses.MGHF_WEIGHT * lengths[0] / max(lengths[1], 1e-30)
+
+
+def compare(settings: DemoSettings) -> Result:
+    """Trains and measures; writes no file.
+
+    Raises:
+        DemoError: too few usable pictures, or a loss that is no finite number.
+    """
+    began = time.perf_counter()
+    with threads_of(settings):
+        setup = set_up(settings)
+        networks: dict[str, Callable[[Tensor], Tensor]] = {
+            BICUBIC: upsample_bicubic,
+            START: setup.start,
+        }
+        trainings: dict[str, Training] = {}
+        ratio = gradient_ratio(setup)
+        with_mghf = losses.l1_with_mghf()
+        for method, objective in ((L1, losses.l1), (MGHF, with_mghf)):
+            network = copy.deepcopy(setup.start)
+            trainings[method] = train(
+                network,
+                setup.crops(),  # the same batches both times
+                objective,
+                label=method,
+                steps=settings.steps,
+                learning_rate=FINE_TUNE_RATE,
+                held_out=setup.held_out,
+                probe=with_mghf,
+                checkpoints=settings.checkpoints,
+                judge=setup.judge,
+            )
+            networks[method] = network
+
+        pictures = {m: [super_resolve(networks[m], h.lr) for h in setup.held_out] for m in METHODS}
+        return Result(
+            setup=setup,
+            gradient_ratio=ratio,
+            trainings=trainings,
+            pictures=pictures,
+            quality={method: setup.measure(pictures[method]) for method in METHODS},
+            spectra=_spectra({**pictures, GROUND_TRUTH: [h.gt for h in setup.held_out]}),
+            machine=describe_machine(),
+            seconds=time.perf_counter() - began,
         )
-        networks[method] = network
-
-    pictures = {m: [super_resolve(networks[m], h.lr) for h in held_out] for m in METHODS}
-    quality = {
-        m: [measure(sr, h.gt) for sr, h in zip(pictures[m], held_out, strict=True)] for m in METHODS
-    }
-    return Result(
-        spectra=_spectra({**pictures, GROUND_TRUTH: [h.gt for h in held_out]}),
-        settings=settings,
-        collection=collection,
-        held_out=held_out,
-        pretraining=pretraining,
-        trainings=trainings,
-        pictures=pictures,
-        quality=quality,
-        parameters=sum(p.numel() for p in start.parameters()),
-        machine=describe_machine(),
-        seconds=time.perf_counter() - began,
-    )

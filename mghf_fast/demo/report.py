@@ -11,22 +11,23 @@ from .charts import Line, line_chart, smooth
 from .crops import COLUMNS, crops, png
 from .degradation import BLUR_SIGMA, JPEG_QUALITY, NOISE_SIGMA
 from .metrics import BAND
+from .network import START_NAME
+from .objectives import FIRST_BATCHES
 from .output import GENERATOR
-from .pipeline import BICUBIC, GROUND_TRUTH, L1, MGHF, Result
-from .train import CROP
+from .pipeline import GROUND_TRUTH, L1, MGHF, START, Result
 
-STYLES = {BICUBIC: "bicubic", L1: "l1", MGHF: "mghf", GROUND_TRUTH: "gt"}
+STYLES = {START: "start", L1: "l1", MGHF: "mghf", GROUND_TRUTH: "gt"}
 
 CSS = """
 :root { color-scheme: light dark; --page: #fbfbfa; --card: #fff; --text: #1d2126; --muted: #5d6670;
-  --rule: #e2e5e8; --bicubic: #8a929b; --l1: #2463c9; --mghf: #d4500c; --gt: #1d2126; }
+  --rule: #e2e5e8; --start: #8a929b; --l1: #2463c9; --mghf: #d4500c; --gt: #1d2126; }
 @media (prefers-color-scheme: dark) { :root { --page: #15181c; --card: #1d2126; --text: #e8eaed;
-  --muted: #a3abb5; --rule: #343a42; --bicubic: #8d96a0; --l1: #6ea3f7; --mghf: #ff9152;
+  --muted: #a3abb5; --rule: #343a42; --start: #8d96a0; --l1: #6ea3f7; --mghf: #ff9152;
   --gt: #e8eaed; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--text);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 1080px; margin: 0 auto; padding: 32px 16px 64px; }
+main { max-width: 1320px; margin: 0 auto; padding: 32px 16px 64px; }
 h1 { font-size: clamp(1.5rem, 4vw, 2.1rem); line-height: 1.2; margin: 0 0 8px; }
 h2 { font-size: 1.25rem; margin: 48px 0 8px; }
 h3 { font-size: 1rem; margin: 24px 0 8px; }
@@ -38,7 +39,7 @@ p { margin: 8px 0; max-width: 75ch; }
 .card { background: var(--card); border: 1px solid var(--rule); border-top: 4px solid var(--c);
   border-radius: 6px; padding: 12px 16px; }
 .card b { display: block; font-size: 1.9rem; line-height: 1.2; }
-.bicubic { --c: var(--bicubic); } .l1 { --c: var(--l1); }
+.start { --c: var(--start); } .l1 { --c: var(--l1); }
 .mghf { --c: var(--mghf); } .gt { --c: var(--gt); }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
@@ -76,21 +77,25 @@ def _text(value: object) -> str:
     return html.escape(str(value))
 
 
-def _image(content: bytes, alt: str) -> str:
+def _image(content: bytes, side: int, alt: str) -> str:
     data = base64.b64encode(content).decode()
     return (
-        f'<img src="data:image/png;base64,{data}" width="{CROP}" height="{CROP}" '
+        f'<img src="data:image/png;base64,{data}" width="{side}" height="{side}" '
         f'alt="{_text(alt)}">'
     )
 
 
 def _cards(result: Result) -> str:
+    measure = "ST-LPIPS" if result.judged else "dB of high-frequency error"
     cards = []
-    for method, label in ((BICUBIC, "bicubic"), (L1, "L1 alone"), (MGHF, "L1 + MGHF-c")):
-        energy = result.mean(method).hf_energy
+    for method, label in summary.METHOD_LABELS.items():
+        if method not in STYLES:
+            continue
+        q = result.mean(method)
+        value = summary.distance(q.stlpips) if result.judged else f"{q.hf_error:.2f}"
         cards.append(
-            f'<div class="card {STYLES[method]}">{label}<b>{energy * 100:.1f} %</b>'
-            f'<span class="muted">of the ground truth\'s high-frequency energy</span></div>'
+            f'<div class="card {STYLES[method]}">{label}<b>{value}</b>'
+            f'<span class="muted">{measure}, lower is better; PSNR {q.psnr:.2f} dB</span></div>'
         )
     return f'<div class="cards">{"".join(cards)}</div>'
 
@@ -104,10 +109,12 @@ def _crops(result: Result) -> str:
             caption = ""
             if method in result.quality:
                 q = result.quality[method][index]
-                caption = f"<br>{q.psnr:.2f} dB, HF energy {q.hf_energy * 100:.1f} %"
+                judged = "" if q.stlpips is None else f"ST-LPIPS {q.stlpips:.3f}, "
+                energy = f"HF energy {q.hf_energy * 100:.1f} %"
+                caption = f"<br>{judged}{q.psnr:.2f} dB, {energy}"
+            image = _image(png(pixels), photograph.side, f"{photograph.name}, {label}")
             figures.append(
-                f"<figure>{_image(png(pixels), f'{photograph.name}, {label}')}"
-                f"<figcaption><b>{_text(label)}</b>{caption}</figcaption></figure>"
+                f"<figure>{image}<figcaption><b>{_text(label)}</b>{caption}</figcaption></figure>"
             )
         parts.append(
             f"<h3>{_text(photograph.name)}</h3><div class='crops'>{''.join(figures)}</div>"
@@ -174,7 +181,7 @@ def _spectrum_chart(result: Result) -> str:
             frequency,
             [10 * math.log10(max(power, 1e-12)) for power in result.spectra[name]],
         )
-        for name in (GROUND_TRUTH, BICUBIC, L1, MGHF)
+        for name in (GROUND_TRUTH, START, L1, MGHF)
     ]
     chart = line_chart(
         lines,
@@ -188,6 +195,15 @@ def _spectrum_chart(result: Result) -> str:
 
 def _definitions(pairs: list[tuple[str, object]]) -> str:
     return f"<dl>{''.join(f'<dt>{_text(k)}</dt><dd>{_text(v)}</dd>' for k, v in pairs)}</dl>"
+
+
+def _start(result: Result) -> str:
+    if result.setup.pretraining is None:
+        return f"the network that ships, trained on L1 ({START_NAME} of mghf_fast.weights)"
+    return (
+        f"from scratch: {result.settings.pretrain_steps} steps on L1, Adam, learning rate "
+        f"{pipeline.PRETRAIN_RATE:g}"
+    )
 
 
 def _settings(result: Result) -> str:
@@ -207,11 +223,8 @@ def _settings(result: Result) -> str:
                 f"downsampling by 4; Gaussian noise, \N{GREEK SMALL LETTER SIGMA} up to "
                 f"{NOISE_SIGMA[1]:g}/255; JPEG, quality {JPEG_QUALITY[0]} to {JPEG_QUALITY[1]}",
             ),
-            ("network", f"compact EDSR, {result.parameters:,} parameters, from scratch"),
-            (
-                "pre-training",
-                f"{s.pretrain_steps} steps on L1, Adam, learning rate {pipeline.PRETRAIN_RATE:g}",
-            ),
+            ("network", f"compact EDSR, {result.parameters:,} parameters"),
+            ("start", _start(result)),
             (
                 "fine-tuning",
                 f"{s.steps} steps each, Adam, learning rate {pipeline.FINE_TUNE_RATE:g}, from the "
@@ -220,10 +233,11 @@ def _settings(result: Result) -> str:
             ("batches", f"{s.batch} crops of {s.patch} x {s.patch}, flipped and turned"),
             (
                 "objective",
-                f"L1 alone; L1 + {losses.MGHF_WEIGHT:g} x MGHF-c (of the weights 0.4 and 1, tried "
-                "on the bundled held-out photographs, the one with the clearer effect)",
+                f"L1 alone; L1 + {losses.MGHF_WEIGHT:g} x MGHF-c, whose gradient on the "
+                f"super-resolved picture, weight included, is {result.gradient_ratio:.2g} times as "
+                f"long as L1's on the first {FIRST_BATCHES} batches",
             ),
-            ("MGHF-c", f'preset "{losses.PRESET}", frozen random feature extractor'),
+            ("MGHF-c", f'preset "{losses.PRESET}", frozen extractor "{losses.EXTRACTOR}"'),
             ("whole run", f"{result.seconds:.0f} s"),
             *result.machine.items(),
         ]
@@ -234,33 +248,53 @@ def render(result: Result) -> str:
     """The report as HTML."""
     remarks = "".join(f"<p>{_text(r)}</p>" for r in summary.remarks(result))
     held_out = "Mean over the held-out photographs while fine-tuning"
+    terms = result.trainings[MGHF]
+    # A preset may leave terms out, and the distance is there only with its package.
+    names = {
+        "stlpips": "ST-LPIPS on held-out crops",
+        "mghf": "MGHF-c on held-out crops",
+        "lip": "LIP term on held-out crops",
+    }
+    trained = {
+        "naive": "MGHF-n term on the training batches",
+        "csc": "CSC term on the training batches",
+        "lip": "LIP term on the training batches",
+    }
     charts = "".join(
         [
-            _quality_chart(result, "hf_energy", "HF energy, SR / GT", f"{held_out}: HF energy"),
             _quality_chart(result, "psnr", "PSNR (dB)", f"{held_out}: PSNR"),
-            _held_out_term_chart(result, "mghf", "MGHF-c on held-out crops"),
-            _held_out_term_chart(result, "lip", "LIP term on held-out crops"),
+            _quality_chart(result, "hf_energy", "HF energy, SR / GT", f"{held_out}: HF energy"),
+            *(
+                _held_out_term_chart(result, term, name)
+                for term, name in names.items()
+                if term in terms.held_out_terms
+            ),
             _term_chart(result, "l1", "L1 on the training batches", (L1, MGHF)),
-            _term_chart(result, "naive", "MGHF-n term on the training batches", (MGHF,)),
-            _term_chart(result, "csc", "CSC term on the training batches", (MGHF,)),
-            _term_chart(result, "lip", "LIP term on the training batches", (MGHF,)),
+            *(
+                _term_chart(result, term, name, (MGHF,))
+                for term, name in trained.items()
+                if term in terms.terms
+            ),
         ]
     )
+    side = result.held_out[0].side
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="generator" content="{GENERATOR}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>MGHF-c against L1 alone</title><style>{CSS}</style></head><body><main>
-<h1>Does MGHF-c restore more detail than L1&nbsp;alone?</h1>
+<h1>What does MGHF-c do that L1 alone does&nbsp;not?</h1>
 <p class="lead">{_text(summary.headline(result))}</p>
 {_cards(result)}
 {remarks}
-<p class="muted">A small super-resolution network was trained from scratch for a moment, then
-fine-tuned twice from the same start: on L1, and on L1 with MGHF-c. &ldquo;High frequency&rdquo; is
-everything above {BAND:g} cycles per pixel, which a picture four times smaller cannot carry: what
-is there, the network has put there. More energy is not by itself better: the correlation says how
-much of it is in the right place.</p>
+<p class="muted">A small super-resolution network that was trained on L1 was fine-tuned twice
+from the same start: on L1, and on L1 with MGHF-c. PSNR rewards the mean of all pictures that fit
+the input, which is blurred; ST-LPIPS (a distance tuned on human judgements, where its package is
+installed) asks how alike two pictures look. &ldquo;High frequency&rdquo; (HF) is everything above
+{BAND:g} cycles per pixel, which a picture four times smaller cannot carry: what is there, the
+network has put there. More energy is not by itself better: the correlation says how much of it is
+in the right place.</p>
 <h2>Held-out photographs</h2>
-<p class="muted">Of each photograph the {CROP} x {CROP} window with the strongest gradients in the
+<p class="muted">Of each photograph the {side} x {side} window with the strongest gradients in the
 ground truth, enlarged without smoothing. The figures below the crops are those of the whole
 photograph.</p>
 {_crops(result)}

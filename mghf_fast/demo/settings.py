@@ -13,7 +13,7 @@ SCALE = 4
 """Super-resolution factor."""
 
 PRETRAIN_STEPS = 1200
-FINE_TUNE_STEPS = 120
+FINE_TUNE_STEPS = 300
 SMALLEST_SIDE = 96
 """Pictures with a shorter side than this (pixels) are not used."""
 
@@ -29,10 +29,11 @@ class DemoSettings:
     Args:
         out: directory of the results, made if missing.
         images: directory of the user's pictures, searched recursively; None for the bundled ones.
-        steps: fine-tuning steps of each of the two trainings, at least 1.
+        steps: fine-tuning steps of each training, at least 1.
         seed: of everything random, 0 to 2**63 - 1.
         threads: CPU threads for PyTorch; None leaves them as they are.
-        pretrain_steps: L1 steps from scratch before the two trainings, at least 1.
+        from_scratch: start from a network trained on L1 here and now instead of the one that ships.
+        pretrain_steps: its steps, at least 1; without ``from_scratch`` there are none.
         batch: crops a step.
         patch: side of a ground-truth crop in pixels, a multiple of 4; LIP needs more than one
             32 x 32 patch in it, so 56 is the least.
@@ -44,10 +45,11 @@ class DemoSettings:
     steps: int = FINE_TUNE_STEPS
     seed: int = 0
     threads: int | None = None
+    from_scratch: bool = False
     pretrain_steps: int = PRETRAIN_STEPS
     batch: int = 4
     patch: int = SMALLEST_SIDE
-    checkpoints: int = 8
+    checkpoints: int = 6
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("seed", 0), ("pretrain_steps", 1), ("batch", 1)):
@@ -63,9 +65,11 @@ class DemoSettings:
                 f"patch is {self.patch}; allowed are multiples of {SCALE}, 56 to {SMALLEST_SIDE}"
             )
 
-    def command(self) -> str:
-        """The command line that repeats this run."""
-        words = ["mghf-fast", "demo", "--steps", str(self.steps), "--seed", str(self.seed)]
+    def command(self, *more: str) -> str:
+        """The command line that repeats this run, with ``more`` words of it."""
+        words = ["mghf-fast", "demo", "--steps", str(self.steps), "--seed", str(self.seed), *more]
+        if self.from_scratch:
+            words.append("--from-scratch")
         if self.images is not None:
             words += ["--images", str(self.images)]
         if self.threads is not None:

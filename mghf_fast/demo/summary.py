@@ -7,9 +7,11 @@ from dataclasses import asdict
 from typing import Any
 
 from . import losses, pipeline
-from .metrics import BAND, RADIAL_BINS
+from .metrics import BAND, RADIAL_BINS, Quality
 from .output import GENERATOR
 from .pipeline import BICUBIC, L1, METHODS, MGHF, START, Result
+
+EVALUATE = 'pip install "mghf_fast[evaluate]"'
 
 # "Start" is the network both trainings begin with.
 METHOD_LABELS = {
@@ -21,8 +23,9 @@ METHOD_LABELS = {
 
 COLUMNS = (
     ("", ""),
-    ("PSNR", "dB, luminance; higher is better"),
-    ("SSIM", "luminance; higher is better"),
+    ("PSNR", "dB, luma in the papers' convention; higher is better"),
+    ("SSIM", "the same; higher is better"),
+    ("ST-LPIPS", "shift-tolerant LPIPS, AlexNet; lower is better"),
     ("HF error", "mean distance of the power spectra above LR's Nyquist, dB; lower is better"),
     ("HF energy", "energy above LR's Nyquist, SR / GT; 1 is ideal"),
     ("HF corr", "correlation with GT above LR's Nyquist; higher is better"),
@@ -31,6 +34,16 @@ COLUMNS = (
     ("in loss", "share of the step spent in the loss, forward and backward"),
     ("memory", "peak rise of the process's resident memory during the training"),
 )
+
+DIFFERENCE = 0.01
+"""Relative change of the deciding measure below which two methods count as equal."""
+
+BETTER, WORSE, EQUAL = "better", "worse", "no difference"
+
+
+def distance(value: float | None) -> str:
+    """ST-LPIPS as text."""
+    return "n/a" if value is None else f"{value:.4f}"
 
 
 def table(result: Result) -> list[list[str]]:
@@ -42,6 +55,7 @@ def table(result: Result) -> list[list[str]]:
             METHOD_LABELS[method],
             f"{q.psnr:.2f}",
             f"{q.ssim:.4f}",
+            distance(q.stlpips),
             f"{q.hf_error:.2f}",
             f"{q.hf_energy:.3f}",
             f"{q.hf_correlation:.3f}",
@@ -63,40 +77,69 @@ def table(result: Result) -> list[list[str]]:
 
 def table_text(result: Result) -> str:
     """The table in aligned plain text, with what each column is below it."""
-    rows = [[title for title, _ in COLUMNS], *table(result)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
-    lines = [
-        "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(r, widths)))  # noqa: B905
-        for r in rows
-    ]
-    lines.insert(1, "-" * len(lines[0]))
     notes = [f"  {title}: {note}" for title, note in COLUMNS if note]
-    return "\n".join([*lines, "", *notes])
+    return "\n".join([aligned([[title for title, _ in COLUMNS], *table(result)]), "", *notes])
 
 
-def more_detail(result: Result) -> bool:
-    """Whether MGHF-c restored more high-frequency energy than L1, on average."""
-    return result.mean(MGHF).hf_energy > result.mean(L1).hf_energy
+def aligned(rows: list[list[str]]) -> str:
+    """Rows of texts as plain text with a rule below the first: the first column to the left, the
+    others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def deciding(quality: Quality) -> float:
+    """What decides which picture is better, lower is better: ST-LPIPS, or without its package the
+    error of the high-frequency spectrum."""
+    return quality.hf_error if quality.stlpips is None else quality.stlpips
+
+
+def verdict(result: Result) -> str:
+    """``BETTER``, ``WORSE`` or ``EQUAL``: MGHF-c against L1 alone, by the mean over the held-out
+    photographs of the deciding measure; equal is a change of less than ``DIFFERENCE``."""
+    mghf, l1 = (deciding(result.mean(method)) for method in (MGHF, L1))
+    if abs(mghf - l1) <= DIFFERENCE * l1:
+        return EQUAL
+    return BETTER if mghf < l1 else WORSE
 
 
 def headline(result: Result) -> str:
-    """The answer to the demo's question, either way, with the figures."""
+    """The answer to the demo's question, either way, with the figures and what they cost."""
     mghf, l1 = result.mean(MGHF), result.mean(L1)
     wins = sum(
-        m.hf_energy > n.hf_energy
+        deciding(m) < deciding(n)
         for m, n in zip(result.quality[MGHF], result.quality[L1], strict=True)
     )
     count = len(result.held_out)
     photographs = "held-out photograph" if count == 1 else f"{count} held-out photographs"
-    figures = (
-        f"{mghf.hf_energy * 100:.1f} % of the ground truth's high-frequency energy "
-        f"against {l1.hf_energy * 100:.1f} %"
-    )
-    if more_detail(result):
-        verdict = f"MGHF-c restores more high-frequency energy than L1 alone: {figures}"
+    if result.judged:
+        measure = f"ST-LPIPS {distance(mghf.stlpips)} against {distance(l1.stlpips)}"
     else:
-        verdict = f"MGHF-c does not restore more high-frequency energy than L1 alone: {figures}"
-    return f"{verdict}, on average over the {photographs} (more on {wins} of {count})."
+        measure = f"high-frequency error {mghf.hf_error:.2f} dB against {l1.hf_error:.2f} dB"
+    found = verdict(result)
+    answer = {
+        BETTER: "MGHF-c is better than L1 alone",
+        WORSE: "MGHF-c is worse than L1 alone",
+        EQUAL: "MGHF-c makes no difference to L1 alone",
+    }[found]
+    change = round(mghf.psnr - l1.psnr, 2)
+    if change < 0:
+        price = f"for {-change:.2f} dB less PSNR"
+    elif change > 0:
+        price = f"with {change:.2f} dB more PSNR"
+    else:
+        price = "at the same PSNR"
+    return (
+        f"{answer}: {measure} (lower is better), {price}, on average over the {photographs} "
+        f"(lower on {wins} of {count})."
+    )
 
 
 def remarks(result: Result) -> list[str]:
@@ -110,8 +153,15 @@ def remarks(result: Result) -> list[str]:
         f"From L1 to MGHF-c: PSNR {change(mghf.psnr - l1.psnr, 2)} dB, "
         f"SSIM {change(mghf.ssim - l1.ssim, 4)}, "
         f"high-frequency spectral error {change(mghf.hf_error - l1.hf_error, 2)} dB, "
-        f"correlation within the band {change(mghf.hf_correlation - l1.hf_correlation, 3)}."
+        f"correlation within the band {change(mghf.hf_correlation - l1.hf_correlation, 3)}, "
+        f"energy in it {l1.hf_energy * 100:.1f} % of the ground truth's with L1 alone and "
+        f"{mghf.hf_energy * 100:.1f} % with MGHF-c."
     ]
+    if not result.judged:
+        lines.append(
+            "ST-LPIPS was not measured, so the spectrum decided, which does not know what people "
+            f"see; {EVALUATE} gives it."
+        )
     if max(mghf.hf_energy, l1.hf_energy) > 1:
         lines.append("An energy above 100 % is more than the ground truth has: too much, not more.")
     slow, fast = (result.trainings[m].median_step_seconds for m in (MGHF, L1))
@@ -125,17 +175,24 @@ def remarks(result: Result) -> list[str]:
 def to_json(result: Result) -> dict[str, Any]:
     """Every number of the run, in types that JSON has; NaN and infinity become None."""
     settings = result.settings
+    trainings = list(result.trainings.values())
+    if result.setup.pretraining is not None:
+        trainings.insert(0, result.setup.pretraining)
     content: dict[str, Any] = {
         "generator": GENERATOR,
         "headline": headline(result),
-        "more_high_frequency_energy": more_detail(result),
+        "verdict": verdict(result),
+        "decided_by": "stlpips" if result.judged else "hf_error",
         "command": settings.command(),
         "settings": {
             **asdict(settings),
             "out": str(settings.out),
             "images": None if settings.images is None else str(settings.images),
+            "start": result.setup.describe_start(),
+            "extractor": losses.EXTRACTOR,
             "preset": losses.PRESET,
             "mghf_weight": losses.MGHF_WEIGHT,
+            "mghf_gradient_in_lengths_of_l1": result.gradient_ratio,
             "pretrain_learning_rate": pipeline.PRETRAIN_RATE,
             "fine_tune_learning_rate": pipeline.FINE_TUNE_RATE,
             "network_parameters": result.parameters,
@@ -166,7 +223,7 @@ def to_json(result: Result) -> dict[str, Any]:
                 "held_out_terms": training.held_out_terms,
                 "held_out_quality": [asdict(q) for q in training.quality],
             }
-            for training in (result.pretraining, *result.trainings.values())
+            for training in trainings
         },
         "cost": {
             "total_seconds": result.seconds,
@@ -176,20 +233,21 @@ def to_json(result: Result) -> dict[str, Any]:
                     "loss_share": training.loss_share,
                     "peak_memory_rise_bytes": training.memory_bytes,
                 }
-                for training in (result.pretraining, *result.trainings.values())
+                for training in trainings
             },
         },
         "machine": result.machine,
     }
-    cleaned: dict[str, Any] = _plain(content)
+    cleaned: dict[str, Any] = plain(content)
     return cleaned
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """``value`` in types that JSON has; NaN and infinity become None."""
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     return value

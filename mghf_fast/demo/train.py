@@ -15,18 +15,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .degradation import degrade
-from .losses import Objective
 from .memory import PeakMemory
-from .metrics import Quality, luminance, measure
+from .metrics import Judge, Quality, luminance, measure
+from .objectives import Objective
 from .photographs import Photograph, Pixels
-from .settings import SCALE, SMALLEST_SIDE, DemoError, random_source
+from .settings import SCALE, DemoError, random_source
 
 MARGIN = 16
 """Ground-truth pixels around a crop that are degraded with it and cut off: a crop inside a
 photograph has no border of its own."""
 
-CROP = SMALLEST_SIDE
-"""Side of the crop that is shown of a held-out photograph, pixels."""
+CROP = 192
+"""Side of the crop that is shown of a held-out photograph, pixels; of smaller ones less."""
 
 
 def to_tensor(pixels: Pixels) -> Tensor:
@@ -84,27 +84,33 @@ def busiest_window(gt: Pixels, side: int = CROP) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A held-out photograph with its degraded version and the corner of the crop to show."""
+    """A held-out photograph with its degraded version and the place of the crop to show."""
 
     name: str
     gt: Pixels
     lr: Pixels
     top: int
     left: int
+    side: int
 
     def window(self, picture: Pixels) -> Pixels:
-        """The crop to show, ``(CROP, CROP, 3)``, of a picture of this photograph's size."""
-        return picture[self.top : self.top + CROP, self.left : self.left + CROP]
+        """The crop to show, ``(side, side, 3)``, of a picture of this photograph's size."""
+        return picture[self.top : self.top + self.side, self.left : self.left + self.side]
 
 
 def hold_out(photographs: list[Photograph], seed: int) -> list[HeldOut]:
-    """Degrades each photograph in a way that depends on ``seed`` and its name."""
+    """Degrades each photograph in a way that depends on ``seed`` and its name.
+
+    The crops to show are of one size, ``CROP`` or the shortest side there is.
+    """
+    side = min([CROP, *(min(p.pixels.shape[:2]) for p in photographs)])
     return [
         HeldOut(
             p.name,
             p.pixels,
             degrade(p.pixels, random_source(seed, "held out", p.name)),
-            *busiest_window(p.pixels),
+            *busiest_window(p.pixels, side),
+            side,
         )
         for p in photographs
     ]
@@ -128,7 +134,8 @@ class Training:
     quality: list[Quality] = field(default_factory=list)
     """Mean over the held-out photographs at each checkpoint."""
     held_out_terms: dict[str, list[float]] = field(default_factory=dict)
-    """Every term of ``probe`` on the held-out crops at each checkpoint."""
+    """Every term of ``probe`` on the held-out crops at each checkpoint, and the ``judge``'s
+    distance as ``"stlpips"``."""
     step_seconds: list[float] = field(default_factory=list)
     loss_seconds: list[float] = field(default_factory=list)
     memory_bytes: int | None = None
@@ -166,15 +173,18 @@ def train(
     held_out: Sequence[HeldOut] = (),
     probe: Objective | None = None,
     checkpoints: int = 0,
+    judge: Judge | None = None,
 ) -> Training:
     """Trains ``network`` in place with Adam.
 
     Args:
         data: gives ``(lr, gt)`` batches.
-        objective: see :mod:`mghf_fast.demo.losses`.
+        objective: see :mod:`mghf_fast.demo.objectives`.
         label: shown beside the progress bar and in the report.
         held_out: measured before the first step and ``checkpoints`` times after, if any.
         probe: an objective that is measured with them, on their crops.
+        judge: of the perceptual distance, on the same crops (of whole photographs it would take
+            longer than the training).
 
     Raises:
         DemoError: the loss stopped being a finite number.
@@ -192,6 +202,10 @@ def train(
         qualities = [measure(p, h.gt) for p, h in zip(pictures, held_out, strict=True)]
         record.checkpoints.append(done)
         record.quality.append(Quality.mean(qualities))
+        if judge is not None:
+            crops = [(h.window(p), h.window(h.gt)) for p, h in zip(pictures, held_out, strict=True)]
+            distance = statistics.fmean(judge(sr, gt) for sr, gt in crops)
+            record.held_out_terms.setdefault("stlpips", []).append(distance)
         if probe is not None:
             shown = zip(pictures, held_out, strict=True)
             sr = torch.cat([to_tensor(h.window(p)) for p, h in shown])

@@ -14,7 +14,13 @@ from typing import Any
 SHA256: dict[str, str] = {
     "procedural-v1": "68bbfdd6bd2ba7e795dadb2245642433471f7cfdac3fe5feba0fe64830d058f5",
 }
-"""Name -> digest of the file."""
+"""Name -> digest of the file, of feature extractors: what a loss takes by name."""
+
+OTHER_SHA256: dict[str, str] = {
+    "demo-start": "b6f171df7edb4ed0629afac8ea4ef24d70ac7dd81c9efcf5d80de3afdf281b06",
+}
+"""The same of other weights. ``demo-start`` is the super-resolution network that the demo
+fine-tunes; ``python -m benchmarks.studies.start_network --ship`` writes it and this digest."""
 
 _FOLDER = Path(__file__).parent
 
@@ -25,7 +31,7 @@ def path(name: str) -> Path:
     Raises:
         ValueError: no weights of that name ship.
     """
-    if name not in SHA256:
+    if name not in SHA256 and name not in OTHER_SHA256:
         raise ValueError(f"name must be one of {', '.join(SHA256) or 'none'}, got {name!r}")
     return _FOLDER / f"{name}.safetensors"
 
@@ -41,7 +47,7 @@ def read(name: str) -> bytes:
     if not file.is_file():
         raise FileNotFoundError(f"the weights {name!r} are missing from this installation: {file}")
     content = file.read_bytes()
-    if hashlib.sha256(content).hexdigest() != SHA256[name]:
+    if hashlib.sha256(content).hexdigest() != {**SHA256, **OTHER_SHA256}[name]:
         raise ValueError(
             f"the weights {name!r} are not the ones that shipped (their SHA-256 differs): {file} "
             "was cut short or altered; install mghf_fast anew"
