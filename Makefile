@@ -14,7 +14,7 @@ STAMPS := build/stamps/$(subst /,_,$(abspath $(VENV)))
 PACKAGE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install dev demo test lint asan triton triton-resources cuda cuda-host gpu bench extractor wheel wheels wheel-check wheel-matrix clean
+.PHONY: help venv install dev demo test lint asan triton triton-resources cuda cuda-host gpu bench study wheel wheels wheel-check wheel-matrix clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -154,8 +154,8 @@ gpu:  ## test and measure on this machine's NVIDIA GPU: ARGS=--quick GPU_WHEELS=
 bench: $(STAMPS)/dev  ## measure, write benchmarks/results/, README and plots: ARGS="--quick --compare"
 	$(BIN)/python -m pytest benchmarks/bench_*.py --benchmark-columns=min,median,iqr,rounds $(ARGS)
 
-extractor: $(STAMPS)/dev  ## trained detail features against random ones, docs/extractor.md: ARGS="--weights FILE --only PART"
-	$(BIN)/python -m benchmarks.extractor $(ARGS)
+study: $(STAMPS)/dev  ## what the features are worth, docs/features.md: ARGS="--pictures DIR --start FILE --features FILE --out DIR"
+	$(BIN)/python -m benchmarks.studies.study $(ARGS)
 
 wheel: $(STAMPS)/venv  ## build the wheel into dist/
 	rm -rf build/lib* build/bdist*

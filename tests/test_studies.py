@@ -1,0 +1,579 @@
+"""`benchmarks.studies`: what the studies measure, on tiny sizes, and what their page concludes."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+pytest.importorskip("skimage")
+pytest.importorskip("sklearn")
+from PIL import Image
+
+from benchmarks.report import ROOT
+from benchmarks.results import RESULTS
+from benchmarks.studies import (
+    cost,
+    equal,
+    extractors,
+    minimiser,
+    objectives,
+    opening,
+    page,
+    pictures,
+    plots,
+    probe,
+    quality,
+    runs,
+    study,
+    tuning,
+    verdicts,
+)
+from mghf_fast.demo.network import CompactEDSR
+from mghf_fast.demo.photographs import bundled
+from mghf_fast.evaluate import stlpips
+
+judged = pytest.mark.skipif(
+    stlpips.unavailable_reason() is not None, reason="stlpips_pytorch is not installed"
+)
+STEPS = ["--steps", "2", "--batch", "1", "--patch", "56"]
+OBJECTIVES = ["mse", "mghf-n:F"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Crops of the bundled photographs, laid out as a study wants its pictures."""
+    root = tmp_path_factory.mktemp("pictures")
+    collection = bundled()
+    photographs = [p.pixels for p in collection.training + collection.held_out]
+
+    def put(name: str, pixels: Any) -> None:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.ascontiguousarray(pixels)).save(path)
+
+    for i, pixels in enumerate(photographs[-3:]):
+        put(f"train/{i}.png", pixels[100:228, 100:228])
+    for name in ("Set14", *opening.SYNTHETIC):
+        put(f"test/{name}/a.png", photographs[-1][60:156, 60:156])
+    for name in opening.REAL:
+        high = Image.fromarray(photographs[-2][60:124, 60:124])
+        put(f"test/{name}/HR/a.png", np.asarray(high))
+        put(f"test/{name}/LR/a.png", np.asarray(high.resize((16, 16))))
+    return root
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("start") / "start.safetensors"
+    network = CompactEDSR(torch.Generator().manual_seed(0), channels=32)
+    tuning.save_network(path, network)
+    return path
+
+
+# ---- the minimiser test ----
+
+
+@pytest.fixture(scope="module")
+def crops(folder: Path) -> Tensor:
+    return minimiser.crops(folder / "train", 48, 2)
+
+
+def test_a_shift_is_exact(crops: Tensor) -> None:
+    moved = minimiser.shifted(crops, (1.0, -2.0))
+    torch.testing.assert_close(moved[..., 4:-4, 4:-4], crops[..., 3:-5, 6:-2], atol=1e-5, rtol=0)
+    halves = minimiser.shifted(minimiser.shifted(crops, (0.25, 0.5)), (0.75, -0.5))
+    whole = minimiser.shifted(crops, (1.0, 0.0))
+    # Between the two the border was cut, whose echo is all that is left in the middle.
+    echo = (halves - whole)[..., 16:-16, 16:-16]
+    assert float(echo.square().mean().sqrt()) < 0.01 < 0.05 < float((whole - crops).std())
+
+
+def test_the_minimiser_of_an_mse_is_the_blurred_mean(crops: Tensor) -> None:
+    y = minimiser.candidates(crops, 1.0)
+    assert y.shape == (minimiser.CANDIDATES, 2, 3, 48, 48)
+    best, curvature = minimiser.minimise(nn.Identity(), y, 20)
+    torch.testing.assert_close(best, y.mean(0), atol=1e-4, rtol=0)
+    assert float(curvature.abs().max()) < 1e-8
+    row = minimiser.measure(nn.Identity(), crops, 1.0, 20)
+    assert 0 < row["hf_energy"] < 0.8  # blurred
+    energy = torch.stack([minimiser.hf_energy(k) for k in y]).mean(0)
+    expected = float((minimiser.hf_energy(y.mean(0)) / energy).mean())
+    assert row["hf_energy"] == pytest.approx(expected, rel=1e-3)
+    # Any invertible linear map of the pixels has the same minimiser.
+    turn = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(0)))[0]
+    linear, _ = minimiser.minimise(lambda x: torch.einsum("dc,bchw->bdhw", turn, x), y, 20)
+    torch.testing.assert_close(linear, best, atol=1e-3, rtol=0)
+
+
+def test_curved_features_ask_for_more_detail_than_linear_ones(crops: Tensor) -> None:
+    found = {
+        name: minimiser.measure(extractors.load(name), crops, 1.0, 30)
+        for name in ("linear", "curved-squeeze")
+    }
+    assert found["linear"]["curvature"] < 0.01 < 0.1 < found["curved-squeeze"]["curvature"]
+    assert found["curved-squeeze"]["hf_energy"] > 1.05 * found["linear"]["hf_energy"]
+
+
+def test_a_list_of_layers_counts_each(crops: Tensor) -> None:
+    y = minimiser.candidates(crops, 1.0)
+    one, curvature = minimiser.minimise(lambda x: x.abs(), y, 3)
+    two, twice = minimiser.minimise(lambda x: [x.abs(), x.abs()], y, 3)
+    torch.testing.assert_close(twice, curvature)  # relative to the variance
+    torch.testing.assert_close(one, two)
+    _, less = minimiser.minimise(lambda x: [x.abs(), x], y, 3)  # the second layer is linear
+    assert bool((less < curvature).all())
+
+
+def test_the_minimisers_command(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--images", str(folder / "train"), "--sides", "48", "--widths", "1", "--crops", "1"]
+    words += ["--iterations", "2", "--json", str(tmp_path / "rows.json")]
+    assert minimiser.main([*words, "--features", "pixels", "curved-squeeze"]) == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [(r["features"], r["side"], r["shift"]) for r in rows] == [
+        ("pixels", 48, 1.0), ("curved-squeeze", 48, 1.0),
+    ]  # fmt: skip
+    with pytest.raises(SystemExit) as ended:
+        minimiser.main([*words, "--features", "cruved"])
+    assert ended.value.code == 2 and "curved-squeeze" in capsys.readouterr().err
+
+
+# ---- features, objectives, pictures ----
+
+
+def test_features_by_name(tmp_path: Path) -> None:
+    image = torch.rand(1, 3, 64, 64) * 2 - 1
+    shapes = {"pixels": (3, 64), "linear": (128, 64), "curved-squeeze": (128, 16)}
+    for name, (channels, side) in shapes.items():
+        module = extractors.load(name)
+        assert module(image).shape == (1, channels, side, side)
+        assert not any(p.requires_grad for p in module.parameters())
+    file = tmp_path / "mine.safetensors"
+    extractors.untrained("curved").save_pretrained(file)
+    torch.testing.assert_close(
+        extractors.load(str(file))(image), extractors.load("curved")(image), rtol=0, atol=0
+    )
+    assert objectives.label(f"mghf-c:{file}@2025") == "mghf-c:mine.safetensors@2025"
+    first = objectives.identity(f"mghf-n:{file}")
+    file.unlink()
+    extractors.untrained("curved", 1).save_pretrained(file)
+    assert objectives.identity(f"mghf-n:{file}") != first
+
+
+@pytest.mark.parametrize(
+    "name", ["mse", "dec", "mghf-n:linear", "mghf-c:curved-squeeze", "csc:curved-squeeze",
+             "lip:pixels", pytest.param("vgg", marks=judged)],
+)  # fmt: skip
+def test_every_objective_leads_somewhere(name: str) -> None:
+    gt = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    sr = (gt + 0.1).requires_grad_()
+    loss = objectives.build(name)(sr, gt)
+    (gradient,) = torch.autograd.grad(loss, sr)
+    assert loss.shape == () and float(loss.detach()) > 0 and float(gradient.abs().max()) > 0
+
+
+@judged
+def test_the_vgg_loss_is_the_squared_difference_of_relu3_3() -> None:
+    sr, gt = torch.rand(2, 1, 3, 64, 64)
+    network = stlpips.ShiftTolerantLPIPS("vgg")
+    expected = F.mse_loss(network.features(sr, 3)[-1], network.features(gt, 3)[-1])
+    torch.testing.assert_close(objectives.build("vgg")(sr, gt), expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("name", ["mfse", "mghf-n", "mghf-n:nothing", "vgg:curved:"])
+def test_a_wrong_objective_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        objectives.build(name)
+
+
+def test_a_crop_is_of_the_whole_picture(folder: Path) -> None:
+    (whole,) = pictures.degraded(folder / "test" / "Set5")
+    (crop,) = pictures.degraded(folder / "test" / "Set5", 48)
+    assert whole.lr.shape == (24, 24, 3)
+    np.testing.assert_array_equal(crop.gt, whole.gt[24:72, 24:72])
+    np.testing.assert_array_equal(crop.lr, whole.lr[6:18, 6:18])
+    with pytest.raises(ValueError, match="multiples of 4"):
+        pictures.degraded(folder / "test" / "Set5", 50)
+
+
+def test_real_pairs_must_match(folder: Path, tmp_path: Path) -> None:
+    (pair,) = pictures.real(folder / "test" / "RealSR", 32)
+    assert pair.gt.shape == (32, 32, 3) and pair.lr.shape == (8, 8, 3)
+    with pytest.raises(ValueError, match="one folder of HR and one of LR"):
+        pictures.real(tmp_path)
+    for name, side in (("HR", 40), ("LR", 11)):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (side, side)).save(tmp_path / name / "a.png")
+    with pytest.raises(ValueError, match="not 4 times smaller"):
+        pictures.real(tmp_path)
+
+
+# ---- training, probe ----
+
+
+def test_networks_on_the_way() -> None:
+    first, second = (CompactEDSR(torch.Generator().manual_seed(s)) for s in (0, 1))
+    middle = tuning.mixed(first, second, 0.25)
+    for name, value in middle.state_dict().items():
+        expected = 0.75 * first.state_dict()[name] + 0.25 * second.state_dict()[name]
+        torch.testing.assert_close(value, expected)
+    ends = tuning.mixed(first, second, 0.0), tuning.mixed(first, second, 1.0)
+    for end, network in zip(ends, (first, second), strict=True):
+        for name, value in end.state_dict().items():
+            torch.testing.assert_close(value, network.state_dict()[name], rtol=0, atol=0)
+
+
+def test_a_unit_weight_gives_gradients_of_one_length(folder: Path, start: Path) -> None:
+    network = tuning.load_network(start)
+    photographs = pictures.training(folder / "train")
+    recipe = tuning.Recipe(1, 1, 56)
+    weight = tuning.unit_weight(F.mse_loss, network, photographs, recipe)
+    data = [next(tuning.crops(photographs, recipe, 0))]
+
+    def length(term: tuning.Term) -> float:
+        return tuning.gradient_length(term, network, data)
+
+    assert length(F.l1_loss) == pytest.approx(1 / math.sqrt(3 * 56 * 56), rel=0.02)
+    assert weight * length(F.mse_loss) == pytest.approx(length(F.l1_loss), rel=0.5)
+    with pytest.raises(ValueError, match="no weight"):
+        tuning.unit_weight(lambda sr, gt: 0 * sr.sum(), network, photographs, recipe)
+
+
+@judged
+def test_the_probe_repeats_and_resumes(
+    folder: Path, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    words = ["--start", str(start), "--images", str(folder / "train"), "--seeds", "0", *STEPS]
+    words += ["--validation", str(folder / "test" / "Set14"), "--features", "curved-squeeze"]
+    words += ["--json", str(tmp_path / "rows.json")]
+
+    def rows(cache: str) -> list[dict[str, Any]]:
+        assert probe.main([*words, "--cache", str(tmp_path / cache)]) == 0
+        return json.loads((tmp_path / "rows.json").read_text())
+
+    def settled(row: dict[str, Any]) -> dict[str, Any]:
+        timed = ("seconds_per_step", "loss_seconds")
+        l1 = {k: v for k, v in row["l1"].items() if k not in timed}
+        return {k: v for k, v in row.items() if k not in timed} | {"l1": l1}
+
+    (first,) = rows("one")
+    (again,) = rows("two")
+    assert settled(first) == settled(again)
+    assert [p["alpha"] for p in first["points"]] == list(probe.ALPHAS)
+    assert set(first["points"][0]) == {"alpha", "psnr", "ssim", "stlpips"}
+    assert first["points"][-1]["psnr"] != first["l1"]["psnr"]
+    assert first["objective"] == "mghf-n:curved-squeeze" and first["weight"] > 0
+
+    def never(*_: Any) -> None:
+        raise AssertionError("trained although it is in the cache")
+
+    monkeypatch.setattr(probe, "fine_tune", never)
+    assert rows("one") == [first]
+    assert "less L1's" in capsys.readouterr().out
+
+
+# ---- the study ----
+
+
+@judged
+def test_the_study_end_to_end(
+    folder: Path, start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    base = ["--pictures", str(folder), "--start", str(start), "--out", str(out), *STEPS]
+    base += ["--features", "curved-squeeze"]
+    words = [*base, "--objectives", *OBJECTIVES, "--seeds", "1"]
+
+    assert study.main([*words, "--open-test"]) == 2
+    told = capsys.readouterr().err
+    assert "the test stays closed: 2 trainings" in told and "mghf-n:F, seed 0" in told
+    assert not (out / "opened.json").exists() and not (out / "test").exists()
+
+    assert study.main([*words, "--only", "train"]) == 0
+    kept = {p: p.stat().st_mtime_ns for p in (out / "networks").iterdir()}
+    assert {p.name for p in kept} >= {"mse-x10-seed0.safetensors", "mghf-n-f-x10-seed0.json"}
+    assert study.main([*words, "--only", "train"]) == 0  # everything is there
+    assert {p: p.stat().st_mtime_ns for p in (out / "networks").iterdir()} == kept
+
+    assert study.main([*words, "--open-test"]) == 0
+    (file,) = out.glob("*-features.json")
+    result = json.loads(file.read_text())
+    assert result["test"]["pictures"] == dict.fromkeys(opening.SETS, 1)
+    networks = {(m["objective"], m["target"]) for m in result["test"]["means"]}
+    assert networks == {
+        ("start", None), ("l1", None), *((n, t) for n in OBJECTIVES for t in runs.TARGETS),
+    }  # fmt: skip
+    opened = json.loads((out / "opened.json").read_text())
+    assert opened["pictures"] == result["test"]["pictures"]
+    text = (out / "features.md").read_text()
+    assert f"Opened on {opened['opened']}" in text and str(tmp_path) not in file.read_text()
+    ElementTree.fromstring((out / "assets" / page.PLOT).read_text())
+
+    (out / "test" / "Set5" / "a.png.json").rename(tmp_path / "a.png.json")
+    plan = study.make(study.arguments().parse_args(words))
+    assert opening.opened(plan) is None  # a picture is missing, so nothing is told
+    (tmp_path / "a.png.json").rename(out / "test" / "Set5" / "a.png.json")
+    assert opening.opened(plan) is not None
+
+    capsys.readouterr()
+    assert study.main([*base, "--objectives", "mse", "--seeds", "1", "--open-test"]) == 2
+    assert "it is opened once" in capsys.readouterr().err
+    assert study.main([*words, "--steps", "3", "--only", "train"]) == 2
+    assert "holds a study with steps 2, here it is 3" in capsys.readouterr().err
+
+
+def test_what_is_chosen_follows_from_the_files(tmp_path: Path, start: Path) -> None:
+    plan = runs.Study(tmp_path, start, tmp_path, tmp_path, "curved", ("l1", "mse"), (0, 1))
+
+    def put(ratio: float, loss: float) -> None:
+        stem = plan.stem("mse", ratio, 0)
+        runs.write_json(stem.with_name(stem.name + ".json"), {"psnr": 25 - loss, "l1_psnr": 25.0})
+
+    assert plan.chosen("mse") is None
+    put(1.0, 0.2)
+    assert plan.chosen("mse") is None
+    put(3.0, 0.6)
+    assert plan.chosen("mse") == 3.0
+    put(3.0, 0.5)
+    put(10.0, 0.54)
+    assert plan.chosen("mse") == 10.0
+    assert plan.missing() == ["mse, seed 0", "mse, seed 1"]
+    assert plan.full_name("mghf-c:F@2025") == "mghf-c:curved@2025"
+    assert plan.full_name("mse") == "mse"
+
+
+@judged
+def test_the_cost_is_told_beside_the_vgg_loss(tmp_path: Path, start: Path) -> None:
+    plan = runs.Study(tmp_path, start, tmp_path, tmp_path, "curved", ("l1", "mse", "vgg"), (0,))
+    found = cost.measure(plan, plan.compared, rounds=2, side=64)
+    rows = {row["objective"]: row for row in found["rows"]}
+    assert rows["vgg"]["of_vgg"] == 1 and rows["mse"]["of_vgg"] < 0.2
+
+
+@pytest.mark.skipif(not quality.Lite2.available(), reason="EfficientNet-Lite2 is not installed")
+def test_the_second_judge() -> None:
+    judge = quality.Lite2()
+    image = torch.rand(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    features = judge.features(image)
+    assert [f.shape[1] for f in features] == [16, 24, 48, 88, 120, 208]
+    other = judge.features((image + 0.2).clamp(0, 1))
+    assert float(judge.compare(features, features)) == 0 < float(judge.compare(other, features))
+
+
+# ---- equal PSNR ----
+
+
+def made_curves(slope: float, seeds: int = 3, pictures: int = 20, reach: float = 0.5) -> Any:
+    """L1 at 25 dB and 0.4; a curve that gains ``slope`` of distance a dB lost, and a little
+    chance."""
+    random = np.random.default_rng(0)
+    lost = np.array([0, 0.6 * reach, reach])[None, :, None]
+    base = 25 + random.normal(0, 2, (seeds, 1, pictures))
+    noise = random.normal(0, 0.002, (seeds, 3, pictures))
+    noise[:, 0] = 0
+    return equal.Curves(base - lost, 0.4 + 0.01 * (base - 25) - slope * lost + noise)
+
+
+def test_a_curve_is_read_between_its_points() -> None:
+    psnr = np.array([25.0, 24.8, 24.4])
+    distance = np.array([0.4, 0.36, 0.34])
+    for target, expected in ((0.1, 0.38), (0.2, 0.36), (0.4, 0.35), (0.6, 0.34), (0.7, 0.335)):
+        found, reached = equal.at_loss(psnr, distance, target)
+        assert found == pytest.approx(expected) and reached == 1
+    found, reached = equal.at_loss(psnr, distance, 0.73)  # 1.2 times 0.6 is 0.72
+    assert found == pytest.approx(0.34) and reached == 0
+    found, reached = equal.at_loss(np.array([25.0, 25.1, 25.1]), distance, 0.3)
+    assert found == pytest.approx(0.34) and reached == 0
+
+
+def test_differences_and_their_intervals() -> None:
+    good, poor = made_curves(0.1), made_curves(0.05)
+    against_l1 = equal.difference(good, None, 0.3)
+    assert against_l1.mean == pytest.approx(-0.03, abs=1e-3) and against_l1.reached == 1
+    assert against_l1.low < against_l1.mean < against_l1.high < 0
+    assert against_l1.psnr == pytest.approx(-0.3)
+    assert against_l1.outcome() == equal.BETTER
+    paired = equal.difference(good, poor, 0.5)
+    assert paired.mean == pytest.approx(-0.025, abs=1e-3) and paired.psnr == pytest.approx(0)
+    assert paired.outcome() == equal.BETTER
+    assert equal.difference(poor, good, 0.5).outcome() == equal.WORSE
+    assert equal.difference(good, good, 0.5).outcome() == equal.EVEN
+    assert equal.difference(made_curves(0.0), None, 0.5).outcome() == equal.EVEN
+    assert equal.difference(good, poor, 0.5) == paired  # repeats
+    with pytest.raises(ValueError, match="not paired"):
+        equal.difference(good, made_curves(0.1, 2), 0.3)
+
+
+def test_what_is_not_reached_is_told() -> None:
+    short = made_curves(0.1, reach=0.2)
+    found = equal.difference(short, None, 0.5)
+    assert found.reached == 0 and found.psnr == pytest.approx(-0.2)
+    chosen = equal.difference(short, None, 0.5, chosen=1)
+    assert chosen.reached == 1 and chosen.psnr == pytest.approx(-0.12)
+    assert chosen.mean == pytest.approx(-0.012, abs=1e-3)
+
+
+def test_the_interval_covers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a true difference of 0 between seeds and pictures the interval leaves it out in about one
+    of twenty draws."""
+    random = np.random.default_rng(0)
+    psnr = np.broadcast_to(np.array([25.0, 24.7, 24.5])[None, :, None], (8, 3, 40))
+    outside = 0
+    for _ in range(100):
+        distance = 0.4 + random.normal(0, 0.01, (8, 3, 40))
+        distance[:, 0] = 0.4
+        found = equal.difference(equal.Curves(psnr, distance), None, 0.5, resamples=200)
+        outside += found.outcome() != equal.EVEN
+    assert outside <= 15
+
+
+# ---- verdicts and page ----
+
+
+def made_up(l1: float, vgg: float, reached: float = 1.0, real: float = -0.02) -> dict[str, Any]:
+    """A whole result in which the default differs by these means from L1 and the VGG loss."""
+    titles = {row.name: row.title for row in objectives.STUDY}
+    default = objectives.DEFAULT
+
+    def row(against: str, group: str, metric: str, how: str, target: float, mean: float) -> Any:
+        low, high = mean - 0.005, mean + 0.005
+        return {
+            "objective": default, "against": against, "group": group, "metric": metric,
+            "how": how, "target": target, "mean": mean, "low": low, "high": high,
+            "reached": 1.0 if how == "chosen" else reached, "psnr": -target,
+            "outcome": equal.Difference(mean, low, high, 1, 0).outcome(),
+        }  # fmt: skip
+
+    means = {objectives.L1: l1, objectives.VGG: vgg}
+    differences = [
+        row(against, group, metric, how, target, mean if group == "synthetic" else real)
+        for against, mean in means.items()
+        for group in ("synthetic", "real")
+        for metric in (quality.PRIMARY, quality.SECOND)
+        for how in ("equal", "chosen")
+        for target in runs.TARGETS
+    ]
+    point = {"psnr": 25.0, "ssim": 0.7, "stlpips": 0.35, "lite2": 5.0}
+    networks = [("start", None), ("l1", None)]
+    networks += [(name, t) for name in titles if name != "l1" for t in runs.TARGETS]
+    return {
+        "machine": {"name": "toy-2c", "cpu": "Toy", "torch": "2.x"},
+        "protocol": {
+            "features": "w.safetensors", "seeds": [0, 1], "steps": 300, "batch": 4, "patch": 96,
+            "start": "ab" * 32,
+        },
+        "titles": titles,
+        "validation": [
+            {
+                "objective": default, "ratio": 3.0, "full_loss": 0.6, "reached": [2, 1],
+                "l1": point, "points": [point | {"psnr": 24.7, "stlpips": 0.31}, point],
+            }
+        ],
+        "minimiser": [
+            {"features": "pixels", "side": 64, "shift": 1.0, "hf_energy": 0.5, "psnr": 26.5,
+             "curvature": 0.0}
+        ],
+        "cost": {
+            "batch": 4, "side": 96, "threads": 1, "rounds": 15,
+            "rows": [{"objective": default, "median_s": 0.05, "spread": 0.1, "of_vgg": 0.11}],
+        },
+        "test": {
+            "opened": "a day", "crop": 256, "second_judge": True,
+            "pictures": {"Set5": 5, "RealSR": 7}, "differences": differences,
+            "means": [
+                {"objective": name, "target": t, "set": each} | point
+                for name, t in networks
+                for each in ("Set5", "RealSR")
+            ],
+        },
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("l1", "vgg", "headline"),
+    [
+        (-0.03, -0.02, "better for the eye, and it beats the trained VGG-16 loss"),
+        (-0.03, 0.0, "better for the eye, and the trained VGG-16 loss is no better and no worse"),
+        (-0.03, 0.02, "better for the eye, but the trained VGG-16 loss is better still"),
+        (0.0, 0.02, "is not worth its PSNR"),
+        (0.03, -0.02, "is not worth its PSNR"),
+    ],
+)
+def test_the_headline_follows_from_the_figures(l1: float, vgg: float, headline: str) -> None:
+    result = made_up(l1, vgg)
+    assert headline in verdicts.headline(result, objectives.DEFAULT)
+    assert headline in verdicts.verdict(result)
+
+
+def test_the_sentences_follow_from_the_figures() -> None:
+    text = verdicts.verdict(made_up(-0.03, 0.02))
+    assert "is nearer to the truth than L1 alone by ST-LPIPS: -0.0300 (-0.0350 to -0.0250)" in text
+    assert "is farther from the truth than the trained VGG-16 loss by ST-LPIPS: +0.0200" in text
+    assert text.count("On the real degradations") == 2
+    assert "0.11 times as long as the VGG-16 loss's on this CPU: a third" in text
+    even = verdicts.verdict(made_up(0.0, 0.0, real=0.0))
+    assert even.count("cannot be told from") == 6  # two judges, and the real ones
+    mixed = made_up(-0.03, 0.0)
+    first = verdicts.select(mixed, against="l1", group="synthetic", metric="stlpips", how="equal")
+    first[0]["outcome"] = equal.WORSE
+    assert verdicts.outcome(first) == equal.EVEN  # the two PSNRs do not agree
+    assert "is not worth its PSNR" in verdicts.verdict(mixed)
+
+
+def test_what_is_not_reached_is_not_concluded() -> None:
+    text = verdicts.verdict(made_up(-0.03, -0.02, reached=0.8))
+    assert "Nothing is concluded" in text
+    assert "PSNR differing by -0.30 and -0.50 dB" in text
+    closed = made_up(-0.03, -0.02) | {"test": None}
+    assert verdicts.verdict(closed) == f"**{verdicts.NOT_OPENED}**\n"
+
+
+PAGE = "".join(f"<!-- features: {k} -->\nold\n<!-- features: end -->\n" for k in page.BLOCKS)
+
+
+def test_the_page_is_a_function_of_the_result() -> None:
+    result = made_up(-0.03, -0.02)
+    source = f"before\n<!-- features: from none -->\n{PAGE}after\n"
+    text = page.generate(source, result)
+    assert text.startswith("before\n") and text.endswith("after\n") and "old\n" not in text
+    assert "<!-- features: from toy-2c-features.json -->" in text
+    assert text == page.generate(text, result)
+    assert "| pixels | 0.50, 26.50, 0 |" in text
+    assert "| + MGHF-c, trained features | 3 | 0.60 | 0.3100 | 0.3500 (0.00 dB lost) |" in text
+    assert "-0.0300 (-0.0350 to -0.0250) |" in text and "middle 256 x 256 pixels" in text
+    assert page.generate(source, None).count("Not measured yet.") == len(page.BLOCKS)
+    closed = page.generate(source, result | {"test": None, "cost": None})
+    assert closed.count("Not measured yet.") == 3 and verdicts.NOT_OPENED in closed
+    for found in (result, result | {"test": None}):
+        svg = page.plot(found)
+        assert svg is not None
+        ElementTree.fromstring(svg)
+    assert page.plot(result | {"test": None, "validation": []}) is None
+
+
+def test_a_plot_of_one_point_has_axes() -> None:
+    svg = plots.curves("t & t", "x", "y", [plots.Curve("a < b", [(1.0, 2.0), (1.0, 2.0)])])
+    ElementTree.fromstring(svg)
+
+
+def test_the_committed_page_says_what_its_result_says() -> None:
+    text = (ROOT / "docs" / "features.md").read_text()
+    found = page.FROM.search(text)
+    assert found is not None and {m[1] for m in page.BLOCK.findall(text)} == set(page.BLOCKS)
+    path = RESULTS / found[1]
+    result = json.loads(path.read_text()) if path.exists() else None
+    assert result is not None or found[1] == "none"
+    assert page.generate(text, result) == text, "python -m benchmarks.studies.study --report"
+    if result is not None and (svg := page.plot(result)) is not None:
+        assert (ROOT / "docs" / "assets" / page.PLOT).read_text() == svg
