@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -230,9 +231,37 @@ def ranks(directory: Path) -> dict[str, object]:
     return result
 
 
+def distances(directory: Path) -> dict[str, object]:
+    """Two ranks that learn a teacher's distances, at once and with a stop; {} without a teacher."""
+    if importlib.util.find_spec("stlpips_pytorch") is None:
+        return {}
+    whole, parts = (directory / name for name in ("whole", "parts"))
+    words = "--objective distances --batch 2 --held-out 2 --workers 0 --threads 1 --steps 4"
+    often = "--log-every 2 --evaluate-every 4 --checkpoint-every 2 --resume"
+
+    def learning(out: Path, last: int) -> int:
+        step = train.Run.train_on
+
+        def stopping(run: train.Run, batch: object) -> None:
+            if run.step == last:
+                raise KeyboardInterrupt
+            step(run, batch)
+
+        train.Run.train_on = stopping  # type: ignore[method-assign]
+        return cli.main(["pretrain", *words.split(), *often.split(), "--out", str(out)])
+
+    return {
+        "whole": _join(directory, "whole-told", lambda number: learning(whole, 4))["codes"],
+        "half": _join(directory, "half-told", lambda number: learning(parts, 3))["codes"],
+        "rest": _join(directory, "rest-told", lambda number: learning(parts, 4))["codes"],
+        "whole digests": digests(whole),
+        "parts digests": digests(parts),
+    }
+
+
 if __name__ == "__main__":
     found = {}
-    for scenario in (kills, full_disk, ranks):
+    for scenario in (kills, full_disk, ranks, distances):
         place = Path(sys.argv[1], scenario.__name__)
         place.mkdir()
         found[scenario.__name__] = scenario(place)

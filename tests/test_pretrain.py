@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mghf_fast import DetailFeatureExtractor, cli, cost
-from mghf_fast.pretrain import batches, checkpoint, network, scale, train
+from mghf_fast.pretrain import batches, checkpoint, classes, distributed, network, scale, train
 from mghf_fast.pretrain.settings import PretrainError, Settings
 from mghf_fast.pretrain.sources import ProceduralSource
 
@@ -71,7 +71,7 @@ def test_the_cards_command_repeats_the_training(
 
 def test_training_moves_every_weight_of_the_extractor(finished: Path) -> None:
     settings = Settings(channels=4, stages=(4,), size=16)
-    before = train.build(settings, 84).extractor
+    before = classes.build(settings, 84).extractor
     state = torch.load(finished / "checkpoint.pt", weights_only=True)["network"]
     for name, value in before.state_dict().items():
         assert not torch.equal(value, state[f"extractor.{name}"]), name
@@ -99,6 +99,29 @@ def test_the_learning_rate_goes_on(tmp_path: Path) -> None:
     assert rates == pytest.approx([2.5e-4, 1.25e-4, 6.25e-5])
 
 
+def test_a_checkpoint_of_before_objectives_goes_on(tmp_path: Path) -> None:
+    whole, old, start = (
+        tmp_path / "whole",
+        tmp_path / "old",
+        ("--clamp", "none", "--init", "linear"),
+    )
+    assert pretrain(whole, 6, *start) == 0
+    assert pretrain(old, 4, *start) == 0
+    state = torch.load(old / "checkpoint.pt", weights_only=True)
+    said = json.loads(state["configuration"])
+    assert said.pop("objective") == "classes" and said.pop("init") == "linear"
+    del state["parts"]
+    torch.save({**state, "configuration": json.dumps(said)}, old / "checkpoint.pt")
+    assert pretrain(old, 6, *start, "--resume") == 0
+    assert weights(old) == weights(whole)
+
+
+def test_the_card_tells_a_free_clamp(tmp_path: Path) -> None:
+    assert pretrain(tmp_path, 2, "--clamp", "none") == 0
+    found = card(tmp_path)
+    assert "--clamp none" in str(found["command"]) and found["extractor"]["clamp"] is None
+
+
 def test_nothing_is_overwritten(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -119,7 +142,8 @@ def test_nothing_is_overwritten(
     ("words", "difference"),
     [
         ("--batch 2", "batch is 4 there and 2 here"),
-        ("--clamp 2", "clamp is None there and 2.0 here"),
+        ("--clamp none", "clamp is 2.0 there and None here"),
+        ("--init linear", "init is curved there and linear here"),
         (
             "--seed 1 --lr 1",
             "learning_rate is 0.0005 there and 1.0 here; seed is 0 there and 1 here",
@@ -167,12 +191,12 @@ def test_a_loss_that_is_no_number_keeps_the_last_checkpoint(
     out = tmp_path / "out"
     assert pretrain(out, 2) == 0
     before = (out / "checkpoint.pt").read_bytes()
-    prepared = train.scaled
+    prepared = classes.scaled
 
     def broken(*arguments: object) -> torch.Tensor:
         return prepared(*arguments) * float("nan")  # type: ignore[arg-type]
 
-    monkeypatch.setattr(train, "scaled", broken)
+    monkeypatch.setattr(classes, "scaled", broken)
     assert pretrain(out, 6, "--resume") == 2
     assert "the loss became nan before step 4; lower --lr" in told(capsys)
     # Without an entry of the curve in between, the weights themselves tell.
@@ -226,7 +250,7 @@ def test_images_are_scaled_to_minus_one_and_one() -> None:
 def test_autocast_leaves_the_extractor_in_float32(tmp_path: Path) -> None:
     settings = Settings(channels=4, stages=(4,), size=16, batch=4, amp="bfloat16", device="cpu")
     source = ProceduralSource(0, 16, 100, 8)
-    run = train.Run(settings, source, train.Ranks(), torch.device("cpu"))
+    run = classes.ClassesRun(settings, source, distributed.Ranks(), torch.device("cpu"))
     seen = {}
 
     def note(name: str, output: torch.Tensor) -> None:
@@ -272,7 +296,7 @@ def test_the_factor_restores_the_response() -> None:
 
 def test_exported_features_have_the_scale_of_new_ones(finished: Path) -> None:
     settings = Settings(channels=4, stages=(4,), size=16)
-    new = train.build(settings, 84).extractor
+    new = classes.build(settings, 84).extractor
     image = torch.rand(4, 3, 32, 32) * 2 - 1
     trained = DetailFeatureExtractor.from_pretrained(finished / "extractor.safetensors")
     ratio = scale.response(trained, image) / scale.response(new, image)
@@ -291,6 +315,14 @@ def test_dry_run_counts_and_writes_nothing(
     assert "84 classes, 50000 images an epoch, 8 held out" in shown
     assert "288 in the extractor" in shown and "1000 steps, about" in shown
     assert not out.exists()
+
+
+def test_multiply_adds_follow_the_squeeze() -> None:
+    classifier = network.Classifier(DetailFeatureExtractor(stem="squeeze"), (64,), 10)
+    extractor, head = network.multiply_adds(classifier, 64)
+    weights = sum(p.numel() for p in classifier.extractor.parameters() if p.dim() > 1)
+    assert extractor == weights * 16 * 16
+    assert head == 9 * 128 * 64 * 8 * 8 + 640
 
 
 def test_multiply_adds_are_those_of_table_5() -> None:
@@ -317,6 +349,13 @@ def test_multiply_adds_are_those_of_table_5() -> None:
         ("--amp float16 --device cpu", "--amp is float16, which needs a GPU"),
         ("--data nowhere", "--data nowhere: allowed are 'procedural', one directory"),
         ("--seed -1", "--seed is -1"),
+        ("--clamp 0", "--clamp is 0.0; it must be finite and above 0"),
+        ("--stem squeeze", "--channels is 4; with --squeeze 4 it must be at least 48"),
+        (
+            "--stem squeeze --channels 192 --squeeze 8 --size 20",
+            "--size is 20; it must be a multiple of --squeeze 8",
+        ),
+        ("--hint 1", "--hint belongs to --objective distances, and the objective is classes"),
     ],
 )
 def test_bad_words_are_told_in_one_line(

@@ -71,3 +71,11 @@ def test_two_processes_train_one_network(happened: dict[str, Any]) -> None:
     assert "--batch is 5; it must be a multiple of the 2 processes" in found["odd"]["told"][0]
     # A single process may not go on where two were.
     assert found["alone"] == 2
+
+
+def test_two_processes_learn_distances(happened: dict[str, Any]) -> None:
+    if not (found := happened["distances"]):
+        pytest.skip("stlpips_pytorch is not installed, whose distances are learned")
+    assert found["whole"] == found["rest"] == [0, 0]
+    assert found["half"] == [130, 130]
+    assert found["parts digests"] == found["whole digests"]

@@ -77,6 +77,14 @@ def test_a_stopped_run_ends_as_one_that_was_not(
     assert cards[0] == cards[1]
 
 
+def test_the_end_may_be_moved_and_the_card_says_so(album: Path, tmp_path: Path) -> None:
+    main(album, tmp_path / "moved", "--steps", "2")
+    main(album, tmp_path / "moved", "--steps", "3")
+    card = json.loads((tmp_path / "moved" / "start.json").read_text())
+    assert card["schedule"] == [{"from_step": 0, "steps": 2}, {"from_step": 2, "steps": 3}]
+    assert [point["step"] for point in card["curve"]] == [2, 3]
+
+
 def test_another_runs_checkpoint_and_a_broken_one_are_refused(album: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     main(album, out)

@@ -6,7 +6,9 @@
 The first trains: random crops under the demo's degradation, Adam from 1e-3 down a cosine to 1e-5.
 Every 500 steps it writes a checkpoint, from which the same command goes on. The crops are a
 function of the seed and the step, so a run that was stopped ends as one that was not (on the same
-machine with the same number of threads). It ends with start.safetensors and start.json.
+machine with the same number of threads). --steps may change on the way, which moves the cosine's
+end; the card then lists from which step on each was in force. It ends with start.safetensors and
+start.json.
 
 The second puts what a run has reached into the package, as demo-start.safetensors with its card,
 and the digest into mghf_fast/weights/__init__.py. It takes a checkpoint too, and the card then says
@@ -96,7 +98,6 @@ def train(chosen: argparse.Namespace) -> None:
     described: dict[str, Any] = {
         "pictures": len(pictures),
         "pictures_sha256": digest(pictures),
-        "steps": chosen.steps,
         "batch": chosen.batch,
         "patch": chosen.patch,
         "seed": chosen.seed,
@@ -106,15 +107,19 @@ def train(chosen: argparse.Namespace) -> None:
     optimizer = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99))
     step, seconds = 0, 0.0
     curve: list[dict[str, float]] = []
+    schedule: list[dict[str, int]] = []
     path = chosen.out / CHECKPOINT
     if path.exists():
         state = read_checkpoint(path)
+        schedule = state["schedule"]
         if state["described"] != described:
             raise SystemExit(f"{path} is of another run: {state['described']}, here {described}")
         network.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])
         step, seconds, curve = state["step"], state["seconds"], state["curve"]
         print(f"step {step}/{chosen.steps}  going on from {path}", flush=True)
+    if not schedule or schedule[-1]["steps"] != chosen.steps:
+        schedule.append({"from_step": step, "steps": chosen.steps})
 
     while step < chosen.steps:
         began = time.perf_counter()
@@ -140,6 +145,7 @@ def train(chosen: argparse.Namespace) -> None:
             "network": network.state_dict(),
             "optimizer": optimizer.state_dict(),
             "step": step,
+            "schedule": schedule,
             "seconds": seconds,
             "curve": curve,
         }
@@ -155,6 +161,7 @@ def train(chosen: argparse.Namespace) -> None:
         "hours": round(seconds / 3600, 3),
         "threads": chosen.threads,
         **described,
+        "schedule": schedule,
         "curve": curve,
     }
     write_whole(chosen.out / CARD, (json.dumps(card, indent=1) + "\n").encode())
@@ -190,7 +197,7 @@ def ship(out: Path, data: str) -> None:
     source, replaced = re.subn(pattern, rf'\g<1>"{sha256}"', source)
     if replaced != 1:
         raise SystemExit(f"{DIGESTS} has no digest of {START_NAME!r} to replace")
-    described = state["described"]
+    described, steps = state["described"], state["schedule"][-1]["steps"]
     every = max(1, len(state["curve"]) // 24)
     card = {
         "name": START_NAME,
@@ -207,12 +214,14 @@ def ship(out: Path, data: str) -> None:
         "objective": "L1",
         "optimizer": f"Adam, {LEARNING_RATE:g} down a cosine to {LAST_RATE:g}",
         **described,
+        "schedule": state["schedule"],
         "steps_done": state["step"],
         "hours": round(state["seconds"] / 3600, 3),
         "curve": state["curve"][every - 1 :: every],
         "date": datetime.now(timezone.utc).date().isoformat(),
         "command": "python -m benchmarks.studies.start_network --images DIR --out DIR "
-        + " ".join(f"--{name} {described[name]}" for name in ("steps", "batch", "patch", "seed")),
+        + " ".join(f"--{name} {described[name]}" for name in ("batch", "patch", "seed"))
+        + f" --steps {steps}",
         "versions": {"mghf_fast": mghf_fast.__version__, "torch": torch.__version__},
     }
     folder = DIGESTS.parent
@@ -220,7 +229,7 @@ def ship(out: Path, data: str) -> None:
     write_whole(folder / f"{START_NAME}.json", (json.dumps(card, indent=1) + "\n").encode())
     write_whole(DIGESTS, source.encode())
     print(
-        f"{START_NAME}: step {state['step']}/{described['steps']}, {len(content)} bytes, {sha256}"
+        f"{START_NAME}: step {state['step']}/{steps}, {len(content)} bytes, {sha256}"
     )
 
 

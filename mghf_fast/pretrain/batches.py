@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .sources import Item, Source
+from .sources import NO_LABEL, Item, Source
 
 
 class Batch(NamedTuple):
@@ -19,6 +19,11 @@ class Batch(NamedTuple):
     images: Tensor
     labels: Tensor
     skipped: tuple[str, ...]
+
+    @property
+    def readable(self) -> bool:
+        """Whether there is a picture for every place."""
+        return not bool((self.labels == NO_LABEL).any())
 
 
 def scaled(images: Tensor, device: torch.device) -> Tensor:
@@ -60,7 +65,8 @@ class _Positions:
             yield list(range(start, start + self._each))
 
 
-def _one_thread(worker: int) -> None:
+def one_thread(worker: int) -> None:
+    """For a process that prepares batches."""
     torch.set_num_threads(1)
 
 
@@ -75,7 +81,7 @@ def training_batches(
             batch_sampler=_Positions(first, last, batch, rank, ranks),
             num_workers=workers,
             collate_fn=_collate,
-            worker_init_fn=_one_thread,
+            worker_init_fn=one_thread,
             prefetch_factor=4 if workers else None,
         )
     )

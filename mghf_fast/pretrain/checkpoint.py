@@ -20,6 +20,8 @@ from .settings import PretrainError
 
 FORMAT = 1
 NAME = "checkpoint.pt"
+UNSAID = {"objective": "classes", "init": "linear"}
+"""What a checkpoint means by leaving it out: before 0.2 there was nothing else."""
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -81,7 +83,7 @@ def decode(content: bytes, path: Path, configuration: dict[str, Any]) -> dict[st
         raise PretrainError(f"{path} is not a whole checkpoint") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise PretrainError(f"{path} is no checkpoint of this version's format")
-    there = json.loads(state["configuration"])
+    there = {**UNSAID, **json.loads(state["configuration"])}
     here = json.loads(json.dumps(configuration))
     if different := list(differences(there, here)):
         told = "; ".join(f"{name} is {a} there and {b} here" for name, a, b in different)

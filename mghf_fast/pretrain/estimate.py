@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 from typing import Any
 
-from .batches import training_batches
 from .distributed import Ranks
 from .network import multiply_adds
 from .settings import Settings
 from .sources import open_source
-from .train import Run, device_of, total_steps
+from .train import device_of, make_run, total_steps
 
 WARM_UP, MEASURED = 1, 4
+FORWARD = {"classes": 0.3, "distances": 0.8}
+"""About how much of a step's time its part without gradients takes; teachers have no gradients."""
 
 
 def estimate(settings: Settings) -> dict[str, Any]:
@@ -28,12 +30,14 @@ def estimate(settings: Settings) -> dict[str, Any]:
     device = device_of(settings)
     source = open_source(settings)
     steps = total_steps(settings, source)
-    run = Run(settings, source, Ranks(), device)
+    # Without other processes, or the time to prepare a batch would not show.
+    run = make_run(dataclasses.replace(settings, workers=0), source, Ranks(), device)
+    parameters_extractor = sum(p.numel() for p in run.network.extractor.parameters())
+    parameters = sum(p.numel() for p in run.network.parameters())
     extractor, head = multiply_adds(run.network, settings.size)
+    images = settings.batch * (2 if settings.objective == "distances" else 1)
     inputs, times = [], []
-    batches = training_batches(
-        source, 0, WARM_UP + MEASURED, batch=settings.batch, rank=0, ranks=1, workers=0
-    )
+    batches = run.batches(WARM_UP + MEASURED)
     for _ in range(WARM_UP + MEASURED):
         start = time.perf_counter()
         batch = next(batches)
@@ -44,11 +48,9 @@ def estimate(settings: Settings) -> dict[str, Any]:
         inputs.append(ready - start)
     step = statistics.median(times[WARM_UP:])
     prepare = statistics.median(inputs[WARM_UP:])
-    start = time.perf_counter()
-    run.network.eval()
-    run.network(batch.images.to(device).float())
-    each = (time.perf_counter() - start + prepare) / settings.batch
-    held_out = each * source.held_out_images
+    held_out = (
+        (FORWARD[settings.objective] * step + prepare) / settings.batch * source.held_out_images
+    )
     # Other processes prepare images while this one computes, if they keep up.
     slower = max(step, prepare / settings.workers) if settings.workers else step + prepare
     return {
@@ -56,16 +58,12 @@ def estimate(settings: Settings) -> dict[str, Any]:
         "held_out": source.held_out_images,
         "classes": len(source.classes),
         "steps": steps,
-        "parameters_extractor": sum(p.numel() for p in run.network.extractor.parameters()),
-        "parameters_head": sum(
-            p.numel()
-            for part in (run.network.stages, run.network.classifier)
-            for p in part.parameters()
-        ),
+        "parameters_extractor": parameters_extractor,
+        "parameters_head": parameters - parameters_extractor,
         "macs_extractor": extractor,
         "macs_head": head,
         # Forward; then forward again, gradient of the input and of the weights in the extractor.
-        "macs_step": settings.batch * (4 * extractor + 3 * head),
+        "macs_step": images * (4 * extractor + 3 * head),
         "seconds_step": step,
         "seconds_batch": prepare,
         "seconds_held_out": held_out,
@@ -78,15 +76,19 @@ def report(settings: Settings) -> str:
     found = estimate(settings)
     hours, minutes = divmod(round(found["seconds"] / 60), 60)
     size, batch = settings.size, settings.batch
+    pairs = settings.objective == "distances"
+    classes = "" if pairs else f"{found['classes']} classes, "
+    what = "pairs" if pairs else "images"
+    teacher = ", and the teacher's" if pairs else ""
     return "\n".join(
         (
-            f"data          {found['classes']} classes, {found['images']} images an epoch, "
+            f"data          {classes}{found['images']} images an epoch, "
             f"{found['held_out']} held out",
             f"parameters    {found['parameters_extractor']:,} in the extractor, "
             f"{found['parameters_head']:,} behind it, which are thrown away",
             f"an image      {found['macs_extractor'] / 1e9:.3f} + {found['macs_head'] / 1e9:.3f} "
             f"GFLOPs forward at {size} x {size} (a FLOP is one multiply-add)",
-            f"a step        about {found['macs_step'] / 1e9:.1f} GFLOPs; {batch} images, "
+            f"a step        about {found['macs_step'] / 1e9:.1f} GFLOPs{teacher}; {batch} {what}, "
             f"{found['seconds_step']:.2f} s, and {found['seconds_batch']:.2f} s to prepare them",
             f"all           {found['steps']} steps, about {hours} h {minutes:02d} min in one "
             "process like this",

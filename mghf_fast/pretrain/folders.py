@@ -1,4 +1,5 @@
-"""A directory with a folder of pictures for each class (the layout of ImageFolder)."""
+"""Directories of picture files: with a folder for each class (the layout of ImageFolder), or of any
+layout."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .pictures import SUFFIXES
-from .settings import PretrainError
+from .settings import PROCEDURAL, PretrainError
 
 
 def _pictures(folder: Path) -> Iterator[Path]:
@@ -72,3 +73,48 @@ class Folders:
 
     def description(self) -> dict[str, Any]:
         return {"source": "folders", "digest": self._digest}
+
+
+class PlainFolders:
+    """All pictures below some directories, without classes.
+
+    Raises:
+        PretrainError: a directory is not there, or has no pictures.
+    """
+
+    def __init__(self, directories: list[Path]) -> None:
+        self.classes: tuple[str, ...] = ("picture",)
+        self.names: list[str] = []
+        self._paths: list[Path] = []
+        digest = hashlib.sha256()
+        for directory in directories:
+            if not directory.is_dir():
+                raise PretrainError(
+                    f"--data {directory}: there is no such directory; for --objective distances "
+                    f"{PROCEDURAL!r} or directories of pictures are allowed"
+                )
+            before = len(self.names)
+            try:
+                for path in _pictures(directory):
+                    name = path.relative_to(directory).as_posix()
+                    digest.update(
+                        f"{name}\0{path.stat().st_size}\n".encode("utf-8", "surrogateescape")
+                    )
+                    self._paths.append(path)
+                    self.names.append(str(path))
+            except OSError as error:
+                raise PretrainError(
+                    f"--data {directory} cannot be read: {error.filename}: {error.strerror}"
+                ) from error
+            if len(self.names) == before:
+                raise PretrainError(
+                    f"--data {directory} has no pictures ({', '.join(sorted(SUFFIXES))})"
+                )
+        self.labels = np.zeros(len(self.names), dtype=np.int64)
+        self._digest = digest.hexdigest()
+
+    def read(self, index: int) -> bytes:
+        return self._paths[index].read_bytes()
+
+    def description(self) -> dict[str, Any]:
+        return {"source": "pictures", "digest": self._digest}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import DetailFeatureExtractor
+from .run import TrainedNetwork
 
 
 def _stage(inputs: int, outputs: int) -> list[nn.Module]:
@@ -20,7 +21,7 @@ def _stage(inputs: int, outputs: int) -> list[nn.Module]:
     ]
 
 
-class Classifier(nn.Module):
+class Classifier(TrainedNetwork):
     """extractor -> stages -> global average pooling -> linear.
 
     Args:
@@ -47,20 +48,28 @@ class Classifier(nn.Module):
         return logits
 
 
-def multiply_adds(network: Classifier, size: int) -> tuple[int, int]:
+def multiply_adds(network: TrainedNetwork, size: int) -> tuple[int, int]:
     """Of one image of ``size`` x ``size`` pixels, forward, by the rule of :mod:`mghf_fast.cost`:
     the extractor's, and those of what is behind it.
 
-    The extractor works at full resolution, so that each of its weights is used once a pixel; but
-    a convolution as a stem is drawn into the first mix, whose own weights are then not used.
+    Each of the extractor's weights is used once a pixel of its features; but a convolution as a
+    stem is drawn into the first mix, whose own weights are then not used.
     """
     extractor = network.extractor
     weights = sum(p.numel() for p in extractor.parameters() if p.dim() > 1)
     if isinstance(extractor.stem, nn.Conv2d):
         weights -= extractor.channels**2
-    head, side = network.classifier.weight.numel(), size
+    side = -(-size // extractor.downscale)
+    return weights * side**2, _behind(network, side)
+
+
+def _behind(network: TrainedNetwork, side: int) -> int:
+    """Multiply-adds of what is behind the extractor, whose features have ``side`` x ``side``."""
+    if not isinstance(network, Classifier):
+        return 0
+    head = network.classifier.weight.numel()
     for layer in network.stages:
         if isinstance(layer, nn.Conv2d):
             side = (side + 1) // 2
             head += layer.weight.numel() * side * side
-    return weights * size * size, head
+    return head

@@ -21,6 +21,12 @@ LARGEST_CROP = 2.0
 pictures are not shrunk much."""
 
 
+LONGEST_SIDE = 1024
+"""Pixels to which larger pictures are reduced before squares are cut out of them as they are."""
+MOST_KEPT_BYTES = 512 * 2**20
+"""Of decoded pictures that a process keeps."""
+
+
 class Reader(Protocol):
     """Picture files with labels.
 
@@ -41,6 +47,19 @@ class Reader(Protocol):
         """What files these are, for JSON; equal for equal files."""
 
 
+def _decoded(content: bytes) -> Any:
+    """A picture file's PIL image, RGB and upright; ``OSError`` if it is no whole picture."""
+    from PIL import Image, ImageOps
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(content)) as opened:
+                return ImageOps.exif_transpose(opened).convert("RGB")
+    except Exception as error:  # a decoder may raise nearly anything on a broken file
+        raise OSError(f"no whole picture ({type(error).__name__})") from error
+
+
 def crop(content: bytes, size: int, rng: np.random.Generator | None) -> Pixels:
     """A square training image out of a picture file: at random with ``rng``, else the middle.
 
@@ -53,15 +72,9 @@ def crop(content: bytes, size: int, rng: np.random.Generator | None) -> Pixels:
     Raises:
         OSError: the bytes are no whole picture.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(content)) as opened:
-                image = ImageOps.exif_transpose(opened).convert("RGB")
-    except Exception as error:  # a decoder may raise nearly anything on a broken file
-        raise OSError(f"no whole picture ({type(error).__name__})") from error
+    image = _decoded(content)
     width, height = image.size
     shorter = min(width, height)
     if rng is None:
@@ -148,6 +161,10 @@ class PictureSource:
     def held_out(self, index: int) -> Item:
         return self._first_readable(self._held_out, index, None)
 
+    def _cut(self, file: int, rng: np.random.Generator | None) -> Pixels:
+        """A training image of a file; ``OSError`` if it cannot be read."""
+        return crop(self._reader.read(file), self._size, rng)
+
     def _first_readable(
         self, files: npt.NDArray[np.int64], start: int, rng: np.random.Generator | None
     ) -> Item:
@@ -155,7 +172,7 @@ class PictureSource:
         for tried in range(min(len(files), self._skip_limit + 1)):
             file = int(files[(start + tried) % len(files)])
             try:
-                pixels = crop(self._reader.read(file), self._size, rng)
+                pixels = self._cut(file, rng)
             except OSError:
                 skipped.append(self._reader.names[file])
             else:
@@ -171,3 +188,46 @@ class PictureSource:
             "classes": len(self.classes),
             "held out": self.held_out_images,
         }
+
+
+class CropSource(PictureSource):
+    """Pictures as they are: squares cut out at their own resolution, turned by quarters and
+    mirrored at random. One whose shorter side is below ``size`` counts as unreadable; one whose
+    longer side is above ``LONGEST_SIDE`` is reduced to it."""
+
+    def __init__(
+        self, reader: Reader, seed: int, size: int, batch: int, held_out: int, skip_limit: int
+    ) -> None:
+        super().__init__(reader, seed, size, batch, held_out, skip_limit)
+        self._kept: dict[int, Pixels] = {}
+        self._kept_bytes = 0
+
+    def _picture(self, file: int) -> Pixels:
+        # Every picture is wanted again, once an epoch: the first ones are as good to keep as any.
+        if (kept := self._kept.get(file)) is not None:
+            return kept
+        from PIL import Image
+
+        image = _decoded(self._reader.read(file))
+        image.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
+        pixels = np.asarray(image, dtype=np.uint8)
+        if min(pixels.shape[:2]) < self._size:
+            raise OSError(f"smaller than {self._size} x {self._size}")
+        if self._kept_bytes + pixels.nbytes <= MOST_KEPT_BYTES:
+            self._kept[file] = pixels
+            self._kept_bytes += pixels.nbytes
+        return pixels
+
+    def _cut(self, file: int, rng: np.random.Generator | None) -> Pixels:
+        pixels = self._picture(file)
+        room = [side - self._size for side in pixels.shape[:2]]
+        if rng is None:
+            top, left = (space // 2 for space in room)
+        else:
+            top, left = (int(rng.integers(space + 1)) for space in room)
+        square = pixels[top : top + self._size, left : left + self._size]
+        if rng is not None:
+            square = np.rot90(square, int(rng.integers(4)))
+            if rng.random() < 0.5:
+                square = square[:, ::-1]
+        return np.ascontiguousarray(square)

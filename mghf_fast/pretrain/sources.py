@@ -14,6 +14,9 @@ from . import procedural
 from .procedural import Pixels
 from .settings import PROCEDURAL, PretrainError, Settings
 
+MARGIN = 32
+"""Pixels by which the pictures of distances are larger than what is learned from: distortions and
+networks do not see beyond a border, which is therefore cut off, half on each side."""
 NO_LABEL = -1
 """Of an item that stands for no image, as no file could be read."""
 
@@ -76,17 +79,22 @@ def open_source(settings: Settings) -> Source:
     """The source that ``--data`` names.
 
     Raises:
-        PretrainError: there is no such thing, or it holds no labelled pictures.
+        PretrainError: there is no such thing, or it holds no pictures of use.
     """
+    distances = settings.objective == "distances"
     if settings.data == (PROCEDURAL,):
-        return ProceduralSource(
-            settings.seed, settings.size, settings.epoch_images, settings.held_out
-        )
-    from .folders import Folders
-    from .pictures import PictureSource, Reader
+        size = settings.size + (MARGIN if distances else 0)
+        return ProceduralSource(settings.seed, size, settings.epoch_images, settings.held_out)
+    from .folders import Folders, PlainFolders
+    from .pictures import CropSource, PictureSource, Reader
     from .shards import Shards
 
     paths = [Path(name) for name in settings.data]
+    if distances:
+        return CropSource(
+            PlainFolders(paths), settings.seed, settings.size + MARGIN, settings.batch,
+            settings.held_out, settings.skip_limit,
+        )  # fmt: skip
     if len(paths) == 1 and paths[0].is_dir():
         reader: Reader = Folders(paths[0])
     elif all(path.suffix == ".tar" for path in paths):
