@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -302,7 +304,12 @@ def test_the_study_end_to_end(
 
     assert study.main([*words, "--only", "train"]) == 0
     kept = {p: p.stat().st_mtime_ns for p in (out / "networks").iterdir()}
-    assert {p.name for p in kept} >= {"mse-x10-seed0.safetensors", "mghf-n-f-x10-seed0.json"}
+    assert out / "networks" / "mse-x10-seed0.safetensors" in kept
+    plan = study.make(study.arguments().parse_args(words))
+    (trained,) = (p for p in kept if re.fullmatch(r"mghf-n-f-\w{8}-x10-seed0.json", p.name))
+    assert trained.name.startswith(plan.stem("mghf-n:F", 10, 0).name)
+    other = dataclasses.replace(plan, features="curved")  # has files of its own
+    assert not other.match_file("mghf-n:F", 0).exists() and other.match_file("mse", 0).exists()
     assert study.main([*words, "--only", "train"]) == 0  # everything is there
     assert {p: p.stat().st_mtime_ns for p in (out / "networks").iterdir()} == kept
 
@@ -321,7 +328,6 @@ def test_the_study_end_to_end(
     ElementTree.fromstring((out / "assets" / page.PLOT).read_text())
 
     (out / "test" / "Set5" / "a.png.json").rename(tmp_path / "a.png.json")
-    plan = study.make(study.arguments().parse_args(words))
     assert opening.opened(plan) is None  # a picture is missing, so nothing is told
     (tmp_path / "a.png.json").rename(out / "test" / "Set5" / "a.png.json")
     assert opening.opened(plan) is not None

@@ -8,6 +8,7 @@ mghf-c:F       MGHF-c, with the weights of PRESET; mghf-c:F@2025 with another pr
 csc:F, lip:F   content-style consistency, or local information, of the features F alone;
                lip:pixels has no features at all
 dec            DECLoss
+teacher        shift-tolerant LPIPS with VGG-16, whose distances the trained features learned
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mghf_fast import ContentStyleLoss, DECLoss, LocalInformationLoss, MGHFLoss
+from mghf_fast.evaluate.stlpips import ShiftTolerantLPIPS
+from mghf_fast.losses.mghf import PRESETS
 
 from . import extractors
 from .tuning import Term
@@ -40,16 +43,18 @@ STUDY = (
     Row("mse", "+ MSE"),
     Row("vgg", "+ VGG-16 loss, trained"),
     Row("mghf-n:linear", "+ MGHF-n, old random"),
-    Row("mghf-c:linear", "+ MGHF-c, old random"),
+    Row("mghf-c:linear@2026", "+ MGHF-c, old random, published weights"),
     Row("mghf-n:curved", "+ MGHF-n, curved start"),
     Row("mghf-c:curved", "+ MGHF-c, curved start"),
     Row("mghf-n:curved-squeeze", "+ MGHF-n, curved start, squeezed"),
     Row("mghf-n:F", "+ MGHF-n, trained features"),
+    Row("mghf-c:F@2026", "+ MGHF-c, trained features, published weights"),
     Row("mghf-c:F", "+ MGHF-c, trained features"),
     Row("csc:F", "+ CSC alone, trained features"),
     Row("lip:F", "+ LIP alone, trained features"),
     Row("lip:pixels", "+ LIP of raw pixels"),
     Row("dec", "+ DECLoss"),
+    Row("teacher", "+ ST-LPIPS (VGG-16), the teacher"),
 )
 VGG, DEFAULT = "vgg", "mghf-c:F"
 """The loss to compare with, and the one whose worth is asked for."""
@@ -75,6 +80,9 @@ def build(name: str) -> Term:
         kind, features = "mghf-n", "vgg3"
     if name == "dec":
         return DECLoss()
+    if name == "teacher":
+        distance = ShiftTolerantLPIPS("vgg")
+        return lambda sr, gt: distance(sr, gt).mean()
     if kind in ("mghf-n", "mghf-c") and features:
         return MGHFLoss(kind[-1], preset, extractors.load(features), input_range="0,1")
     if kind in ("csc", "lip") and features:
@@ -90,8 +98,8 @@ def build(name: str) -> Term:
 
         return term
     raise ValueError(
-        "an objective must be mse, vgg, dec, or mghf-n:F, mghf-c:F, csc:F, lip:F of features F, "
-        f"got {name!r}"
+        "an objective must be mse, vgg, dec, teacher, or mghf-n:F, mghf-c:F, csc:F, lip:F of "
+        f"features F, got {name!r}"
     )
 
 
@@ -104,7 +112,15 @@ def label(name: str) -> str:
     return f"{kind}:{extractors.label(features)}{suffix}"
 
 
+def terms(name: str) -> str:
+    """The weights of the terms that an objective's name stands for; empty without such weights."""
+    kind, _, preset = _features(name)
+    return repr(PRESETS[preset]) if kind == "mghf-c" and preset in PRESETS else ""
+
+
 def identity(name: str) -> str:
-    """The name, with the digest of the features' weights."""
+    """The name, with the digest of the features' weights and the weights of the terms."""
     kind, features, preset = _features(name)
-    return name if not features else f"{kind}:{extractors.identity(features)}@{preset}"
+    if not features:
+        return name
+    return f"{kind}:{extractors.identity(features)}@{preset} {terms(name)}".rstrip()

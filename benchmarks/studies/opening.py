@@ -18,7 +18,7 @@ import torch
 
 from mghf_fast.demo.network import CompactEDSR
 
-from . import quality
+from . import extractors, quality
 from .pictures import Pair, degraded, real
 from .runs import Study, read_json, slug, write_json
 
@@ -79,6 +79,7 @@ def open_test(study: Study, folder: Path, crop: int, sets: Sequence[str] = SETS)
         )
     facts: dict[str, Any] = {
         "objectives": list(study.names),
+        "features": extractors.identity(study.features),
         "seeds": list(study.seeds),
         "crop": crop,
         "sets": list(sets),

@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.results import this_machine
 from mghf_fast.measure import machine_facts
 
-from . import equal, objectives, opening, quality
+from . import equal, extractors, objectives, opening, quality
 from .runs import TARGETS, Study, read_json
 
 GROUPS = {"synthetic": opening.SYNTHETIC, "real": opening.REAL}
@@ -129,7 +129,11 @@ def collect(study: Study) -> dict[str, Any]:
             "name": this_machine(1),
             **{key: facts[key] for key in ("cpu", "cores", "isa", "torch", "mghf_fast")},
         },
-        "protocol": {**read_json(study.out / "protocol.json"), "seeds": list(study.seeds)},
+        "protocol": {
+            **read_json(study.out / "protocol.json"),
+            "features": extractors.identity(study.features),
+            "seeds": list(study.seeds),
+        },
         "titles": {name: titles.get(name, f"+ {name}") for name in study.names},
         "validation": validation(study),
         "test": test_pictures(study),

@@ -22,7 +22,7 @@ from scipy.optimize import brentq
 from mghf_fast.demo.network import CompactEDSR
 from mghf_fast.pretrain.checkpoint import write_whole
 
-from . import extractors, objectives, quality
+from . import objectives, quality
 from .probe import Setup, l1_run
 from .tuning import Recipe, fine_tune, load_network, mixed, save_network, unit_weight
 
@@ -81,10 +81,10 @@ class Study:
         )
 
     def described(self) -> dict[str, Any]:
-        """What every file of the study depends on; a folder is of one such description."""
+        """What every file of the study depends on; a folder is of one such description. (Other
+        trained features have files of their own: the rest serves them too.)"""
         return {
             "start": hashlib.sha256(self.start.read_bytes()).hexdigest(),
-            "features": extractors.identity(self.features),
             "steps": self.recipe.steps,
             "batch": self.recipe.batch,
             "patch": self.recipe.patch,
@@ -113,11 +113,19 @@ class Study:
         else:
             write_json(path, self.described())
 
+    def file_name(self, name: str) -> str:
+        """The objective's, with a digest of the trained features and the weights of the terms."""
+        full = self.full_name(name)
+        depends = objectives.identity(full) if full != name else objectives.terms(name)
+        return slug(name) + (
+            f"-{hashlib.sha256(depends.encode()).hexdigest()[:8]}" if depends else ""
+        )
+
     def stem(self, name: str, ratio: float, seed: int) -> Path:
-        return self.out / "networks" / f"{slug(name)}-x{ratio:g}-seed{seed}"
+        return self.out / "networks" / f"{self.file_name(name)}-x{ratio:g}-seed{seed}"
 
     def match_file(self, name: str, seed: int) -> Path:
-        return self.out / "matched" / f"{slug(name)}-seed{seed}.json"
+        return self.out / "matched" / f"{self.file_name(name)}-seed{seed}.json"
 
     # ---- trainings ----
 

@@ -228,9 +228,7 @@ def ship(out: Path, data: str) -> None:
     write_whole(folder / f"{START_NAME}.safetensors", content)
     write_whole(folder / f"{START_NAME}.json", (json.dumps(card, indent=1) + "\n").encode())
     write_whole(DIGESTS, source.encode())
-    print(
-        f"{START_NAME}: step {state['step']}/{steps}, {len(content)} bytes, {sha256}"
-    )
+    print(f"{START_NAME}: step {state['step']}/{steps}, {len(content)} bytes, {sha256}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

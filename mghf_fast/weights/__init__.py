@@ -17,7 +17,7 @@ SHA256: dict[str, str] = {
 """Name -> digest of the file, of feature extractors: what a loss takes by name."""
 
 OTHER_SHA256: dict[str, str] = {
-    "demo-start": "b6f171df7edb4ed0629afac8ea4ef24d70ac7dd81c9efcf5d80de3afdf281b06",
+    "demo-start": "87266a3c0456e629c7bda53e8bd8db28e70a96bff70f29787ac1fee63c842154",
 }
 """The same of other weights. ``demo-start`` is the super-resolution network that the demo
 fine-tunes; ``python -m benchmarks.studies.start_network --ship`` writes it and this digest."""
