@@ -36,12 +36,14 @@ from benchmarks.studies import (
     quality,
     runs,
     study,
+    terms,
     tuning,
     verdicts,
 )
 from mghf_fast.demo.network import CompactEDSR
 from mghf_fast.demo.photographs import bundled
 from mghf_fast.evaluate import stlpips
+from mghf_fast.losses.mghf import PRESETS
 
 judged = pytest.mark.skipif(
     stlpips.unavailable_reason() is not None, reason="stlpips_pytorch is not installed"
@@ -359,6 +361,33 @@ def test_what_is_chosen_follows_from_the_files(tmp_path: Path, start: Path) -> N
     assert plan.full_name("mse") == "mse"
 
 
+def test_a_preset_less_some_terms() -> None:
+    whole, less = objectives.preset("2026"), objectives.preset("2026-no-lip-no-correlation")
+    assert whole == PRESETS["2026"]
+    assert less.gammas == (2, 2, 0) and less.betas == (6e-3, 0, 5e-4)
+    alone = objectives.preset("2026-no-naive-no-mse-no-correlation-no-gram")
+    assert alone.factors() == {**dict.fromkeys(whole.factors(), 0.0), "lip": 8e-2}
+    with pytest.raises(ValueError, match="less terms such as -no-lip .*got '2026-no-lap'"):
+        objectives.preset("2026-no-lap")
+    assert objectives.identity("mghf-c:curved@2026") != objectives.identity("mghf-c:curved@2025")
+
+
+def test_the_terms_gradients_over_sizes_of_crops(folder: Path, start: Path, tmp_path: Path) -> None:
+    plan = runs.Study(
+        tmp_path,
+        start,
+        folder / "train",
+        folder / "test" / "Set14",
+        "curved-squeeze",
+        ("l1",),
+        (0,),
+    )
+    found = terms.measure(plan, ("2026", "2026-no-lip"), (64,))
+    whole, less = found["rows"]
+    assert whole["side"] == 64 and whole["naive"] == less["naive"] > 0
+    assert "lip" not in less and whole["lip"] > 0 and whole["total"] != less["total"]
+
+
 @judged
 def test_the_cost_is_told_beside_the_vgg_loss(tmp_path: Path, start: Path) -> None:
     plan = runs.Study(tmp_path, start, tmp_path, tmp_path, "curved", ("l1", "mse", "vgg"), (0,))
@@ -494,6 +523,16 @@ def made_up(l1: float, vgg: float, reached: float = 1.0, real: float = -0.02) ->
             "batch": 4, "side": 96, "threads": 1, "rounds": 15,
             "rows": [{"objective": default, "median_s": 0.05, "spread": 0.1, "of_vgg": 0.11}],
         },
+        "ablation": [
+            {
+                "objective": default, "title": "all terms", "ratio": 3.0, "full_loss": 0.6,
+                "reached": [2, 2], "l1": point, "points": [point, point],
+            }
+        ],
+        "terms": {
+            "batches": 4, "batch": 2,
+            "rows": [{"preset": "2026", "side": 64, "naive": 0.5, "lip": 2.0, "total": 2.2}],
+        },
         "test": {
             "opened": "a day", "crop": 256, "second_judge": True,
             "pictures": {"Set5": 5, "RealSR": 7}, "differences": differences,
@@ -556,6 +595,8 @@ def test_the_page_is_a_function_of_the_result() -> None:
     assert "<!-- features: from toy-2c-features.json -->" in text
     assert text == page.generate(text, result)
     assert "| pixels | 0.50, 26.50, 0 |" in text
+    assert '| `"2026"` | 64 | 0.5 |  |  |  | 2 | 2.2 |' in text
+    assert "| all terms | 3 | 0.60 |" in text
     assert "| + MGHF-c, trained features | 3 | 0.60 | 0.3100 | 0.3500 (0.00 dB lost) |" in text
     assert "-0.0300 (-0.0350 to -0.0250) |" in text and "middle 256 x 256 pixels" in text
     assert page.generate(source, None).count("Not measured yet.") == len(page.BLOCKS)

@@ -4,7 +4,8 @@ l1             nothing more
 mse            the mean squared error of pixels
 vgg            of VGG-16's relu3_3, trained weights (shift-tolerant LPIPS's)
 mghf-n:F       MGHF-n of the features F, a name or file of :mod:`.extractors`
-mghf-c:F       MGHF-c, with the weights of PRESET; mghf-c:F@2025 with another preset's
+mghf-c:F       MGHF-c, with the weights of PRESET; mghf-c:F@2025 with another preset's;
+               mghf-c:F@2025-no-lip without a term: naive, mse, correlation, gram or lip
 csc:F, lip:F   content-style consistency, or local information, of the features F alone;
                lip:pixels has no features at all
 dec            DECLoss
@@ -13,6 +14,7 @@ teacher        shift-tolerant LPIPS with VGG-16, whose distances the trained fea
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import torch
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from mghf_fast import ContentStyleLoss, DECLoss, LocalInformationLoss, MGHFLoss
 from mghf_fast.evaluate.stlpips import ShiftTolerantLPIPS
-from mghf_fast.losses.mghf import PRESETS
+from mghf_fast.losses.mghf import PRESETS, Preset
 
 from . import extractors
 from .tuning import Term
@@ -56,6 +58,20 @@ STUDY = (
     Row("dec", "+ DECLoss"),
     Row("teacher", "+ ST-LPIPS (VGG-16), the teacher"),
 )
+PARTS = ("naive", "mse", "correlation", "gram", "lip")
+"""Terms of MGHF-c."""
+ABLATION = (
+    Row("mghf-c:F", "all terms"),
+    *(Row(f"mghf-c:F@{PRESET}-no-{part}", f"without {part}") for part in PARTS),
+    *(
+        Row(
+            f"mghf-c:F@{PRESET}" + "".join(f"-no-{other}" for other in PARTS if other != part),
+            f"{part} alone",
+        )
+        for part in PARTS
+    ),
+)
+"""What each term gives, on the validation pictures."""
 VGG, DEFAULT = "vgg", "mghf-c:F"
 """The loss to compare with, and the one whose worth is asked for."""
 
@@ -63,8 +79,28 @@ VGG, DEFAULT = "vgg", "mghf-c:F"
 def _features(name: str) -> tuple[str, str, str]:
     """``"mghf-c:curved@2025"`` -> kind, features, preset."""
     kind, _, features = name.partition(":")
-    features, _, preset = features.partition("@")
-    return kind, features, preset or PRESET
+    features, _, weights = features.partition("@")
+    return kind, features, weights or PRESET
+
+
+def preset(name: str) -> Preset:
+    """The weights of a preset's name, of which ``-no-TERM`` leaves out terms.
+
+    Raises:
+        ValueError: no such preset or term.
+    """
+    base, *without = name.split("-no-")
+    if base not in PRESETS or not {*without} <= {*PARTS}:
+        raise ValueError(
+            f"a preset must be one of {', '.join(PRESETS)}, less terms such as -no-lip "
+            f"({', '.join(PARTS)}), got {name!r}"
+        )
+    found = PRESETS[base]
+    (g1, g2, g3), (b1, b2, b3) = found.gammas, found.betas
+    kept = {part: float(part not in without) for part in PARTS}
+    gammas = (g1 * kept["naive"], g2, g3 * kept["lip"])
+    betas = (b1 * kept["mse"], b2 * kept["correlation"], b3 * kept["gram"])
+    return dataclasses.replace(found, gammas=gammas, betas=betas)
 
 
 def build(name: str) -> Term:
@@ -73,7 +109,7 @@ def build(name: str) -> Term:
     Raises:
         ValueError: no such objective or features.
     """
-    kind, features, preset = _features(name)
+    kind, features, weights = _features(name)
     if name == "mse":
         return F.mse_loss
     if name == VGG:
@@ -84,7 +120,7 @@ def build(name: str) -> Term:
         distance = ShiftTolerantLPIPS("vgg")
         return lambda sr, gt: distance(sr, gt).mean()
     if kind in ("mghf-n", "mghf-c") and features:
-        return MGHFLoss(kind[-1], preset, extractors.load(features), input_range="0,1")
+        return MGHFLoss(kind[-1], preset(weights), extractors.load(features), input_range="0,1")
     if kind in ("csc", "lip") and features:
         extractor = extractors.load(features)
         down = getattr(extractor, "downscale", 1)
@@ -105,22 +141,22 @@ def build(name: str) -> Term:
 
 def label(name: str) -> str:
     """The name without a file's folder."""
-    kind, features, preset = _features(name)
+    kind, features, weights = _features(name)
     if not features:
         return name
-    suffix = "" if preset == PRESET else f"@{preset}"
+    suffix = "" if weights == PRESET else f"@{weights}"
     return f"{kind}:{extractors.label(features)}{suffix}"
 
 
 def terms(name: str) -> str:
     """The weights of the terms that an objective's name stands for; empty without such weights."""
-    kind, _, preset = _features(name)
-    return repr(PRESETS[preset]) if kind == "mghf-c" and preset in PRESETS else ""
+    kind, _, weights = _features(name)
+    return repr(preset(weights)) if kind == "mghf-c" else ""
 
 
 def identity(name: str) -> str:
     """The name, with the digest of the features' weights and the weights of the terms."""
-    kind, features, preset = _features(name)
+    kind, features, weights = _features(name)
     if not features:
         return name
-    return f"{kind}:{extractors.identity(features)}@{preset} {terms(name)}".rstrip()
+    return f"{kind}:{extractors.identity(features)}@{weights} {terms(name)}".rstrip()

@@ -68,10 +68,20 @@ def minimiser(result: Result) -> str:
 
 
 def validation(result: Result) -> str:
-    rows, seeds = result["validation"], len(result["protocol"]["seeds"])
-    if not rows:
-        return NOTHING
-    body = [[result["titles"][objectives.L1], "", "", f"{rows[0]['l1'][quality.PRIMARY]:.4f}", ""]]
+    rows = result["validation"]
+    return _validation(result, rows, result["titles"]) if rows else NOTHING
+
+
+def ablation(result: Result) -> str:
+    """As :func:`validation`, of MGHF-c less each term and of each alone."""
+    rows = result["ablation"]
+    titles = {objectives.L1: "L1", **{row["objective"]: row["title"] for row in rows}}
+    return _validation(result, rows, titles)
+
+
+def _validation(result: Result, rows: list[dict[str, Any]], titles: Mapping[str, str]) -> str:
+    seeds = len(result["protocol"]["seeds"])
+    body = [[titles[objectives.L1], "", "", f"{rows[0]['l1'][quality.PRIMARY]:.4f}", ""]]
     for row in rows:
         cells = []
         for i, _ in enumerate(TARGETS):
@@ -81,7 +91,7 @@ def validation(result: Result) -> str:
             cells.append(f"{point[quality.PRIMARY]:.4f}{short}")
         body.append(
             [
-                result["titles"][row["objective"]],
+                titles[row["objective"]],
                 f"{row['ratio']:g}",
                 f"{row['full_loss']:.2f}",
                 *cells,
@@ -179,6 +189,27 @@ def cost(result: Result) -> str:
     )
 
 
+TERMS = ("naive", "csc_mse", "csc_correlation", "csc_gram", "lip", "total")
+
+
+def terms(result: Result) -> str:
+    """Lengths of the terms' gradients over sizes of crops."""
+    facts = result["terms"]
+    body = [
+        [
+            f'`"{row["preset"]}"`',
+            f"{row['side']}",
+            *(f"{row[name]:.2g}" if name in row else "" for name in TERMS),
+        ]
+        for row in sorted(facts["rows"], key=lambda row: row["preset"])
+    ]
+    return (
+        "Length of a weighted term's gradient in the picture over that of L1's, at weight 1 beside "
+        f"it; {facts['batches']} batches of {facts['batch']} crops.\n\n"
+        + table(["preset", "crop", *TERMS], body)
+    )
+
+
 BLOCKS: dict[str, Callable[[Result], str]] = {
     "verdict": verdicts.verdict,
     "protocol": protocol,
@@ -187,8 +218,13 @@ BLOCKS: dict[str, Callable[[Result], str]] = {
     "test": test_pictures,
     "sets": sets,
     "cost": cost,
+    "terms": terms,
+    "ablation": ablation,
 }
-NEEDS = {"minimiser": "minimiser", "test": "test", "sets": "test", "cost": "cost"}
+NEEDS = {
+    "minimiser": "minimiser", "test": "test", "sets": "test", "cost": "cost", "terms": "terms",
+    "ablation": "ablation",
+}  # fmt: skip
 """Blocks that a part of the result is needed for."""
 
 

@@ -22,10 +22,10 @@ def _mean(rows: Sequence[dict[str, float]]) -> dict[str, float]:
     return {k: round(math.fsum(r[k] for r in rows) / len(rows), 5) for k in rows[0]}
 
 
-def validation(study: Study) -> list[dict[str, Any]]:
+def validation(study: Study, names: Sequence[str]) -> list[dict[str, Any]]:
     """A row for each objective whose seeds are all matched: means over the seeds."""
     rows = []
-    for name in study.compared:
+    for name in names:
         files = [study.match_file(name, seed) for seed in study.seeds]
         if not all(path.exists() for path in files):
             continue
@@ -135,10 +135,16 @@ def collect(study: Study) -> dict[str, Any]:
             "seeds": list(study.seeds),
         },
         "titles": {name: titles.get(name, f"+ {name}") for name in study.names},
-        "validation": validation(study),
+        "validation": validation(study, study.compared),
+        "ablation": [
+            {"title": row.title, **found}
+            for row in objectives.ABLATION
+            for found in validation(study, [row.name])
+        ]
+        or None,
         "test": test_pictures(study),
     }
-    for part in ("minimiser", "cost"):
+    for part in ("minimiser", "cost", "terms"):
         path = study.out / f"{part}.json"
         result[part] = read_json(path) if path.exists() else None
     return result

@@ -9,6 +9,8 @@ parts, each of which goes on where it was stopped:
     weights     each objective's weight, by seed 0 on the validation pictures
     train       every objective and seed, and the networks that lose 0.3 and 0.5 dB of L1's PSNR
     cost        a step of each loss beside the VGG-16 loss's
+    terms       the gradient of each term of MGHF-c beside L1's, over sizes of crops
+    ablation    MGHF-c less each term, and each alone, on the validation pictures
 
 ``--open-test`` judges the networks on the test pictures, once, when all trainings are there.
 ``--report`` writes benchmarks/results/<machine>-features.json, docs/features.md and its plot from
@@ -31,12 +33,12 @@ import torch
 from benchmarks.report import ROOT
 from benchmarks.results import RESULTS
 
-from . import cost, extractors, minimiser, objectives, opening, page
+from . import cost, extractors, minimiser, objectives, opening, page, terms
 from .result import collect
 from .runs import Study, write_json
 from .tuning import Recipe
 
-PARTS = ("minimiser", "weights", "train", "cost")
+PARTS = ("minimiser", "weights", "train", "cost", "terms", "ablation")
 VALIDATION = "Set14"
 PAGE = "features.md"
 T = TypeVar("T")
@@ -76,9 +78,11 @@ def weights(study: Study, jobs: int) -> None:
         print(f"{name}: gradient {ratio:g} times L1's", flush=True)
 
 
-def train(study: Study, jobs: int) -> None:
-    weights(study, jobs)
-    works = [(study, name, seed) for seed in study.seeds for name in study.compared]
+def train(study: Study, jobs: int, names: Sequence[str] | None = None) -> None:
+    if names is None:
+        weights(study, jobs)
+        names = study.compared
+    works = [(study, name, seed) for seed in study.seeds for name in names]
     for (_, name, seed), row in zip(works, together(Study.match, works, jobs), strict=True):
         shown = ", ".join(
             f"alpha {a:.2f}: {p['psnr']:.3f} dB, ST-LPIPS {p['stlpips']:.4f}"
@@ -100,6 +104,10 @@ def run_part(study: Study, part: str, jobs: int) -> None:
         names = ["pixels", *extractors.UNTRAINED, "procedural-v1", study.features, "vgg2", "vgg3"]
         rows = minimiser.table(list(dict.fromkeys(names)), study.validation)
         write_json(study.out / "minimiser.json", rows)
+    elif part == "terms":
+        write_json(study.out / "terms.json", terms.measure(study, ("2026", objectives.PRESET)))
+    elif part == "ablation":
+        train(study, jobs, [row.name for row in objectives.ABLATION])
     else:
         write_json(study.out / "cost.json", cost.measure(study, study.compared))
 

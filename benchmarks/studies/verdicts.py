@@ -154,8 +154,8 @@ def verdict(result: Result) -> str:
     """The page's block."""
     if result["test"] is None:
         return f"**{NOT_OPENED}**\n"
-    name = next((n for n in result["titles"] if n.startswith(objectives.DEFAULT)), None)
-    if name is None:
+    name = objectives.DEFAULT
+    if name not in result["titles"]:
         return "**The default loss is not among this study's objectives.**\n"
     sentences = [
         comparison(result, name, against, group) for group in GROUP_NAMES for against in AGAINST
