@@ -14,14 +14,14 @@ HALF = (QUICK, PAPER, TRAINING)
 def forms(variant: str, compiled: tuple[Shape, ...]) -> dict[str, Form]:
     reference = functools.partial(reference_mghf, variant)
     return {
-        "mghf_fast": Form(lambda: MGHFLoss(variant, extractor="random"), "ours"),
+        "mghf_fast": Form(lambda: MGHFLoss(variant, "2026", "random"), "ours"),
         "eager": Form(reference, "eager"),
         "eager channels_last": Form(
             reference, "eager", channels_last=True, shapes=(*SIZES[:4], TRAINING)
         ),
         "compile": Form(reference, "compile", compiled=True, shapes=compiled),
         "mghf_fast bfloat16": Form(
-            lambda: MGHFLoss(variant, extractor="random").to(torch.bfloat16),
+            lambda: MGHFLoss(variant, "2026", "random").to(torch.bfloat16),
             "ours",
             dtype="bfloat16",
             shapes=HALF,

@@ -326,7 +326,9 @@ def reference_mghf(
 
 
 def _total(variant: str, size: int, batch: int, wrap: Wrap) -> Step:
-    loss = MGHFLoss(extractor="random") if variant == "mghf_fast" else reference_mghf()
+    loss = (
+        MGHFLoss(preset="2026", extractor="random") if variant == "mghf_fast" else reference_mghf()
+    )
     return _step(wrap(loss), *image_pair(size, batch))
 
 

@@ -9,6 +9,7 @@ import contract
 import emulated
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mghf_fast
@@ -160,7 +161,23 @@ def test_default_extractor_is_the_same_every_time() -> None:
     assert torch.equal(torch.random.get_rng_state(), state)
     for p, q in zip(a.parameters(), b.parameters(), strict=True):
         assert torch.equal(p, q)
-    assert sum(p.numel() for p in a.extractor.parameters()) == 72_704
+    assert sum(p.numel() for p in a.extractor.parameters()) == 213_504
+
+
+@pytest.mark.parametrize("side", [64, 96, 192])
+def test_every_term_of_the_balanced_preset_has_a_say(side: int) -> None:
+    """Of a blurred photograph's gradient, at any size of crop."""
+    photograph = pytest.importorskip("skimage.data").astronaut()[100:, 150:]
+    gt = torch.from_numpy(photograph[:side, :side].copy()).permute(2, 0, 1)[None].float() / 255
+    padded = F.pad(gt, (2, 2, 2, 2), mode="reflect")
+    sr = F.avg_pool2d(padded, 5, stride=1).requires_grad_()
+    loss = MGHFLoss(preset="balanced", input_range="0,1")
+    lengths = {}
+    for name, factor in loss.preset.factors().items():
+        (gradient,) = torch.autograd.grad(factor * loss.terms(sr, gt)[name], sr)
+        lengths[name] = float(torch.linalg.vector_norm(gradient))
+    shares = {name: length / sum(lengths.values()) for name, length in lengths.items()}
+    assert all(0.03 < share < 0.7 for share in shares.values()), shares
 
 
 def test_the_callers_extractor_stays_as_it_is() -> None:
@@ -338,7 +355,9 @@ def test_bad_input() -> None:
         loss(sr[0], gt[0])
     with pytest.raises(ValueError, match="image must have 3 channels, got 1"):
         loss(sr[:, :1], gt[:, :1])
-    with pytest.raises(ValueError, match="preset must be one of '2026', '2025', got '2024'"):
+    with pytest.raises(
+        ValueError, match="preset must be one of 'balanced', '2026', '2025', got '2024'"
+    ):
         MGHFLoss(preset="2024")
     with pytest.raises(ValueError, match="variant must be one of 'c', 'n', got 'x'"):
         MGHFLoss("x")

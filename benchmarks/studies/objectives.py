@@ -28,7 +28,7 @@ from mghf_fast.losses.mghf import PRESETS, Preset
 from . import extractors
 from .tuning import Term
 
-L1, PRESET = "l1", "2026"
+L1, PRESET = "l1", "balanced"
 TRAINED = "F"
 """Stands in STUDY for the trained features."""
 

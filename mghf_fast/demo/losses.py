@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mghf_fast.losses.mghf import DEFAULT_EXTRACTOR
+from mghf_fast.losses.mghf import DEFAULT_EXTRACTOR, DEFAULT_PRESET
 
 from .objectives import Objective as Objective
 from .objectives import l1 as l1
@@ -10,9 +10,9 @@ from .objectives import mghf, with_l1
 
 EXTRACTOR = DEFAULT_EXTRACTOR
 """Name of the feature extractor: the one of a loss that is given none."""
-PRESET = "2026"
+PRESET = DEFAULT_PRESET
 """Weights of the terms within MGHF-c."""
-MGHF_WEIGHT = 0.02
+MGHF_WEIGHT = 0.1
 """w in ``L1 + w * MGHF-c``, the value that stands in the loss, with both terms as means over the
 batch. What it amounts to depends on extractor and preset: each report says how long the gradient of
 w * MGHF-c is beside L1's, and ``--ablation`` gives every other objective that length."""

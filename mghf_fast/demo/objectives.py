@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import mghf_fast
 from mghf_fast.losses import Preset
+from mghf_fast.losses.mghf import DEFAULT_PRESET
 
 Objective = Callable[[Tensor, Tensor], dict[str, Tensor]]
 """``(sr, gt)`` -> terms by name; ``"total"`` is the one to minimise."""
@@ -32,7 +33,7 @@ def l1(sr: Tensor, gt: Tensor) -> dict[str, Tensor]:
 def mghf(
     extractor: nn.Module | str | None = None,
     variant: str = "c",
-    preset: str | Preset = "2026",
+    preset: str | Preset = DEFAULT_PRESET,
 ) -> Objective:
     """MGHF-c or MGHF-n alone, with all its terms; the arguments are :class:`MGHFLoss`'s."""
     loss = mghf_fast.MGHFLoss(variant, preset, extractor, input_range="0,1")

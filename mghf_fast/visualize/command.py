@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..losses.mghf import PRESETS, downscale_of
+from ..losses.mghf import DEFAULT_PRESET, PRESETS, downscale_of
 
 MAPS, LINKS, WIDTH = 8, 30, 1040
 
@@ -33,7 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a detail feature extractor's .safetensors (default: the one of MGHFLoss)",
     )
     parser.add_argument(
-        "--preset", choices=tuple(PRESETS), default="2026", help="weights (default: %(default)s)"
+        "--preset",
+        choices=tuple(PRESETS),
+        default=DEFAULT_PRESET,
+        help="weights (default: %(default)s)",
     )
     parser.add_argument(
         "--crop",

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 SHA256: dict[str, str] = {
+    "perceptual-v1": "4ece7276f9f75eb9f2628f66484c95d510b7c08c0d8d5d7e9242e99fe0477637",
     "procedural-v1": "68bbfdd6bd2ba7e795dadb2245642433471f7cfdac3fe5feba0fe64830d058f5",
 }
 """Name -> digest of the file, of feature extractors: what a loss takes by name."""
 
 OTHER_SHA256: dict[str, str] = {
+    "perceptual-v1": "4ece7276f9f75eb9f2628f66484c95d510b7c08c0d8d5d7e9242e99fe0477637",
     "demo-start": "87266a3c0456e629c7bda53e8bd8db28e70a96bff70f29787ac1fee63c842154",
 }
 """The same of other weights. ``demo-start`` is the super-resolution network that the demo
