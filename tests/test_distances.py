@@ -392,8 +392,8 @@ def test_another_configuration_is_named(
     assert "steps is 4 there and 5 here" in told(capsys)
     assert pretrain(finished, *same, "--networks", "demo-start") == 2
     assert "networks is [" in told(capsys)
-    assert pretrain(finished, *same, "--gain", "2") == 2
-    assert "gain is 10.0 there and 2.0 here" in told(capsys)
+    assert pretrain(finished, *same, "--gain", "3") == 2
+    assert "gain is 2.0 there and 3.0 here" in told(capsys)
 
 
 def test_the_learning_rate_rises_and_falls(teacher: teachers.Teacher) -> None:

@@ -46,13 +46,13 @@ class Preset:
 
 
 PRESETS = {
-    "balanced": Preset((0.2, 1, 1.6e-2), (2.5e-2, 6e-2, 0.4), 1.1, 2**0.5, 24),
+    "balanced": Preset((0.28, 1, 8e-3), (2.6e-2, 4e-2, 0.2), 1.1, 2**0.5, 24),
     "2026": Preset((2, 2, 8e-2), (6e-3, 1e-1, 5e-4), 1.1, 2**0.5, 24),
     "2025": Preset((2, 1.5, 1e-3), (0.1333, 1, 0.1333), 1.1, 2**0.5, 16),
 }
 """The published weights, by the year of the paper; and ``"balanced"``, for the features of
-``perceptual-v1``: of the gradient's length the naive term has two fifths, Gram a quarter, and the
-others a tenth to a sixth each, from 64 to 256 pixels (``docs/features.md``)."""
+``perceptual-v1``: of the gradients' lengths the naive term has three fifths and the others 4 to 15
+per cent each, for crops from 64 to 256 pixels (``docs/features.md``)."""
 
 
 RANDOM = "random"

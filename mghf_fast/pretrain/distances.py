@@ -276,10 +276,11 @@ class DistancesRun(Run):
                 probe = batch.gt[:INVERTIBILITY_IMAGES].to(self.device) * 2 - 1
         n, a1, b1, aa, bb, ab, residuals, huber = self.ranks.sum(moments).tolist()
         spread = math.sqrt(max(aa / n - (a1 / n) ** 2, 0) * max(bb / n - (b1 / n) ** 2, 0))
+        correlation = (ab / n - a1 * b1 / n**2) / spread if spread else 0.0
         answers = self.ranks.sum(answers)
         error = 0.0 if probe is None else self.network.extractor.invertibility_error(probe)
         return {
-            "held_out_correlation": (ab / n - a1 * b1 / n**2) / spread if spread else 0.0,
+            "held_out_correlation": min(max(correlation, -1.0), 1.0),  # rounding aside
             "held_out_log_ratio": (b1 - a1) / n,
             "held_out_huber": huber / n,
             "held_out_residual": residuals / n,

@@ -53,7 +53,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "held_out": 256,
         "teacher": "stlpips-vgg",
         "networks": (SHIPPED_NETWORK,),
-        "gain": 10.0,
+        "gain": 2.0,
         "hint": 1.0,
         "log_distance": 0.3,
         "octave_guard": 0.1,
