@@ -526,7 +526,7 @@ def made_up(l1: float, vgg: float, reached: float = 1.0, real: float = -0.02) ->
         "ablation": [
             {
                 "objective": default, "title": "all terms", "ratio": 3.0, "full_loss": 0.6,
-                "reached": [2, 2], "l1": point, "points": [point, point],
+                "reached": [1, 1], "l1": point, "points": [point, point],
             }
         ],
         "terms": {

@@ -69,18 +69,18 @@ def minimiser(result: Result) -> str:
 
 def validation(result: Result) -> str:
     rows = result["validation"]
-    return _validation(result, rows, result["titles"]) if rows else NOTHING
+    seeds = len(result["protocol"]["seeds"])
+    return _validation(rows, result["titles"], seeds) if rows else NOTHING
 
 
 def ablation(result: Result) -> str:
-    """As :func:`validation`, of MGHF-c less each term and of each alone."""
+    """As :func:`validation`, of MGHF-c less each term and of each alone, with one seed."""
     rows = result["ablation"]
     titles = {objectives.L1: "L1", **{row["objective"]: row["title"] for row in rows}}
-    return _validation(result, rows, titles)
+    return _validation(rows, titles, 1)
 
 
-def _validation(result: Result, rows: list[dict[str, Any]], titles: Mapping[str, str]) -> str:
-    seeds = len(result["protocol"]["seeds"])
+def _validation(rows: list[dict[str, Any]], titles: Mapping[str, str], seeds: int) -> str:
     body = [[titles[objectives.L1], "", "", f"{rows[0]['l1'][quality.PRIMARY]:.4f}", ""]]
     for row in rows:
         cells = []

@@ -139,7 +139,7 @@ def collect(study: Study) -> dict[str, Any]:
         "ablation": [
             {"title": row.title, **found}
             for row in objectives.ABLATION
-            for found in validation(study, [row.name])
+            for found in validation(study.of_one_seed(), [row.name])
         ]
         or None,
         "test": test_pictures(study),

@@ -8,6 +8,7 @@ loses ``TARGETS`` dB on the validation pictures.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -74,6 +75,10 @@ class Study:
     def compared(self) -> tuple[str, ...]:
         """All but L1."""
         return tuple(name for name in self.names if name != objectives.L1)
+
+    def of_one_seed(self) -> Study:
+        """The same with its first seed alone."""
+        return dataclasses.replace(self, seeds=self.seeds[:1])
 
     def setup(self) -> Setup:
         return Setup.load(

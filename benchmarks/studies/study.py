@@ -10,7 +10,7 @@ parts, each of which goes on where it was stopped:
     train       every objective and seed, and the networks that lose 0.3 and 0.5 dB of L1's PSNR
     cost        a step of each loss beside the VGG-16 loss's
     terms       the gradient of each term of MGHF-c beside L1's, over sizes of crops
-    ablation    MGHF-c less each term, and each alone, on the validation pictures
+    ablation    MGHF-c less each term, and each alone: seed 0, on the validation pictures
 
 ``--open-test`` judges the networks on the test pictures, once, when all trainings are there.
 ``--report`` writes benchmarks/results/<machine>-features.json, docs/features.md and its plot from
@@ -78,10 +78,12 @@ def weights(study: Study, jobs: int) -> None:
         print(f"{name}: gradient {ratio:g} times L1's", flush=True)
 
 
-def train(study: Study, jobs: int, names: Sequence[str] | None = None) -> None:
-    if names is None:
-        weights(study, jobs)
-        names = study.compared
+def train(study: Study, jobs: int) -> None:
+    weights(study, jobs)
+    match(study, study.compared, jobs)
+
+
+def match(study: Study, names: Sequence[str], jobs: int) -> None:
     works = [(study, name, seed) for seed in study.seeds for name in names]
     for (_, name, seed), row in zip(works, together(Study.match, works, jobs), strict=True):
         shown = ", ".join(
@@ -107,7 +109,7 @@ def run_part(study: Study, part: str, jobs: int) -> None:
     elif part == "terms":
         write_json(study.out / "terms.json", terms.measure(study, ("2026", objectives.PRESET)))
     elif part == "ablation":
-        train(study, jobs, [row.name for row in objectives.ABLATION])
+        match(study.of_one_seed(), [row.name for row in objectives.ABLATION], jobs)
     else:
         write_json(study.out / "cost.json", cost.measure(study, study.compared))
 
