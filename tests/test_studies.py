@@ -548,9 +548,21 @@ def made_up(l1: float, vgg: float, reached: float = 1.0, real: float = -0.02) ->
 @pytest.mark.parametrize(
     ("l1", "vgg", "headline"),
     [
-        (-0.03, -0.02, "better for the eye, and it beats the trained VGG-16 loss"),
-        (-0.03, 0.0, "better for the eye, and the trained VGG-16 loss is no better and no worse"),
-        (-0.03, 0.02, "better for the eye, but the trained VGG-16 loss is better still"),
+        (
+            -0.03,
+            -0.02,
+            "nearer to the truth by ST-LPIPS, and it beats the trained VGG",
+        ),
+        (
+            -0.03,
+            0.0,
+            "by ST-LPIPS, and the trained VGG-16 loss is no better and no worse",
+        ),
+        (
+            -0.03,
+            0.02,
+            "by ST-LPIPS, but the trained VGG-16 loss is better still",
+        ),
         (0.0, 0.02, "is not worth its PSNR"),
         (0.03, -0.02, "is not worth its PSNR"),
     ],
@@ -568,12 +580,26 @@ def test_the_sentences_follow_from_the_figures() -> None:
     assert text.count("On the real degradations") == 2
     assert "0.11 times as long as the VGG-16 loss's on this CPU: a third" in text
     even = verdicts.verdict(made_up(0.0, 0.0, real=0.0))
-    assert even.count("cannot be told from") == 6  # two judges, and the real ones
+    assert even.count("cannot be told from") == 8  # two judges, two kinds of pictures
     mixed = made_up(-0.03, 0.0)
     first = verdicts.select(mixed, against="l1", group="synthetic", metric="stlpips", how="equal")
     first[0]["outcome"] = equal.WORSE
     assert verdicts.outcome(first) == equal.EVEN  # the two PSNRs do not agree
     assert "is not worth its PSNR" in verdicts.verdict(mixed)
+
+
+def test_the_headline_tells_what_the_second_judge_says() -> None:
+    result = made_up(-0.03, -0.02)
+    rows = verdicts.select(result, against="l1", group="synthetic", metric=quality.SECOND)
+    rows = [row for row in rows if row["objective"] == objectives.DEFAULT]
+    for outcome, told in (
+        (equal.BETTER, "the second judge agrees"),
+        (equal.EVEN, "the second judge cannot tell it from L1"),
+        (equal.WORSE, "the second judge sees it otherwise"),
+    ):
+        for row in rows:
+            row["outcome"] = outcome
+        assert told in verdicts.headline(result, objectives.DEFAULT)
 
 
 def test_what_is_not_reached_is_not_concluded() -> None:

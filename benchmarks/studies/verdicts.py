@@ -82,24 +82,28 @@ def comparison(result: Result, name: str, against: str, group: str) -> str | Non
     )
 
 
-def second(result: Result, name: str) -> str | None:
-    """What the second judge says of the default, synthetic degradation."""
+def _second(result: Result, name: str, against: str, group: str) -> list[dict[str, Any]]:
+    """The second judge's rows: at equal PSNR, or else of the networks as chosen."""
+    wanted = {
+        "objective": name, "against": against, "group": group, "metric": quality.SECOND,
+    }  # fmt: skip
+    rows = select(result, **wanted, how=EQUAL)
+    return rows if outcome(rows) is not None else select(result, **wanted, how=CHOSEN)
+
+
+def second(result: Result, name: str, group: str) -> str | None:
+    """What the second judge says of the default."""
     parts = []
     for against, other in AGAINST.items():
-        rows = select(
-            result,
-            objective=name,
-            against=against,
-            group="synthetic",
-            metric=quality.SECOND,
-            how=EQUAL,
-        )
+        rows = _second(result, name, against, group)
         found = outcome(rows)
         if found is not None:
-            parts.append(f"it {WORDS[found]} {other} ({figures(rows)})")
+            how = ", as chosen" if rows[0]["how"] == CHOSEN else ""
+            parts.append(f"it {WORDS[found]} {other} ({figures(rows)}{how})")
     if not parts:
         return None
-    return f"By the second judge, EfficientNet-Lite2's features, {' and '.join(parts)}."
+    where = GROUP_NAMES[group][0].lower() + GROUP_NAMES[group][1:]
+    return f"By the second judge, EfficientNet-Lite2's features, {where} {' and '.join(parts)}."
 
 
 def cost(result: Result, name: str) -> str | None:
@@ -142,12 +146,21 @@ def headline(result: Result, name: str) -> str:
             "the truth than L1's."
         )
     ends = {
-        equal.BETTER: "and it beats the trained VGG-16 loss.",
-        equal.EVEN: "and the trained VGG-16 loss is no better and no worse.",
-        equal.WORSE: "but the trained VGG-16 loss is better still.",
-        None: "and how it stands to the trained VGG-16 loss is open.",
+        equal.BETTER: "and it beats the trained VGG-16 loss",
+        equal.EVEN: "and the trained VGG-16 loss is no better and no worse",
+        equal.WORSE: "but the trained VGG-16 loss is better still",
+        None: "and how it stands to the trained VGG-16 loss is open",
     }
-    return f"{title} makes the pictures of L1 better for the eye, {ends[vgg]}"
+    doubt = {
+        equal.BETTER: "; the second judge agrees that L1's are farther.",
+        equal.EVEN: "; the second judge cannot tell it from L1.",
+        equal.WORSE: "; the second judge sees it otherwise: for it L1's are nearer.",
+        None: ".",
+    }[outcome(_second(result, name, objectives.L1, "synthetic"))]
+    return (
+        f"At equal PSNR {title} brings L1's pictures nearer to the truth by ST-LPIPS, "
+        f"{ends[vgg]}{doubt}"
+    )
 
 
 def verdict(result: Result) -> str:
@@ -160,6 +173,7 @@ def verdict(result: Result) -> str:
     sentences = [
         comparison(result, name, against, group) for group in GROUP_NAMES for against in AGAINST
     ]
-    sentences += [second(result, name), cost(result, name)]
+    sentences += [second(result, name, group) for group in GROUP_NAMES]
+    sentences.append(cost(result, name))
     items = "\n".join(f"* {sentence}" for sentence in sentences if sentence is not None)
     return f"**{headline(result, name)}**\n\n{items}\n"

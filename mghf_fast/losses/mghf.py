@@ -51,7 +51,7 @@ PRESETS = {
     "2025": Preset((2, 1.5, 1e-3), (0.1333, 1, 0.1333), 1.1, 2**0.5, 16),
 }
 """The published weights, by the year of the paper; and ``"balanced"``, for the features of
-``perceptual-v1``: of the gradients' lengths the naive term has three fifths and the others 4 to 15
+``perceptual-v1``: of the gradients' lengths the naive term has three fifths and the others 3 to 24
 per cent each, for crops from 64 to 256 pixels (``docs/features.md``)."""
 
 
