@@ -199,7 +199,7 @@ def terms(result: Result) -> str:
         [
             f'`"{row["preset"]}"`',
             f"{row['side']}",
-            *(f"{row[name]:.2g}" if name in row else "" for name in TERMS),
+            *(f"{row[name]:.3g}" if name in row else "" for name in TERMS),
         ]
         for row in sorted(facts["rows"], key=lambda row: row["preset"])
     ]
