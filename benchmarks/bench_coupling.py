@@ -4,11 +4,10 @@ from torch import Tensor
 
 from benchmarks.cases import features, measured, standard_forms
 from mghf_fast import functional
-from mghf_fast.losses.mghf import random_extractor
 from mghf_fast.reference import coupling
-from mghf_fast.workloads import CHANNELS
+from mghf_fast.workloads import CHANNELS, paper_extractor
 
-(BLOCK,) = random_extractor().requires_grad_(False).blocks
+(BLOCK,) = paper_extractor().blocks
 WEIGHTS = BLOCK.weights()  # type: ignore[operator]
 
 

@@ -6,7 +6,7 @@ import torch
 
 from benchmarks.cases import COMPILED, PAPER, QUICK, SIZES, TRAINING, Form, Shape, measured
 from mghf_fast import MGHFLoss
-from mghf_fast.workloads import VGG16Perceptual, image_pair, reference_mghf
+from mghf_fast.workloads import VGG16Perceptual, image_pair, paper_extractor, reference_mghf
 
 HALF = (QUICK, PAPER, TRAINING)
 
@@ -14,14 +14,14 @@ HALF = (QUICK, PAPER, TRAINING)
 def forms(variant: str, compiled: tuple[Shape, ...]) -> dict[str, Form]:
     reference = functools.partial(reference_mghf, variant)
     return {
-        "mghf_fast": Form(lambda: MGHFLoss(variant, "2026", "random"), "ours"),
+        "mghf_fast": Form(lambda: MGHFLoss(variant, "2026", paper_extractor()), "ours"),
         "eager": Form(reference, "eager"),
         "eager channels_last": Form(
             reference, "eager", channels_last=True, shapes=(*SIZES[:4], TRAINING)
         ),
         "compile": Form(reference, "compile", compiled=True, shapes=compiled),
         "mghf_fast bfloat16": Form(
-            lambda: MGHFLoss(variant, "2026", "random").to(torch.bfloat16),
+            lambda: MGHFLoss(variant, "2026", paper_extractor()).to(torch.bfloat16),
             "ours",
             dtype="bfloat16",
             shapes=HALF,

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from . import functional
 from .cost import VGG16_STAGES
 from .losses import PRESETS, LocalInformationLoss, MGHFLoss
-from .losses.mghf import random_extractor
 from .nn import DetailFeatureExtractor, InvertibleBlock, PatchProjection
 from .reference import content_style, coupling, monce, patches
 
@@ -278,7 +277,7 @@ def _reference_features(image: Tensor, extractor: DetailFeatureExtractor) -> Ten
 
 
 def _dfe(variant: str, size: int, batch: int, wrap: Wrap) -> Step:
-    extractor = random_extractor().requires_grad_(False)
+    extractor = paper_extractor()
     sr, gt = image_pair(size, batch)
     generator = torch.Generator().manual_seed(1)
     side = -(-size // extractor.downscale)
@@ -298,12 +297,22 @@ def _dfe(variant: str, size: int, batch: int, wrap: Wrap) -> Step:
     return step
 
 
+def paper_extractor() -> DetailFeatureExtractor:
+    """An untrained extractor of the papers' shape, the same in every process. Its start is
+    PyTorch's own, with which all committed times were taken, and with which rounding flips few
+    activations, so that forms of one step can be compared."""
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(0)
+        extractor = DetailFeatureExtractor(init="linear", clamp=None)
+    return extractor.requires_grad_(False).to(torch.get_default_device())
+
+
 def reference_mghf(
     variant: str = "c", extractor: DetailFeatureExtractor | None = None
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """MGHF-c or MGHF-n with the defaults of :class:`MGHFLoss`, as a function of SR and GT: the
-    reference's under ordinary autograd. Without an ``extractor``, the random one."""
-    extractor = (extractor or random_extractor()).requires_grad_(False)
+    """MGHF-c or MGHF-n with the published weights of 2026, as a function of SR and GT: the
+    reference's under ordinary autograd. Without an ``extractor``, :func:`paper_extractor`."""
+    extractor = (extractor or paper_extractor()).requires_grad_(False)
     downscale = extractor.downscale
     weights = projection_weights(PATCH_SIZE // downscale)
     preset = PRESETS["2026"]
@@ -326,9 +335,8 @@ def reference_mghf(
 
 
 def _total(variant: str, size: int, batch: int, wrap: Wrap) -> Step:
-    loss = (
-        MGHFLoss(preset="2026", extractor="random") if variant == "mghf_fast" else reference_mghf()
-    )
+    ours = variant == "mghf_fast"
+    loss = MGHFLoss(preset="2026", extractor=paper_extractor()) if ours else reference_mghf()
     return _step(wrap(loss), *image_pair(size, batch))
 
 

@@ -70,12 +70,13 @@ def run_ablation(settings: DemoSettings | None = None) -> dict[str, Any]:
     Raises:
         DemoError, ModuleNotFoundError: as :func:`run`.
     """
-    from . import ablation, output
+    from . import output
+    from .ablation import measure, text
 
     settings = settings or DemoSettings()
     output.prepare(settings.out, (output.ABLATION,))
-    result = ablation.measure(settings)
+    result = measure(settings)
     path = output.write(settings.out, output.ABLATION, json.dumps(result, indent=1).encode())
-    print(f"\n{ablation.text(result)}\n\nFigures: {path}  (whole run: {result['seconds']:.0f} s)")
+    print(f"\n{text(result)}\n\nFigures: {path}  (whole run: {result['seconds']:.0f} s)")
     sys.stdout.flush()
     return result
