@@ -66,7 +66,7 @@ class Difference(NamedTuple):
     """The difference in PSNR, dB: 0 at equal PSNR, and the target against L1."""
 
     def outcome(self) -> str:
-        """Of a distance, of which less is better."""
+        """Which is nearer, as of a distance less is better."""
         if self.high < 0:
             return BETTER
         return WORSE if self.low > 0 else EVEN
@@ -144,7 +144,11 @@ def curves(
     metric: str,
     base: str = "l1",
 ) -> Curves:
-    """Of what the test holds, ``found[set][picture][network][metric]``, the pictures pooled."""
+    """An objective's curves from what the test holds, the pictures pooled.
+
+    Args:
+        found: ``found[set][picture][network][metric]``.
+    """
     pictures = [row for each in sets for row in found[each].values()]
 
     def stack(key: str) -> Array:

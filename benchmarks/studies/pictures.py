@@ -13,7 +13,7 @@ from mghf_fast.demo.photographs import SUFFIXES, Photograph, Pixels, decode
 from mghf_fast.demo.settings import SCALE, random_source
 
 SEED = 0
-"""Of the degradation of pictures to judge by; the same for every network."""
+"""Seed of the degradation of pictures to judge by; the same for every network."""
 
 
 class Pair(NamedTuple):

@@ -191,7 +191,7 @@ class Work:
 
 
 def line(label: str, row: dict[str, Any], seconds: float | None, against: Any = None) -> str:
-    """Of a table as text; ``against`` is L1's row of the same seed."""
+    """A table's line as text; ``against`` is L1's row of the same seed."""
     text = f"{label:<44}  {row['psnr']:>7.3f}  {row['ssim']:.4f}  {row['stlpips']:.4f}"
     if against is not None:
         text += f"  {row['psnr'] - against['psnr']:>+7.3f}"

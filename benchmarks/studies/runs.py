@@ -32,7 +32,7 @@ FULL_LOSS = 0.55
 TARGETS = (0.3, 0.5)
 """dB below L1's PSNR."""
 TOLERANCE = 0.004
-"""Of the alpha at which a network loses the target."""
+"""Error allowed of the alpha at which a network loses the target."""
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -45,7 +45,7 @@ LEARNING_RATE, LAST_RATE = 1e-3, 1e-5
 CHECKPOINT_EVERY = 500
 CHECKPOINT, WEIGHTS, CARD = "checkpoint.pt", "start.safetensors", "start.json"
 LARGEST = 2**20
-"""Of the weights that ship, bytes."""
+"""Size that the weights that ship may have, bytes."""
 DIGESTS = Path(weights.__file__)
 """The source file in which the digest stands."""
 

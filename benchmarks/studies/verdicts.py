@@ -30,8 +30,8 @@ def select(result: Result, **wanted: Any) -> list[dict[str, Any]]:
 
 
 def outcome(rows: list[dict[str, Any]]) -> str | None:
-    """Of an objective's rows of all targets; None if one was not reached by every seed, or there
-    are none."""
+    """The outcome of an objective's rows of all targets; None if one was not reached by every
+    seed, or there are none."""
     if not rows or any(row["reached"] < 1 for row in rows):
         return None
     outcomes = {row["outcome"] for row in rows}

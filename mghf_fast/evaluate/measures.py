@@ -31,7 +31,7 @@ class Measure:
     """Two lines, and which values are good."""
     digits: int
     least_side: int
-    """Of a picture, pixels; smaller ones have no value."""
+    """Shortest side of a picture, pixels; smaller ones have no value."""
     text: str
 
 

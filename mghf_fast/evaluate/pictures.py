@@ -15,7 +15,7 @@ from ..demo.photographs import SUFFIXES, printable
 from .metrics import Pixels
 
 SHOWN_NAMES = 8
-"""Of the names in an error; of the others it says how many there are."""
+"""How many names an error lists; of the others it says how many there are."""
 
 # What tools put behind a picture's name: x4, 4x, SRF_4, SR, HR, GT, LR4, out ...
 _MARK = r"(?:x\d+(?:\.\d+)?|\d+x|srf[_-]?\d+|sr|hr|gt|lr\d*|lq|hq|out|output|result)"

@@ -43,7 +43,7 @@ _VGG = (
 )  # fmt: skip
 LAYERS = {"alex": _ALEX, "vgg": _VGG}
 SMALLEST_SIDE = 48
-"""Of an image, in pixels: below it the last layers have nothing to pad."""
+"""Shortest side of an image, in pixels: below it the last layers have nothing to pad."""
 
 
 def unavailable_reason() -> str | None:

@@ -64,7 +64,7 @@ def build(settings: Settings) -> Extracting:
 
 def polar(matrix: Tensor) -> Tensor:
     """The matrix with orthonormal columns that is nearest to ``matrix``, (N, C), N >= C."""
-    # Of the small C x C matrix, in double: twenty times faster than the singular values of the
+    # By the small C x C matrix, in double: twenty times faster than the singular values of the
     # large one. What has no weight at all is left out instead of turned anywhere.
     tall = matrix.double()
     values, vectors = torch.linalg.eigh(tall.T @ tall)
@@ -91,8 +91,8 @@ class Fit:
 
     @torch.no_grad()
     def cross_covariance(self) -> Tensor:
-        """Of the teacher's channels with the extractor's, (N, C), mean over pairs and pixels, every
-        pair divided by its distance."""
+        """Covariance of the teacher's channels and the extractor's, (N, C), mean over pairs
+        and pixels, every pair divided by its distance."""
         weighed = self._features / self._scale[:, None, None, None]
         found = []
         for layer in self._layers:
@@ -119,7 +119,7 @@ class Fit:
         return (self._features - target).square().sum(1).mean((1, 2)) / self._scale
 
     def huber(self) -> Tensor:
-        """Of the logarithms of the distances, (B,)."""
+        """Huber's loss of the logarithms of the distances, (B,)."""
         nothing = torch.zeros_like(self.log_ratio)
         return F.huber_loss(self.log_ratio, nothing, delta=HUBER, reduction="none")
 
@@ -183,7 +183,8 @@ class DistancesRun(Run):
         )  # fmt: skip
 
     def _features(self, batch: PairBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of the distorted pictures, the pictures, the probes, the candidates and their mean."""
+        """Features of the distorted pictures, the pictures, the probes, the candidates and their
+        mean."""
         images = [batch.distorted, batch.gt, batch.probes]
         if len(batch.candidates):
             images += [batch.candidates, batch.candidates.mean(0, keepdim=True)]

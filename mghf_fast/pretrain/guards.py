@@ -26,7 +26,7 @@ OCTAVE_FREE = 2.0
 NOISE_FREE = 2.0
 INVERSE_FREE = 300.0
 INVERSE_ERROR = 1e-3
-"""Of the features, relative: what the inverse is tried with."""
+"""Relative error of the features with which the inverse is tried."""
 _SMALL = 1e-12
 
 
@@ -41,13 +41,13 @@ def _beyond(logarithm: Tensor, free: float) -> Tensor:
 
 
 def octave_penalty(response: Tensor) -> Tensor:
-    """Of the :func:`responses` of the probes of a pair batch."""
+    """The penalty on octaves that the :func:`responses` of a pair batch's probes tell."""
     octaves = (response[: len(OCTAVES)] + _SMALL).log()
     return _beyond((octaves[:-1] - octaves[-1]).abs(), OCTAVE_FREE).mean()
 
 
 def noise_penalty(response: Tensor) -> Tensor:
-    """Of the :func:`responses` of the probes of a pair batch."""
+    """The penalty on cheap noise that the :func:`responses` of a pair batch's probes tell."""
     blur, white = (response[len(OCTAVES) :] + _SMALL).log()
     return _beyond(blur - white, NOISE_FREE)
 
@@ -75,7 +75,7 @@ def inverse_growth(
 
 
 def inverse_penalty(growth: Tensor) -> Tensor:
-    """Of :func:`inverse_growth`."""
+    """The penalty on :func:`inverse_growth`."""
     return _beyond((growth + _SMALL).log(), INVERSE_FREE)
 
 

@@ -29,9 +29,9 @@ from .distortions import (
 from .sources import MARGIN, NO_LABEL, Item, Source
 
 OCTAVES = tuple((2.0**-n, 2.0 ** (1 - n)) for n in range(6, 1, -1))
-"""Of frequency, cycles a pixel, the finest last."""
+"""Bands of frequency, cycles a pixel, the finest last."""
 OCTAVE_RMS = 0.01
-"""Of the noise whose response is measured; small beside what bends the features."""
+"""Strength of the noise whose response is measured; small beside what bends the features."""
 PROBE_BLUR = (0.6, 1.6)
 """Standard deviation in pixels of the blur that noise of the same MSE is compared with."""
 CANDIDATES = 4

@@ -49,7 +49,7 @@ class Run:
     PARTS: tuple[str, ...] = ()
     """Names of the parts of the loss that the curve shows."""
     LARGEST_NORM: float | None = None
-    """Of the gradient; a longer one is cut to it."""
+    """Largest length of the gradient; a longer one is cut to it."""
 
     def __init__(
         self,

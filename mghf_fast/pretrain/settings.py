@@ -62,7 +62,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "blur_aversion": 0.0,
     },
 }
-"""Of each objective. A setting that only the other one has may not be given."""
+"""Defaults of each objective. A setting that only the other one has may not be given."""
 _EITHER_LENGTH = ("steps", "epochs")  # both objectives take both, if given
 
 

@@ -55,7 +55,7 @@ class Teacher(nn.Module):
 
 
 def differences(features: list[Tensor]) -> list[Tensor]:
-    """Of the first half of a batch to the second, layer by layer."""
+    """Differences of the first half of a batch from the second, layer by layer."""
     return [layer[: len(layer) // 2] - layer[len(layer) // 2 :] for layer in features]
 
 
