@@ -23,9 +23,11 @@ from PIL import Image
 from benchmarks.report import ROOT
 from benchmarks.results import RESULTS
 from benchmarks.studies import (
+    adversarial,
     cost,
     equal,
     extractors,
+    grid,
     minimiser,
     objectives,
     opening,
@@ -42,6 +44,7 @@ from benchmarks.studies import (
 )
 from mghf_fast.demo.network import CompactEDSR
 from mghf_fast.demo.photographs import bundled
+from mghf_fast.demo.train import to_tensor
 from mghf_fast.evaluate import stlpips
 from mghf_fast.losses.mghf import PRESETS
 
@@ -336,9 +339,66 @@ def test_the_study_end_to_end(
 
     capsys.readouterr()
     assert study.main([*base, "--objectives", "mse", "--seeds", "1", "--open-test"]) == 2
+    assert "with mghf-n:F too, which must not be dropped" in capsys.readouterr().err
+    assert study.main([*words, "--open-test", "--crop", "32"]) == 2
     assert "it is opened once" in capsys.readouterr().err
+
+    # Another objective may be judged later; what was judged before stays as it was.
+    before = json.loads((out / "test" / "Set5" / "a.png.json").read_text())["networks"]
+    more = [*base, "--objectives", *OBJECTIVES, "vgg", "--seeds", "1"]
+    assert study.main([*more, "--open-test"]) == 2
+    assert "vgg, seed 0" in capsys.readouterr().err
+    assert study.main([*more, "--only", "train", "grid"]) == 0
+    assert study.main([*more, "--open-test"]) == 0
+    after = json.loads((out / "test" / "Set5" / "a.png.json").read_text())["networks"]
+    assert before.items() <= after.items() and "vgg|0|0.5" in after
+    assert study.main([*more, "--open-whole"]) == 0
+    result = json.loads(file.read_text())
+    (added,) = result["test"]["added"]
+    assert added["objectives"] == ["vgg"] and result["test"]["opened"] == opened["opened"]
+    assert result["whole"]["pictures"] == dict.fromkeys(opening.SYNTHETIC, 1)
+    assert {row["objective"] for row in result["whole"]["means"]} == {"start", "l1", "vgg"}
+    assert {row["objective"] for row in result["grid"]["rows"]} == {
+        "gt", "l1", *OBJECTIVES, "vgg",
+    }  # fmt: skip
+    assert f"Judged later, on {added['opened']}" in (out / "features.md").read_text()
+
     assert study.main([*words, "--steps", "3", "--only", "train"]) == 2
     assert "holds a study with steps 2, here it is 3" in capsys.readouterr().err
+
+
+def test_the_grid_is_told_from_a_picture() -> None:
+    image = to_tensor(bundled().held_out[0].pixels[:128, :128])
+    pattern = torch.zeros(4, 4)
+    pattern[1, 2] = 0.02
+    plain, marked = grid.peaks(image), grid.peaks(image + pattern.repeat(32, 32))
+    assert abs(plain) < 1 < marked - plain
+    noise = torch.rand(1, 3, 98, 130, generator=torch.Generator().manual_seed(0))
+    assert -0.6 < grid.peaks(noise) < 0.2
+
+
+def test_the_adversarial_term_learns(start: Path, folder: Path) -> None:
+    network = tuning.load_network(start)
+    photographs = pictures.training(folder / "train")
+    recipe = tuning.Recipe(steps=2, batch=2, patch=56)
+    term = objectives.build("gan")
+    assert isinstance(term, adversarial.AdversarialTerm)
+    data = tuning.crops(photographs, recipe, tuning.PREPARATION_SEED)
+    lr, gt = next(data)
+    with torch.no_grad():
+        sr = network(lr)
+    untrained = float(term(sr, gt))
+    assert untrained == float(term(sr, gt))  # without a gradient nothing learns
+    term.prepare(network, data)
+    assert float(term(sr, gt)) > untrained + 0.2  # it has learned to tell them
+    before = [p.clone() for p in term.discriminator.parameters()]
+    sr.requires_grad_()
+    (gradient,) = torch.autograd.grad(term(sr, gt), sr)
+    assert float(gradient.abs().sum()) > 0
+    assert any(
+        not torch.equal(a, b) for a, b in zip(before, term.discriminator.parameters(), strict=True)
+    )
+    assert tuning.unit_weight(term, network, photographs, recipe) > 0
 
 
 def test_what_is_chosen_follows_from_the_files(tmp_path: Path, start: Path) -> None:
@@ -533,8 +593,20 @@ def made_up(l1: float, vgg: float, reached: float = 1.0, real: float = -0.02) ->
             "batches": 4, "batch": 2,
             "rows": [{"preset": "2026", "side": 64, "naive": 0.5, "lip": 2.0, "total": 2.2}],
         },
+        "grid": {
+            "period": 4, "seed": 0,
+            "rows": [
+                {"objective": "gt", "target": None, "ratio": 1.01},
+                {"objective": default, "target": 0.3, "ratio": 2.5},
+            ],
+        },
+        "whole": {
+            "opened": "a third day", "pictures": {"Set5": 5}, "means": [],
+            "differences": [row for row in differences if row["group"] == "synthetic"],
+        },
         "test": {
             "opened": "a day", "crop": 256, "second_judge": True,
+            "added": [{"opened": "another day", "objectives": ["vgg"]}],
             "pictures": {"Set5": 5, "RealSR": 7}, "differences": differences,
             "means": [
                 {"objective": name, "target": t, "set": each} | point
@@ -627,6 +699,11 @@ def test_the_page_is_a_function_of_the_result() -> None:
     assert "-0.0300 (-0.0350 to -0.0250) |" in text and "middle 256 x 256 pixels" in text
     assert page.generate(source, None).count("Not measured yet.") == len(page.BLOCKS)
     closed = page.generate(source, result | {"test": None, "cost": None})
+    assert "Judged later, on another day, and compared" in text
+    assert (
+        "| truth | 1.01 |  |  |" in text and "| + MGHF-c, trained features |  | 2.50 |  |" in text
+    )
+    assert "5 pictures, opened on a third day" in text
     assert closed.count("Not measured yet.") == 3 and verdicts.NOT_OPENED in closed
     for found in (result, result | {"test": None}):
         svg = page.plot(found)

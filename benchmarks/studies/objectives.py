@@ -9,6 +9,7 @@ mghf-c:F       MGHF-c, with the weights of PRESET; mghf-c:F@2025 with another pr
 csc:F, lip:F   content-style consistency, or local information, of the features F alone;
                lip:pixels has no features at all
 dec            DECLoss
+gan            an adversarial loss, with a small discriminator of its own
 teacher        shift-tolerant LPIPS with VGG-16, whose distances the trained features learned
 """
 
@@ -26,6 +27,7 @@ from mghf_fast.evaluate.stlpips import ShiftTolerantLPIPS
 from mghf_fast.losses.mghf import PRESETS, Preset
 
 from . import extractors
+from .adversarial import AdversarialTerm
 from .tuning import Term
 
 L1, PRESET = "l1", "balanced"
@@ -56,6 +58,7 @@ STUDY = (
     Row("lip:F", "+ LIP alone, trained features"),
     Row("lip:pixels", "+ LIP of raw pixels"),
     Row("dec", "+ DECLoss"),
+    Row("gan", "+ adversarial loss"),
     Row("teacher", "+ ST-LPIPS (VGG-16), the teacher"),
 )
 PARTS = ("naive", "mse", "correlation", "gram", "lip")
@@ -116,6 +119,8 @@ def build(name: str) -> Term:
         kind, features = "mghf-n", "vgg3"
     if name == "dec":
         return DECLoss()
+    if name == "gan":
+        return AdversarialTerm()
     if name == "teacher":
         distance = ShiftTolerantLPIPS("vgg")
         return lambda sr, gt: distance(sr, gt).mean()
@@ -134,7 +139,7 @@ def build(name: str) -> Term:
 
         return term
     raise ValueError(
-        "an objective must be mse, vgg, dec, teacher, or mghf-n:F, mghf-c:F, csc:F, lip:F of "
+        "an objective must be mse, vgg, dec, gan, teacher, or mghf-n:F, mghf-c:F, csc:F, lip:F of "
         f"features F, got {name!r}"
     )
 

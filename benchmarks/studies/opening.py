@@ -2,11 +2,15 @@
 
 A file for each picture, so that it resumes. It refuses to begin while a training of the protocol is
 missing, and keeps what was opened, when, and by which objectives and seeds; afterwards the folder's
-study is closed to others.
+study is closed to other features, seeds and crops. Objectives may be judged later, as long as none
+is dropped: the record says which and when, and what was judged before stays as it was.
+
+``WHOLE`` is a second record of the same networks, without a crop.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import functools
 from collections.abc import Sequence
@@ -18,13 +22,15 @@ import torch
 
 from mghf_fast.demo.network import CompactEDSR
 
-from . import extractors, quality
+from . import extractors, objectives, quality
 from .pictures import Pair, degraded, real
 from .runs import Study, read_json, slug, write_json
 
 SYNTHETIC = ("Set5", "BSD100", "Kodak24", "Urban12")
 REAL = ("RealSR", "DRealSR")
 SETS = (*SYNTHETIC, *REAL)
+TEST, WHOLE = "test", "whole"
+"""Records: the study's own, and that of whole pictures."""
 
 
 class StillClosed(ValueError):
@@ -52,21 +58,33 @@ class Opened:
     name: str
     index: int
     crop: int
+    record: str = TEST
 
     def run(self) -> dict[str, dict[str, float]]:
         """``found[network][metric]`` of the picture."""
         pair = pairs(self.folder, self.name, self.crop)[self.index]
-        path = self.study.out / "test" / self.name / f"{slug(pair.name)}.json"
-        if path.exists():
-            return read_json(path)["networks"]
+        path = self.study.out / self.record / self.name / f"{slug(pair.name)}.json"
+        rows: dict[str, dict[str, float]] = read_json(path)["networks"] if path.exists() else {}
         networks, by = _judging(self.study)
-        found = quality.judge(networks, [pair], by)
-        rows = {name: row[pair.name] for name, row in found.items()}
-        write_json(path, {"set": self.name, "picture": pair.name, "networks": rows})
+        missing = {name: network for name, network in networks.items() if name not in rows}
+        if missing:
+            found = quality.judge(missing, [pair], by)
+            rows |= {name: row[pair.name] for name, row in found.items()}
+            write_json(path, {"set": self.name, "picture": pair.name, "networks": rows})
         return rows
 
 
-def open_test(study: Study, folder: Path, crop: int, sets: Sequence[str] = SETS) -> list[Opened]:
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _path(study: Study, record: str) -> Path:
+    return study.out / ("opened.json" if record == TEST else f"opened-{record}.json")
+
+
+def open_test(
+    study: Study, folder: Path, crop: int, sets: Sequence[str] = SETS, record: str = TEST
+) -> list[Opened]:
     """What is to be judged; records the opening.
 
     Raises:
@@ -77,50 +95,79 @@ def open_test(study: Study, folder: Path, crop: int, sets: Sequence[str] = SETS)
             f"the test stays closed: {len(missing)} trainings of the protocol are missing "
             f"({'; '.join(missing[:3])}{'; ...' if len(missing) > 3 else ''})"
         )
+    names = list(study.names)
     facts: dict[str, Any] = {
-        "objectives": list(study.names),
         "features": extractors.identity(study.features),
         "seeds": list(study.seeds),
         "crop": crop,
         "sets": list(sets),
         "second_judge": quality.Lite2.available(),
     }
-    path = study.out / "opened.json"
-    if path.exists():
-        known = read_json(path)
+    path = _path(study, record)
+    known = read_json(path) if path.exists() else None
+    if known is not None:
         for key, value in facts.items():
             if known[key] != value:
                 raise StillClosed(
                     f"the test was opened on {known['opened']} with {key} {known[key]!r}, here it "
                     f"is {value!r}; it is opened once"
                 )
+        if dropped := [name for name in judged(known) if name not in names]:
+            raise StillClosed(
+                f"the test was opened on {known['opened']} with {', '.join(dropped)} too, which "
+                "must not be dropped afterwards"
+            )
     for name in sets:
         if not (folder / name).is_dir():
             raise FileNotFoundError(f"{folder} lacks the test set {name}")
     counts = {name: len(pairs(folder, name, crop)) for name in sets}
-    if not path.exists():
-        now = datetime.datetime.now(datetime.timezone.utc)
-        write_json(
-            path, {"opened": now.strftime("%Y-%m-%d %H:%M UTC"), **facts, "pictures": counts}
-        )
+    if known is None:
+        write_json(path, {"opened": _now(), "objectives": names, **facts, "pictures": counts})
+    elif added := [name for name in names if name not in judged(known)]:
+        known.setdefault("added", []).append({"opened": _now(), "objectives": added})
+        write_json(path, known)
     return [
-        Opened(study, folder, name, index, crop)
+        Opened(study, folder, name, index, crop, record)
         for name, count in counts.items()
         for index in range(count)
     ]
 
 
-def opened(study: Study) -> tuple[dict[str, Any], dict[str, dict[str, Any]]] | None:
+def of_whole(study: Study) -> Study:
+    """The study of the objectives that are judged on whole pictures."""
+    names = (objectives.L1, objectives.VGG, objectives.DEFAULT)
+    return dataclasses.replace(study, names=tuple(n for n in study.names if n in names))
+
+
+def open_whole(study: Study, folder: Path) -> list[Opened]:
+    """As :func:`open_test`, the default and what it is compared with, on whole pictures."""
+    return open_test(of_whole(study), folder, 0, SYNTHETIC, WHOLE)
+
+
+def judged(record: dict[str, Any]) -> list[str]:
+    """The objectives of an opening's record, those judged later at the end."""
+    later = [name for each in record.get("added", []) for name in each["objectives"]]
+    return [*record["objectives"], *later]
+
+
+def opened(
+    study: Study, record: str = TEST
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]] | None:
     """The record of the opening and ``found[set][picture][network][metric]``; None before it, or
-    while pictures are missing."""
-    path = study.out / "opened.json"
+    while pictures or networks are missing."""
+    path = _path(study, record)
     if not path.exists():
         return None
-    record = read_json(path)
+    facts = read_json(path)
     found: dict[str, dict[str, Any]] = {}
-    for name in record["sets"]:
-        rows = [read_json(p) for p in sorted((study.out / "test" / name).glob("*.json"))]
-        if len(rows) < record["pictures"][name]:
+    for name in facts["sets"]:
+        rows = [read_json(p) for p in sorted((study.out / record / name).glob("*.json"))]
+        if len(rows) < facts["pictures"][name]:
+            return None
+        held = {network.partition("|")[0] for row in rows[:1] for network in row["networks"]}
+        if any(row["networks"].keys() != rows[0]["networks"].keys() for row in rows):
+            return None
+        if not held >= {*study.names}:
             return None
         found[name] = {row["picture"]: row["networks"] for row in rows}
-    return record, found
+    return facts, found

@@ -147,11 +147,61 @@ def test_pictures(result: Result) -> str:
                 f"{judge}, {group} degradation, {count} pictures{HOW[how]}:\n\n{table(head, body)}"
             )
     crop = f", the middle {facts['crop']} x {facts['crop']} pixels" if facts["crop"] else ""
+    later = "".join(
+        f" Judged later, on {each['opened']}, and compared with nothing before: "
+        + "; ".join(result["titles"][name] for name in each["objectives"])
+        + "."
+        for each in facts["added"]
+    )
     return (
-        f"Opened on {facts['opened']}{crop}.\n\n"
+        f"Opened on {facts['opened']}{crop}.{later}\n\n"
         + "\n".join(parts)
         + f'\n<img src="assets/{PLOT}" alt="ST-LPIPS over PSNR">\n'
     )
+
+
+def whole(result: Result) -> str:
+    """Differences at equal PSNR on whole pictures."""
+    facts = result["whole"]
+    head = ["objective, judge"]
+    head += [f"less {o}'s, -{t:g} dB" for o in ("L1", "the VGG loss") for t in TARGETS]
+    body = [
+        [
+            f"{result['titles'][name]}, {judge}",
+            *(
+                _difference(
+                    verdicts.select(
+                        result, "whole", objective=name, against=against, metric=metric,
+                        target=target, how=EQUAL,
+                    )
+                )
+                for against in (objectives.L1, objectives.VGG)
+                for target in TARGETS
+            ),
+        ]
+        for metric, judge in ((quality.PRIMARY, "ST-LPIPS"), (quality.SECOND, "Lite2"))
+        for name in (objectives.VGG, objectives.DEFAULT)
+    ]  # fmt: skip
+    count = sum(facts["pictures"].values())
+    return f"{count} pictures, opened on {facts['opened']}:\n\n{table(head, body)}"
+
+
+def grid(result: Result) -> str:
+    """Power at the grid's frequencies over that around them."""
+    facts = result["grid"]
+    titles = {"gt": "truth", **result["titles"]}
+    rows = {(row["objective"], row["target"]): row["ratio"] for row in facts["rows"]}
+    body = [
+        [
+            titles[name],
+            *(
+                f"{rows[name, target]:.2f}" if (name, target) in rows else ""
+                for target in (None, *TARGETS)
+            ),
+        ]
+        for name in dict.fromkeys(row["objective"] for row in facts["rows"])
+    ]
+    return table(["network", "as it is", *(f"-{t:g} dB" for t in TARGETS)], body)
 
 
 def sets(result: Result) -> str:
@@ -220,10 +270,12 @@ BLOCKS: dict[str, Callable[[Result], str]] = {
     "cost": cost,
     "terms": terms,
     "ablation": ablation,
+    "whole": whole,
+    "grid": grid,
 }
 NEEDS = {
     "minimiser": "minimiser", "test": "test", "sets": "test", "cost": "cost", "terms": "terms",
-    "ablation": "ablation",
+    "ablation": "ablation", "whole": "whole", "grid": "grid",
 }  # fmt: skip
 """Blocks that a part of the result is needed for."""
 

@@ -67,9 +67,9 @@ def _points() -> Iterator[tuple[str, int | None, float]]:
         yield CHOSEN, place, target
 
 
-def test_pictures(study: Study) -> dict[str, Any] | None:
+def test_pictures(study: Study, which: str = opening.TEST) -> dict[str, Any] | None:
     """Means of every set and differences at equal PSNR; None while the test is closed."""
-    opened = opening.opened(study)
+    opened = opening.opened(study, which)
     if opened is None:
         return None
     record, found = opened
@@ -114,6 +114,7 @@ def test_pictures(study: Study) -> dict[str, Any] | None:
     counts = {each: len(pictures) for each, pictures in found.items()}
     return {
         **{k: record[k] for k in ("opened", "crop", "second_judge")},
+        "added": record.get("added", []),
         "pictures": counts,
         "means": means,
         "differences": differences,
@@ -143,8 +144,9 @@ def collect(study: Study) -> dict[str, Any]:
         ]
         or None,
         "test": test_pictures(study),
+        "whole": test_pictures(opening.of_whole(study), opening.WHOLE),
     }
-    for part in ("minimiser", "cost", "terms"):
+    for part in ("minimiser", "cost", "terms", "grid"):
         path = study.out / f"{part}.json"
         result[part] = read_json(path) if path.exists() else None
     return result

@@ -11,8 +11,10 @@ parts, each of which goes on where it was stopped:
     cost        a step of each loss beside the VGG-16 loss's
     terms       the gradient of each term of MGHF-c beside L1's, over sizes of crops
     ablation    MGHF-c less each term, and each alone: seed 0, on the validation pictures
+    grid        a pattern of four pixels in the pictures: seed 0, on the validation pictures
 
-``--open-test`` judges the networks on the test pictures, once, when all trainings are there.
+``--open-test`` judges the networks on the test pictures, once, when all trainings are there;
+``--open-whole`` those of the default and the VGG-16 loss on whole pictures of the synthetic sets.
 ``--report`` writes benchmarks/results/<machine>-features.json, docs/features.md and its plot from
 what --out holds; without it they go to --out alone.
 """
@@ -33,12 +35,12 @@ import torch
 from benchmarks.report import ROOT
 from benchmarks.results import RESULTS
 
-from . import cost, extractors, minimiser, objectives, opening, page, terms
+from . import cost, extractors, grid, minimiser, objectives, opening, page, terms
 from .result import collect
 from .runs import Study, write_json
 from .tuning import Recipe
 
-PARTS = ("minimiser", "weights", "train", "cost", "terms", "ablation")
+PARTS = ("minimiser", "weights", "train", "cost", "terms", "ablation", "grid")
 VALIDATION = "Set14"
 PAGE = "features.md"
 T = TypeVar("T")
@@ -110,6 +112,8 @@ def run_part(study: Study, part: str, jobs: int) -> None:
         write_json(study.out / "terms.json", terms.measure(study, ("2026", objectives.PRESET)))
     elif part == "ablation":
         match(study.of_one_seed(), [row.name for row in objectives.ABLATION], jobs)
+    elif part == "grid":
+        write_json(study.out / "grid.json", grid.measure(study))
     else:
         write_json(study.out / "cost.json", cost.measure(study, study.compared))
 
@@ -150,6 +154,7 @@ def arguments() -> argparse.ArgumentParser:
         "--objectives", nargs="+", metavar="NAME", help="instead of the study's; F is --features"
     )
     parser.add_argument("--open-test", action="store_true", help="judge the test pictures, once")
+    parser.add_argument("--open-whole", action="store_true", help="judge whole pictures, once")
     parser.add_argument("--crop", type=int, default=0, help="the test pictures' middle pixels")
     parser.add_argument("--report", action="store_true", help="publish: JSON, page and plot")
     parser.add_argument("--steps", type=int, default=Recipe.steps)
@@ -185,8 +190,13 @@ def main(words: Sequence[str] | None = None) -> int:
     args = parser.parse_args(words)
     try:
         study = make(args)
-        if args.open_test:
-            works = opening.open_test(study, args.pictures / "test", args.crop)
+        if args.open_test or args.open_whole:
+            test = args.pictures / "test"
+            works = (
+                opening.open_test(study, test, args.crop)
+                if args.open_test
+                else opening.open_whole(study, test)
+            )
             chunks = [(each,) for each in works]
             for done, _ in enumerate(together(opening.Opened.run, chunks, args.jobs), 1):
                 if done % 10 == 0 or done == len(chunks):

@@ -25,6 +25,8 @@ Term = Callable[[Tensor, Tensor], Tensor]
 FIRST_BATCHES = 4
 """On which gradients' lengths are compared."""
 WEIGHT_SEED = 0
+PREPARATION_SEED = 1000
+"""Of the batches from which a term learns before its first use; no training's."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,13 @@ def gradient_length(term: Term, start: CompactEDSR, data: Sequence[tuple[Tensor,
 def unit_weight(
     term: Term, start: CompactEDSR, photographs: list[Photograph], recipe: Recipe
 ) -> float:
-    """The weight that makes a term's gradient as long as L1's, on the first batches of seed 0."""
+    """The weight that makes a term's gradient as long as L1's, on the first batches of seed 0.
+
+    A term with a ``prepare(start, data)`` has something to learn first, from batches of its own.
+    """
+    prepare = getattr(term, "prepare", None)
+    if prepare is not None:
+        prepare(start, crops(photographs, recipe, PREPARATION_SEED))
     data = list(itertools.islice(crops(photographs, recipe, WEIGHT_SEED), FIRST_BATCHES))
     length = gradient_length(term, start, data)
     if not length > 0:

@@ -23,9 +23,9 @@ AGAINST = {objectives.L1: "L1 alone", objectives.VGG: "the trained VGG-16 loss"}
 THIRD, TENTH = 1 / 3, 0.1
 
 
-def select(result: Result, **wanted: Any) -> list[dict[str, Any]]:
+def select(result: Result, part: str = "test", **wanted: Any) -> list[dict[str, Any]]:
     """The test's differences with these values."""
-    rows = result["test"]["differences"]
+    rows = result[part]["differences"]
     return [row for row in rows if all(row[key] == wanted[key] for key in wanted)]
 
 
