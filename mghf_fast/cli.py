@@ -36,6 +36,10 @@ COMMANDS = {
         "mghf_fast.pretrain.command",
         "train a detail feature extractor on your pictures or on built-in procedural ones",
     ),
+    "tune": (
+        "mghf_fast.tune",
+        "measure the kernels on this machine's GPU, so that each op takes the fastest there",
+    ),
     "doctor": (
         "mghf_fast.doctor",
         "versions, backends and why one is missing, build facts, a numerical self-check",

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import native
+from . import cache, native, trials
 from .backends import (
     BACKENDS,
     available_backends,
@@ -60,6 +60,43 @@ def self_check() -> dict[str, dict[str, Any]]:
     return results
 
 
+def gpus() -> list[dict[str, Any]]:
+    """What is known of each NVIDIA GPU here: ``identity``, ``tuned`` (when `mghf-fast tune` ran, or
+    None) with its ``rules``, and the kernels on trial (see :func:`mghf_fast.trials.listed`)."""
+    if not torch.cuda.is_available():
+        return []
+    found = []
+    for index in range(torch.cuda.device_count()):
+        device = torch.device("cuda", index)
+        table = cache.known(device).get("tuned", {})
+        found.append(
+            {
+                "identity": cache.identity(device),
+                "tuned": table.get("when"),
+                "rules": table.get("rules", []),
+                "trials": trials.listed(device),
+            }
+        )
+    return found
+
+
+def _gpu_lines(facts: dict[str, Any]) -> list[str]:
+    lines = ["", facts["identity"]]
+    if facts["tuned"] is None:
+        lines.append("  not tuned: `mghf-fast tune` measures which kernels are fastest here")
+    else:
+        lines.append(f"  tuned {facts['tuned']} ({cache.path()})")
+        for rule in facts["rules"]:
+            below = "" if rule["below"] is None else f" below {rule['below']:.4g}"
+            least = f" from {rule['least']:.4g}" if rule["least"] else ""
+            order = ", then ".join(rule["backends"])
+            lines.append(f"    {rule['op']}, {', '.join(rule['dtypes'])}{least}{below}: {order}")
+    for row in facts["trials"]:
+        types = f" ({', '.join(row['types'])})" if row["types"] else ""
+        lines.append(f"  on trial: {row['backend']} {row['op']}, {row['state']}{types}")
+    return lines
+
+
 def _version(package: str) -> str | None:
     try:
         return version(package)
@@ -74,7 +111,7 @@ def examine() -> dict[str, Any]:
         ``machine``, ``packages`` (version or ``None``), ``backends`` (available or not, and why),
         ``ops`` (see :func:`op_backends`), ``build`` (facts of the compiled kernels, maybe empty),
         ``cuda_resources`` (registers, shared memory and spills of those of CUDA, or ``None``),
-        ``self_check`` (see :func:`self_check`) and ``usable``.
+        ``self_check`` (see :func:`self_check`), ``gpus`` (see :func:`gpus`) and ``usable``.
     """
     reasons = unavailable_reasons()
     checks = self_check()
@@ -89,6 +126,7 @@ def examine() -> dict[str, Any]:
         "build": native.build_facts(),
         "cuda_resources": native.cuda_resources(),
         "self_check": checks,
+        "gpus": gpus(),
         "usable": bool(checks) and all(check["passed"] for check in checks.values()),
     }
 
@@ -126,6 +164,9 @@ def report(facts: dict[str, Any]) -> str:
             f"{most['spilled_bytes']} bytes spilled, and {most['shared_bytes']} bytes of static "
             "shared memory"
         )
+
+    for gpu in facts["gpus"]:
+        lines += _gpu_lines(gpu)
 
     lines += ["", f"Self-check (Sinkhorn plan against float64, tolerance {TOLERANCE:.0e})"]
     for name, check in facts["self_check"].items():

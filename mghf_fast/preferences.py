@@ -1,18 +1,22 @@
 """Which of two kinds of kernels "auto" takes on an NVIDIA GPU where both can run: a line a rule.
 
-The first rule that fits decides. `python -m benchmarks.gpu_tables` says where the committed results
-of GPUs ask for another one, and a test holds the table to them. What no result has decided yet goes
-by the number of launches and of bytes that the kernels need.
+The first rule that fits decides: of those that `mghf-fast tune` has measured on this very GPU, then
+of the committed table. `python -m benchmarks.gpu_tables` says where the committed results of GPUs
+ask for another one, and a test holds the table to them. What no result has decided yet goes by the
+number of launches and of bytes that the kernels need.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from . import cache
 
 
 class Rule(NamedTuple):
@@ -64,10 +68,38 @@ def preferred_kernels(
     return DEFAULT
 
 
+@functools.cache
+def tuned(device: torch.device) -> tuple[Rule, ...]:
+    """The rules that `mghf-fast tune` has found for a GPU, none before or where they do not make
+    sense."""
+    if device.type != "cuda":
+        return ()
+    try:
+        found = cache.known(device)["tuned"]["rules"]
+        return tuple(
+            Rule(
+                row["op"],
+                tuple(str(backend) for backend in row["backends"]),
+                tuple(getattr(torch, name) for name in row["dtypes"]),
+                float(row["least"]),
+                math.inf if row["below"] is None else float(row["below"]),
+            )
+            for row in found
+        )
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return ()
+
+
+def forget() -> None:
+    """Lets the user's table be read again."""
+    tuned.cache_clear()
+
+
 def in_order(op: str, tensors: Sequence[Tensor], backends: Sequence[str]) -> tuple[str, ...]:
-    """``backends``, those with kernels for GPUs first, as the table has them."""
+    """``backends``, those with kernels for GPUs first, as the tables have them."""
     if not tensors:
         return tuple(backends)
     x = tensors[0]
-    first = preferred_kernels(op, x.dtype, x.shape)
-    return first + tuple(b for b in backends if b not in first)
+    first = preferred_kernels(op, x.dtype, x.shape, (*tuned(x.device), *RULES))
+    known = tuple(b for b in first if b in backends)
+    return known + tuple(b for b in backends if b not in known)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import native, preferences
+from .. import native, preferences, trials
 from ..backends import BACKENDS, triton_is_interpreted, unavailable_reasons
 
 logger = logging.getLogger("mghf_fast")
@@ -79,6 +79,8 @@ class Op:
             reason = self.why_not(candidate, *tensors, **options)
             if candidate == "triton" and triton_is_interpreted():
                 reason = "its interpreter is slow, and for tests that ask for it by name"
+            if reason is None and candidate in trials.TRIED and tensors:
+                reason = trials.refusal(self.name, candidate, tensors[0])
             if reason is None:
                 return candidate
             if (message := f"{candidate} cannot run {self.name}: {reason}") not in self._logged:

@@ -1,0 +1,197 @@
+"""Kernels on trial: those that no GPU of a kind has run yet are checked at their first use there.
+
+The check is a small problem of the op, result and gradient, against the reference. A kernel that
+differs, or fails, is left out of what ``"auto"`` takes on that device, with one warning that says
+what differed; a backend that is asked for by name is not tried. What passed is kept in the user's
+cache (:mod:`mghf_fast.cache`), so that a kernel is tried once for a GPU, driver and version.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import warnings
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import cache, problems
+
+logger = logging.getLogger("mghf_fast")
+
+HOPPER = ((9, 0),)
+PROVEN: Mapping[tuple[str, str], tuple[tuple[int, int], ...]] = {
+    ("cuda", "coupling"): HOPPER,
+    ("cuda", "entropy"): HOPPER,
+    ("cuda", "gram"): HOPPER,
+    ("cuda", "content_style"): HOPPER,
+    ("cuda", "patches"): HOPPER,
+    ("cuda", "sinkhorn"): HOPPER,
+    ("cuda", "monce"): HOPPER,
+    ("triton", "coupling"): HOPPER,
+    ("triton", "entropy"): HOPPER,
+    ("triton", "gram"): HOPPER,
+    ("triton", "content_style"): HOPPER,
+    ("triton", "patches"): HOPPER,
+    ("triton", "sinkhorn"): HOPPER,
+    ("triton", "monce"): HOPPER,
+    ("triton", "dec"): HOPPER,
+}
+"""(backend, op) -> compute capabilities whose committed result (benchmarks/results) was made by the
+kernels as they are now. ``tests/test_trials.py`` holds the sources to what was run."""
+
+TRIED = ("cuda", "triton")
+DEVICES = ("cuda",)
+RESULT, GRADIENT, HALF = 1e-4, 1e-3, 2e-2
+"""Largest relative L2 errors of a result and a gradient in float32, and of both in half
+precision: far above any rounding, far below any fault."""
+
+
+class Outcome(NamedTuple):
+    """Of a trial: relative L2 errors of the result and, if there is one, of the gradient; and what
+    went wrong, in words, or None."""
+
+    errors: tuple[float, ...]
+    failure: str | None
+
+
+def on_trial(backend: str, op: str, capability: tuple[int, int]) -> bool:
+    return capability not in PROVEN.get((backend, op), ())
+
+
+def _error(got: Tensor, expected: Tensor) -> float:
+    if got.shape != expected.shape:
+        return math.inf
+    difference = (got.double() - expected.double()).norm() / expected.double().norm()
+    found = float(difference)
+    return found if math.isfinite(found) else math.inf
+
+
+def try_kernel(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> Outcome:
+    """Runs the op's small problem on a backend and on the reference. Raises nothing."""
+    try:
+        problem = problems.small(op).to(device, dtype)
+        got = problem.results(backend)
+        expected = problem.to(device, problem.exact).results("reference")
+        errors = tuple(_error(g, e) for g, e in zip(got, expected, strict=True))
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        return Outcome((), f"{type(error).__name__}: {first[:200]}")
+    for what, error_, full in zip(("result", "gradient"), errors, (RESULT, GRADIENT), strict=False):
+        allowed = full if dtype in (torch.float32, torch.float64) else HALF
+        if error_ > allowed:
+            return Outcome(
+                errors, f"its {what} differs from the reference's by {error_:.1e} ({allowed:.0e})"
+            )
+    return Outcome(errors, None)
+
+
+def _apart(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> Outcome:
+    """:func:`try_kernel` in a thread of its own, whose autograd, autocast and streams are as new,
+    whatever the op that asks is in the middle of."""
+    found: list[Outcome] = []
+
+    def work() -> None:
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                found.append(try_kernel(op, backend, device, dtype))
+        else:
+            found.append(try_kernel(op, backend, device, dtype))
+
+    thread = threading.Thread(target=work, name="mghf_fast trial")
+    thread.start()
+    thread.join()
+    return found[0] if found else Outcome((), "the trial did not end")
+
+
+_known: dict[tuple[str, str, torch.device, torch.dtype], str | None] = {}
+_lock = threading.RLock()
+
+
+def _label(op: str, backend: str, dtype: torch.dtype) -> str:
+    return f"{backend} {op} {str(dtype).removeprefix('torch.')}"
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_current_stream_capturing()
+
+
+def refusal(op: str, backend: str, tensor: Tensor) -> str | None:
+    """Why a backend must not run this op on this tensor's device, None if it may; tries the kernel
+    at its first use there."""
+    key = (op, backend, tensor.device, tensor.dtype)
+    if key in _known:
+        return _known[key]
+    if tensor.device.type not in DEVICES or op not in problems.PROBLEMS:
+        return None
+    if not on_trial(backend, op, _capability(tensor.device)):
+        _known[key] = None
+        return None
+    if _capturing():  # a trial waits for its result, which no capture allows
+        return "it is on trial here, and a CUDA graph is being captured: run a step before"
+    with _lock:
+        if key not in _known:
+            _known[key] = _decide(op, backend, tensor.device, tensor.dtype)
+    return _known[key]
+
+
+def _decide(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    label = _label(op, backend, dtype)
+    earlier: dict[str, Any] = cache.known(device).get("trials", {})
+    if label in earlier:
+        failure: str | None = earlier[label]["failure"]
+    else:
+        outcome = _apart(op, backend, device, dtype)
+        failure = outcome.failure
+        row = {"errors": [float(f"{e:.2g}") for e in outcome.errors], "failure": failure}
+        try:
+            cache.write(device, "trials", cache.known(device).get("trials", {}) | {label: row})
+        except OSError as error:
+            logger.debug("the trial of %s is not kept: %s", label, error)
+    if failure is None:
+        return None
+    name = str(dtype).removeprefix("torch.")
+    warnings.warn(
+        f"mghf_fast leaves out the {backend} kernel of {op} for {name} "
+        f"on {cache.identity(device)}: {failure}. Please report it; `mghf-fast tune --clear` lets "
+        "it be tried again",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return f"it failed its trial on this device: {failure}"
+
+
+def forget() -> None:
+    """Forgets what this process has tried, not what the cache holds."""
+    with _lock:
+        _known.clear()
+
+
+def listed(device: torch.device) -> list[dict[str, Any]]:
+    """Every kernel on trial on a device: ``backend``, ``op``, ``state`` ("not tried", "passed" or
+    the failure) and the types tried; for `mghf-fast doctor`."""
+    capability = _capability(device)
+    earlier: dict[str, Any] = cache.known(device).get("trials", {})
+    rows = []
+    for backend in TRIED:
+        for op in problems.PROBLEMS:
+            if backend == "cuda" and op == "dec":
+                continue  # has none
+            if not on_trial(backend, op, capability):
+                continue
+            tried = {
+                label.split()[2]: row["failure"]
+                for label, row in earlier.items()
+                if label.split()[:2] == [backend, op]
+            }
+            failures = [f for f in tried.values() if f is not None]
+            state = failures[0] if failures else "passed" if tried else "not tried"
+            rows.append({"backend": backend, "op": op, "state": state, "types": [*tried]})
+    return rows

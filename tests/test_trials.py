@@ -1,0 +1,259 @@
+"""Kernels on trial: checked once at their first use on a device, left out if they differ."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import kernel_sources
+import pytest
+import torch
+from torch import Tensor
+
+import mghf_fast
+from mghf_fast import cache, doctor, problems, trials
+from mghf_fast.backends import unavailable_reasons
+from mghf_fast.ops import OPS, _dispatch
+
+H200 = {
+    ("cuda", "coupling"): "9cc2cdc709a24c82",
+    ("cuda", "entropy"): "7b1cd4287db88e65",
+    ("cuda", "gram"): "e28730144f5b6796",
+    ("cuda", "content_style"): "b46a3ac1df0e0d7e",
+    ("cuda", "patches"): "03cd2a150173d11b",
+    ("cuda", "sinkhorn"): "535a5571aceb708c",
+    ("cuda", "monce"): "260797ed66409da3",
+    ("triton", "coupling"): "1c2d310331fed6e6",
+    ("triton", "entropy"): "5bcf8015bd4effaa",
+    ("triton", "gram"): "fe744cb1de4e20d1",
+    ("triton", "content_style"): "e815269da856e0fc",
+    ("triton", "patches"): "2ecc9bb5a5617f70",
+    ("triton", "sinkhorn"): "7df90f9e16453a73",
+    ("triton", "monce"): "149e361843457314",
+    ("triton", "dec"): "d845360ed21eb773",
+}
+"""Digests of the sources that ran on an H200 (benchmarks/results/h200.json, 2026-11-26)."""
+
+
+def test_what_is_proven_is_what_was_run() -> None:
+    for (backend, op), capabilities in trials.PROVEN.items():
+        assert capabilities == trials.HOPPER  # what has been run so far
+        assert kernel_sources.digest(backend, op) == H200[backend, op], (
+            f"the {backend} kernels of {op} are no longer those that a GPU has run: take them out "
+            "of trials.PROVEN, so that they are tried at their first use"
+        )
+
+
+def test_a_digest_is_of_what_is_compiled() -> None:
+    texts = {
+        "csrc/cuda/gram.cu": '#include "gram.h"\nint a; // one',
+        "csrc/cuda/gram.h": "int b;",
+        "csrc/cuda/ops/gram.cpp": '#include "../gram.h"\nint c;',
+        "kernels/gram.py": "from . import launch\nfrom .image import x\ndef f():\n    return 1\n",
+        "kernels/image.py": "x = 1",
+        "kernels/launch.py": "y = 1",
+    }
+
+    def digests(**changed: str) -> tuple[str, str]:
+        known = texts | {k.replace("__", "/").replace("_cu", ".cu"): v for k, v in changed.items()}
+        read = known.__getitem__
+        return kernel_sources.digest("cuda", "gram", read), kernel_sources.digest(
+            "triton", "gram", read
+        )
+
+    before = digests()
+    texts["csrc/cuda/gram.cu"] = '#include "gram.h"\n\n/* another\ncomment */ int  a;'
+    texts["kernels/gram.py"] = '"""Says more."""\n' + texts["kernels/gram.py"]
+    assert digests() == before
+    texts["csrc/cuda/gram.h"] = "int d;"
+    texts["kernels/image.py"] = "x = 2"
+    after = digests()
+    assert after[0] != before[0] and after[1] != before[1]
+
+
+def test_every_op_has_a_problem() -> None:
+    assert {*OPS, "coupling_inverse"} == {*problems.PROBLEMS} == {*problems.SMALL}
+    assert {op for _, op in trials.PROVEN} <= {*OPS}
+
+
+@pytest.mark.parametrize("op", [*problems.PROBLEMS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_the_cpu_kernels_would_pass(op: str, dtype: torch.dtype) -> None:
+    if "cpu" in unavailable_reasons():
+        pytest.skip(unavailable_reasons()["cpu"])
+    outcome = trials.try_kernel(op, "cpu", torch.device("cpu"), dtype)
+    assert outcome.failure is None and len(outcome.errors) == (
+        2 if problems.small(op).differentiable else 1
+    )
+    assert max(outcome.errors) < (1e-5 if dtype == torch.float32 else trials.HALF / 2)
+
+
+# ---- on a device: the CPU's kernels stand in for a GPU's ----
+
+
+@pytest.fixture
+def on_trial(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """The CPU's kernels are on trial, with an empty cache."""
+    if "cpu" in unavailable_reasons():
+        pytest.skip(unavailable_reasons()["cpu"])
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(trials, "DEVICES", ("cpu",))
+    monkeypatch.setattr(trials, "TRIED", ("cpu",))
+    monkeypatch.setattr(trials, "_capability", lambda device: (9, 9))
+    monkeypatch.setattr(trials, "_capturing", lambda: False)
+    cache._known.cache_clear()
+    cache._told.cache_clear()
+    trials.forget()
+    yield tmp_path / "cache" / cache.NAME
+    cache._known.cache_clear()
+    trials.forget()
+
+
+def broken(monkeypatch: pytest.MonkeyPatch, op: str, how: str) -> None:
+    right = OPS[op].implementation("cpu")
+
+    def forward(*arguments: Any) -> Any:
+        if how == "raises":
+            raise RuntimeError("an illegal instruction was encountered\nand more")
+        result = right.forward(*arguments)
+        return result * (torch.nan if how == "nan" else 1.01)
+
+    def backward(*arguments: Any) -> Any:
+        found = right.differentiate(*arguments)
+        return (1.01 * found[0], *found[1:]) if isinstance(found, tuple) else 1.01 * found
+
+    monkeypatch.setitem(
+        OPS[op]._implementations,
+        "cpu",
+        _dispatch.Implementation(
+            right.forward if how == "gradient" else forward,
+            backward if how == "gradient" else right.backward,
+            right.can_run,
+        ),
+    )
+
+
+def images() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    gt = torch.rand(1, 3, 64, 64, generator=generator)
+    return (0.9 * gt + 0.05).requires_grad_(), gt
+
+
+def training_step() -> tuple[Tensor, Tensor]:
+    sr, gt = images()
+    loss = mghf_fast.MGHFLoss(input_range="0,1")(sr, gt)
+    loss.backward()
+    assert sr.grad is not None
+    return loss.detach(), sr.grad
+
+
+def test_a_right_kernel_is_tried_once_and_kept(on_trial: Path) -> None:
+    with mghf_fast.use_backend("cpu"):
+        expected = training_step()
+    assert not on_trial.exists()  # what is asked for by name is not tried
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = training_step()
+    assert all(torch.equal(g, e) for g, e in zip(got, expected, strict=True))
+    (machine,) = json.loads(on_trial.read_text())["machines"].values()
+    kept = machine["trials"]
+    assert {"cpu coupling float32", "cpu monce float32"} <= {*kept}
+    assert all(row["failure"] is None for row in kept.values())
+    written = on_trial.stat().st_mtime_ns
+    trials.forget()
+    training_step()
+    assert on_trial.stat().st_mtime_ns == written
+    rows = {row["op"]: row for row in trials.listed(torch.device("cpu"))}
+    assert rows["coupling"]["state"] == "passed" and rows["coupling"]["types"] == ["float32"]
+    assert rows["dec"]["state"] == "not tried"
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ("wrong", r"its result differs from the reference's by 1.0e-02 \(1e-04\)"),
+        ("nan", "its result differs from the reference's by inf"),
+        ("gradient", r"its gradient differs from the reference's by 1.0e-02 \(1e-03\)"),
+        ("raises", "RuntimeError: an illegal instruction was encountered"),
+    ],
+)
+def test_a_wrong_kernel_is_left_out_with_one_warning(
+    on_trial: Path, monkeypatch: pytest.MonkeyPatch, how: str, told: str
+) -> None:
+    with mghf_fast.use_backend("reference"):
+        expected = training_step()
+    broken(monkeypatch, "coupling", how)
+    with pytest.warns(RuntimeWarning, match=told) as caught:
+        got = training_step()
+        again = training_step()
+    assert (
+        len([w for w in caught if "leaves out the cpu kernel of coupling" in str(w.message)]) == 1
+    )
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+    for g, e in zip(got, expected, strict=True):
+        torch.testing.assert_close(g, e, rtol=1e-4, atol=1e-5 * float(e.abs().max()))
+    # Another process knows it from the file, and tells it once too.
+    trials.forget()
+    with pytest.warns(RuntimeWarning, match="leaves out the cpu kernel of coupling"):
+        training_step()
+    (row,) = (r for r in trials.listed(torch.device("cpu")) if r["op"] == "coupling")
+    assert row["state"] not in ("passed", "not tried")
+    fails = pytest.raises(RuntimeError) if how == "raises" else contextlib.nullcontext()
+    with fails, mghf_fast.use_backend("cpu"):
+        training_step()  # who asks for it by name gets it
+
+
+def test_a_cache_that_cannot_be_written_keeps_nobody_from_training(
+    on_trial: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_trial.parent.parent.mkdir(exist_ok=True)
+    on_trial.parent.write_text("a file where the folder should be")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loss, _ = training_step()
+    assert bool(loss.isfinite())
+
+
+def test_under_a_capture_a_kernel_on_trial_waits(
+    on_trial: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trials, "_capturing", lambda: True)
+    x = torch.zeros(1, 2, 8, 8)
+    assert "CUDA graph" in str(trials.refusal("gram", "cpu", x))
+    assert OPS["gram"].preferred(x) == "reference" and not on_trial.exists()
+    monkeypatch.setattr(trials, "_capturing", lambda: False)
+    assert trials.refusal("gram", "cpu", x) is None
+    monkeypatch.setattr(trials, "_capturing", lambda: True)
+    assert OPS["gram"].preferred(x) == "cpu"
+
+
+def test_a_trial_in_the_middle_of_anything(on_trial: Path) -> None:
+    """Under torch.compile, autocast, no_grad and inference mode."""
+    x = torch.rand(2, 4, 12, 12)
+    expected = mghf_fast.functional.gram_matrix(x, backend="reference")
+    compiled = torch.compile(mghf_fast.functional.gram_matrix, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), expected)
+    for context in (torch.no_grad(), torch.inference_mode(), torch.autocast("cpu")):
+        trials.forget()
+        on_trial.unlink()
+        cache._known.cache_clear()
+        with context:
+            torch.testing.assert_close(mghf_fast.functional.gram_matrix(x), expected)
+        assert on_trial.exists()
+
+
+def test_the_doctor_lists_them(on_trial: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training_step()
+    facts = {
+        "identity": "Some GPU",
+        "tuned": None,
+        "rules": [],
+        "trials": trials.listed(torch.device("cpu")),
+    }
+    text = "\n".join(doctor._gpu_lines(facts))
+    assert "on trial: cpu coupling, passed (float32)" in text and "not tuned" in text
+    assert "on trial: cpu dec, not tried" in text
