@@ -94,16 +94,6 @@ struct Tile {
 
 // ---- the factors of products ----
 
-// Packs two neighbours of depth; what is rounded off of them comes second.
-struct SplitPair {
-  uint32_t big, small;
-  __device__ __forceinline__ SplitPair(float first, float second) {
-    const BFloat16 a = from_float<BFloat16>(first), b = from_float<BFloat16>(second);
-    big = a.bits | static_cast<uint32_t>(b.bits) << 16;
-    small = pair_of<BFloat16>(first - to_float(a), second - to_float(b));
-  }
-};
-
 // A product of blocks takes kSteps steps, each with a factor of its own from the values and kLoads loads
 // of packed weights for each lane.
 

@@ -8,6 +8,7 @@
 //                b[0..1]: column g at depths 2 t, 2 t + 8      a pair each, the next depth in the upper half
 #pragma once
 
+#include <cmath>
 #include <type_traits>
 
 #include "numbers.h"
@@ -16,42 +17,42 @@ namespace mghf::cuda {
 
 constexpr unsigned kAllLanes = ~0u;
 
-// A float32 rounded to the 10 bits that a TF32 has after the point.
-__device__ __forceinline__ uint32_t to_tf32(float x) {
-#ifdef __CUDA_ARCH__
-  uint32_t bits;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
-  return bits;
-#else
-  const uint32_t bits = bits_as<uint32_t>(x);
-  return (bits & 0x7f800000) == 0x7f800000 ? bits : (bits + 0x1000) & ~uint32_t{0x1fff};
-#endif
-}
+// Of a TF32 tensor cores read the sign, the exponent and 10 bits after the point; what a register has
+// below these is not looked at.
+constexpr uint32_t kBitsOfTf32 = ~uint32_t{0x1fff};
 
-// A float32 as the sum of two TF32, exact to 2^-22 of it.
+// A float32 as the sum of two TF32, exact to 2^-23 of it, in three instructions (cvt.rna.tf32 alone
+// takes four). Half of the last place that is read rounds `big` to nearest, by an integer addition; an
+// infinity stays one, and so does what is too large for a TF32 become one. What `small` has too many,
+// two bits at most, the tensor cores cut off. Of a NaN `small` is one, whatever became of `big`.
 struct SplitTf32 {
   uint32_t big, small;
 
   SplitTf32() = default;
   __device__ __forceinline__ explicit SplitTf32(float x)
-      : big(to_tf32(x)), small(to_tf32(x - bits_as<float>(big))) {}
+      : big(bits_as<uint32_t>(x) + 0x1000),
+        small(bits_as<uint32_t>(x - bits_as<float>(big & kBitsOfTf32))) {}
 };
 
-// Likewise by cutting off what a TF32 does not have, as tensor cores do with a float32 that they
-// get: fewer instructions, exact to 2^-20.
+// Likewise by cutting off what a TF32 does not have: one instruction less, exact to 2^-20.
 struct CutTf32 {
   uint32_t big, small;
 
   __device__ __forceinline__ explicit CutTf32(float x)
       : big(bits_as<uint32_t>(x)),
-        small(bits_as<uint32_t>(x - bits_as<float>(big & ~uint32_t{0x1fff}))) {}
+        small(bits_as<uint32_t>(x - bits_as<float>(big & kBitsOfTf32))) {}
 };
 
-// Two numbers, the first in the lower half, rounded to T.
-template <class T>
-__device__ __forceinline__ uint32_t pair_of(float first, float second) {
-  return from_float<T>(first).bits | static_cast<uint32_t>(from_float<T>(second).bits) << 16;
-}
+// Two neighbouring numbers, each as the sum of two bfloat16: a float32 to about 2^-17 of it.
+struct alignas(8) SplitPair {
+  uint32_t big, small;
+
+  SplitPair() = default;
+  __device__ __forceinline__ SplitPair(float first, float second)
+      : big(pair_of<BFloat16>(first, second)),
+        small(pair_of<BFloat16>(first - bits_as<float>(big << 16),
+                                second - bits_as<float>(big & 0xffff0000))) {}
+};
 
 #if !defined(__CUDACC__)
 namespace host_mma {
@@ -60,7 +61,31 @@ struct Operands {
   uint32_t a[4], b[2];
 };
 
-// `number(word, i)`: the i-th number of a word, of which there are `kPacked`.
+// Towards zero, to so many binary places.
+inline double cut_off(double x, int places) {
+  return std::ldexp(std::trunc(std::ldexp(x, places)), -places);
+}
+
+// What a tensor core makes of a sum: nothing in it is rounded to nearest. Products are exact; all
+// addends are cut off one bit below the last place of the largest, and the sum at its own last place.
+// (Volta keeps no bit below, Hopper two or three: Fasi, Higham, Mikaitis and Pranesh, 2021.)
+inline float add_up(float before, const double* products, int count) {
+  double largest = std::fabs(before), exact = before;
+  for (int i = 0; i < count; ++i) {
+    largest = std::fmax(largest, std::fabs(products[i]));
+    exact += products[i];
+  }
+  if (!std::isfinite(exact) || exact == 0) return static_cast<float>(exact);
+  const int places = 24 - std::ilogb(largest);
+  double sum = cut_off(before, places);
+  for (int i = 0; i < count; ++i) sum += cut_off(products[i], places);
+  if (sum == 0) return 0;
+  const int own = 23 - std::ilogb(sum);
+  return static_cast<float>(cut_off(sum, own < 149 ? own : 149));
+}
+
+// `number(word, i)`: the i-th number of a word, of which there are `kPacked`. A tensor core adds up 4
+// products of TF32 at a time, 8 of halves.
 template <int kPacked, class Number>
 void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Number number) {
   const Operands own{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
@@ -74,12 +99,14 @@ void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
     const int upper = i / 2, column = 2 * t + i % 2;
     float sum = d[i];
     for (int half = 0; half < 2; ++half) {
+      double products[4 * kPacked];
       for (int k = 0; k < 4; ++k) {
         for (int p = 0; p < kPacked; ++p) {
-          sum += number(of[g * 4 + k].a[upper + 2 * half], p) *
-                 number(of[column * 4 + k].b[half], p);
+          products[k * kPacked + p] = static_cast<double>(number(of[g * 4 + k].a[upper + 2 * half], p)) *
+                                      static_cast<double>(number(of[column * 4 + k].b[half], p));
         }
       }
+      sum = add_up(sum, products, 4 * kPacked);
     }
     d[i] = sum;
   }
@@ -98,7 +125,7 @@ __device__ __forceinline__ void mma_tf32(float (&d)[4], const uint32_t (&a)[4],
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #elif !defined(__CUDACC__)
   host_mma::multiply_add<1>(d, a, b, [](uint32_t word, int) {
-    return bits_as<float>(word & ~uint32_t{0x1fff});  // the rest is not looked at
+    return bits_as<float>(word & kBitsOfTf32);
   });
 #endif
 }
@@ -128,7 +155,7 @@ __device__ __forceinline__ void mma_pairs(float (&d)[4], const uint32_t (&a)[4],
 #endif
 }
 
-// By three products of TF32: exact to about 2^-21 of the largest of what is added up.
+// By three products of TF32: what is left out is 2^-22 of the largest of what is added up.
 struct SplitA {
   uint32_t big[4], small[4];
 };
