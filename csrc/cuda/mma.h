@@ -155,6 +155,26 @@ __device__ __forceinline__ void mma_pairs(float (&d)[4], const uint32_t (&a)[4],
 #endif
 }
 
+// Four matrices of 8 rows of 16 bytes in shared memory: to[m] becomes what a thread has of matrix m as
+// a factor of pairs, word t of row g. `row`: row lane % 8 of matrix lane / 8. One instruction, and its
+// results lie side by side as products want them.
+__device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const uint4* row) {
+#ifdef __CUDA_ARCH__
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(static_cast<unsigned>(__cvta_generic_to_shared(row)))
+               : "memory");
+#elif !defined(__CUDACC__)
+  const unsigned g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  const unsigned char* const all = host::exchange(&row, sizeof row);
+  for (unsigned m = 0; m < 4; ++m) {
+    const unsigned char* from;
+    std::memcpy(&from, all + (m * 8 + g) * host::kMostExchanged, sizeof from);
+    std::memcpy(&to[m], from + 4 * t, 4);
+  }
+#endif
+}
+
 // By three products of TF32: what is left out is 2^-22 of the largest of what is added up.
 struct SplitA {
   uint32_t big[4], small[4];
@@ -178,6 +198,47 @@ __device__ __forceinline__ void mma_split(float (&d)[4], const SplitA& a, const 
   if constexpr (!kExactA) mma_tf32(d, a.small, b.big);
   if constexpr (!kExactB) mma_tf32(d, a.big, b.small);
   mma_tf32(d, a.big, b.big);
+}
+
+struct TripleTf32 {
+  static __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4],
+                                                      const uint32_t (&b)[2]) {
+    mma_tf32(d, a, b);
+  }
+};
+struct TripleBFloat16 {
+  static __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4],
+                                                      const uint32_t (&b)[2]) {
+    mma_pairs<BFloat16>(d, a, b);
+  }
+};
+
+// sums[i][first + j] += a[i] b[j], added outside of the tensor cores, where an addition rounds: a sum
+// of a thousand products that they add up is cut off at each, and wrong by 1e-5. The products of all
+// i and j stand between two that add to the same numbers.
+template <class Products, bool kExactA, int kRows, int kSome, int kAll>
+__device__ __forceinline__ void add_products(float (&sums)[kRows][kAll][4], int first,
+                                             const SplitA (&a)[kRows], const SplitB (&b)[kSome]) {
+  float d[kRows][kSome][4] = {};
+  MGHF_UNROLL_ALL
+  for (int term = kExactA ? 1 : 0; term < 3; ++term) {
+    MGHF_UNROLL_ALL
+    for (int i = 0; i < kRows; ++i) {
+      MGHF_UNROLL_ALL
+      for (int j = 0; j < kSome; ++j) {
+        Products::multiply_add(d[i][j], term == 0 ? a[i].small : a[i].big,
+                               term == 1 ? b[j].small : b[j].big);
+      }
+    }
+  }
+  MGHF_UNROLL_ALL
+  for (int i = 0; i < kRows; ++i) {
+    MGHF_UNROLL_ALL
+    for (int j = 0; j < kSome; ++j) {
+      MGHF_UNROLL_ALL
+      for (int k = 0; k < 4; ++k) sums[i][first + j][k] += d[i][j][k];
+    }
+  }
 }
 
 }  // namespace mghf::cuda

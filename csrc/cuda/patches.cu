@@ -35,6 +35,7 @@ constexpr int kRowTiles = 2;
 constexpr int kColumnTiles = 8;
 // Tiles of columns that a warp skips together if none of their columns exists.
 constexpr int kRun = 4;
+static_assert(kRun == 4, "as add_four_tiles takes them");
 
 __host__ __device__ constexpr int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 __host__ __device__ constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -98,12 +99,90 @@ __device__ __forceinline__ int64_t first_pixel(const AnyImage& x, int64_t channe
          item / columns * stride * x.row_stride + item % columns * stride * x.column_stride;
 }
 
+// ---- weights as factors ----
+
+// A matrix of columns by depths, as two TF32 each, in the order in which tensor cores take them:
+// [128 columns][8 depths][8 columns][lane]. Split once a call, and not by every block again.
+constexpr int kTilesOfGroup = kColumns / 8;
+constexpr int kStepsOfSlice = 2;  // of 8 depths; whole slices, with zeros
+
+struct Factor {
+  const float* from;
+  int64_t columns, depths, column_stride, depth_stride;
+  uint4* to;
+  int steps;  // of 8 depths
+
+  Factor() = default;
+  Factor(const float* from, int64_t columns, int64_t depths, int64_t column_stride,
+         int64_t depth_stride)
+      : from(from),
+        columns(columns),
+        depths(depths),
+        column_stride(column_stride),
+        depth_stride(depth_stride),
+        to(nullptr),
+        steps(static_cast<int>(up(depths, 8 * kStepsOfSlice) * kStepsOfSlice)) {}
+
+  __host__ __device__ int64_t size() const {
+    return up(columns, kColumns) * steps * kTilesOfGroup * kWarp;
+  }
+  // From 8 depths of a lane's column on, a tile of columns after the other kWarp apart.
+  __device__ __forceinline__ const uint4* at(int column, int depth) const {
+    const int step = column / kColumns * steps + depth / 8;
+    return to + (int64_t{step} * kTilesOfGroup + column % kColumns / 8) * kWarp +
+           threadIdx.x % kWarp;
+  }
+  __device__ void pack(int64_t i) const {
+    const int64_t lane = i % kWarp, tile = i / kWarp % kTilesOfGroup;
+    const int64_t step = i / (kWarp * kTilesOfGroup) % steps;
+    const int64_t column = i / (kWarp * kTilesOfGroup) / steps * kColumns + tile * 8 + lane / 4;
+    const auto number = [&](int64_t depth) {
+      return column < columns && depth < depths
+                 ? from[column * column_stride + depth * depth_stride]
+                 : 0.0f;
+    };
+    const SplitTf32 first(number(step * 8 + lane % 4)), second(number(step * 8 + lane % 4 + 4));
+    to[i] = {first.big, second.big, first.small, second.small};
+  }
+};
+
+__global__ void __launch_bounds__(kThreads) pack(Factor one, Factor other) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i < one.size()) {
+    one.pack(i);
+  } else if (i - one.size() < other.size()) {
+    other.pack(i - one.size());
+  }
+}
+
+__device__ __forceinline__ SplitB factor_of(const uint4& packed) {
+  return {{packed.x, packed.y}, {packed.z, packed.w}};
+}
+
+// Four of a factor's tiles, one after the other: there are no registers for more.
+template <bool kExactA, int kAll>
+__device__ __forceinline__ void add_four_tiles(float (&sums)[kRowTiles][kAll][4], int first,
+                                               const SplitA (&a)[kRowTiles], const uint4* packed) {
+  MGHF_UNROLL_ALL
+  for (int j = 0; j < 4; ++j) {
+    const SplitB b[1] = {factor_of(packed[j * kWarp])};
+    add_products<TripleTf32, kExactA>(sums, first + j, a, b);
+  }
+}
+
+__device__ __forceinline__ void put(SplitA& a, int part, float x) {
+  const SplitTf32 split(x);
+  a.big[part] = split.big;
+  a.small[part] = split.small;
+}
+
 // ---- forward ----
 
-// A block takes 128 rows through both layers. The first is a product in slices of 32 pixels of the
+// A block takes 128 rows through both layers. The first is a product in slices of 16 pixels of the
 // patches: two slices of the patches and of W1 in shared memory, the next one on its way while
 // tensor cores multiply by the other. Three products of TF32 each, two for images of half
-// precision, whose pixels are exact in one. The hidden layer, 128 units at a time, stays in shared
+// precision, whose pixels are exact in one. Sums of products of 8 pixels are added up outside of the
+// tensor cores. The hidden layer, 128 units at a time, stays in shared
 // memory for the second layer; y is summed up in the embedding's own place, each number by one
 // thread, and divided at the end.
 //
@@ -111,22 +190,22 @@ __device__ __forceinline__ int64_t first_pixel(const AnyImage& x, int64_t channe
 // R 128 (1024 + 64) = 7.86 G multiply-adds by three products: 47 GFLOP, 157 us. An SM has two
 // blocks at a time; of 441 the busiest of 132 SMs get four, on average they get 3.3: about 190 us.
 
-constexpr int kDepth = 32;            // of a slice
-constexpr int kPitch = kDepth + 4;    // of float32: no two threads of a load meet in a bank
+constexpr int kPixels = 8 * kStepsOfSlice;  // of a slice
 constexpr int kHiddenPitch = kColumns + 4;
 
 // Of an image in shared memory: [row][pixel], or [pixel][row] where maps run fastest.
 template <class T, bool kMaps>
 struct Slice {
-  static constexpr int kLine = kMaps ? kRows + 8 : kDepth + 16 / static_cast<int>(sizeof(T));
-  static constexpr int kBytes = (kMaps ? kDepth : kRows) * kLine * static_cast<int>(sizeof(T));
+  static constexpr int kLine = kMaps ? kRows + 8 : kPixels + 16 / static_cast<int>(sizeof(T));
+  static constexpr int kBytes = (kMaps ? kPixels : kRows) * kLine * static_cast<int>(sizeof(T));
 
   __device__ static constexpr int at(int row, int pixel) {
     return kMaps ? pixel * kLine + row : row * kLine + pixel;
   }
 };
 
-constexpr int kWeightBytes = kColumns * kPitch * static_cast<int>(sizeof(float));
+constexpr int kWeightsOfSlice = kStepsOfSlice * kTilesOfGroup * kWarp;
+constexpr int kWeightBytes = kWeightsOfSlice * static_cast<int>(sizeof(uint4));
 constexpr int kHiddenBytes = kRows * kHiddenPitch * static_cast<int>(sizeof(float));
 
 template <class T, bool kMaps>
@@ -139,45 +218,32 @@ using Sums = float[kRowTiles][kColumnTiles][4];
 
 // Adds a slice's product to a warp's sums; `columns`: of the warp's 64, those that exist.
 template <class T, bool kMaps>
-__device__ __forceinline__ void multiply_slice(Sums& sums, const T* pixels, const float* weights,
+__device__ __forceinline__ void multiply_slice(Sums& sums, const T* pixels, const uint4* weights,
                                                const Place& place, int columns) {
   using At = Slice<T, kMaps>;
+  const uint4* const packed = weights + place.warp_column / 8 * kWarp + threadIdx.x % kWarp;
   MGHF_UNROLL(1)
-  for (int first = 0; first < kDepth; first += 8) {
+  for (int step = 0; step < kStepsOfSlice; ++step) {
     SplitA a[kRowTiles];
     MGHF_UNROLL_ALL
     for (int i = 0; i < kRowTiles; ++i) {
       MGHF_UNROLL_ALL
       for (int part = 0; part < 4; ++part) {
-        const int row = place.row + 16 * i + part % 2 * 8, pixel = first + place.t + part / 2 * 4;
-        const SplitTf32 split(to_float(pixels[At::at(row, pixel)]));
-        a[i].big[part] = split.big;
-        a[i].small[part] = split.small;
+        const int row = place.row + 16 * i + part % 2 * 8;
+        const int pixel = step * 8 + place.t + part / 2 * 4;
+        const float x = to_float(pixels[At::at(row, pixel)]);
+        if constexpr (exact_in_tf32<T>) {
+          a[i].big[part] = bits_as<uint32_t>(x);
+        } else {
+          put(a[i], part, x);
+        }
       }
     }
     MGHF_UNROLL_ALL
     for (int run = 0; run < kColumnTiles; run += kRun) {
       if (run * 8 >= columns) break;
-      MGHF_UNROLL_ALL
-      for (int j = run; j < run + kRun; ++j) {
-        SplitB b;
-        MGHF_UNROLL_ALL
-        for (int part = 0; part < 2; ++part) {
-          const int unit = place.warp_column + 8 * j + place.g;
-          const SplitTf32 split(weights[unit * kPitch + first + place.t + part * 4]);
-          b.big[part] = split.big;
-          b.small[part] = split.small;
-        }
-        MGHF_UNROLL_ALL
-        for (int i = 0; i < kRowTiles; ++i) {
-          if constexpr (sizeof(T) == 4) {
-            mma_3xtf32(sums[i][j], a[i], b);
-          } else {
-            mma_tf32(sums[i][j], a[i].big, b.small);
-            mma_tf32(sums[i][j], a[i].big, b.big);
-          }
-        }
-      }
+      add_four_tiles<exact_in_tf32<T>>(sums, run, a,
+                                       packed + (step * kTilesOfGroup + run) * kWarp);
     }
   }
 }
@@ -216,11 +282,12 @@ constexpr int kUnrolled = kWidth == 1 ? 1 : 2;
 template <class T, bool kMaps, int kWidth>
 __device__ __forceinline__ void copy_pixels(T* slice, int number, const Image<T>& x,
                                             const Patches& p, const RowsOfBlock& rows) {
-  constexpr int kLine = (kMaps ? kRows : kDepth) / kWidth;
-  const int thread = static_cast<int>(threadIdx.x);
-  const int first_line = number * kDepth / p.size, first_column = number * kDepth % p.size;
+  constexpr int kLine = (kMaps ? kRows : kPixels) / kWidth;
+  // Anew: what would be kept of it while products are computed costs more than it takes.
+  const int thread = anew(static_cast<int>(threadIdx.x));
+  const int first_line = number * kPixels / p.size, first_column = number * kPixels % p.size;
   MGHF_UNROLL(kUnrolled<kWidth>)
-  for (int c = thread; c < kRows * kDepth / kWidth; c += kThreads) {
+  for (int c = thread; c < kRows * kPixels / kWidth; c += kThreads) {
     // A thread has the same `along` each time.
     const int along = thread % kLine * kWidth, across = c / kLine;
     const int row = kMaps ? along : across, local = kMaps ? across : along;
@@ -243,23 +310,13 @@ __device__ __forceinline__ void copy_pixels(T* slice, int number, const Image<T>
   }
 }
 
-template <int kWidth>
-__device__ __forceinline__ void copy_weights(float* slice, int number, const float* weight1,
-                                             bool wide, int first_unit, const Patches& p) {
-  const int width = wide ? 4 : 1, pixels = p.pixels();
-  MGHF_UNROLL(kUnrolled<kWidth>)
-  for (int c = static_cast<int>(threadIdx.x); c < kColumns * kDepth / width; c += kThreads) {
-    const int local = c % (kDepth / width) * width, unit = c / (kDepth / width);
-    const int pixel = number * kDepth + local;
-    const bool exists = pixel < pixels && first_unit + unit < p.hidden;
-    const float* const from =
-        exists ? weight1 + static_cast<int64_t>(first_unit + unit) * pixels + pixel : weight1;
-    float* const to = slice + unit * kPitch + local;
-    if (wide) {
-      copy_async<16>(to, from, exists ? 16 : 0);
-    } else {
-      copy_async<4>(to, from, exists ? 4 : 0);
-    }
+__device__ __forceinline__ void copy_weights(uint4* slice, int number, const Factor& weight1,
+                                             int first_unit) {
+  const int step = first_unit / kColumns * weight1.steps + number * kStepsOfSlice;
+  const uint4* const from = weight1.to + int64_t{step} * (kTilesOfGroup * kWarp);
+  MGHF_UNROLL(2)
+  for (int c = anew(static_cast<int>(threadIdx.x)); c < kWeightsOfSlice; c += kThreads) {
+    copy_async<16>(slice + c, from + c);
   }
 }
 
@@ -312,9 +369,10 @@ __device__ __forceinline__ void write_bits(const float* hidden, int* state, int 
 
 // Adds the share of `units` hidden units from first_unit on to y, which starts with bias2.
 __device__ __forceinline__ void add_second_layer(float* embedding, const float* hidden,
-                                                 const Projection& weights, int first_unit,
-                                                 int units, int64_t first_row, const Place& place,
-                                                 const Patches& p, const RowsOfBlock& rows) {
+                                                 const Factor& weight2, const float* bias2,
+                                                 int first_unit, int units, int64_t first_row,
+                                                 const Place& place, const Patches& p,
+                                                 const RowsOfBlock& rows) {
   MGHF_UNROLL(1)
   for (int first_d = place.warp_column / 2; first_d < p.dimension; first_d += 64) {
     float y[kRowTiles][4][4] = {};
@@ -326,24 +384,10 @@ __device__ __forceinline__ void add_second_layer(float* embedding, const float* 
         MGHF_UNROLL_ALL
         for (int part = 0; part < 4; ++part) {
           const int row = place.row + 16 * i + part % 2 * 8;
-          const SplitTf32 split(hidden[row * kHiddenPitch + first + place.t + part / 2 * 4]);
-          a[i].big[part] = split.big;
-          a[i].small[part] = split.small;
+          put(a[i], part, hidden[row * kHiddenPitch + first + place.t + part / 2 * 4]);
         }
       }
-      MGHF_UNROLL_ALL
-      for (int j = 0; j < 4; ++j) {
-        SplitB b;
-        MGHF_UNROLL_ALL
-        for (int part = 0; part < 2; ++part) {
-          const SplitTf32 split(at_or_zero(weights.weight2, first_d + 8 * j + place.g, p.dimension,
-                                           first_unit + first + place.t + part * 4, p.hidden));
-          b.big[part] = split.big;
-          b.small[part] = split.small;
-        }
-        MGHF_UNROLL_ALL
-        for (int i = 0; i < kRowTiles; ++i) mma_3xtf32(y[i][j], a[i], b);
-      }
+      add_four_tiles<false>(y, 0, a, weight2.at(first_d, first_unit + first));
     }
     MGHF_UNROLL_ALL
     for (int i = 0; i < kRowTiles; ++i) {
@@ -356,7 +400,7 @@ __device__ __forceinline__ void add_second_layer(float* embedding, const float* 
           const int d = first_d + n / 2 * 8 + 2 * place.t + n % 2;
           if (first_row + row < p.number() && d < p.dimension) {
             target[d] =
-                y[i][n / 2][2 * half + n % 2] + (first_unit == 0 ? weights.bias2[d] : target[d]);
+                y[i][n / 2][2 * half + n % 2] + (first_unit == 0 ? bias2[d] : target[d]);
           }
         }
       }
@@ -403,28 +447,27 @@ __device__ __forceinline__ void normalise(float* embedding, int* state, int64_t 
 // state there is no second layer.
 template <class T, bool kMaps, int kWidth>
 __global__ void __launch_bounds__(kThreads, 2)
-    project(Image<T> x, Patches p, Projection weights, bool wide_weights, float* embedding,
-            int* state, float* hidden_layer) {
+    project(Image<T> x, Patches p, Factor weight1, const float* bias1, Factor weight2,
+            const float* bias2, float* embedding, int* state, float* hidden_layer) {
   constexpr int kBytes = Slice<T, kMaps>::kBytes;
   __shared__ RowsOfBlock rows;
   MGHF_DYNAMIC_SHARED(unsigned char, memory);
   float* const hidden = reinterpret_cast<float*>(memory);
   const Place place;
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kRows;
-  const int slices = static_cast<int>(up(p.pixels(), kDepth));
+  const int slices = static_cast<int>(up(p.pixels(), kPixels));
   find_rows<T, kMaps>(rows, x, p, first_row);
 
   for (int first_unit = 0; first_unit == 0 || first_unit < p.hidden; first_unit += kColumns) {
     const auto copy_slice = [&](int number) {
       unsigned char* const slice = memory + number % 2 * (kBytes + kWeightBytes);
       copy_pixels<T, kMaps, kWidth>(reinterpret_cast<T*>(slice), number, x, p, rows);
-      copy_weights<kWidth>(reinterpret_cast<float*>(slice + kBytes), number, weights.weight1,
-                           wide_weights, first_unit, p);
+      copy_weights(reinterpret_cast<uint4*>(slice + kBytes), number, weight1, first_unit);
       end_copies();
     };
     __syncthreads();  // the rows' places are known, the last units' hidden layer is used up
     Sums sums;
-    start_with_bias(sums, weights.bias1, first_unit, place, p);
+    start_with_bias(sums, bias1, first_unit, place, p);
     copy_slice(0);
     MGHF_UNROLL(1)
     for (int number = 0; number < slices; ++number) {
@@ -433,7 +476,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       if (number + 1 < slices) copy_slice(number + 1);
       const unsigned char* const slice = memory + number % 2 * (kBytes + kWeightBytes);
       multiply_slice<T, kMaps>(sums, reinterpret_cast<const T*>(slice),
-                               reinterpret_cast<const float*>(slice + kBytes), place,
+                               reinterpret_cast<const uint4*>(slice + kBytes), place,
                                p.hidden - first_unit - place.warp_column);
     }
     __syncthreads();  // the last slice is used up
@@ -443,7 +486,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int units = static_cast<int>(smaller(p.hidden - first_unit, kColumns));
     if (embedding != nullptr) {
       write_bits(hidden, state, first_unit, first_row, p, rows);
-      add_second_layer(embedding, hidden, weights, first_unit, units, first_row, place, p, rows);
+      add_second_layer(embedding, hidden, weight2, bias2, first_unit, units, first_row, place, p,
+                       rows);
     }
     if (hidden_layer == nullptr) continue;
     const int64_t number = smaller(p.number() - first_row, kRows);
@@ -463,20 +507,26 @@ __global__ void __launch_bounds__(kThreads, 2)
 // Gradients are three products of bfloat16 (`SplitPair`), which cost half of what three of TF32 do and
 // leave an error of 5e-6.
 
-constexpr int kPairs = kDepth / 2;  // of a slice
+constexpr int kDepth = 32;            // of a slice
+constexpr int kPitch = kDepth + 4;    // of float32: no two threads of a load meet in a bank
+constexpr int kEights = kDepth / 8;   // of a slice, each of them of two pieces
+constexpr int kPiecesOfSlice = 2 * kEights;
 
-__host__ __device__ constexpr int pairs_of(int hidden) {
-  return (hidden + kDepth - 1) / kDepth * kPairs;
+// Eight neighbouring units of a row or column, as four pairs of big parts and, in the next piece,
+// of small ones: a row of the matrices that tensor cores are loaded with.
+__host__ __device__ constexpr int pieces_of(int hidden) {
+  return (hidden + kDepth - 1) / kDepth * kPiecesOfSlice;
 }
 
 // A block's result is 128 rows x 128 units at a time; the slices of d_y are computed as they are
-// put into shared memory. Writes d_h as pairs of units (rows, pairs_of(hidden)), or as numbers
+// put into shared memory. Writes d_h as pieces (rows, pieces_of(hidden)), or else as numbers
 // (rows, hidden) together with d_y (rows, dimension).
 //
 // Reads d_e, e and the state, 30 MB, and writes 29 MB: 14 us. R 64 128 = 0.46 G multiply-adds by
 // three products of TF32: 9 us.
-__global__ void __launch_bounds__(kThreads, 2)
-    hidden_gradient(Patches p, EmbeddingGradient gradient, const float* weight2, SplitPair* pairs,
+template <bool kPieces>
+__global__ void __launch_bounds__(kThreads, kPieces ? 2 : 1)
+    hidden_gradient(Patches p, EmbeddingGradient gradient, Factor weight2, uint32_t* pieces,
                     float* grad_hidden, float* grad_output) {
   __shared__ int64_t state_places[kRows], embedding_places[kRows], grad_places[kRows];
   __shared__ float along[kRows], norms[kRows];
@@ -517,12 +567,12 @@ __global__ void __launch_bounds__(kThreads, 2)
     MGHF_UNROLL(1)
     for (int first_d = 0; first_d < p.dimension; first_d += kDepth) {
       MGHF_UNROLL(2)
-      for (int c = thread; c < kRows * kDepth; c += kThreads) {
+      for (int c = anew(thread); c < kRows * kDepth; c += kThreads) {
         const int row = c / kDepth, d = first_d + c % kDepth;
         float value = 0;
         if (row < rows && d < p.dimension) {
           value = (grad_at(row, d) - embedding_at(row, d) * along[row]) / (norms[row] + kNormFloor);
-          if (grad_output != nullptr && first_unit == 0) {
+          if (!kPieces && first_unit == 0) {
             grad_output[(first_row + row) * p.dimension + d] = value;
           }
         }
@@ -537,33 +587,22 @@ __global__ void __launch_bounds__(kThreads, 2)
           MGHF_UNROLL_ALL
           for (int part = 0; part < 4; ++part) {
             const int row = place.row + 16 * i + part % 2 * 8;
-            const SplitTf32 split(slice[row * kPitch + first + place.t + part / 2 * 4]);
-            a[i].big[part] = split.big;
-            a[i].small[part] = split.small;
+            put(a[i], part, slice[row * kPitch + first + place.t + part / 2 * 4]);
           }
         }
         MGHF_UNROLL_ALL
         for (int run = 0; run < kColumnTiles; run += kRun) {
           if (run * 8 >= columns) break;
-          MGHF_UNROLL_ALL
-          for (int j = run; j < run + kRun; ++j) {
-            SplitB b;
-            MGHF_UNROLL_ALL
-            for (int part = 0; part < 2; ++part) {
-              const SplitTf32 split(at_or_zero(
-                  weight2, first_d + first + place.t + part * 4, p.dimension,
-                  first_unit + place.warp_column + 8 * j + place.g, p.hidden));
-              b.big[part] = split.big;
-              b.small[part] = split.small;
-            }
-            MGHF_UNROLL_ALL
-            for (int i = 0; i < kRowTiles; ++i) mma_3xtf32(sums[i][j], a[i], b);
-          }
+          add_four_tiles<false>(sums, run, a,
+                                weight2.at(first_unit + place.warp_column + 8 * run,
+                                           first_d + first));
         }
       }
       __syncthreads();  // the slice is used up
     }
 
+    // Found anew: kept over the products it would spill.
+    const int64_t own_row = static_cast<int64_t>(anew(static_cast<int>(blockIdx.x))) * kRows;
     const int state_word = 1 + (first_unit + place.warp_column) / 32;
     MGHF_UNROLL_ALL
     for (int i = 0; i < kRowTiles; ++i) {
@@ -582,20 +621,23 @@ __global__ void __launch_bounds__(kThreads, 2)
         MGHF_UNROLL_ALL
         for (int j = 0; j < kColumnTiles; ++j) {
           const int unit = first_unit + place.column + 8 * j;
-          if (unit / 2 >= pairs_of(p.hidden)) continue;
           float value[2];
           MGHF_UNROLL_ALL
           for (int c = 0; c < 2; ++c) {
             const float positive = words[j / 4] >> (unit + c) % 32 & 1 ? 1.0f : 0.0f;
             // A product, so that a NaN stays one.
             value[c] = unit + c < p.hidden ? sums[i][j][2 * half + c] * positive : 0.0f;
-            if (grad_hidden != nullptr && unit + c < p.hidden) {
-              grad_hidden[(first_row + row) * p.hidden + unit + c] = value[c];
+            if (!kPieces && unit + c < p.hidden) {
+              grad_hidden[(own_row + row) * p.hidden + unit + c] = value[c];
             }
           }
-          if (pairs != nullptr) {
-            pairs[(first_row + row) * pairs_of(p.hidden) + unit / 2] = {value[0], value[1]};
-          }
+          const int piece = unit / 8 * 2;
+          if (!kPieces || piece >= pieces_of(p.hidden)) continue;
+          const SplitPair pair(value[0], value[1]);
+          uint32_t* const to =
+              pieces + ((own_row + row) * pieces_of(p.hidden) + piece) * 4 + place.t;
+          to[0] = pair.big;
+          to[4] = pair.small;
         }
       }
     }
@@ -604,15 +646,21 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // ---- gradient of the image ----
 
-// W1 as (pair of units, pixel).
+// W1 as [8 units][pixel][piece], and the factor of d_y.
 __global__ void __launch_bounds__(kThreads)
-    split_weights(Patches p, const float* weight1, SplitPair* result) {
+    pack_for_gradient(Patches p, const float* weight1, uint32_t* pieces, Factor weight2) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t pixels = p.pixels();
-  if (i >= pairs_of(p.hidden) * pixels) return;
-  const int64_t unit = i / pixels * 2, pixel = i % pixels;
-  result[i] = {at_or_zero(weight1, unit, p.hidden, pixel, pixels),
-               at_or_zero(weight1, unit + 1, p.hidden, pixel, pixels)};
+  const int64_t pixels = p.pixels(), count = pieces_of(p.hidden) * pixels * 2;
+  if (i < count) {
+    const int64_t unit = i / 4 / pixels * 8 + i % 4 * 2, pixel = i / 4 % pixels;
+    const SplitPair pair(at_or_zero(weight1, unit, p.hidden, pixel, pixels),
+                         at_or_zero(weight1, unit + 1, p.hidden, pixel, pixels));
+    uint32_t* const to = pieces + i / 4 * 8 + i % 4;
+    to[0] = pair.big;
+    to[4] = pair.small;
+  } else if (i - count < weight2.size()) {
+    weight2.pack(i - count);
+  }
 }
 
 // The image falls into cells of stride x stride pixels. Pixel (r, p) of cell (i, j) is pixel
@@ -695,46 +743,39 @@ struct alignas(2 * sizeof(T)) Two {
   T first, second;
 };
 
-constexpr int kLeftPitch = kPairs + 4;     // [row][pair]: no two threads of a load meet in a bank
-constexpr int kRightPitch = kColumns + 4;  // [pair][pixel]
-constexpr int kLeftSize = kRows * kLeftPitch;
-constexpr int kSlicePairs = kLeftSize + kPairs * kRightPitch;
+// Where a piece of a row or a column lies: [row][piece], and of eight rows each has its own order, so
+// that the same piece of all of them lies in all of the banks.
+__device__ __forceinline__ int piece_at(int row, int piece) {
+  return row * kPiecesOfSlice + (piece ^ (row & 7));
+}
+static_assert(kPiecesOfSlice == 8);
+constexpr int kLeftSize = kRows * kPiecesOfSlice;
+constexpr int kSliceSize = kLeftSize + kColumns * kPiecesOfSlice;
 
-__device__ __forceinline__ void multiply_pairs(Sums& sums, const SplitPair* left,
-                                               const SplitPair* right, const Place& place,
-                                               int columns) {
+__device__ __forceinline__ void multiply_pieces(Sums& sums, const uint4* left, const uint4* right,
+                                                const Place& place, int columns) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, matrix = lane / 8;
+  const int first_row = place.warp % 4 * 32 + matrix % 2 * 8 + lane % 8;
+  const int first_column = place.warp_column + lane % 8;
   MGHF_UNROLL(1)
-  for (int first = 0; first < kPairs; first += 8) {
+  for (int first = 0; first < kEights; first += 2) {
     SplitA a[kRowTiles];
     MGHF_UNROLL_ALL
     for (int i = 0; i < kRowTiles; ++i) {
-      MGHF_UNROLL_ALL
-      for (int part = 0; part < 4; ++part) {
-        const int row = place.row + 16 * i + part % 2 * 8;
-        const SplitPair pair = left[row * kLeftPitch + first + place.t + part / 2 * 4];
-        a[i].big[part] = pair.big;
-        a[i].small[part] = pair.small;
-      }
+      const int row = first_row + 16 * i, piece = (first + matrix / 2) * 2;
+      load_matrices(a[i].big, left + piece_at(row, piece));
+      load_matrices(a[i].small, left + piece_at(row, piece + 1));
     }
     MGHF_UNROLL_ALL
     for (int run = 0; run < kColumnTiles; run += kRun) {
       if (run * 8 >= columns) break;
       MGHF_UNROLL_ALL
       for (int j = run; j < run + kRun; ++j) {
-        SplitB b;
-        MGHF_UNROLL_ALL
-        for (int part = 0; part < 2; ++part) {
-          const SplitPair pair = right[(first + place.t + part * 4) * kRightPitch +
-                                       place.warp_column + 8 * j + place.g];
-          b.big[part] = pair.big;
-          b.small[part] = pair.small;
-        }
-        MGHF_UNROLL_ALL
-        for (int i = 0; i < kRowTiles; ++i) {
-          mma_pairs<BFloat16>(sums[i][j], a[i].small, b.big);
-          mma_pairs<BFloat16>(sums[i][j], a[i].big, b.small);
-          mma_pairs<BFloat16>(sums[i][j], a[i].big, b.big);
-        }
+        uint32_t loaded[4];
+        load_matrices(loaded, right + piece_at(first_column + 8 * j,
+                                               (first + matrix % 2) * 2 + matrix / 2));
+        const SplitB b[1] = {{{loaded[0], loaded[1]}, {loaded[2], loaded[3]}}};
+        add_products<TripleBFloat16, false>(sums, j, a, b);
       }
     }
   }
@@ -742,11 +783,11 @@ __device__ __forceinline__ void multiply_pairs(Sums& sums, const SplitPair* left
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2)
-    image_gradient(MutableImage<T> x, Patches p, Regions regions, const SplitPair* grad_hidden,
-                   const SplitPair* weights, bool even, bool by_twos, bool add) {
+    image_gradient(MutableImage<T> x, Patches p, Regions regions, const uint4* grad_hidden,
+                   const uint4* weights, bool by_twos, bool add) {
   __shared__ CellRow rows[kRows];
   __shared__ int pixel_rows[kColumns], pixel_columns[kColumns];
-  MGHF_DYNAMIC_SHARED(SplitPair, slices);
+  MGHF_DYNAMIC_SHARED(uint4, slices);
   const int thread = static_cast<int>(threadIdx.x);
   const Place place;
   const Tile tile(regions, static_cast<int>(blockIdx.x % static_cast<unsigned>(regions.tiles)));
@@ -771,39 +812,34 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   __syncthreads();
 
-  const int pairs = pairs_of(p.hidden), slices_of_term = pairs / kPairs;
+  const int pieces = pieces_of(p.hidden), slices_of_term = pieces / kPiecesOfSlice;
   const int steps = tile.row_terms * tile.column_terms * slices_of_term;
   const auto copy_step = [&](int step) {
-    SplitPair* const left = slices + step % 2 * kSlicePairs;
-    SplitPair* const right = left + kLeftSize;
-    const int term = step / slices_of_term, first = step % slices_of_term * kPairs;
+    uint4* const left = slices + step % 2 * kSliceSize;
+    uint4* const right = left + kLeftSize;
+    const int term = step / slices_of_term, first = step % slices_of_term * kPiecesOfSlice;
     const int s = term / tile.column_terms, t = term % tile.column_terms;
     const int64_t back = (static_cast<int64_t>(s) * p.columns + t) * (p.maps_fastest ? p.maps : 1);
     MGHF_UNROLL(1)
-    for (int c = thread; c < kRows * kPairs / 2; c += kThreads) {
-      const int pair = c % (kPairs / 2) * 2;
-      const int row = c / (kPairs / 2);
+    for (int c = thread; c < kRows * kPiecesOfSlice; c += kThreads) {
+      const int piece = c % kPiecesOfSlice, row = c / kPiecesOfSlice;
       const CellRow from = rows[row];
       const bool exists = from.patch >= 0 && from.i >= s && from.i - s < p.rows && from.j >= t &&
                           from.j - t < p.columns;
-      copy_async<16>(left + row * kLeftPitch + pair,
-                     exists ? grad_hidden + (from.patch - back) * pairs + first + pair : weights,
+      copy_async<16>(left + piece_at(row, piece),
+                     exists ? grad_hidden + (from.patch - back) * pieces + first + piece : weights,
                      exists ? 16 : 0);
     }
-    const int width = even ? 2 : 1, offset = (s * p.size + t) * p.stride;
+    const int offset = (s * p.size + t) * p.stride;
     MGHF_UNROLL(1)
-    for (int c = thread; c < kPairs * kColumns / width; c += kThreads) {
-      const int column = c % (kColumns / width) * width, pair = c / (kColumns / width);
+    for (int c = thread; c < kColumns * kPiecesOfSlice; c += kThreads) {
+      const int column = c / 2 % kColumns, piece = c / 2 / kColumns * 2 + c % 2;
       const bool exists = pixel_rows[column] >= 0;
       const int pixel = pixel_rows[column] * p.size + pixel_columns[column] + offset;
-      const SplitPair* const from =
-          exists ? weights + static_cast<int64_t>(first + pair) * p.pixels() + pixel : weights;
-      SplitPair* const to = right + pair * kRightPitch + column;
-      if (even) {
-        copy_async<16>(to, from, exists ? 16 : 0);
-      } else {
-        copy_async<8>(to, from, exists ? 8 : 0);
-      }
+      const int64_t at =
+          (static_cast<int64_t>((first + piece) / 2) * p.pixels() + pixel) * 2 + piece % 2;
+      copy_async<16>(right + piece_at(column, piece), exists ? weights + at : weights,
+                     exists ? 16 : 0);
     }
     end_copies();
   };
@@ -815,8 +851,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     wait_for_copies<0>();
     __syncthreads();  // the slice is there, and the one before it used up
     if (step + 1 < steps) copy_step(step + 1);
-    const SplitPair* const left = slices + step % 2 * kSlicePairs;
-    multiply_pairs(sums, left, left + kLeftSize, place, tile.pixels - place.warp_column);
+    const uint4* const left = slices + step % 2 * kSliceSize;
+    multiply_pieces(sums, left, left + kLeftSize, place, tile.pixels - place.warp_column);
   }
 
   // The rows' cells, the first number of each and what of it is within the image.
@@ -965,23 +1001,20 @@ __global__ void __launch_bounds__(kOuterThreads)
         MGHF_UNROLL_ALL
         for (int part = 0; part < 4; ++part) {
           const int m = warp / 2 * 32 + 16 * i + g + part % 2 * 8;
-          const SplitTf32 both(left[(k + t + part / 2 * 4) * kOuterPitch + m]);
-          a[i].big[part] = both.big;
-          a[i].small[part] = both.small;
+          put(a[i], part, left[(k + t + part / 2 * 4) * kOuterPitch + m]);
         }
       }
       MGHF_UNROLL_ALL
-      for (int j = 0; j < 4; ++j) {
-        SplitB b;
+      for (int j = 0; j < 4; j += 2) {
+        SplitB b[2];
         MGHF_UNROLL_ALL
-        for (int part = 0; part < 2; ++part) {
-          const SplitTf32 both(
-              right[(k + t + part * 4) * kOuterPitch + warp % 2 * 32 + 8 * j + g]);
-          b.big[part] = both.big;
-          b.small[part] = both.small;
+        for (int n = 0; n < 4; ++n) {
+          const SplitTf32 both(right[(k + t + n % 2 * 4) * kOuterPitch + warp % 2 * 32 +
+                                     8 * (j + n / 2) + g]);
+          b[n / 2].big[n % 2] = both.big;
+          b[n / 2].small[n % 2] = both.small;
         }
-        MGHF_UNROLL_ALL
-        for (int i = 0; i < 2; ++i) mma_3xtf32(sums[i][j], a[i], b);
+        add_products<TripleTf32, false>(sums, j, a, b);
       }
     }
   }
@@ -1040,27 +1073,6 @@ bool in_twos(const MutableImage<T>& x) {
          (x.row_stride | x.channel_stride | x.batch_stride | x.width) % 2 == 0;
 }
 
-template <class T, bool kMaps, int kWidth>
-const char* launch_project(const Image<T>& x, const Patches& p, const Projection& projection,
-                           float* embedding, int* state, float* hidden_layer, Stream stream) {
-  const bool wide_weights = p.pixels() % 4 == 0 && aligned(projection.weight1);
-  return launch(project<T, kMaps, kWidth>,
-                {up(p.number(), kRows), kThreads, static_cast<size_t>(project_bytes<T, kMaps>())},
-                stream, x, p, projection, wide_weights, embedding, state, hidden_layer);
-}
-
-template <class T>
-const char* run_project(const Image<T>& x, const Projection& projection, float* embedding,
-                        int* state, float* hidden_layer, Stream stream) {
-  const Patches p(x, projection);
-  constexpr int kWide = 16 / static_cast<int>(sizeof(T));
-  const auto run = p.maps_fastest
-                       ? (wide(x, p) ? launch_project<T, true, kWide> : launch_project<T, true, 1>)
-                       : (wide(x, p) ? launch_project<T, false, kWide>
-                                     : launch_project<T, false, 1>);
-  return run(x, p, projection, embedding, state, hidden_layer, stream);
-}
-
 // Hands out a workspace in pieces; without memory it counts their bytes.
 struct Pieces {
   char* memory = nullptr;
@@ -1074,20 +1086,65 @@ struct Pieces {
   }
 };
 
+// A layer of the projection, its inputs being the depth, or back, its outputs.
+Factor factor_of(const float* weight, int64_t outputs, int64_t inputs, bool back, Pieces& pieces) {
+  Factor factor = back ? Factor(weight, inputs, outputs, 1, inputs)
+                       : Factor(weight, outputs, inputs, inputs, 1);
+  factor.to = pieces.take<uint4>(factor.size());
+  return factor;
+}
+
+struct ProjectionMemory {
+  Factor weight1, weight2;
+
+  ProjectionMemory(const Projection& p, Pieces& pieces)
+      : weight1(factor_of(p.weight1, p.hidden, p.pixels(), false, pieces)),
+        weight2(factor_of(p.weight2, p.dimension, p.hidden, false, pieces)) {}
+};
+
+template <class T>
+const char* run_project(const Image<T>& x, const Projection& projection,
+                        const ProjectionMemory& memory, float* embedding, int* state,
+                        float* hidden_layer, Stream stream) {
+  const Patches p(x, projection);
+  if (p.number() == 0) return nullptr;
+  const char* const error =
+      launch(pack, {up(memory.weight1.size() + memory.weight2.size(), kThreads), kThreads}, stream,
+             memory.weight1, memory.weight2);
+  if (error != nullptr) return error;
+  const auto run = [&](auto kernel, int bytes) {
+    return launch(kernel, {up(p.number(), kRows), kThreads, static_cast<size_t>(bytes)}, stream, x,
+                  p, memory.weight1, projection.bias1, memory.weight2, projection.bias2, embedding,
+                  state, hidden_layer);
+  };
+  constexpr int kWide = 16 / static_cast<int>(sizeof(T));
+  if (p.maps_fastest) {
+    return run(wide(x, p) ? project<T, true, kWide> : project<T, true, 1>,
+               project_bytes<T, true>());
+  }
+  return run(wide(x, p) ? project<T, false, kWide> : project<T, false, 1>,
+             project_bytes<T, false>());
+}
+
 struct ImageGradientMemory {
-  SplitPair *grad_hidden, *weights;
+  uint4 *grad_hidden, *weights;
+  Factor weight2;
 
   ImageGradientMemory(const Projection& p, int64_t patches, Pieces& pieces) {
-    const int64_t pairs = pairs_of(static_cast<int>(p.hidden));
-    grad_hidden = pieces.take<SplitPair>(patches * pairs);
-    weights = pieces.take<SplitPair>(pairs * p.pixels());
+    const int64_t of_row = pieces_of(static_cast<int>(p.hidden));
+    grad_hidden = pieces.take<uint4>(patches * of_row);
+    weights = pieces.take<uint4>(of_row * p.pixels());
+    weight2 = factor_of(p.weight2, p.dimension, p.hidden, true, pieces);
   }
 };
 
 struct WeightGradientMemory {
   float *hidden, *grad_hidden, *grad_output, *partial1, *partial2;
+  ProjectionMemory projection;
+  Factor weight2;
 
-  WeightGradientMemory(const Projection& p, int64_t patches, Pieces& pieces) {
+  WeightGradientMemory(const Projection& p, int64_t patches, Pieces& pieces)
+      : projection(p, pieces), weight2(factor_of(p.weight2, p.dimension, p.hidden, true, pieces)) {
     const OuterProduct first(patches, p.hidden, p.pixels());
     const OuterProduct second(patches, p.dimension, p.hidden);
     hidden = pieces.take<float>(patches * p.hidden);
@@ -1112,10 +1169,18 @@ const char* run_outer_product(const Image<T>& x, const Patches& p, const OuterPr
 
 }  // namespace
 
+int64_t patches_workspace_bytes(const Projection& projection) {
+  Pieces pieces;
+  ProjectionMemory(projection, pieces);
+  return pieces.used;
+}
+
 template <class T>
 const char* patches(const Image<T>& x, const Projection& projection, float* embedding, int* state,
-                    Stream stream) {
-  return run_project(x, projection, embedding, state, nullptr, stream);
+                    void* workspace, Stream stream) {
+  Pieces pieces{static_cast<char*>(workspace)};
+  const ProjectionMemory memory(projection, pieces);
+  return run_project(x, projection, memory, embedding, state, nullptr, stream);
 }
 
 int64_t patches_backward_workspace_bytes(const Projection& projection, int64_t maps, int64_t height,
@@ -1133,18 +1198,20 @@ const char* patches_backward(const MutableImage<T>& grad_x, bool add, const Proj
   const Regions regions(p, grad_x.height, grad_x.width);
   Pieces pieces{static_cast<char*>(workspace)};
   const ImageGradientMemory memory(projection, p.number(), pieces);
-  const int64_t weights = static_cast<int64_t>(pairs_of(p.hidden)) * p.pixels();
-  const char* error = launch(split_weights, {up(weights, kThreads), kThreads}, stream, p,
-                             projection.weight1, memory.weights);
+  const int64_t weights =
+      static_cast<int64_t>(pieces_of(p.hidden)) * p.pixels() * 2 + memory.weight2.size();
+  const char* error = launch(pack_for_gradient, {up(weights, kThreads), kThreads}, stream, p,
+                             projection.weight1, reinterpret_cast<uint32_t*>(memory.weights),
+                             memory.weight2);
   if (error != nullptr) return error;
-  error = launch(hidden_gradient, {up(p.number(), kRows), kThreads}, stream, p, gradient,
-                 projection.weight2, memory.grad_hidden, nullptr, nullptr);
+  error = launch(hidden_gradient<true>, {up(p.number(), kRows), kThreads}, stream, p, gradient,
+                 memory.weight2, reinterpret_cast<uint32_t*>(memory.grad_hidden), nullptr, nullptr);
   if (error != nullptr) return error;
   return launch(image_gradient<T>,
                 {up(p.maps * regions.cells(), kRows) * regions.tiles, kThreads,
-                 2 * kSlicePairs * sizeof(SplitPair)},
-                stream, grad_x, p, regions, static_cast<const SplitPair*>(memory.grad_hidden),
-                static_cast<const SplitPair*>(memory.weights), regions.even(p),
+                 2 * kSliceSize * sizeof(uint4)},
+                stream, grad_x, p, regions, static_cast<const uint4*>(memory.grad_hidden),
+                static_cast<const uint4*>(memory.weights),
                 regions.even(p) && in_twos(grad_x), add);
 }
 
@@ -1164,10 +1231,13 @@ const char* patches_backward_weights(const Image<T>& x, const Projection& projec
   Pieces pieces{static_cast<char*>(workspace)};
   const WeightGradientMemory memory(projection, p.number(), pieces);
   const char* error =
-      run_project(x, projection, nullptr, nullptr, memory.hidden, stream);
+      run_project(x, projection, memory.projection, nullptr, nullptr, memory.hidden, stream);
   if (error != nullptr) return error;
-  error = launch(hidden_gradient, {up(p.number(), kRows), kThreads}, stream, p, gradient,
-                 projection.weight2, nullptr, memory.grad_hidden, memory.grad_output);
+  error = launch(pack, {up(memory.weight2.size(), kThreads), kThreads}, stream, memory.weight2,
+                 Factor{});
+  if (error != nullptr) return error;
+  error = launch(hidden_gradient<false>, {up(p.number(), kRows), kThreads}, stream, p, gradient,
+                 memory.weight2, nullptr, memory.grad_hidden, memory.grad_output);
   if (error != nullptr) return error;
   error = run_outer_product<T, true>(x, p, {p.number(), p.hidden, p.pixels()}, memory.grad_hidden,
                                      nullptr, memory.partial1, result.weight1, result.bias1,
@@ -1179,7 +1249,7 @@ const char* patches_backward_weights(const Image<T>& x, const Projection& projec
 }
 
 #define MGHF_PATCHES_OF(T)                                                                       \
-  template const char* patches(const Image<T>&, const Projection&, float*, int*, Stream);       \
+  template const char* patches(const Image<T>&, const Projection&, float*, int*, void*, Stream); \
   template const char* patches_backward(const MutableImage<T>&, bool, const Projection&,        \
                                         const EmbeddingGradient&, void*, Stream);               \
   template const char* patches_backward_weights(const Image<T>&, const Projection&,             \

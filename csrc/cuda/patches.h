@@ -35,9 +35,10 @@ struct ParameterGradients {
 // All return what went wrong, or null. Workspaces are aligned to 16 bytes.
 
 // Writes embedding (B C, N, D) and state (N, state_words, B C).
+int64_t patches_workspace_bytes(const Projection& projection);
 template <class T>
 const char* patches(const Image<T>& x, const Projection& projection, float* embedding, int* state,
-                    Stream stream);
+                    void* workspace, Stream stream);
 
 // Writes the gradient of the image, or adds it to what is there. It takes no biases.
 int64_t patches_backward_workspace_bytes(const Projection& projection, int64_t maps, int64_t height,

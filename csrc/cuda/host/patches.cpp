@@ -30,8 +30,10 @@ py::tuple patches_of(const py::array& x, const Floats& weight1, const Floats& bi
   const int64_t maps = x.shape(0) * x.shape(1), number = p.patches(x.shape(2), x.shape(3));
   Floats embedding({maps, number, p.dimension});
   Integers state({number, p.state_words(), maps});
+  Workspace workspace(patches_workspace_bytes(p));
   with_image(x, [&](const auto& image) {
-    check(patches(image, p, embedding.mutable_data(), state.mutable_data(), nullptr));
+    check(patches(image, p, embedding.mutable_data(), state.mutable_data(), workspace.get(),
+                  nullptr));
   });
   return py::make_tuple(embedding, state);
 }

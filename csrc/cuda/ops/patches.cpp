@@ -89,9 +89,10 @@ std::tuple<Tensor, Tensor> patches_op(const Tensor& x, const Tensor& weight1, co
   const Launcher launcher(x);
   Tensor embedding = torch::stable::new_empty(x, {maps, number, p.dimension}, ScalarType::Float);
   Tensor state = torch::stable::new_empty(x, {number, p.state_words(), maps}, ScalarType::Int);
+  Tensor workspace = new_workspace(x, patches_workspace_bytes(p));
   with_image(x, "x", [&](const auto& image) {
     check_launch(patches(image, p, floats(embedding), static_cast<int*>(state.mutable_data_ptr()),
-                         launcher.stream()),
+                         workspace.mutable_data_ptr(), launcher.stream()),
                  "patches");
   });
   return {embedding, state};
