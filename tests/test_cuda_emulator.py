@@ -38,3 +38,17 @@ def test_copies_are_not_there_before_they_are_waited_for(tmp_path: Path) -> None
     x = np.arange(1, 65, dtype=np.int32)
     (result,) = results("plain", [("planted_copy", (x, 1))], tmp_path)
     assert not (result == x[::-1]).any()
+
+
+def test_a_kernel_is_allowed_its_shared_memory_once(tmp_path: Path) -> None:
+    calls = [
+        (1, 0, 100, True, None),  # not allowed, so it is asked for again
+        (1, 0, 100, False, True),
+        (1, 0, 100, False, False),
+        (1, 0, 50, False, False),
+        (1, 0, 101, False, True),
+        (1, 1, 100, False, True),
+        (2, 0, 100, False, True),
+    ]
+    found = results("plain", [("allow_once", call[:4]) for call in calls], tmp_path)
+    assert list(found) == [call[4] for call in calls]

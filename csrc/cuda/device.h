@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
@@ -37,6 +38,18 @@ struct Grid {
   unsigned blocks_of_cluster = 1;
 };
 
+// Dynamic shared memory that a kernel may have without having been allowed more.
+constexpr size_t kSharedBytesOfAll = 48 << 10;
+
+// Calls `allow` unless so many bytes, or more, were allowed that kernel on that device before: the
+// driver takes microseconds for what need be done once. For any number of threads. Returns what went
+// wrong, or null.
+const char* allow_once(const void* kernel, int device, size_t bytes,
+                       const std::function<const char*()>& allow);
+
+// Allows a kernel so many bytes on the current device; likewise.
+const char* allow_shared(const void* kernel, size_t bytes);
+
 // Launches a kernel on a stream; returns what went wrong, or null.
 template <class... Parameters, class... Arguments>
 const char* launch(void (*kernel)(Parameters...), const Grid& grid, Stream stream,
@@ -44,11 +57,10 @@ const char* launch(void (*kernel)(Parameters...), const Grid& grid, Stream strea
   if (grid.blocks == 0) return nullptr;
   if (grid.blocks >= int64_t{1} << 31) return "it has more blocks than a grid takes";
 #ifdef __CUDACC__
-  cudaError_t error = cudaSuccess;
-  if (grid.shared_bytes > 48 << 10) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(grid.shared_bytes));
-    if (error != cudaSuccess) return cudaGetErrorString(error);
+  if (grid.shared_bytes > kSharedBytesOfAll) {
+    const char* const error =
+        allow_shared(reinterpret_cast<const void*>(kernel), grid.shared_bytes);
+    if (error != nullptr) return error;
   }
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
@@ -60,7 +72,7 @@ const char* launch(void (*kernel)(Parameters...), const Grid& grid, Stream strea
   configuration.stream = static_cast<cudaStream_t>(stream);
   configuration.attrs = &cluster;
   configuration.numAttrs = grid.blocks_of_cluster > 1 ? 1 : 0;
-  error = cudaLaunchKernelEx(&configuration, kernel, static_cast<Parameters>(arguments)...);
+  const cudaError_t error = cudaLaunchKernelEx(&configuration, kernel, static_cast<Parameters>(arguments)...);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 #else
   (void)stream;
@@ -76,6 +88,7 @@ struct Gpu {
   bool clusters;
 };
 
+// Asks a device once.
 const char* current_gpu(Gpu& gpu);
 
 // Whether this code, of all that a source is compiled to, has clusters.

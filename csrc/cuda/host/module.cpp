@@ -1,7 +1,7 @@
 // The CUDA kernels on the host, for Python: each op in a file of its own.
 #include <pybind11/pybind11.h>
 
-#include "emulator.h"
+#include "../device.h"
 
 namespace mghf::cuda {
 
@@ -19,6 +19,17 @@ void define_planted(pybind11::module_& m);
 PYBIND11_MODULE(mghf_fast_cuda_host, m) {
   m.def("set_gpu", [](int64_t shared_bytes, bool clusters) {
     mghf::host::gpu = {shared_bytes, clusters};
+  });
+  // Whether a kernel, known by its number, had to be allowed so many bytes; null if that failed.
+  m.def("allow_once", [](uintptr_t kernel, int device, size_t bytes, bool fails) -> pybind11::object {
+    bool asked = false;
+    const char* const error =
+        mghf::cuda::allow_once(reinterpret_cast<const void*>(kernel), device, bytes, [&] {
+          asked = true;
+          return fails ? "no" : nullptr;
+        });
+    if (error != nullptr) return pybind11::none();
+    return pybind11::bool_(asked);
   });
   mghf::cuda::define_content_style(m);
   mghf::cuda::define_coupling(m);
