@@ -291,7 +291,8 @@ __global__ void __launch_bounds__(kMixThreads, kKernel == 1 ? 3 : 2) mix(Mix<T, 
     for (int i = 0; i < 2; ++i) {
       values[i] = tile.block((warp % 2 * 2 + i) * kGroup + 2 * g, 0);
     }
-    multiply_add<P>(sum, values, m.weights, start * groups + first_group, groups - first_group);
+    multiply_add_outside<P>(sum, values, m.weights, start * groups + first_group,
+                            groups - first_group);
     __syncthreads();
   }
   const int first_pixel = first + anew(warp % 2 * 2 * kGroup + 2 * g);

@@ -107,8 +107,9 @@ struct ExactFloats {
     MGHF_UNROLL_ALL
     for (int i = 0; i < 4; ++i) {
       const SplitTf32 x(v.of[step][kOrder[i]]);
-      factor.big[i] = x.big;
-      factor.small[i] = x.small;
+      // Anew: or the compiler splits again for every product rather than keep both parts.
+      factor.big[i] = anew(x.big);
+      factor.small[i] = anew(x.small);
     }
     return factor;
   }
@@ -284,6 +285,47 @@ __device__ __forceinline__ void multiply_add(Values (&sum)[kGroups][kCount],
         b[i] = block[((n * P::kSteps + step) * P::kLoads + i) * kWarp];
       }
       multiply_step<P>(sum[n], a, b);
+    }
+  }
+}
+
+// The same for sums of more than 128 products of float32, added outside of the tensor cores, which cut
+// off at every addition. What is less exact than such sums, halves and gradients, stays inside.
+template <class P, int kGroups, int kCount>
+__device__ __forceinline__ void multiply_add_outside(Values (&sum)[kGroups][kCount],
+                                                     const Values (&values)[kCount],
+                                                     const uint4* weights, int first,
+                                                     int groups = kGroups) {
+  if constexpr (!std::is_same_v<P, ExactFloats>) {
+    multiply_add<P>(sum, values, weights, first, groups);
+    return;
+  } else {
+    const uint4* const block =
+        weights + first * (P::kSteps * P::kLoads * kWarp) + threadIdx.x % kWarp;
+    typename P::Factor a[P::kSteps][kCount];
+    MGHF_UNROLL_ALL
+    for (int step = 0; step < P::kSteps; ++step) {
+      MGHF_UNROLL_ALL
+      for (int i = 0; i < kCount; ++i) a[step][i] = P::factor(values[i], step);
+    }
+    MGHF_UNROLL_ALL
+    for (int n = 0; n < kGroups; ++n) {
+      if (n >= groups) continue;
+      Values d[kCount] = {};
+      MGHF_UNROLL_ALL
+      for (int step = 0; step < P::kSteps; ++step) {
+        uint4 b[P::kLoads];
+        MGHF_UNROLL_ALL
+        for (int i = 0; i < P::kLoads; ++i) {
+          b[i] = block[((n * P::kSteps + step) * P::kLoads + i) * kWarp];
+        }
+        multiply_step<P>(d, a[step], b);
+      }
+      MGHF_UNROLL_ALL
+      for (int i = 0; i < kCount; ++i) {
+        MGHF_UNROLL_ALL
+        for (int k = 0; k < kValues; ++k) sum[n][i].all()[k] += d[i].all()[k];
+      }
     }
   }
 }

@@ -116,7 +116,9 @@ __host__ __device__ __forceinline__ To bits_as(From from) {
 
 // The same number, of which the compiler no longer knows where it comes from: what depends on it is
 // computed again instead of being kept in registers since it was last computed.
-__device__ __forceinline__ int anew(int number) {
+template <class Integer>
+__device__ __forceinline__ Integer anew(Integer number) {
+  static_assert(sizeof number == 4);
 #ifdef __CUDA_ARCH__
   asm volatile("" : "+r"(number));
 #endif

@@ -97,6 +97,8 @@ __global__ void __launch_bounds__(kGradientThreads, 2)
         }
         __syncthreads();
       }
+      // Of a chunk; added to the sums outside of the tensor cores, which cut off at every addition.
+      float parts[2][2][4] = {};
       const int depths_of_chunk = (maps_of_chunk + 7) / 8;
       MGHF_UNROLL(2)
       for (int k = 0; half < rows && k < depths_of_chunk; ++k) {
@@ -119,9 +121,13 @@ __global__ void __launch_bounds__(kGradientThreads, 2)
           const uint4 big = fragments[(at * kWarp + lane) * 2];
           const uint4 small = fragments[(at * kWarp + lane) * 2 + 1];
           const SplitA a{{big.x, big.y, big.z, big.w}, {small.x, small.y, small.z, small.w}};
-          mma_split<false, exact_in_tf32<T>>(sums[m][0], a, of_b[0]);
-          mma_split<false, exact_in_tf32<T>>(sums[m][1], a, of_b[1]);
+          mma_split<false, exact_in_tf32<T>>(parts[m][0], a, of_b[0]);
+          mma_split<false, exact_in_tf32<T>>(parts[m][1], a, of_b[1]);
         }
+      }
+      MGHF_UNROLL_ALL
+      for (int i = 0; i < 16; ++i) {
+        sums[i / 8][i / 4 % 2][i % 4] += parts[i / 8][i / 4 % 2][i % 4];
       }
     }
     if (group > first_group) __syncthreads();  // the product of the group before has been read

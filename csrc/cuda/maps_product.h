@@ -7,7 +7,7 @@
 // A block takes 64 x 64 maps and a run of pixels, 32 pixels at a time: it reads them (the next 32
 // while it computes), stores what is to be multiplied in shared memory as float32, and its warps
 // take 32 x 16 maps of the product each. Three products of TF32 are about as exact as float32.
-// Tensor cores add up without rounding to nearest, so that long sums would drift: every 64 pixels
+// Tensor cores add up without rounding to nearest, so that long sums would drift: every 32 pixels
 // what they have is added to sums in float32. The runs' products, in a workspace, are added in
 // float64 in a fixed order.
 //
@@ -24,7 +24,6 @@ constexpr int kProductThreads = 256;
 constexpr int kProductMaps = 64;
 constexpr int kProductPixels = 32;
 constexpr int kProductElements = kProductMaps * kProductMaps;
-constexpr int kTilesOfSum = 2;
 
 // A tile is the product of two groups of 64 maps, i and j; of a single product i <= j.
 __host__ __device__ constexpr int64_t product_tiles(int64_t maps, bool pair) {
@@ -230,9 +229,8 @@ __global__ void __launch_bounds__(kProductThreads, kReading == Reading::strided 
         mma_split<kExact, kExact>(product[1][n], a[1], of_b);
       }
     }
-    if (step % kTilesOfSum == kTilesOfSum - 1) for_elements(move_to_sums);
+    for_elements(move_to_sums);
   }
-  for_elements(move_to_sums);
   float* const target =
       partial + ((b * tiles + tile) * runs.number + run) * kProductElements;
   for_elements([&](int m, int n, int k) {
