@@ -114,6 +114,23 @@ __host__ __device__ __forceinline__ To bits_as(From from) {
   return to;
 }
 
+// Say that a pointer is to shared or to global memory, in a function that is not inlined: or what is
+// read goes through a generic address, which is looked at first.
+__device__ __forceinline__ void promise_global(const void* pointer) {
+#ifdef __CUDA_ARCH__
+  __builtin_assume(__isGlobal(pointer));
+#else
+  (void)pointer;
+#endif
+}
+__device__ __forceinline__ void promise_shared(const void* pointer) {
+#ifdef __CUDA_ARCH__
+  __builtin_assume(__isShared(pointer));
+#else
+  (void)pointer;
+#endif
+}
+
 // The same number, of which the compiler no longer knows where it comes from: what depends on it is
 // computed again instead of being kept in registers since it was last computed.
 template <class Integer>

@@ -42,6 +42,7 @@ __device__ __forceinline__ SplitB read_two(const Matrices& m, int64_t b, const i
   float x[2] = {};
   with_element(m.element, [&](auto element) {
     const auto matrix = m.matrix<decltype(element)>(b);
+    promise_global(matrix.data);
     MGHF_UNROLL_ALL
     for (int i = 0; i < 2; ++i) {
       if (rows[i] < n && columns[i] < depth) x[i] = matrix(rows[i], columns[i]);
@@ -54,11 +55,13 @@ __device__ __forceinline__ SplitB read_two(const Matrices& m, int64_t b, const i
 }
 
 // area = query key^T, of map `map`: rows `first` on of the query. A warp takes 8 keys and up to kTiles
-// tiles of rows, so that a key is read once for them; the queries are staged. A barrier of the block
-// before and after.
-template <int kTiles>
+// tiles of rows, so that a key is read once for them; the queries are staged in shared memory. A
+// barrier of the block before and after. kOnChip: the area is in shared memory too.
+template <int kTiles, bool kOnChip = false>
 __device__ MGHF_NOINLINE void multiply_by_keys(Area area, float* staged, int tiles,
                                                Matrices query, Matrices key, int map, int first) {
+  promise_shared(staged);
+  if constexpr (kOnChip) promise_shared(area.numbers);
   const int n = static_cast<int>(key.rows), depth = static_cast<int>(key.columns);
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const int lane = thread % 32, g = lane / 4, t = lane % 4;
@@ -79,6 +82,7 @@ __device__ MGHF_NOINLINE void multiply_by_keys(Area area, float* staged, int til
       for (int left = thread / 32 * kColumns; left < n; left += threads / 32 * kColumns) {
         float sum[kTiles][4] = {};
         const int j = left + g;
+        const float* const own = staged + g * kDepth;  // rows 8 apart have the same order
         MGHF_UNROLL(1)
         for (int step = 0; step < kDepth; step += kColumns) {
           const int d = start + step + t;
@@ -89,8 +93,8 @@ __device__ MGHF_NOINLINE void multiply_by_keys(Area area, float* staged, int til
             SplitA a;
             MGHF_UNROLL_ALL
             for (int i = 0; i < 4; ++i) {
-              const int r = tile * kTile + g + i % 2 * 8, of = step + t + i / 2 * 4;
-              put(a.big[i], a.small[i], staged[r * kDepth + (of ^ (r & 7) * 4)]);
+              const int of = (step + t + i / 2 * 4) ^ g * 4;
+              put(a.big[i], a.small[i], own[(tile * kTile + i % 2 * 8) * kDepth + of]);
             }
             add_product(sum[tile], a, b, key.element == Element::float32);
           }
@@ -113,10 +117,11 @@ __device__ MGHF_NOINLINE void multiply_by_keys(Area area, float* staged, int til
 }
 
 // result (n x depth, dense) = area keys for the block's rows, from `first` on. A warp takes 8
-// columns of the result and kTiles tiles of rows.
-template <int kTiles>
+// columns of the result and kTiles tiles of rows. kOnChip: the area is in shared memory.
+template <int kTiles, bool kOnChip = false>
 __device__ MGHF_NOINLINE void multiply_area(Area area, Matrices key, void* result, int map,
                                             int first) {
+  if constexpr (kOnChip) promise_shared(area.numbers);
   const int n = static_cast<int>(key.rows), depth = static_cast<int>(key.columns);
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const int lane = thread % 32, g = lane / 4, t = lane % 4;
