@@ -389,7 +389,7 @@ def monce(
         for start in range(0, b, size):
             chosen = slice(start, min(b, start + size))
             s = _similarities(query[chosen], key[chosen], epsilon, temperature)
-            potentials, steps = solve(s, cost, epsilon, iterations, None, False)
+            potentials, steps = solve(s, cost, epsilon, iterations, None, False, settle=True)
             _weigh(
                 losses[chosen],
                 s,
@@ -430,7 +430,7 @@ def monce_backward(
             chosen = slice(start, min(b, start + size))
             keys = key[chosen]
             s = _similarities(query[chosen], keys, epsilon, temperature)
-            potentials, steps = solve(s, cost, epsilon, iterations, None, exact)
+            potentials, steps = solve(s, cost, epsilon, iterations, None, exact, settle=True)
             statistics = torch.empty((s.shape[0], 4, n), dtype=torch.float32, device=s.device)
             _weigh(
                 statistics,

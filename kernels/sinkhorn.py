@@ -14,10 +14,9 @@ float32's range could have cut its terms, the columns are summed again with maxi
 The recursion of the gradient is one pass per iteration as well; it stores the vectors dg and df of
 every iteration, from which the entries of the gradient of log K are then computed independently.
 
-Iterations that change nothing in float32 are left out: the first pass whose changes of g are all
-equal but for rounding, having fallen to that fast, is the last (a constant that f and g exchange is
-no change of the plan). The recursion goes through all iterations, those left out included, until
-what dg could still add is negligible.
+For `monce` the iterations end where those to come would change nothing that counts (`settle`). The
+recursion goes through all iterations, those left out included, until what dg could still add is
+negligible.
 """
 
 from __future__ import annotations
@@ -34,8 +33,6 @@ from . import launch
 
 FAR = tl.constexpr(-1e30)  # an exponent below all others
 TINY = tl.constexpr(5e-20)  # column sums from 2^-64 on have lost nothing to float32's range
-# Rounding alone changes log2 g by a few units in the last place of its rest.
-ROUNDING = tl.constexpr(1e-6)
 LN2 = tl.constexpr(0.6931471805599453)
 NEGLIGIBLE = 1e-7
 """Part of the sum of |dlog plan| that the recursion may leave out."""
@@ -176,13 +173,37 @@ def corrections(
     return total
 
 
+# ---- when to stop ----
+#
+# Twins: csrc/cpu/sinkhorn_settling.h, where the rule is explained, csrc/cuda/sinkhorn_settling.h.
+
+CLEAN = tl.constexpr(1e-5)  # a smaller spread may be rounding
+FASTEST = tl.constexpr(0.05)  # a single fall is trusted that far
+REST = tl.constexpr(1e-6)  # what may be left of log plan's change
+
+
+@triton.jit
+def settle(spread: tl.tensor, previous: tl.tensor, rest: tl.tensor, rate: tl.tensor) -> Any:
+    """Whether the iterations to come would change nothing that counts, and the new rest and rate.
+    ``spread`` is the largest less the smallest change of ln g in this iteration, ``previous`` that
+    of the one before; before the first iteration all three are 1, and after it the answer does not
+    count. NaN never settles."""
+    clean = previous > CLEAN
+    ratio = spread / previous
+    ratio = tl.where(ratio < FASTEST, FASTEST, ratio)
+    rate = tl.where(clean, ratio, rate)
+    rest = tl.where(clean, spread, rest * rate)
+    return rate * rest <= REST * (1.0 - rate), rest, rate
+
+
 # ---- the potentials ----
 #
 # One program per matrix, one pass over it per iteration. B = 1 image, 128 maps of N = 441, float32:
 # a pass reads 128 x 441^2 x 4 = 99.6 MB, 23 us at 4.3 TB/s (a map is 778 KB, and 128 of them are
 # twice an H100's L2). It takes 25 M powers of two, one per entry, and some 14 float32 operations
 # each: 0.35 G, 6 us at 60 TFLOP/s, and 7 us for the powers at 16 a cycle and multiprocessor.
-# Floor: 23 us per iteration made; 6 are made at epsilon = 1 (140 us), 1.2 ms if all 50 are.
+# Floor: 23 us per iteration made; `monce` makes 3 to 6 at epsilon = 1 (70 to 140 us), a plan all
+# 50 (1.2 ms).
 
 
 @triton.jit
@@ -241,6 +262,7 @@ def solve_kernel(
     step_low: tl.tensor,
     COST: tl.constexpr,
     HAS_TOLERANCE: tl.constexpr,
+    SETTLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
@@ -258,7 +280,9 @@ def solve_kernel(
 
     t = iterations * 0
     stopped = iterations * 0
-    spread = factor * 0.0
+    spread = factor * 0.0 + 1.0
+    left = spread
+    rate = spread
     while (t < iterations) & (stopped == 0):
         old = history + (t % slots).to(tl.int64) * 4 * n
         new = history + ((t + 1) % slots).to(tl.int64) * 4 * n
@@ -317,13 +341,14 @@ def solve_kernel(
         tl.store(new + 2 * n + columns, new_whole, mask=real)
         tl.store(new + 3 * n + columns, new_part, mask=real)
 
-        change = (new_whole - whole_g) + (new_part - part_g)
-        highest = tl.max(tl.where(real, change, FAR), 0)
-        lowest = tl.min(tl.where(real, change, -FAR), 0)
-        previous = spread
-        spread = highest - lowest
-        settled = (t > 0) & (spread <= ROUNDING) & (spread <= 0.5 * previous)
-        stopped = tl.where(settled, 1, 0)
+        if SETTLE:
+            change = (new_whole - whole_g) + (new_part - part_g)
+            highest = tl.max(tl.where(real, change, FAR), 0)
+            lowest = tl.min(tl.where(real, change, -FAR), 0)
+            previous = spread
+            spread = (highest - lowest) * LN2
+            settled, left, rate = settle(spread, previous, left, rate)
+            stopped = tl.where((t > 0) & settled, 1, 0)
         whole_g = new_whole
         part_g = new_part
         t += 1
@@ -623,10 +648,12 @@ def solve(
     iterations: int,
     tolerance: float | None,
     keep: bool,
+    settle: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The potentials (B, slots, 4, N): integer and rest of f and of g after iteration t in slot
     t % slots, every one if ``keep``, else the last two; and (B, 2) counts: the iterations made, and
-    how many they stand for. Needs N > 1."""
+    how many they stand for. With ``settle`` they end where those to come would change nothing that
+    counts. Needs N > 1."""
     b, n, _ = similarity.shape
     slots = iterations + 1 if keep else 2
     potentials = torch.empty((b, slots, 4, n), dtype=torch.float32, device=similarity.device)
@@ -643,6 +670,7 @@ def solve(
         *exponent_scale(cost, epsilon),
         COST=cost,
         HAS_TOLERANCE=tolerance is not None,
+        SETTLE=settle,
         **_solve_options(n, cost, tolerance is not None),
     )
     return potentials, steps

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from instruction_sets import CAPABILITIES, in_parent, run_file_under
 from torch import Tensor
 
-from mghf_fast import functional, native, ops
+from benchmarks import iterations
+from mghf_fast import MGHFLoss, functional, native, ops
 from mghf_fast.reference import monce as reference
 from mghf_fast.reference.sinkhorn import COSTS, sinkhorn_plan
 
@@ -185,6 +186,23 @@ def test_many_maps(backend: str) -> None:
 def test_the_papers_size(backend: str, cost: str) -> None:
     query, key = pair(*interpreter.fitted(backend, (1, 441, 64), (1, 141, 64)))
     check_map(query, key, backend, 0.07, 1.0, 50, 1.0, cost, "exact")
+
+
+@pytest.mark.parametrize("size", [64, 128, 256])
+@pytest.mark.parametrize("extractor", iterations.EXTRACTORS)
+def test_photographs(backend: str, extractor: str, size: int) -> None:
+    """The loss's own embeddings, of which few iterations are made, against all 50 in float64."""
+    pytest.importorskip("skimage")
+    maps = 2 if interpreter.is_slow(backend) else 8
+    loss, picture = MGHFLoss(extractor=extractor, backend="reference"), iterations.pictures(None)[0]
+    query, key = iterations.embeddings(loss, picture, size, maps)
+    query.requires_grad_()
+    losses = functional.monce_loss(query, key, reduction="none", backend=backend)
+    want = reference.monce(query.double(), key.double(), *OPTIONS)
+    assert contract.relative_error(losses, want) <= 2e-6
+    (grad,) = torch.autograd.grad(losses.sum(), query)
+    given = (torch.ones_like(want), query.detach().double(), key.double())
+    assert contract.relative_error(grad, reference.monce_backward(*given, *OPTIONS)) <= 1e-5
 
 
 @pytest.mark.parametrize("iterations", [1, 2, 7, 50])

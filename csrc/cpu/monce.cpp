@@ -13,8 +13,8 @@
 // iterations, and, row block by row block and never as a matrix,
 //   ds_ij = W_ij / t + (W_ij - K_ij c_ij) dscore/ds / epsilon,  ds_ii = -r_i / t,  dq = ds k.
 //
-// Where iterations only repeat each other, forward and recursion leave them out: the error is that
-// of rounding (see Solver::solve and Gradient::sweep_back). At epsilon = 1 about four of fifty
+// Where iterations only repeat each other, forward and recursion leave them out: what they would add
+// is below 1e-6 (see Solver::solve and Gradient::sweep_back). At epsilon = 1 about four of fifty
 // remain, and most of the time goes into the products: N^2 D multiply-adds forward, twice as many
 // backward. K and s are the only N x N matrices, one pair for each thread.
 //

@@ -14,6 +14,7 @@
 
 #include "arena.h"
 #include "sinkhorn.h"
+#include "sinkhorn_settling.h"
 #include "vector.h"
 
 namespace mghf {
@@ -22,15 +23,12 @@ namespace {
 constexpr float kSmallestSum = 1e-14f, kLargestSum = 1e14f;
 constexpr float kLargestExponent = 4194304.0f;  // 2^22: round_to_integer() is right up to there
 constexpr float kNoExponent = -1e9f;
-// An iteration whose changes of u differ by no more than this has only rounded: a few units in the
-// last place, of which rounding alone makes two to four.
-constexpr float kRounding = 5e-7f;
 
 // What a solver does for an op, besides the options of `sinkhorn`.
 struct SolverUse {
   bool keep;      // keep every iterate, for the gradient
   bool computed;  // the similarities are a product: rounded, `padded` apart, complete (see below)
-  bool settle;    // stop where a further iteration would only round anew
+  bool settle;    // stop where further iterations would change nothing that counts
 };
 
 struct Solver {
@@ -273,12 +271,11 @@ struct Solver {
     return smallest(least) >= kSmallestSum && largest(most) <= kLargestSum;
   }
 
-  // How much the changes of u in iteration t differ. A factor that u and v exchange is none: it
-  // leaves the plan as it is.
+  // How much the changes of v in iteration t differ. Those of the padding are 1, their mean.
   float spread_of_changes(int64_t t) const {
     Vec lowest = splat(1e30f), highest = {};
     for (int64_t j = 0; j < padded; j += kLanes) {
-      const Vec change = at(u(t - 1) + j) * at(row_sums + j);
+      const Vec change = at(v(t - 1) + j) / at(v(t) + j);
       lowest = min(lowest, change);
       highest = max(highest, change);
     }
@@ -361,8 +358,8 @@ struct Solver {
 
   // Runs the iterations; returns how many counted, or -1 if the similarities cannot be handled.
   // prepare(i) computes the similarities of rows i to i + kRows if use.computed (see above).
-  // With use.settle the iterations end where the changes of u are rounding and fell to that fast: u
-  // and v of all later iterations equal the last ones but for rounding.
+  // With use.settle the iterations end where those to come would change nothing that counts: their u
+  // and v are taken to equal the last ones.
   template <class Prepare>
   int64_t solve(const Prepare& prepare) const {
     for (int64_t j = 0; j < padded; ++j) {
@@ -372,7 +369,7 @@ struct Solver {
     }
     base_of[0] = 0;
     if (!(use.computed ? build_computed_kernel(prepare) : build_kernel(0, true))) return -1;
-    float spread = 0;
+    Settling settling;
     for (int64_t t = 1; t <= options.iterations; ++t) {
       int64_t current = base(t - 1);
       float error = 0;
@@ -382,10 +379,9 @@ struct Solver {
       if (options.has_tolerance && t > 1 && error <= options.tolerance) return t - 1;
       if (!fast) build_kernel(++current, false);
       base_of[t] = current;
-      if (use.settle && current == 0) {
-        const float previous = spread;
-        spread = spread_of_changes(t);
-        if (t > 1 && spread <= kRounding && spread <= 0.5f * previous) return t;
+      if (use.settle && current == 0 &&
+          settling.settled(static_cast<int>(t), spread_of_changes(t))) {
+        return t;
       }
     }
     return options.iterations;

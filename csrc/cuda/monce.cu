@@ -376,7 +376,7 @@ const char* monce(const Matrices& query, const Matrices& key, const MonceOptions
   Division division;
   const char* const error = divide(n, division);
   if (error != nullptr) return error;
-  const Problem p = problem_of(n, options.transport, division, batch, false, workspace);
+  const Problem p = problem_of(n, options.transport, division, batch, true, false, workspace);
   return with_solver(division, [&]<int kWords, bool kOnChip>(Solver<kWords, kOnChip>*) {
     return launch(contrast<kWords, kOnChip>, grid_of(division, batch), stream, p,
                   terms_of(options, n), Matrices{}, query, key, result, nullptr);
@@ -395,7 +395,7 @@ const char* monce_backward(const Matrices& grad, const Matrices& query, const Ma
   const char* const error = divide(n, division);
   if (error != nullptr) return error;
   const bool exact = differentiates_plan(options, n);
-  const Problem p = problem_of(n, options.transport, division, batch, exact, workspace);
+  const Problem p = problem_of(n, options.transport, division, batch, true, exact, workspace);
   return with_solver(division, [&]<int kWords, bool kOnChip>(Solver<kWords, kOnChip>*) {
     return launch(contrast<kWords, kOnChip>, grid_of(division, batch), stream, p,
                   terms_of(options, n), grad, query, key, nullptr, grad_query);

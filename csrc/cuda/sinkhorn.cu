@@ -12,10 +12,9 @@
 // 33 clusters of 4 blocks (226 KB of shared memory each) that run at a time solve a matrix each, in
 // four rounds; K is built in 7 us. An iteration takes a block's 196 KB and five shuffles a row
 // through the shared memory's pipe, 2100 cycles, and its exchange (a barrier of the cluster, two of
-// the block, 4 x 441 sums through distributed shared memory) some 1300: 1.8 us. At epsilon = 1
-// about 7 of 50 iterations are made: 4 x (7 + 7 x 1.8) = 80 us, so 0.13 ms in all; were all 50
-// made, 0.44 ms, and half of either for B = 64. Backward: 8 more sweeps, the gradient read twice,
-// the entries in 70 us: about 0.35 ms.
+// the block, 4 x 441 sums through distributed shared memory) some 1300: 1.8 us. All
+// 50 iterations: 4 x (7 + 50 x 1.8) = 390 us, so 0.44 ms in all, and half of that for B = 64.
+// Backward: some 8 more sweeps, the gradient read twice, the entries in 70 us: about 0.65 ms.
 #include "sinkhorn.h"
 
 #include "sinkhorn_solver.h"
@@ -252,7 +251,7 @@ const char* sinkhorn(const Matrices& similarity, const TransportOptions& options
   const char* const error = divide(similarity.rows, division);
   if (error != nullptr) return error;
   const Problem p =
-      problem_of(similarity.rows, options, division, similarity.batch, false, workspace);
+      problem_of(similarity.rows, options, division, similarity.batch, false, false, workspace);
   return with_solver(division, [&]<int kWords, bool kOnChip>(Solver<kWords, kOnChip>*) {
     return launch(transport<kWords, kOnChip>, grid_of(division, similarity.batch), stream, p,
                   similarity, Matrices{}, plan);
@@ -267,7 +266,7 @@ const char* sinkhorn_backward(const Matrices& grad, const Matrices& similarity,
   Division division;
   const char* error = divide(n, division);
   if (error != nullptr) return error;
-  const Problem p = problem_of(n, options, division, batch, true, workspace);
+  const Problem p = problem_of(n, options, division, batch, false, true, workspace);
   error = with_solver(division, [&]<int kWords, bool kOnChip>(Solver<kWords, kOnChip>*) {
     return launch(transport<kWords, kOnChip>, grid_of(division, batch), stream, p, similarity, grad,
                   nullptr);

@@ -19,14 +19,14 @@
 // repeated with a maximum per row and per column (a log-sum-exp in base two), and K is rebuilt on
 // the new a and b. epsilon = 1 never needs that; 0.01 may, on widely spread similarities.
 //
-// Iterations that change nothing in float32 are left out: the first whose changes of u are all
-// equal but for rounding, having fallen to that fast, is the last (a factor that u and v exchange
-// is no change of the plan). The gradient's recursion goes through all iterations, those left out
-// included, until what it could still add is negligible.
+// For `monce` the iterations end where those to come would change nothing that counts (see
+// sinkhorn_settling.h). The gradient's recursion goes through all iterations, those left out included,
+// until what it could still add is negligible.
 #pragma once
 
 #include "powers.h"
 #include "sinkhorn.h"
+#include "sinkhorn_settling.h"
 
 namespace mghf::cuda {
 
@@ -36,8 +36,6 @@ constexpr int kGroup = 2;  // rows that a warp takes at a time, where registers 
 constexpr float kSmallestSum = 1e-14f, kLargestSum = 1e14f;
 constexpr float kLargestExponent = 4194304.0f;  // 2^22: round_to_integer() is right up to there
 constexpr float kNoExponent = -1e9f;
-// Changes of u that differ by no more than this are rounding: a few units in the last place.
-constexpr float kRounding = 5e-7f;
 
 // Numbers that products stage where the warps' column sums are at other times, at least.
 constexpr int kStaged = 512;
@@ -133,6 +131,7 @@ struct Problem {
   int n, iterations;
   TransportCost cost;
   float tolerance;  // below 0: none
+  bool settle;      // leave out iterations that would change nothing that counts
   Factor factor;    // score to exponent of two
   Division division;
   float* streamed;  // K and vectors of each matrix, where they are not on chip
@@ -141,12 +140,13 @@ struct Problem {
 };
 
 inline Problem problem_of(int64_t n, const TransportOptions& options, const Division& division,
-                          int64_t batch, bool backward, void* workspace) {
+                          int64_t batch, bool settle, bool backward, void* workspace) {
   float* const memory = static_cast<float*>(workspace);
   return {static_cast<int>(n),
           static_cast<int>(options.iterations),
           options.cost,
           options.has_tolerance ? options.tolerance : -1,
+          settle,
           Factor((options.cost == TransportCost::easy ? -1 : 1) * 1.4426950408889634 /
                  options.epsilon),
           division,
@@ -199,9 +199,18 @@ constexpr int kStatistics = 5;
 struct Statistics {
   float least = 1, most = 1, low = INFINITY, high = -INFINITY, total = 0;
 };
-// Of what the exchange of the column sums gave; 0 and 0 if it gave none.
 struct Range {
   float least, most;
+
+  // Drops NaN.
+  __device__ __forceinline__ void take(float x) {
+    least = least_of(least, x);
+    most = most_of(most, x);
+  }
+};
+// Of what the exchange of the column sums gave, and of the changes that came of it.
+struct Ranges {
+  Range numbers{INFINITY, -INFINITY}, changes{INFINITY, -INFINITY};
 };
 
 __device__ __forceinline__ float combined(int statistic, float x, float y) {
@@ -294,21 +303,28 @@ __device__ MGHF_NOINLINE const float* join_blocks(const float* of_warps, float* 
   return joined;
 }
 
-// The range of all threads' numbers. A barrier of the block.
-inline __device__ MGHF_NOINLINE Range range_of_block(Range range, float* of_warps) {
+// The ranges of all threads' numbers. A barrier of the block.
+inline __device__ MGHF_NOINLINE Ranges ranges_of_block(Ranges own, float* of_warps) {
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  range.least = across_lanes(range.least, [](float x, float y) { return least_of(x, y); });
-  range.most = across_lanes(range.most, Most{});
+  const auto least = [](float x) {
+    return across_lanes(x, [](float a, float b) { return least_of(a, b); });
+  };
+  own = {{least(own.numbers.least), across_lanes(own.numbers.most, Most{})},
+         {least(own.changes.least), across_lanes(own.changes.most, Most{})}};
   if (threadIdx.x % kWarp == 0) {
-    of_warps[8 * warp] = range.least;
-    of_warps[8 * warp + 1] = range.most;
+    float* const to = of_warps + 8 * warp;
+    to[0] = own.numbers.least;
+    to[1] = own.numbers.most;
+    to[2] = own.changes.least;
+    to[3] = own.changes.most;
   }
   __syncthreads();
   for (int w = 0; w < static_cast<int>(blockDim.x) / kWarp; ++w) {
-    range.least = least_of(range.least, of_warps[8 * w]);
-    range.most = most_of(range.most, of_warps[8 * w + 1]);
+    const float* const from = of_warps + 8 * w;
+    own.numbers = {least_of(own.numbers.least, from[0]), most_of(own.numbers.most, from[1])};
+    own.changes = {least_of(own.changes.least, from[2]), most_of(own.changes.most, from[3])};
   }
-  return range;
+  return own;
 }
 
 // The entries of K themselves.
@@ -532,41 +548,44 @@ struct Solver {
     to[4] = own.total;
   }
 
-  // After a sweep: calls use(j, sum), which returns a number, for the columns of the thread, and
-  // returns the range of those numbers for j < n. The statistics become those of the whole matrix.
+  // After a sweep: calls use(j, sum, changes), which returns a number and may tell `changes` of
+  // another, for the columns of the thread, and returns the ranges, of the numbers for j < n. The
+  // statistics become those of the whole matrix.
   template <class Combine, class Use>
-  __device__ __forceinline__ Range exchange(Statistics& statistics, const Use& use) {
+  __device__ __forceinline__ Ranges exchange(Statistics& statistics, const Use& use) {
     const float* const totals =
         join_blocks<Combine>(warp_statistics, block_statistics + turn * 8, all_statistics,
                              sums + turn * pitch, partial, pitch, blocks);
-    Range range{INFINITY, -INFINITY};
+    Ranges ranges;
     MGHF_UNROLL(2)
     for (int j = thread; j < pitch; j += threads) {
-      const float number = use(j, totals[j]);
-      if (j < n) range = {least_of(range.least, number), most_of(range.most, number)};
+      const float number = use(j, totals[j], ranges.changes);
+      if (j < n) ranges.numbers.take(number);
     }
-    range = range_of_block(range, warp_ranges);
+    ranges = ranges_of_block(ranges, warp_ranges);
     statistics = {all_statistics[0], all_statistics[1], all_statistics[2], all_statistics[3],
                   all_statistics[4]};
     turn ^= 1;
-    return range;
+    return ranges;
   }
 
   // ---- the iterations ----
 
   struct Progress {
     bool right;          // the sums are in the safe range
-    float error, spread;  // of the iterate before, and of the changes of u
+    float error, spread;  // of the iterate before, and of the changes of v
     bool hopeless;
     bool even;  // v has no wide range
   };
 
-  __device__ __forceinline__ static Progress progress_of(const Statistics& all, Range columns) {
+  __device__ __forceinline__ static Progress progress_of(const Statistics& all,
+                                                         const Ranges& ranges) {
+    const Range& columns = ranges.numbers;
     const float least = least_of(all.least, columns.least);
     const float most = most_of(all.most, columns.most);
     const float above = all.high - 1, below = 1 - all.low;
     return {least >= kSmallestSum && most <= kLargestSum, most_of(above, below),
-            all.high - all.low, all.total > 0, columns.most <= 1e6f * columns.least};
+            ranges.changes.most - ranges.changes.least, all.total > 0, columns.most <= 1e6f * columns.least};
   }
 
   __device__ __forceinline__ void keep_u(float value, int t, int r) const {
@@ -607,11 +626,12 @@ struct Solver {
           return new_u;
         },
         [&] { tell(statistics); });
-    const Range columns = exchange<Add>(statistics, [&](int j, float sum) {
+    const Ranges ranges = exchange<Add>(statistics, [&](int j, float sum, Range& changes) {
+      if (j < n) changes.take(v(t - 1)[j] * sum);
       keep_v(1 / sum, t, j);
       return sum;
     });
-    return progress_of(statistics, columns);
+    return progress_of(statistics, ranges);
   }
 
   // v 2^-b as a power of two, the rest of it from 1 to 2.
@@ -658,8 +678,8 @@ struct Solver {
       if (j >= n || j == first + r) return top;
       return most_of(top, power_of(similarity).exponent - new_a[r]);
     });
-    exchange<Most>(statistics, [&](int j, float top) { return b(base + 1)[j] = top; });
-    return progress_of(statistics, {1, 1});
+    exchange<Most>(statistics, [&](int j, float top, Range&) { return b(base + 1)[j] = top; });
+    return progress_of(statistics, {{1, 1}, {1, 1}});
   }
 
   // The second half: v, after which K stands on the new base.
@@ -670,7 +690,7 @@ struct Solver {
     tell(none);
     sweep_columns<Add>(
         [&](float total, int r, int, float x) { return total + u(t)[r] * x; });
-    exchange<Add>(none, [&](int j, float sum) {
+    exchange<Add>(none, [&](int j, float sum, Range&) {
       keep_v(1 / sum, t, j);
       return sum;
     });
@@ -701,7 +721,7 @@ struct Solver {
     keep_base(0);
     int base = 0;
     bool even = false;
-    float spread = 0;
+    Settling settling;
     for (int t = 1; t <= p.iterations; ++t) {
       Progress progress = iterate_fast(t, t == 1 ? statistics.total : 0);
       if (progress.hopeless) return {-1, 0, 0, false};
@@ -716,9 +736,7 @@ struct Solver {
       if (p.history != nullptr && rank == 0 && thread == 0) history().base(t) = base;
       even = base == 0 && progress.even;
       if (base > 0) continue;
-      const float previous = spread;
-      spread = progress.spread;
-      if (t > 1 && spread <= kRounding && spread <= 0.5f * previous) {
+      if (p.settle && settling.settled(t, progress.spread)) {
         return {t, p.iterations, base, progress.even};
       }
     }
@@ -755,7 +773,7 @@ struct Solver {
           statistics.total = across_lanes(size, Add{});
           tell(statistics);
         });
-    exchange<Add>(statistics, [&](int j, float sum) { return dg()[j] = sum; });
+    exchange<Add>(statistics, [&](int j, float sum, Range&) { return dg()[j] = sum; });
   }
 
   // The recursion from df and dg, iteration by iteration:
@@ -804,9 +822,9 @@ struct Solver {
         sweep_columns<Add>(
             [&](float total, int r, int, float x) { return total + u_of[r] * x; });
       }
-      const Range range = exchange<Add>(none, [&](int j, float sum) {
-        return dg()[j] = j < n ? -old_v[j] * sum : 0;
-      });
+      const Range range = exchange<Add>(none, [&](int j, float sum, Range&) {
+                            return dg()[j] = j < n ? -old_v[j] * sum : 0;
+                          }).numbers;
       if (base != old_base) {
         source.fill(*this);
         build(h.a(old_base) + first, h.b(old_base));
