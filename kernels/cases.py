@@ -22,6 +22,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 
 from ..ops import OPS, coupling
+from ..ops.monce import KEPT
 from ..reference.coupling import BlockWeights
 from ..workloads import CHANNELS, PATCH_SIZE, STRIDE
 
@@ -190,6 +191,7 @@ def _sinkhorn() -> Cases:
 
 def _monce() -> Cases:
     op, grad = OPS["monce"].implementation("triton"), _empty(TOP_M, PATCHES)
+    state = _empty(TOP_M, 1 + 4 * KEPT, PATCHES, dtype=torch.int32)
     for dtype in TYPES:
         q = _empty(TOP_M, PATCHES, DIMENSION, dtype=dtype)
         for cost, epsilon, gradient in (
@@ -202,7 +204,7 @@ def _monce() -> Cases:
             options = (0.07, epsilon, 50, 1.0, cost, gradient)
             label = f"{str(dtype).removeprefix('torch.')} {cost} {gradient} epsilon {epsilon:g}"
             yield f"forward, {label}", op.forward, (q, q, *options)
-            yield f"backward, {label}", op.differentiate, (grad, q, q, *options)
+            yield f"backward, {label}", op.differentiate, (grad, q, q, state, *options)
 
 
 def _dec() -> Cases:

@@ -1,11 +1,11 @@
 """The patch contrastive loss with transported negatives, and its gradient. See
 mghf_fast/reference/monce.py for the mathematics and kernels/sinkhorn.py for plans and exponents.
 
-A number of maps at a time: s = q k^T is computed once, into a buffer that the passes of Sinkhorn's
-iterations read (a pass needs whole rows before it can add to the columns, so that products made
-anew would have to be made twice per pass: 50 us of tensor cores against 23 us of memory). The
-buffer holds as many maps as keep a GPU busy, however many there are; the plan, its logarithm and
-the gradient of s are never stored.
+As many maps at a time as memory has room for: s = q k^T is computed once, into a buffer that the
+passes of Sinkhorn's iterations read (a pass needs whole rows before it can add to the columns, so
+that products made anew would have to be made twice per pass: 50 us of tensor cores against 23 us of
+memory). The plan, its logarithm and the gradient of s are never stored. The forward leaves the
+potentials of the iterations, so that the backward makes none of them again.
 """
 
 from __future__ import annotations
@@ -276,15 +276,17 @@ def query_gradient_kernel(
 
 # ---- launches ----
 
-SMALLEST_BUFFER = 256 << 20
-"""Bytes that the buffer of the similarities may have if eight maps take less."""
+SHARE = 16
+LEAST_BUFFER, MOST_BUFFER = 256 << 20, 2 << 30
+"""The maps at a time take a part 1 / SHARE of a device's memory, within these bytes."""
 
 
 @functools.cache
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 2
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+def _buffer(device: torch.device) -> int:
+    total = 0
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+    return min(max(total // SHARE, LEAST_BUFFER), MOST_BUFFER)
 
 
 def _pitch(n: int) -> int:
@@ -292,10 +294,10 @@ def _pitch(n: int) -> int:
     return -(-n // 16) * 16
 
 
-def _maps_at_a_time(b: int, n: int, device: torch.device) -> int:
-    """As many as there are multiprocessors, for each takes one, unless they are very large."""
-    fitting = SMALLEST_BUFFER // (4 * n * _pitch(n))
-    return min(b, max(8, min(fitting, _processors(device))))
+def _maps_at_a_time(b: int, n: int, iterates: int, device: torch.device) -> int:
+    """As many as the buffer has room for, with their similarities and so many iterates."""
+    of_a_map = 4 * n * (_pitch(n) + 6 * iterates + 4)
+    return min(b, max(1, _buffer(device) // of_a_map))
 
 
 def _product_precision(dtype: torch.dtype, epsilon: float, temperature: float) -> str:
@@ -378,18 +380,24 @@ def monce(
     negative_weight: float,
     cost: str,
     plan_gradient: str,
-) -> Tensor:
-    """The losses (B, N), float32."""
+    kept: int,
+) -> tuple[Tensor, Tensor]:
+    """The losses (B, N), float32, and the state for the backward, (B, 1 + 4 kept, N)."""
     b, n, _ = query.shape
+    shape = (b, 1 + 4 * kept, n)
     if n == 1:  # no negatives, no loss
-        return (query.float() * key.float()).sum(2) * 0
+        losses = (query.float() * key.float()).sum(2) * 0
+        return losses, torch.zeros(shape, dtype=torch.int32, device=query.device)
+    state = torch.empty(shape, dtype=torch.int32, device=query.device)
     losses = torch.empty((b, n), dtype=torch.float32, device=query.device)
     with launch.on_device_of(query):
-        size = _maps_at_a_time(b, n, query.device)
+        size = _maps_at_a_time(b, n, kept + 2, query.device)
         for start in range(0, b, size):
             chosen = slice(start, min(b, start + size))
             s = _similarities(query[chosen], key[chosen], epsilon, temperature)
-            potentials, steps = solve(s, cost, epsilon, iterations, None, False, settle=True)
+            potentials, steps = solve(
+                s, cost, epsilon, iterations, None, False, settle=True, leave=state[chosen]
+            )
             _weigh(
                 losses[chosen],
                 s,
@@ -401,13 +409,14 @@ def monce(
                 negative_weight,
                 cost,
             )
-    return losses
+    return losses, state
 
 
 def monce_backward(
     grad: Tensor,
     query: Tensor,
     key: Tensor,
+    state: Tensor,
     temperature: float,
     epsilon: float,
     iterations: int,
@@ -425,12 +434,14 @@ def monce_backward(
     options = _gradient_options(depth)
     blocks = launch.blocks(n, options["BLOCK_M"]) * launch.blocks(depth, options["BLOCK_D"])
     with launch.on_device_of(query):
-        size = _maps_at_a_time(b, n, query.device)
+        size = _maps_at_a_time(b, n, iterations + 1 if exact else 2, query.device)
         for start in range(0, b, size):
             chosen = slice(start, min(b, start + size))
             keys = key[chosen]
             s = _similarities(query[chosen], keys, epsilon, temperature)
-            potentials, steps = solve(s, cost, epsilon, iterations, None, exact, settle=True)
+            potentials, steps = solve(
+                s, cost, epsilon, iterations, None, exact, settle=True, take=state[chosen]
+            )
             statistics = torch.empty((s.shape[0], 4, n), dtype=torch.float32, device=s.device)
             _weigh(
                 statistics,

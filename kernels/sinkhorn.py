@@ -196,6 +196,53 @@ def settle(spread: tl.tensor, previous: tl.tensor, rest: tl.tensor, rate: tl.ten
     return rate * rest <= REST * (1.0 - rate), rest, rate
 
 
+# ---- what the forward of `monce` leaves for its backward ----
+#
+# (B, 1 + 4 kept, N), int32: the number of iterations made, or 0 if the backward is to make them
+# again (they were more than fit), and the potentials after each, as in the history.
+
+
+@triton.jit
+def leave_state(
+    state: tl.tensor,
+    history: tl.tensor,
+    made: tl.tensor,
+    kept: tl.tensor,
+    slots: tl.tensor,
+    columns: tl.tensor,
+    n: tl.tensor,
+) -> None:
+    fitting = tl.where(made <= kept, made, 0)
+    first = tl.where(columns == 0, fitting, 0)
+    tl.store(state + columns, first, mask=columns < n)
+    tl.debug_barrier()  # f is read by other threads than those that stored it
+    for t in range(1, kept + 1):
+        for which in tl.static_range(4):
+            given = history + (t % slots) * 4 * n + which * n + columns
+            x = tl.load(given, mask=columns < tl.where(t <= fitting, n, 0), other=0.0)
+            to = state + (1 + 4 * (t - 1) + which) * n + columns
+            tl.store(to, x.to(tl.int32, bitcast=True), mask=columns < n)
+
+
+@triton.jit
+def take_state(
+    history: tl.tensor,
+    state: tl.tensor,
+    slots: tl.tensor,
+    columns: tl.tensor,
+    n: tl.tensor,
+) -> Any:
+    """Puts what was left into the history; returns the number of iterations made."""
+    made = tl.load(state)
+    for t in range(1, made + 1):
+        for which in tl.static_range(4):
+            given = state + (1 + 4 * (t - 1) + which) * n + columns
+            x = tl.load(given, mask=columns < n, other=0)
+            to = history + (t % slots) * 4 * n + which * n + columns
+            tl.store(to, x.to(tl.float32, bitcast=True), mask=columns < n)
+    return made
+
+
 # ---- the potentials ----
 #
 # One program per matrix, one pass over it per iteration. B = 1 image, 128 maps of N = 441, float32:
@@ -250,11 +297,13 @@ def solve_kernel(
     similarity: tl.tensor,
     potentials: tl.tensor,
     steps: tl.tensor,
+    state: tl.tensor,
     stride_b: tl.tensor,
     stride_i: tl.tensor,
     stride_j: tl.tensor,
     n: tl.tensor,
     slots: tl.tensor,
+    kept: tl.tensor,
     iterations: tl.tensor,
     tolerance: tl.tensor,
     factor: tl.tensor,
@@ -263,10 +312,12 @@ def solve_kernel(
     COST: tl.constexpr,
     HAS_TOLERANCE: tl.constexpr,
     SETTLE: tl.constexpr,
+    STATE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:
+    """STATE: "leave" or "take" that of `monce`, or neither."""
     b = tl.program_id(0).to(tl.int64)
     matrix = similarity + b * stride_b
     history = potentials + b * slots * 4 * n
@@ -283,6 +334,9 @@ def solve_kernel(
     spread = factor * 0.0 + 1.0
     left = spread
     rate = spread
+    if STATE == "take":
+        t = take_state(history, state + b * (1 + 4 * kept) * n, slots, columns, n)
+        stopped = tl.where(t > 0, 1, 0)
     while (t < iterations) & (stopped == 0):
         old = history + (t % slots).to(tl.int64) * 4 * n
         new = history + ((t + 1) % slots).to(tl.int64) * 4 * n
@@ -359,6 +413,8 @@ def solve_kernel(
                 t -= 1
     tl.store(steps + 2 * b, t)  # iterations made, and how many they stand for
     tl.store(steps + 2 * b + 1, tl.where(stopped == 1, iterations, t))
+    if STATE == "leave":
+        leave_state(state + b * (1 + 4 * kept) * n, history, t, kept, slots, columns, n)
 
 
 # ---- the plan ----
@@ -633,8 +689,9 @@ def _pass_options(n: int, elements: int, stages: int) -> dict[str, Any]:
     return {**blocks, "STAGES": stages, **many, "num_stages": 2}
 
 
-def _solve_options(n: int, cost: str, tolerance: bool) -> dict[str, Any]:
-    return _pass_options(n, 4096 if tolerance or cost == "exp" else 8192, 2)
+def _solve_options(n: int, cost: str, extra: bool) -> dict[str, Any]:
+    """``extra``: whether a tolerance or a state takes registers too."""
+    return _pass_options(n, 4096 if extra or cost == "exp" else 8192, 2)
 
 
 def _recursion_options(n: int) -> dict[str, Any]:
@@ -648,30 +705,41 @@ def solve(
     iterations: int,
     tolerance: float | None,
     keep: bool,
+    *,
     settle: bool = False,
+    leave: Tensor | None = None,
+    take: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The potentials (B, slots, 4, N): integer and rest of f and of g after iteration t in slot
     t % slots, every one if ``keep``, else the last two; and (B, 2) counts: the iterations made, and
     how many they stand for. With ``settle`` they end where those to come would change nothing that
-    counts. Needs N > 1."""
+    counts. ``leave``: where the state for the backward goes; ``take``: what was left there, so that
+    hardly an iteration is made. Needs N > 1."""
     b, n, _ = similarity.shape
+    state = leave if take is None else take
+    kept = 0 if state is None else (state.shape[1] - 1) // 4
     slots = iterations + 1 if keep else 2
+    if leave is not None:
+        slots = max(slots, kept + 2)
     potentials = torch.empty((b, slots, 4, n), dtype=torch.float32, device=similarity.device)
     steps = torch.empty((b, 2), dtype=torch.int32, device=similarity.device)
     solve_kernel[(b,)](
         similarity,
         potentials,
         steps,
+        steps if state is None else state,
         *similarity.stride(),
         n,
         slots,
+        kept,
         iterations,
         0.0 if tolerance is None else tolerance,
         *exponent_scale(cost, epsilon),
         COST=cost,
         HAS_TOLERANCE=tolerance is not None,
         SETTLE=settle,
-        **_solve_options(n, cost, tolerance is not None),
+        STATE="none" if state is None else "leave" if take is None else "take",
+        **_solve_options(n, cost, tolerance is not None or state is not None),
     )
     return potentials, steps
 

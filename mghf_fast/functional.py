@@ -404,7 +404,7 @@ def monce_loss(
     check.check_number("negative_weight", negative_weight, positive=True)
     check.check_choice("cost", cost, _sinkhorn.COSTS)
     check.check_choice("plan_gradient", plan_gradient, _monce.PLAN_GRADIENTS)
-    losses: Tensor = ops.monce.monce(
+    losses, _ = ops.monce.monce(
         query,
         key.detach(),
         float(temperature),

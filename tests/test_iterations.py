@@ -66,7 +66,7 @@ def test_what_is_left(rate: float) -> None:
     changes = 0.3 * rate ** np.arange(200)
     rounded = changes + 2e-6 * (1 + np.random.default_rng(0).random(200)) / 2
     for spreads, most in ((changes, 1.001), (rounded, 2)):  # a fifth of CLEAN is rounding here
-        made = iterations.settled(spreads)
+        made = iterations.settled(spreads.tolist())
         assert changes[made:].sum() <= most * iterations.REST
         assert made <= 3 or changes[made - 2 :].sum() > 0.2 * iterations.REST
 

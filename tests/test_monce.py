@@ -205,6 +205,32 @@ def test_photographs(backend: str, extractor: str, size: int) -> None:
     assert contract.relative_error(grad, reference.monce_backward(*given, *OPTIONS)) <= 1e-5
 
 
+@pytest.mark.parametrize("plan_gradient", reference.PLAN_GRADIENTS)
+def test_the_backward_makes_no_iteration_again(backend: str, plan_gradient: str) -> None:
+    """It takes what the forward left: with another map's its gradient is another one. Without any it
+    makes the iterations itself."""
+    query, key = pair(2, 19, 16)
+    options = (*OPTIONS[:-1], plan_gradient)
+    losses, state = ops.monce.monce(query, key, *options, backend)
+    upstream = torch.randn_like(losses)
+
+    def gradient(state: Tensor) -> Tensor:
+        grad: Tensor = ops.monce.monce_backward(upstream, query, key, state, *options, backend)
+        return grad
+
+    got, made = gradient(state), state[:, 0, 0]
+    again = gradient(torch.zeros_like(state))
+    torch.testing.assert_close(got, again, rtol=1e-5, atol=1e-6)
+    if backend == "reference":
+        assert (made == 0).all()
+        return
+    assert (made > 1).all() and (made <= ops.monce.KEPT).all()
+    assert contract.relative_error(gradient(state.flip(0)), got) > 1e-2
+    # Slow maps leave nothing that does not fit.
+    _, state = ops.monce.monce(*clusters(30, 3, 0.2), 0.07, 0.05, *OPTIONS[2:], backend)
+    assert ((state[:, 0, 0] == 0) | (state[:, 0, 0] > 1)).all()
+
+
 @pytest.mark.parametrize("iterations", [1, 2, 7, 50])
 @pytest.mark.parametrize("epsilon", [1.0, 0.1, 0.005])
 def test_slow_convergence(backend: str, epsilon: float, iterations: int) -> None:
@@ -270,7 +296,8 @@ def test_layouts_of_the_upstream_gradient(backend: str) -> None:
     upstream = torch.randn(3, 5)
     for _, strided in (*contract.batch_layouts(upstream), *contract.expanded(upstream)):
         expected = reference.monce_backward(strided, query, key, *OPTIONS)
-        got = ops.monce.monce_backward(strided, query, key, *OPTIONS, backend)
+        _, state = ops.monce.monce(query, key, *OPTIONS, backend)
+        got = ops.monce.monce_backward(strided, query, key, state, *OPTIONS, backend)
         assert contract.relative_error(got, expected) <= 1e-5
 
 
@@ -424,6 +451,7 @@ needs_kernels = pytest.mark.skipif(
         ("negative_weight", {"negative_weight": torch.inf}),
         ("cost", {"cost": "soft"}),
         ("plan_gradient", {"plan_gradient": "none"}),
+        ("kept", {"kept": 51}),
     ],
 )
 def test_bad_arguments_are_named(argument: str, change: dict[str, object]) -> None:
@@ -436,12 +464,25 @@ def test_bad_arguments_are_named(argument: str, change: dict[str, object]) -> No
         "negative_weight": 1.0,
         "cost": "hard",
         "plan_gradient": "exact",
+        "kept": 6,
     }
     arguments.update(change)
     with pytest.raises(RuntimeError, match=f"{argument} (is|has)"):
         torch.ops.mghf_native.monce(**arguments)
+    if argument == "kept":
+        return
+    del arguments["kept"]
+    state = torch.zeros(2, 25, 3, dtype=torch.int32)
     with pytest.raises(RuntimeError, match=f"{argument} (is|has)"):
-        torch.ops.mghf_native.monce_backward(torch.zeros(2, 3), **arguments)
+        torch.ops.mghf_native.monce_backward(torch.zeros(2, 3), state=state, **arguments)
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", [(2, 25, 4), (1, 25, 3), (2, 24, 3)])
+def test_a_state_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
+    query, state = torch.zeros(2, 3, 4), torch.zeros(shape, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="state has shape"):
+        torch.ops.mghf_native.monce_backward(torch.zeros(2, 3), query, query, state, *OPTIONS)
 
 
 @needs_kernels

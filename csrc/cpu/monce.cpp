@@ -8,7 +8,7 @@
 //   loss_i = softplus(x_i),  x_i = (max_j s_ij - s_ii) / t + ln(Q (N-1) u_i sum_j w_ij):
 // nothing overflows, whatever the temperature, and small losses keep their digits.
 //
-// Backward. s, u and v again; row weights r_i = grad_i sigmoid(x_i); the gradient of log plan is
+// Backward. s again, u and v as the forward left them; row weights r_i = grad_i sigmoid(x_i); the gradient of log plan is
 // W_ij = r_i w_ij / sum_j w_ij, whose rows add up to r_i. Then Gradient's recursion through the
 // iterations, and, row block by row block and never as a matrix,
 //   ds_ij = W_ij / t + (W_ij - K_ij c_ij) dscore/ds / epsilon,  ds_ii = -r_i / t,  dq = ds k.
@@ -226,9 +226,14 @@ struct Map {
   }
 
   // Solves for the plan; returns how many iterations that took, -1 if nothing can be told.
-  int64_t solve() const {
+  int64_t solve(const KeptIterates& kept) const {
     pack_key(false);
-    return solver.solve([&](int64_t i) { return compare(i); });
+    return solver.solve([&](int64_t i) { return compare(i); }, &kept);
+  }
+  // The same, from what that left.
+  int64_t resume(const KeptIterates& kept) const {
+    pack_key(false);
+    return solver.resume([&](int64_t i) { return compare(i); }, kept);
   }
 
   // ---- the weights of the negatives ----
@@ -469,7 +474,7 @@ struct Map {
 // ---- entry points ----
 
 void forward(const MonceOptions& options, MatrixView query, MatrixView key, float* losses,
-             void* workspace) {
+             KeptIterates kept, void* workspace) {
   const int64_t n = options.sinkhorn.size;
   if (n == 1) {  // no negatives, no loss
     float product = 0;
@@ -477,11 +482,12 @@ void forward(const MonceOptions& options, MatrixView query, MatrixView key, floa
       product += query.data[d * query.column_stride] * key.data[d * key.column_stride];
     }
     *losses = product * 0;
+    kept.clear(n);
     return;
   }
   Arena arena{static_cast<char*>(workspace)};
   const Map map(options, query, key, false, arena);
-  const int64_t t = map.solve();
+  const int64_t t = map.solve(kept);
   if (t < 0) {
     for (int64_t i = 0; i < n; ++i) losses[i] = kNaN;
     return;
@@ -494,7 +500,7 @@ void forward(const MonceOptions& options, MatrixView query, MatrixView key, floa
 }
 
 void backward(const MonceOptions& options, VectorView grad, MatrixView query, MatrixView key,
-              float* grad_query, void* workspace) {
+              KeptIterates kept, float* grad_query, void* workspace) {
   const int64_t n = options.sinkhorn.size, depth = options.depth;
   if (n == 1) {
     for (int64_t d = 0; d < depth; ++d) {
@@ -504,7 +510,7 @@ void backward(const MonceOptions& options, VectorView grad, MatrixView query, Ma
   }
   Arena arena{static_cast<char*>(workspace)};
   const Map map(options, query, key, true, arena);
-  const int64_t t = map.solve();
+  const int64_t t = map.resume(kept);
   if (t < 0) {
     for (int64_t i = 0; i < n * depth; ++i) grad_query[i] = kNaN;
     return;

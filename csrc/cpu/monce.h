@@ -22,9 +22,9 @@ struct VectorView {
 struct MonceKernels {
   size_t (*workspace_bytes)(const MonceOptions&, bool backward);
   void (*forward)(const MonceOptions&, MatrixView query, MatrixView key, float* losses,
-                  void* workspace);
+                  KeptIterates kept, void* workspace);
   void (*backward)(const MonceOptions&, VectorView grad, MatrixView query, MatrixView key,
-                   float* grad_query, void* workspace);
+                   KeptIterates kept, float* grad_query, void* workspace);
 };
 
 extern const MonceKernels monce_default, monce_avx2, monce_avx512;

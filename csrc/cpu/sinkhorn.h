@@ -23,6 +23,22 @@ struct MatrixView {
   int64_t column_stride;
 };
 
+// What the forward of `monce` leaves for its backward, a map's piece of the op's tensor: rows of N numbers. The first
+// has how many iterations were made, 0 if the backward is to find out itself; of the rest each of the
+// first iterations has four, u and v and room that other backends need.
+struct KeptIterates {
+  int32_t* rows;
+  int64_t slots;
+
+  int32_t& made() const { return rows[0]; }
+  float* vector(int64_t t, int64_t which, int64_t n) const {
+    return reinterpret_cast<float*>(rows + (1 + 4 * (t - 1) + which) * n);
+  }
+  void clear(int64_t n) const {
+    __builtin_memset(rows, 0, static_cast<size_t>((1 + 4 * slots) * n) * sizeof(int32_t));
+  }
+};
+
 // Kernels work on one matrix, with a caller's scratch memory, 64-byte aligned.
 struct SinkhornKernels {
   size_t (*workspace_bytes)(const SinkhornOptions&, bool backward);

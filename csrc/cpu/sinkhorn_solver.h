@@ -356,19 +356,48 @@ struct Solver {
     for (int64_t j = n; j < padded; ++j) new_b[j] = 0;
   }
 
-  // Runs the iterations; returns how many counted, or -1 if the similarities cannot be handled.
-  // prepare(i) computes the similarities of rows i to i + kRows if use.computed (see above).
-  // With use.settle the iterations end where those to come would change nothing that counts: their u
-  // and v are taken to equal the last ones.
+  // The iterate before the first, and K. False if the similarities cannot be handled.
   template <class Prepare>
-  int64_t solve(const Prepare& prepare) const {
+  bool start(const Prepare& prepare) const {
     for (int64_t j = 0; j < padded; ++j) {
       padding[j] = j < n ? 0.0f : 1.0f;
       u(0)[j] = v(0)[j] = 1;
       a(0)[j] = b(0)[j] = 0;
     }
     base_of[0] = 0;
-    if (!(use.computed ? build_computed_kernel(prepare) : build_kernel(0, true))) return -1;
+    return use.computed ? build_computed_kernel(prepare) : build_kernel(0, true);
+  }
+
+  // As solve(), from the iterates that it left: those that found no room are made again.
+  template <class Prepare>
+  int64_t resume(const Prepare& prepare, const KeptIterates& kept) const {
+    const int64_t made = kept.made();
+    if (made < 1 || made > options.iterations) return solve(prepare);
+    if (!start(prepare)) return -1;
+    for (int64_t t = 1; t <= made; ++t) {
+      base_of[t] = 0;
+      float error = 0;
+      if (t > kept.slots) {
+        if (!iterate_fast(t, &error)) return solve(prepare);
+        continue;
+      }
+      for (int64_t j = 0; j < padded; ++j) {
+        u(t)[j] = j < n ? kept.vector(t, 0, n)[j] : 1;
+        v(t)[j] = j < n ? kept.vector(t, 1, n)[j] : 1;
+      }
+    }
+    return made;
+  }
+
+  // Runs the iterations; returns how many counted, or -1 if the similarities cannot be handled.
+  // prepare(i) computes the similarities of rows i to i + kRows if use.computed (see above).
+  // With use.settle the iterations end where those to come would change nothing that counts: their u
+  // and v are taken to equal the last ones.
+  // Leaves iterates in `kept`, if given, unless K stood on several bases.
+  template <class Prepare>
+  int64_t solve(const Prepare& prepare, const KeptIterates* kept = nullptr) const {
+    if (kept != nullptr) kept->clear(n);
+    if (!start(prepare)) return -1;
     Settling settling;
     for (int64_t t = 1; t <= options.iterations; ++t) {
       int64_t current = base(t - 1);
@@ -379,6 +408,12 @@ struct Solver {
       if (options.has_tolerance && t > 1 && error <= options.tolerance) return t - 1;
       if (!fast) build_kernel(++current, false);
       base_of[t] = current;
+      if (kept != nullptr) kept->made() = current == 0 ? static_cast<int32_t>(t) : 0;
+      if (kept != nullptr && current == 0 && t <= kept->slots) {
+        const auto bytes = static_cast<size_t>(n) * sizeof(float);
+        __builtin_memcpy(kept->vector(t, 0, n), u(t), bytes);
+        __builtin_memcpy(kept->vector(t, 1, n), v(t), bytes);
+      }
       if (use.settle && current == 0 &&
           settling.settled(static_cast<int>(t), spread_of_changes(t))) {
         return t;

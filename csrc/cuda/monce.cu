@@ -239,7 +239,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   using S = Solver<kWords, kOnChip>;
   S s(p, shared);
   const Products source{query, key};
-  const auto solution = s.solve(source);
+  const auto solution = losses != nullptr ? s.solve(source, true) : s.resume(source);
+  if (losses != nullptr) s.finish_leaving(solution);
   const int depth = static_cast<int>(query.columns);
   const int64_t start = s.map * static_cast<int64_t>(s.n);
   if (solution.made < 0) {
@@ -312,9 +313,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // N = 1: no negatives, no loss; NaN stays NaN.
 __global__ void __launch_bounds__(kThreads)
-    single_losses(Matrices query, Matrices key, float* result) {
+    single_losses(Matrices query, Matrices key, float* result, KeptIterates kept) {
   const int64_t b = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (b >= query.batch) return;
+  for (int64_t i = 0; i < kept.numbers(1); ++i) kept.of_map(b, 1).rows[i] = 0;
   with_element(query.element, [&](auto element) {
     const auto q = query.matrix<decltype(element)>(b), k = key.matrix<decltype(element)>(b);
     float product = 0;
@@ -368,15 +370,17 @@ const char* monce_workspace_bytes(int64_t batch, int64_t size, const MonceOption
 }
 
 const char* monce(const Matrices& query, const Matrices& key, const MonceOptions& options,
-                  float* result, void* workspace, Stream stream) {
+                  float* result, int* state, int slots, void* workspace, Stream stream) {
   const int64_t n = query.rows, batch = query.batch;
+  const KeptIterates kept{state, slots};
   if (n == 1) {
-    return launch(single_losses, {blocks_for(batch), kThreads}, stream, query, key, result);
+    return launch(single_losses, {blocks_for(batch), kThreads}, stream, query, key, result,
+                  kept);
   }
   Division division;
   const char* const error = divide(n, division);
   if (error != nullptr) return error;
-  const Problem p = problem_of(n, options.transport, division, batch, true, false, workspace);
+  const Problem p = problem_of(n, options.transport, division, batch, true, false, workspace, kept);
   return with_solver(division, [&]<int kWords, bool kOnChip>(Solver<kWords, kOnChip>*) {
     return launch(contrast<kWords, kOnChip>, grid_of(division, batch), stream, p,
                   terms_of(options, n), Matrices{}, query, key, result, nullptr);
@@ -384,8 +388,8 @@ const char* monce(const Matrices& query, const Matrices& key, const MonceOptions
 }
 
 const char* monce_backward(const Matrices& grad, const Matrices& query, const Matrices& key,
-                           const MonceOptions& options, void* grad_query, void* workspace,
-                           Stream stream) {
+                           const int* state, int slots, const MonceOptions& options,
+                           void* grad_query, void* workspace, Stream stream) {
   const int64_t n = query.rows, batch = query.batch;
   if (n == 1) {
     return launch(single_gradients, {blocks_for(batch * query.columns), kThreads}, stream, grad,
@@ -395,7 +399,9 @@ const char* monce_backward(const Matrices& grad, const Matrices& query, const Ma
   const char* const error = divide(n, division);
   if (error != nullptr) return error;
   const bool exact = differentiates_plan(options, n);
-  const Problem p = problem_of(n, options.transport, division, batch, true, exact, workspace);
+  const KeptIterates kept{const_cast<int*>(state), slots};  // is only read
+  const Problem p =
+      problem_of(n, options.transport, division, batch, true, exact, workspace, kept);
   return with_solver(division, [&]<int kWords, bool kOnChip>(Solver<kWords, kOnChip>*) {
     return launch(contrast<kWords, kOnChip>, grid_of(division, batch), stream, p,
                   terms_of(options, n), grad, query, key, nullptr, grad_query);

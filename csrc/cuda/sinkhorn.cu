@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   MGHF_DYNAMIC_SHARED(float, shared);
   Solver<kWords, kOnChip> s(p, shared);
   const Given source{similarity};
-  const auto solution = s.solve(source);
+  const auto solution = s.solve(source, false);
   const float *const u = s.u(solution.made), *const v = s.v(solution.made);
   if (plan != nullptr) {
     with_element(similarity.element, [&](auto element) {

@@ -127,6 +127,23 @@ struct History {
   __device__ int& last() const { return counts[2]; }
 };
 
+// What the forward of `monce` leaves for its backward, the op's tensor: rows of n numbers for each map.
+// The first has how many iterations were made, 0 if the backward is to make them itself; of the rest
+// each of the first iterations has four, u and v and room that other backends need.
+struct KeptIterates {
+  int* rows = nullptr;
+  int slots = 0;
+
+  __host__ __device__ int64_t numbers(int64_t n) const { return (1 + 4 * int64_t{slots}) * n; }
+  __device__ KeptIterates of_map(int64_t map, int64_t n) const {
+    return {rows + map * numbers(n), slots};
+  }
+  __device__ int& made() const { return rows[0]; }
+  __device__ float* vector(int t, int which, int64_t n) const {
+    return reinterpret_cast<float*>(rows + (1 + 4 * (t - 1) + which) * n);
+  }
+};
+
 struct Problem {
   int n, iterations;
   TransportCost cost;
@@ -137,10 +154,12 @@ struct Problem {
   float* streamed;  // K and vectors of each matrix, where they are not on chip
   float* history;   // null unless the gradient is wanted
   int64_t history_floats;
+  KeptIterates kept;  // of all maps; none for plans
 };
 
 inline Problem problem_of(int64_t n, const TransportOptions& options, const Division& division,
-                          int64_t batch, bool settle, bool backward, void* workspace) {
+                          int64_t batch, bool settle, bool backward, void* workspace,
+                          KeptIterates kept = {}) {
   float* const memory = static_cast<float*>(workspace);
   return {static_cast<int>(n),
           static_cast<int>(options.iterations),
@@ -152,7 +171,8 @@ inline Problem problem_of(int64_t n, const TransportOptions& options, const Divi
           division,
           memory,
           backward ? memory + batch * division.streamed() : nullptr,
-          backward ? History::floats(n, options.iterations) : 0};
+          backward ? History::floats(n, options.iterations) : 0,
+          kept};
 }
 
 inline int64_t solver_bytes(int64_t batch, int64_t n, int64_t iterations, bool backward,
@@ -703,11 +723,56 @@ struct Solver {
     bool even;  // K stands on the first base, and v has no wide range
   };
 
-  // Runs the iterations. source.fill(solver) puts the similarities of the block's rows into the
-  // area, at which no thread looks any more, and then is a barrier of the block. Those on the
-  // diagonal do not matter.
+  // Leaves iterate t for the backward; the threads that keep_u() and keep_v() wrote it.
+  __device__ __forceinline__ void leave(int t) const {
+    if (t > p.kept.slots) return;
+    const KeptIterates kept = p.kept.of_map(map, n);
+    for_rows([&](int r) {
+      if (lane == 0 && first + r < n) kept.vector(t, 0, n)[first + r] = u(t)[r];
+    });
+    if (rank != 0) return;
+    for (int j = thread; j < n; j += threads) kept.vector(t, 1, n)[j] = v(t)[j];
+  }
+  // Ends what was left: how many, and zeros where there is nothing.
+  __device__ __forceinline__ void finish_leaving(const Solution& solution) const {
+    if (rank != 0) return;
+    const KeptIterates kept = p.kept.of_map(map, n);
+    const int left = solution.base == 0 && solution.made > 0 ? solution.made : 0;
+    const int made = left <= kept.slots ? left : 0;
+    for (int j = thread; j < n; j += threads) kept.rows[j] = j == 0 ? made : 0;
+    for (int t = 1; t <= kept.slots; ++t) {
+      for (int which = t <= left ? 2 : 0; which < 4; ++which) {
+        for (int j = thread; j < n; j += threads) kept.vector(t, which, n)[j] = 0;
+      }
+    }
+  }
+
+  // As solve(), from the iterates that were left, if they were.
   template <class Source>
-  __device__ __forceinline__ Solution solve(const Source& source) {
+  __device__ __forceinline__ Solution resume(const Source& source) {
+    const KeptIterates kept = p.kept.of_map(map, n);
+    const int made = kept.made();
+    if (made < 1 || made > kept.slots) return solve(source, false);
+    start(source);
+    for (int t = 1; t <= made; ++t) {
+      for_rows([&](int r) {
+        if (first + r < n) keep_u(kept.vector(t, 0, n)[first + r], t, r);
+      });
+      for (int j = thread; j < pitch; j += threads) {
+        keep_v(j < n ? kept.vector(t, 1, n)[j] : 0, t, j);
+      }
+      if (p.history != nullptr && rank == 0 && thread == 0) history().base(t) = 0;
+    }
+    Ranges ranges;
+    for (int j = thread; j < n; j += threads) ranges.numbers.take(v(made)[j]);
+    ranges = ranges_of_block(ranges, warp_ranges);
+    return {made, p.iterations, 0, ranges.numbers.most <= 1e6f * ranges.numbers.least};
+  }
+
+  // The iterate before the first, and K on the first base. The statistics tell of similarities that
+  // cannot be handled.
+  template <class Source>
+  __device__ __forceinline__ Statistics start(const Source& source) {
     for (int r = thread; r < rows; r += threads) u(0)[r] = 1;
     for (int j = thread; j < pitch; j += threads) {
       keep_v(1, 0, j);
@@ -719,6 +784,16 @@ struct Solver {
     __syncwarp();
     build(a(0), b(0));
     keep_base(0);
+    return statistics;
+  }
+
+  // Runs the iterations. source.fill(solver) puts the similarities of the block's rows into the
+  // area, at which no thread looks any more, and then is a barrier of the block. Those on the
+  // diagonal do not matter.
+  // Leaves iterates for a backward if `leaving`.
+  template <class Source>
+  __device__ __forceinline__ Solution solve(const Source& source, bool leaving) {
+    const Statistics statistics = start(source);
     int base = 0;
     bool even = false;
     Settling settling;
@@ -736,6 +811,7 @@ struct Solver {
       if (p.history != nullptr && rank == 0 && thread == 0) history().base(t) = base;
       even = base == 0 && progress.even;
       if (base > 0) continue;
+      if (leaving) leave(t);
       if (p.settle && settling.settled(t, progress.spread)) {
         return {t, p.iterations, base, progress.even};
       }

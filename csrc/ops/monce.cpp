@@ -1,6 +1,7 @@
 // The native op `monce`: schemas, argument checks, the calls of its kernels.
 
 #include <string>
+#include <tuple>
 
 #include <torch/csrc/stable/library.h>
 
@@ -44,25 +45,36 @@ mghf::MonceOptions check_monce(const Tensor& query, const Tensor& key, double te
 // The number of maps that have patches.
 int64_t count(const Tensor& batch) { return batch.size(1) == 0 ? 0 : batch.size(0); }
 
-Tensor monce(const Tensor& query, const Tensor& key, double temperature, double epsilon,
-             int64_t iterations, double negative_weight, const std::string& cost,
-             const std::string& plan_gradient) {
+mghf::KeptIterates kept_of(int32_t* state, int64_t b, int64_t slots, int64_t patches) {
+  return {state + b * (1 + 4 * slots) * patches, slots};
+}
+
+std::tuple<Tensor, Tensor> monce(const Tensor& query, const Tensor& key, double temperature,
+                                 double epsilon, int64_t iterations, double negative_weight,
+                                 const std::string& cost, const std::string& plan_gradient,
+                                 int64_t kept) {
+  STD_TORCH_CHECK(kept >= 0 && kept <= iterations, "kept is ", kept, "; allowed is 0 to ",
+                  iterations);
   const auto options = check_monce(query, key, temperature, epsilon, iterations, negative_weight,
                                    cost, plan_gradient);
   const auto& kernels = MGHF_KERNELS_OF(monce);
   const int64_t patches = query.size(1), shape[] = {query.size(0), patches};
   Tensor losses = new_tensor(query, shape);
+  Tensor state =
+      new_tensor(query, {query.size(0), 1 + 4 * kept, patches}, mghf::ScalarType::Int);
   float* out = losses.mutable_data_ptr<float>();
+  int32_t* const left = state.mutable_data_ptr<int32_t>();
   mghf::for_each(count(query), kernels.workspace_bytes(options, false),
                  [&](int64_t b, void* workspace) {
                    kernels.forward(options, matrix(query, b), matrix(key, b), out + b * patches,
-                                   workspace);
+                                   kept_of(left, b, kept, patches), workspace);
                  });
-  return losses;
+  return {losses, state};
 }
 
+// `state` as the forward left it for the same arguments.
 Tensor monce_backward(const Tensor& grad, const Tensor& query, const Tensor& key,
-                      double temperature, double epsilon, int64_t iterations,
+                      const Tensor& state, double temperature, double epsilon, int64_t iterations,
                       double negative_weight, const std::string& cost,
                       const std::string& plan_gradient) {
   const auto options = check_monce(query, key, temperature, epsilon, iterations, negative_weight,
@@ -72,6 +84,13 @@ Tensor monce_backward(const Tensor& grad, const Tensor& query, const Tensor& key
                   "grad has shape ", shape_of(grad), "; allowed are the first two dimensions of ",
                   "query, ", shape_of(query));
   const auto& kernels = MGHF_KERNELS_OF(monce);
+  const int64_t patches = query.size(1), slots = (state.size(1) - 1) / 4;
+  STD_TORCH_CHECK(state.is_cpu() && state.scalar_type() == mghf::ScalarType::Int &&
+                      state.is_contiguous() && state.dim() == 3 &&
+                      state.size(0) == query.size(0) && state.size(1) == 1 + 4 * slots &&
+                      state.size(2) == patches,
+                  "state has shape ", shape_of(state), "; allowed is what the forward left");
+  int32_t* const left = const_cast<int32_t*>(state.const_data_ptr<int32_t>());  // is only read
   Tensor grad_query = new_tensor(query, query.sizes());
   float* out = grad_query.mutable_data_ptr<float>();
   const float* grads = grad.const_data_ptr<float>();
@@ -79,7 +98,8 @@ Tensor monce_backward(const Tensor& grad, const Tensor& query, const Tensor& key
                  [&](int64_t b, void* workspace) {
                    kernels.backward(options, {grads + b * grad.stride(0), grad.stride(1)},
                                     matrix(query, b), matrix(key, b),
-                                    out + b * query.size(1) * query.size(2), workspace);
+                                    kept_of(left, b, slots, patches),
+                                    out + b * patches * query.size(2), workspace);
                  });
   return grad_query;
 }
@@ -91,10 +111,11 @@ Tensor monce_backward(const Tensor& grad, const Tensor& query, const Tensor& key
 STABLE_TORCH_LIBRARY_FRAGMENT(mghf_native, m) {
   m.def(
       "monce(Tensor query, Tensor key, float temperature, float epsilon, int iterations,"
-      " float negative_weight, str cost, str plan_gradient) -> Tensor");
+      " float negative_weight, str cost, str plan_gradient, int kept) -> (Tensor, Tensor)");
   m.def(
-      "monce_backward(Tensor grad, Tensor query, Tensor key, float temperature, float epsilon,"
-      " int iterations, float negative_weight, str cost, str plan_gradient) -> Tensor");
+      "monce_backward(Tensor grad, Tensor query, Tensor key, Tensor state, float temperature,"
+      " float epsilon, int iterations, float negative_weight, str cost, str plan_gradient)"
+      " -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mghf_native, CPU, m) {

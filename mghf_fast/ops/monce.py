@@ -20,27 +20,55 @@ from ._dispatch import (
     register_float32_autocast,
 )
 
+KEPT = 6
+"""Sinkhorn iterations that the forward leaves for the backward: as many as epsilon 1 takes."""
 
-def _triton_forward(query: Tensor, key: Tensor, *options: Any) -> Tensor:
+
+def kept_iterations(iterations: int) -> int:
+    return min(iterations, KEPT)
+
+
+def _state(query: Tensor, iterations: int) -> tuple[int, ...]:
+    """The shape of what the forward leaves: a row with the number of iterations made, 0 if the
+    backward is to find out itself, and four rows for each iteration kept, as the backend likes."""
+    return (query.shape[0], 1 + 4 * kept_iterations(iterations), query.shape[1])
+
+
+def _reference_forward(query: Tensor, key: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    state = torch.zeros(_state(query, options[2]), dtype=torch.int32, device=query.device)
+    return reference_forward(query, key, *options), state
+
+
+def _reference_backward(
+    grad: Tensor, query: Tensor, key: Tensor, state: Tensor, *options: Any
+) -> Tensor:
+    return reference_backward(grad, query, key, *options)
+
+
+def _triton_forward(query: Tensor, key: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     from ..kernels import monce as kernels
 
-    return kernels.monce(query, key, *options)
+    return kernels.monce(query, key, *options, kept_iterations(options[2]))
 
 
-def _triton_backward(grad: Tensor, query: Tensor, key: Tensor, *options: Any) -> Tensor:
+def _triton_backward(
+    grad: Tensor, query: Tensor, key: Tensor, state: Tensor, *options: Any
+) -> Tensor:
     from ..kernels import monce as kernels
 
-    return kernels.monce_backward(grad, query, key, *options)
+    return kernels.monce_backward(grad, query, key, state, *options)
 
 
-def _cpu_forward(query: Tensor, key: Tensor, *options: Any) -> Tensor:
-    losses: Tensor = torch.ops.mghf_native.monce(query.float(), key.float(), *options)
-    return losses
+def _cpu_forward(query: Tensor, key: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    losses, state = torch.ops.mghf_native.monce(
+        query.float(), key.float(), *options, kept_iterations(options[2])
+    )
+    return losses, state
 
 
-def _cpu_backward(grad: Tensor, query: Tensor, key: Tensor, *options: Any) -> Tensor:
+def _cpu_backward(grad: Tensor, query: Tensor, key: Tensor, state: Tensor, *options: Any) -> Tensor:
     grad_query: Tensor = torch.ops.mghf_native.monce_backward(
-        grad.float(), query.float(), key.float(), *options
+        grad.float(), query.float(), key.float(), state, *options
     )
     return grad_query.to(query.dtype)
 
@@ -48,13 +76,15 @@ def _cpu_backward(grad: Tensor, query: Tensor, key: Tensor, *options: Any) -> Te
 MOST_PATCHES = 1 << 20
 
 
-def _cuda_forward(query: Tensor, key: Tensor, *options: Any) -> Tensor:
-    losses: Tensor = native.cuda_ops().monce(query, key, *options)
-    return losses
+def _cuda_forward(query: Tensor, key: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    losses, state = native.cuda_ops().monce(query, key, *options, kept_iterations(options[2]))
+    return losses, state
 
 
-def _cuda_backward(grad: Tensor, query: Tensor, key: Tensor, *options: Any) -> Tensor:
-    grad_query: Tensor = native.cuda_ops().monce_backward(grad, query, key, *options)
+def _cuda_backward(
+    grad: Tensor, query: Tensor, key: Tensor, state: Tensor, *options: Any
+) -> Tensor:
+    grad_query: Tensor = native.cuda_ops().monce_backward(grad, query, key, state, *options)
     return grad_query
 
 
@@ -67,7 +97,7 @@ def _can_run_cuda(*tensors: Tensor) -> str | None:
 
 
 OP = Op("monce")
-OP.implement("reference", reference_forward, reference_backward)
+OP.implement("reference", _reference_forward, _reference_backward)
 OP.implement("cuda", _cuda_forward, _cuda_backward, _can_run_cuda)
 OP.implement("triton", _triton_forward, _triton_backward, can_run_triton)
 OP.implement("cpu", _cpu_forward, _cpu_backward, can_run_cpu)
@@ -84,12 +114,13 @@ def monce(
     cost: str,
     plan_gradient: str,
     backend: str,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
+    """The losses (B, N), and the state for the backward."""
     run = OP.choose(backend, query, key).forward
-    result: Tensor = run(
+    losses, state = run(
         query, key, temperature, epsilon, iterations, negative_weight, cost, plan_gradient
     )
-    return result.contiguous()
+    return losses.contiguous(), state
 
 
 @torch.library.custom_op("mghf_fast::monce_backward", mutates_args=())
@@ -97,6 +128,7 @@ def monce_backward(
     grad: Tensor,
     query: Tensor,
     key: Tensor,
+    state: Tensor,
     temperature: float,
     epsilon: float,
     iterations: int,
@@ -105,33 +137,35 @@ def monce_backward(
     plan_gradient: str,
     backend: str,
 ) -> Tensor:
-    run = OP.choose(backend, grad, query, key).differentiate
+    # Chosen by the forward's tensors alone, so that it is the backend that made the state.
+    run = OP.choose(backend, query, key).differentiate
     options = (temperature, epsilon, iterations, negative_weight, cost, plan_gradient)
-    result: Tensor = run(grad, query, key, *options)
+    result: Tensor = run(grad, query, key, state, *options)
     return result.contiguous()
 
 
 @monce.register_fake
-def _(query: Tensor, key: Tensor, *_: Any) -> Tensor:
-    return query.new_empty(query.shape[:2], dtype=accumulation_dtype(query.dtype))
+def _(query: Tensor, key: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    losses = query.new_empty(query.shape[:2], dtype=accumulation_dtype(query.dtype))
+    return losses, query.new_empty(_state(query, options[2]), dtype=torch.int32)
 
 
 @monce_backward.register_fake
-def _(grad: Tensor, query: Tensor, key: Tensor, *_: Any) -> Tensor:
+def _(grad: Tensor, query: Tensor, key: Tensor, state: Tensor, *_: Any) -> Tensor:
     return query.new_empty(query.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     query, key, *ctx.options, ctx.backend = inputs
-    ctx.save_for_backward(query, key)
+    ctx.save_for_backward(query, key, output[1])
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    query, key = ctx.saved_tensors
+def _backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    query, key, state = ctx.saved_tensors
     if double_backward_requested():
         grad_query = reference_backward(grad, query, key, *ctx.options)
     else:
-        grad_query = monce_backward(grad, query, key, *ctx.options, ctx.backend)
+        grad_query = monce_backward(grad, query, key, state, *ctx.options, ctx.backend)
     return grad_query, None, None, None, None, None, None, None, None
 
 

@@ -19,20 +19,22 @@ int64_t bytes_for(const py::array& query, const MonceOptions& options, bool back
   return bytes;
 }
 
-py::array_t<float> monce_of(const py::array& query, const py::array& key, double temperature,
-                            double epsilon, int64_t iterations, double negative_weight,
-                            const std::string& cost, const std::string& plan_gradient) {
+std::tuple<py::array_t<float>, py::array_t<int>> monce_of(
+    const py::array& query, const py::array& key, double temperature, double epsilon,
+    int64_t iterations, double negative_weight, const std::string& cost,
+    const std::string& plan_gradient, int kept) {
   const MonceOptions options =
       options_of(temperature, epsilon, iterations, negative_weight, cost, plan_gradient);
   py::array_t<float> losses({query.shape(0), query.shape(1)});
+  py::array_t<int> state({query.shape(0), static_cast<py::ssize_t>(1 + 4 * kept), query.shape(1)});
   Workspace workspace(bytes_for(query, options, false));
   check(monce(matrices_of(query), matrices_of(key), options, losses.mutable_data(),
-              workspace.get(), nullptr));
-  return losses;
+              state.mutable_data(), kept, workspace.get(), nullptr));
+  return {losses, state};
 }
 
 py::array monce_backward_of(const py::array& grad, const py::array& query, const py::array& key,
-                            double temperature, double epsilon, int64_t iterations,
+                            const py::array_t<int>& state, double temperature, double epsilon, int64_t iterations,
                             double negative_weight, const std::string& cost,
                             const std::string& plan_gradient) {
   const MonceOptions options =
@@ -48,8 +50,8 @@ py::array monce_backward_of(const py::array& grad, const py::array& query, const
                     grad.strides(1) / grad.itemsize(),
                     1};
   with_type(grad, [&](auto element) { upstream.element = element_of<decltype(element)>(); });
-  check(monce_backward(upstream, matrices_of(query), matrices_of(key), options,
-                       result.mutable_data(), workspace.get(), nullptr));
+  check(monce_backward(upstream, matrices_of(query), matrices_of(key), state.data(),
+                       static_cast<int>(state.shape(1) / 4), options, result.mutable_data(), workspace.get(), nullptr));
   return result;
 }
 

@@ -1,5 +1,7 @@
 // The CUDA implementation of the native op `monce`: argument checks, results, the calls of its
 // kernels.
+#include <tuple>
+
 #include "../monce.h"
 
 #include "transport.h"
@@ -37,25 +39,32 @@ Tensor workspace_for(const Tensor& query, const MonceOptions& options, bool back
   return torch::stable::new_empty(query, {bytes}, ScalarType::Byte);
 }
 
-Tensor monce_op(const Tensor& query, const Tensor& key, double temperature, double epsilon,
-                int64_t iterations, double negative_weight, const std::string& cost,
-                const std::string& plan_gradient) {
+std::tuple<Tensor, Tensor> monce_op(const Tensor& query, const Tensor& key, double temperature,
+                                    double epsilon, int64_t iterations, double negative_weight,
+                                    const std::string& cost, const std::string& plan_gradient,
+                                    int64_t kept) {
+  STD_TORCH_CHECK(kept >= 0 && kept <= iterations, "kept is ", kept, "; allowed is 0 to ",
+                  iterations);
   const Arguments given = check_monce(query, key, temperature, epsilon, iterations,
                                       negative_weight, cost, plan_gradient);
   const Launcher launcher(query);
   Tensor losses =
       torch::stable::new_empty(query, {query.size(0), query.size(1)}, ScalarType::Float);
-  if (losses.numel() == 0) return losses;
+  Tensor state = torch::stable::new_empty(
+      query, {query.size(0), 1 + 4 * kept, query.size(1)}, ScalarType::Int);
+  if (losses.numel() == 0) return {losses, state};
   Tensor workspace = workspace_for(query, given.options, false);
   check_launch(monce(given.query, given.key, given.options,
-                     static_cast<float*>(losses.mutable_data_ptr()), workspace.mutable_data_ptr(),
-                     launcher.stream()),
+                     static_cast<float*>(losses.mutable_data_ptr()),
+                     static_cast<int*>(state.mutable_data_ptr()), static_cast<int>(kept),
+                     workspace.mutable_data_ptr(), launcher.stream()),
                "monce");
-  return losses;
+  return {losses, state};
 }
 
+// `state` as the forward left it for the same arguments.
 Tensor monce_backward_op(const Tensor& grad, const Tensor& query, const Tensor& key,
-                         double temperature, double epsilon, int64_t iterations,
+                         const Tensor& state, double temperature, double epsilon, int64_t iterations,
                          double negative_weight, const std::string& cost,
                          const std::string& plan_gradient) {
   const Arguments given = check_monce(query, key, temperature, epsilon, iterations,
@@ -64,12 +73,18 @@ Tensor monce_backward_op(const Tensor& grad, const Tensor& query, const Tensor& 
                       grad.size(1) == query.size(1),
                   "grad has shape ", shape_of(grad), "; allowed are the first two dimensions of ",
                   "query, ", shape_of(query));
+  STD_TORCH_CHECK(state.dim() == 3 && state.is_cuda() && state.is_contiguous() &&
+                      state.scalar_type() == ScalarType::Int && state.size(0) == query.size(0) &&
+                      state.size(1) % 4 == 1 && state.size(2) == query.size(1),
+                  "state has shape ", shape_of(state), "; allowed is what the forward left");
   const Matrices upstream = check_matrices(torch::stable::unsqueeze(grad, 2), "grad");
   const Launcher launcher(query);
   Tensor result = torch::stable::new_empty(query, {query.size(0), query.size(1), query.size(2)});
   if (result.numel() == 0) return result;
   Tensor workspace = workspace_for(query, given.options, true);
-  check_launch(monce_backward(upstream, given.query, given.key, given.options,
+  check_launch(monce_backward(upstream, given.query, given.key,
+                              static_cast<const int*>(state.const_data_ptr()),
+                              static_cast<int>(state.size(1) / 4), given.options,
                               result.mutable_data_ptr(), workspace.mutable_data_ptr(),
                               launcher.stream()),
                "monce_backward");
