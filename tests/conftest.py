@@ -36,6 +36,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="where tensors are made; on 'cuda' only the tests of every backend and those of the "
         "GPU run",
     )
+    parser.addoption(
+        "--seeds",
+        type=int,
+        default=1,
+        help="every test with so many seeds of its random numbers: what fails with one of them "
+        "depends on luck",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -81,8 +88,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
+def _seed(request: pytest.FixtureRequest) -> None:
+    torch.manual_seed(getattr(request, "param", 0))
 
 
 def runnable_backends(op: str, probe: torch.Tensor) -> list[str]:
@@ -91,7 +98,9 @@ def runnable_backends(op: str, probe: torch.Tensor) -> list[str]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`backend` in test_<op>.py runs over the backends of <op> that this machine has, on the
-    device."""
+    device; and every test over the seeds."""
+    if (seeds := metafunc.config.getoption("--seeds")) > 1:
+        metafunc.parametrize("_seed", range(seeds), indirect=True, ids="seed{}".format)
     if "backend" in metafunc.fixturenames:
         op = metafunc.module.__name__.rpartition(".")[2].removeprefix("test_")
         metafunc.parametrize("backend", runnable_backends(op, torch.zeros(1, 2, 2)))
