@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import draws
 import interpreter
 import torch
 from torch import Tensor
@@ -47,16 +48,22 @@ def check_against_reference(
     *,
     value_tolerance: float = VALUE_TOLERANCE,
     gradient_tolerance: float = GRADIENT_TOLERANCE,
+    rounding: float = 0.0,
+    among: Tensor | None = None,
     differentiable: bool = True,
 ) -> None:
     """Values and gradients of float32 inputs against the float64 reference, with random upstream
-    gradients."""
+    gradients. ``rounding`` is the absolute error that every value may have besides, of one that is
+    a difference of greater ones; ``among``, 0 or 1, says at which elements of the results a
+    gradient comes in."""
     exact_inputs = [x.double() for x in inputs]
     expected = outputs(reference, *exact_inputs)
     for got, want in zip(outputs(fn, *inputs), expected, strict=True):
-        assert (error := relative_error(got, want)) <= value_tolerance, error
+        error, size = (float((x.double()).norm()) for x in (got.detach() - want, want))
+        assert error <= value_tolerance * size + rounding * want.numel() ** 0.5, (error, size)
     if differentiable:
-        upstream = [torch.randn(e.shape, dtype=torch.float64) for e in expected]
+        upstream = [draws.randn(e.shape, dtype=torch.float64) for e in expected]
+        upstream = upstream if among is None else [u * among for u in upstream]
         got_gradients = gradients(fn, inputs, upstream)
         for got, want in zip(
             got_gradients, gradients(reference, exact_inputs, upstream), strict=True
@@ -77,7 +84,7 @@ def check_half_precision(
     (or the rounding of the result itself), both against float64; of values and of gradients."""
     half = [x.to(dtype) for x in inputs]
     exact = [x.double() for x in half]
-    upstream = [torch.randn(e.shape).to(dtype).double() for e in outputs(reference, *exact)]
+    upstream = [draws.randn(e.shape).to(dtype).double() for e in outputs(reference, *exact)]
 
     def results(fn: Function, inputs: Sequence[Tensor]) -> list[Tensor]:
         values = [*outputs(fn, *inputs)]
@@ -125,7 +132,7 @@ def check_layout(fn: Function, plain: Tensor, strided: Tensor) -> None:
 
     before = strided.detach().clone()
     expected = outputs(fn, plain)
-    upstream = [torch.randn_like(e) for e in expected]
+    upstream = [draws.randn_like(e) for e in expected]
     for got, want in zip(outputs(fn, strided), expected, strict=True):
         assert relative_error(got, want) <= 1e-6 + rounding(want)
     (got,), (want,) = gradients(fn, [strided], upstream), gradients(fn, [plain], upstream)
@@ -139,7 +146,7 @@ def check_deterministic(
     """Bitwise the same values and gradients, run after run; for compiled kernels also with 1 and 2
     threads (the reference's matrix products and convolutions are PyTorch's, which vary there)."""
     threads = torch.get_num_threads()
-    upstream = [torch.randn_like(o) for o in outputs(fn, *inputs)]
+    upstream = [draws.randn_like(o) for o in outputs(fn, *inputs)]
 
     def run() -> list[Tensor]:
         values = [*outputs(fn, *inputs)]
@@ -168,7 +175,7 @@ def check_deterministic(
 def check_compiled(fn: Function, *inputs: Tensor) -> None:
     """`torch.compile(fullgraph=True)` gives the eager values and gradients."""
     expected = outputs(fn, *inputs)
-    upstream = [torch.randn_like(e) for e in expected]
+    upstream = [draws.randn_like(e) for e in expected]
     compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
     for got, want in zip(outputs(compiled, *inputs), expected, strict=True):
         assert relative_error(got, want) <= 1e-5

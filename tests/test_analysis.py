@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import draws
 import pytest
 import torch
 
@@ -12,7 +13,7 @@ from mghf_fast.analysis import center_oriented_optimization
 
 def test_theorems_on_random_candidates() -> None:
     """More candidates: more entropy, the midpoint nearer to the blurriest image (Theorem 1)."""
-    y = torch.rand(200, 3, 8, 8)
+    y = draws.rand(200, 3, 8, 8)
     few, many = center_oriented_optimization(y[:4]), center_oriented_optimization(y[:150])
     assert few.entropy == pytest.approx(math.log(4)) and many.entropy == pytest.approx(
         math.log(150)
@@ -24,7 +25,7 @@ def test_theorems_on_random_candidates() -> None:
 
 
 def test_gaussian_entropy() -> None:
-    y = 0.5 * torch.randn(20_000, 1, 2, 1, dtype=torch.float64)
+    y = 0.5 * draws.randn(20_000, 1, 2, 1, dtype=torch.float64)
     expected = 0.5 * math.log((2 * math.pi * math.e) ** 2 * 0.25**2)
     assert center_oriented_optimization(y, 1).entropy == pytest.approx(expected, abs=0.02)
     assert center_oriented_optimization(y, 1).distance == pytest.approx(0)  # D is the identity
@@ -32,6 +33,6 @@ def test_gaussian_entropy() -> None:
 
 def test_bad_input() -> None:
     with pytest.raises(ValueError, match="multiple of scale = 4 pixels"):
-        center_oriented_optimization(torch.rand(2, 3, 6, 8))
+        center_oriented_optimization(draws.rand(2, 3, 6, 8))
     with pytest.raises(ValueError, match=r"candidates must have shape \(N, C, H, W\)"):
-        center_oriented_optimization(torch.rand(3, 8, 8))
+        center_oriented_optimization(draws.rand(3, 8, 8))

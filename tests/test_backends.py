@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 
+import draws
 import pytest
 import torch
 
@@ -41,13 +42,13 @@ def test_use_backend_nests_and_restores() -> None:
 
 
 def test_a_forced_backend_that_cannot_run_says_why() -> None:
-    x = torch.rand(1, 2, 4, 4)
+    x = draws.rand(1, 2, 4, 4)
     with pytest.raises(RuntimeError, match="backend 'cuda' cannot run entropy: .*CUDA"):
         functional.channel_entropy(x, backend="cuda")
     with use_backend("triton"), pytest.raises(RuntimeError, match="backend 'triton' cannot run"):
         functional.gram_matrix(x)
     with pytest.raises(RuntimeError, match="backend 'cpu' cannot run sinkhorn: "):
-        functional.sinkhorn_plan(torch.rand(1, 3, 3, dtype=torch.float64), backend="cpu")
+        functional.sinkhorn_plan(draws.rand(1, 3, 3, dtype=torch.float64), backend="cpu")
 
 
 @pytest.mark.skipif("cpu" not in available_backends(), reason="no compiled CPU kernels here")
@@ -55,15 +56,15 @@ def test_a_backend_without_a_kernel_for_the_op_names_those_with_one() -> None:
     op = Op("example")
     op.implement("reference", lambda x: x)
     with pytest.raises(RuntimeError, match=r"no kernel for this op yet \(which has: 'reference'\)"):
-        op.choose("cpu", torch.rand(2))
+        op.choose("cpu", draws.rand(2))
 
 
 def test_auto_logs_each_reason_once(caplog: pytest.LogCaptureFixture) -> None:
     op = Op("example")
     op.implement("reference", lambda x: x)
     with caplog.at_level(logging.DEBUG, "mghf_fast"):
-        op.choose("auto", torch.rand(2))
-        op.choose("auto", torch.rand(2))
+        op.choose("auto", draws.rand(2))
+        op.choose("auto", draws.rand(2))
     messages = [r.message for r in caplog.records if r.name == "mghf_fast"]
     assert len(messages) == len(set(messages)) == 3
     assert any(m.startswith("cuda cannot run example: ") for m in messages)
@@ -95,7 +96,7 @@ def test_a_compiled_function_follows_the_backend() -> None:
     compiled = torch.compile(
         lambda x: functional.gram_matrix(x), fullgraph=True, backend="aot_eager"
     )
-    x = torch.rand(1, 2, 4, 4)
+    x = draws.rand(1, 2, 4, 4)
     compiled(x)
     with use_backend("cuda"), pytest.raises(RuntimeError, match="cannot run gram"):
         compiled(x)
@@ -118,7 +119,7 @@ def test_the_cpu_kernels_refuse_tensors_of_another_device() -> None:
 
 def test_auto_leaves_the_interpreter_of_triton_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    op, x = Op("example"), torch.rand(2)
+    op, x = Op("example"), draws.rand(2)
     for backend in ("reference", "triton"):
         op.implement(backend, lambda x: x)
     monkeypatch.setattr(_dispatch, "unavailable_reasons", dict)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import contract
+import draws
 import interpreter
 import numpy as np
 import pytest
@@ -47,8 +48,8 @@ def by_hand(gt: Tensor, sr: Tensor, top_m: int, gram: str) -> list[list[float]]:
 
 
 def pair(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    gt = torch.randn(shape, dtype=torch.float32)
-    return gt.to(dtype), (gt + 0.3 * torch.randn(shape)).to(dtype)
+    gt = draws.randn(shape, dtype=torch.float32)
+    return gt.to(dtype), (gt + 0.3 * draws.randn(shape)).to(dtype)
 
 
 @pytest.mark.parametrize("gram", ["channel", "map"])
@@ -66,7 +67,7 @@ def test_reference_gradient(gram: str) -> None:
     sr[0, 2] = 0.7  # a constant map
     sr.requires_grad_()
     *terms, kept, weights, _, _ = reference.content_style(gt, sr, 3, 1.1, 2**0.5, 16, gram)
-    upstream = [torch.randn_like(t) for t in terms]
+    upstream = [draws.randn_like(t) for t in terms]
     (expected,) = torch.autograd.grad(terms, sr, upstream)
     got = reference.content_style_backward(*upstream, gt, sr.detach(), kept, weights, gram)
     assert contract.relative_error(got, expected) < 1e-10
@@ -96,6 +97,7 @@ def test_values_and_gradients(backend: str, shape: tuple[int, ...], gram: str) -
         lambda sr: functional.content_style_terms(gt, sr, gram=gram, backend=backend),
         exact,
         [sr],
+        rounding=2e-7,  # of 1 in 1 - rho, which is all that is left of maps that are alike
     )
 
 
@@ -164,7 +166,7 @@ def test_equal_pair(backend: str) -> None:
 
 def test_equal_histograms_tie_whatever_their_order() -> None:
     levels = torch.arange(24.0) ** 1.3
-    x = torch.stack([levels[torch.randperm(24)].view(4, 6) for _ in range(16)])
+    x = torch.stack([levels[draws.randperm(24)].view(4, 6) for _ in range(16)])
     x = torch.stack([x[i] if i % 2 else 24**1.3 - x[i] for i in range(16)])[None]  # mirrored counts
     for dtype in (torch.float32, torch.float64):
         kept, _ = reference.importance_weights(
@@ -176,14 +178,14 @@ def test_equal_histograms_tie_whatever_their_order() -> None:
 def test_swapped_pairs_tie() -> None:
     """Two maps whose entropies are a, b in gt and b, a in sr are equally important."""
     torch.manual_seed(679)
-    gt, sr = torch.randn(1, 5, 6, 6), torch.randn(1, 5, 6, 6)
+    gt, sr = draws.randn(1, 5, 6, 6), draws.randn(1, 5, 6, 6)
     for dtype in (torch.float32, torch.float64):
         kept, _ = reference.importance_weights(gt.to(dtype), sr.to(dtype), 2, 1.1, 1.4, 256)
         assert kept.tolist() == [[3, 2]]
 
 
 def test_ties_go_to_the_lower_index() -> None:
-    x = torch.rand(1, 1, 6, 6).expand(1, 8, 6, 6)
+    x = draws.rand(1, 1, 6, 6).expand(1, 8, 6, 6)
     kept, _ = reference.importance_weights(x, x, 4, 1.1, 1.4, 256)
     assert kept.tolist() == [[0, 1, 2, 3]]
 
@@ -212,7 +214,7 @@ def check_pair(backend: str, gt: Tensor, sr: Tensor, top_m: int, bins: int = 256
     for got, want in zip((*terms, weights, difference), (*exact[:4], *exact[5::2]), strict=True):
         assert contract.relative_error(got, want) <= contract.VALUE_TOLERANCE
     for term in range(4):
-        upstream = [torch.randn(gt.shape[0]) * (i == term) for i in range(4)]
+        upstream = [draws.randn(gt.shape[0]) * (i == term) for i in range(4)]
         got = op.content_style_backward(
             *upstream, gt, sr, kept, weights, moments, difference, "channel", backend
         )
@@ -249,7 +251,7 @@ def test_sizes_that_fill_no_tile(backend: str, shape: tuple[int, ...], top_m: in
     if backend == "reference":
         pytest.skip("it has no tiles")
     shape = interpreter.fitted(backend, shape, (1, 66, 48, 50))
-    gt, sr = torch.randn(shape), 2 * torch.randn(shape)
+    gt, sr = draws.randn(shape), 2 * draws.randn(shape)
     pairs = [pair for dtype in contract.DTYPES for pair in layouts(gt.to(dtype), sr.to(dtype))]
     for plain_or_strided in pairs[:: 3 if interpreter.interprets(backend) else 1]:
         check_pair(backend, *plain_or_strided, top_m)
@@ -264,13 +266,13 @@ def test_large_means_and_pairs_that_are_alike(kernels: str, layout: torch.memory
     if kernels not in available_backends():
         pytest.skip(f"backend {kernels!r} does not run here")
     shape = interpreter.fitted(kernels, (2, 20, 40, 41), (1, 20, 20, 21))
-    gt = torch.randn(shape)
-    noise = torch.randn_like(gt)
+    gt = draws.randn(shape)
+    noise = draws.randn_like(gt)
     for sr in (gt + noise + 30, noise + 30 - gt, gt + 1e-3 * noise, 1e-3 * (gt + noise) + 2):
         check_pair(
             kernels, gt.contiguous(memory_format=layout), sr.contiguous(memory_format=layout), 9
         )
-    gt += 100 * torch.randn(*shape[:2], 1, 1)
+    gt += 100 * draws.randn(*shape[:2], 1, 1)
     check_pair(kernels, gt, (gt + 0.1 * noise).contiguous(memory_format=layout), 9)
 
 
@@ -294,7 +296,10 @@ def test_two_pixels(backend: str) -> None:
         ((gt.diff() * sr.diff()) < 0).sum().item(), abs=1e-5
     )
     terms.correlation.sum().backward()
-    assert sr.grad is not None and sr.grad.abs().max() < 1e-4
+    # Rounding moves a deviation from the mean by 6e-8 of the value, and the slope is 1 over it.
+    a, b = (x.detach().abs().amax(3) / x.detach().diff().abs()[..., 0] for x in (gt, sr))
+    allowed = 1e-7 * (a + b) / sr.detach().diff().abs()[..., 0]
+    assert sr.grad is not None and (sr.grad.abs().amax(3) <= allowed).all()
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -416,7 +421,7 @@ def test_any_shape(shape: tuple[int, ...], seed: int, data: st.DataObject) -> No
     torch.manual_seed(seed)
     top_m = data.draw(st.integers(1, shape[1]))
     # Of different size, or the difference of the Gram matrices would cancel its digits.
-    gt, sr = torch.randn(shape), 2 * torch.randn(shape)
+    gt, sr = draws.randn(shape), 2 * draws.randn(shape)
     contract.check_against_reference(
         lambda sr: functional.content_style_terms(gt, sr, top_m=top_m),
         lambda sr: reference.content_style(gt.double(), sr, top_m, 1.1, 2**0.5, 256, "channel")[:4],
@@ -452,8 +457,8 @@ def test_a_map_with_a_nan_is_kept_first(backend: str, layout: torch.memory_forma
 
 
 def test_correlation_just_above_the_variance_floor(backend: str) -> None:
-    gt = torch.randn(1, 2, 9, 9)
-    sr = 3e-4 * (gt + torch.randn_like(gt))
+    gt = draws.randn(1, 2, 9, 9)
+    sr = 3e-4 * (gt + draws.randn_like(gt))
     expected = functional.content_style_terms(gt.double(), sr.double()).correlation
     got = functional.content_style_terms(gt, sr, backend=backend).correlation
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)

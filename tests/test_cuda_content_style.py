@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import contract
+import draws
 import numpy as np
 import pytest
 import torch
@@ -32,7 +33,7 @@ class Problem(NamedTuple):
 
 
 def pair(*shape: int) -> tuple[Tensor, Tensor]:
-    return torch.randn(shape), 2 * torch.randn(shape)
+    return draws.randn(shape), 2 * draws.randn(shape)
 
 
 def layouts() -> Iterator[Problem]:
@@ -71,11 +72,11 @@ def sizes() -> Iterator[Problem]:
 
 def near(memory_format: torch.memory_format) -> Iterator[Problem]:
     """Where sums of squares and differences of Gram matrices would lose their digits."""
-    gt = torch.randn(1, 10, 20, 21)
-    noise = torch.randn_like(gt)
+    gt = draws.randn(1, 10, 20, 21)
+    noise = draws.randn_like(gt)
     for sr in (gt + noise + 30, noise + 30 - gt, gt + 1e-3 * noise, 1e-3 * (gt + noise) + 2):
         yield Problem(*(x.contiguous(memory_format=memory_format) for x in (gt, sr)), 5)
-    gt = gt + 100 * torch.randn(1, 10, 1, 1)
+    gt = gt + 100 * draws.randn(1, 10, 1, 1)
     sr = gt + 0.1 * noise
     yield Problem(*(x.contiguous(memory_format=memory_format) for x in (gt, sr)), 5)
 
@@ -95,7 +96,7 @@ def forward_calls(of: list[Problem]) -> list[tuple[str, tuple[object, ...]]]:
 
 def upstream(batch: int, term: int) -> list[Tensor]:
     """Random for one of the terms; of a stride that is not 1, as autograd's may be."""
-    return [torch.randn(batch, 2)[:, 0] * (i == term) for i in range(4)]
+    return [draws.randn(batch, 2)[:, 0] * (i == term) for i in range(4)]
 
 
 def check_values(p: Problem, found: tuple[np.ndarray, ...]) -> None:
@@ -144,7 +145,7 @@ def test_values_and_gradients(kind: str, tmp_path: Path) -> None:
 
 
 def test_ties_go_to_the_lower_channel_and_nan_comes_first(tmp_path: Path) -> None:
-    x = torch.rand(1, 1, 6, 6).expand(2, 8, 6, 6).clone()
+    x = draws.rand(1, 1, 6, 6).expand(2, 8, 6, 6).clone()
     x[1, 5, 2, 2] = torch.nan
     found = results("plain", forward_calls([Problem(x, x, 4)]), tmp_path)[0]
     assert found[4].tolist() == [[0, 1, 2, 3], [5, 0, 1, 2]]
@@ -182,7 +183,7 @@ def test_non_finite_input_is_seen(bad: float, tmp_path: Path) -> None:
 
 def test_constant_and_equal_maps(tmp_path: Path) -> None:
     zeros, ones = torch.zeros(1, 4, 8, 8), torch.ones(1, 4, 8, 8)
-    x = torch.randn(1, 4, 9, 9)
+    x = draws.randn(1, 4, 9, 9)
     of = [Problem(zeros, ones, 2), Problem(x, x, 2)]
     constant, equal = results("plain", forward_calls(of), tmp_path)
     assert constant[2] == pytest.approx(1)  # Pearson 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import draws
 import numpy as np
 import pytest
 import torch
@@ -62,10 +63,10 @@ def problem(
     batch, height, width = size
     count = inputs or channels
     if inputs is not None or kernel == 3:
-        mix = torch.randn(channels, count, kernel, kernel) / (kernel * count**0.5)
+        mix = draws.randn(channels, count, kernel, kernel) / (kernel * count**0.5)
         block = block._replace(mix_weight=mix)
     block = BlockWeights.from_tensors([scale * t for t in block.tensors()], *block[5:])
-    x, grad = torch.randn(batch, count, height, width), torch.randn(batch, channels, height, width)
+    x, grad = draws.randn(batch, count, height, width), draws.randn(batch, channels, height, width)
     return Problem(x, grad, block)
 
 
@@ -81,9 +82,9 @@ def layouts() -> list[Problem]:
     last = torch.channels_last
     both = Problem(p.x.to(memory_format=last), p.grad.to(memory_format=last), p.weights)
     odd = problem(6, (1, 5, 6)).as_dtype(torch.bfloat16)
-    large = torch.randn(2, 2, 16, 12, 21)
+    large = draws.randn(2, 2, 16, 12, 21)
     sliced, transposed = large[:, :, ::2, 1::2, ::3], large[:, :, ::2, :7, :9].transpose(3, 4)
-    padded = torch.randn(2, 1, 6, 7, 12)[:, :, :, :, :8].permute(0, 1, 4, 2, 3)
+    padded = draws.randn(2, 1, 6, 7, 12)[:, :, :, :, :8].permute(0, 1, 4, 2, 3)
     return [
         both,
         Problem(both.x, p.grad, p.weights),
@@ -209,7 +210,7 @@ def test_inverse(kind: str, tmp_path: Path) -> None:
     small = problem(10, (1, 4, 5), activation="softplus", clamp=1.5)
     problems = [small, *(small.as_dtype(dtype) for dtype in (torch.float16, torch.bfloat16))]
     if kind == "plain":
-        image = torch.randn(1, 5, 7, 66).permute(0, 3, 1, 2)
+        image = draws.randn(1, 5, 7, 66).permute(0, 3, 1, 2)
         problems += [problem(8, (2, 9, 18)), problem(66, (1, 1, 1))._replace(x=image)]
     calls = [inverse_call(p) for p in problems]
     for p, array in zip(problems, results(kind, calls, tmp_path), strict=True):

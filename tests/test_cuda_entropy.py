@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import draws
 import pytest
 import torch
 from emulated import KINDS, needs_modules, results, strided
@@ -18,20 +19,20 @@ def images() -> list[tuple[Tensor, int]]:
     """Of every type and layout, odd sizes, more channels than a warp has lanes, more bins than a
     block counts in its shared memory, constant maps, NaN and infinities."""
     torch.manual_seed(0)
-    x = torch.randn(2, 5, 7, 9)
+    x = draws.randn(2, 5, 7, 9)
     x[0, 1] = 3.0
-    broken = torch.randn(1, 4, 5, 5)
+    broken = draws.randn(1, 4, 5, 5)
     broken[0, 0, 2, 2], broken[0, 1, 0, 0], broken[0, 2, 4, 4] = torch.nan, torch.inf, -torch.inf
-    many = torch.randn(1, 37, 4, 5).to(memory_format=torch.channels_last)
+    many = draws.randn(1, 37, 4, 5).to(memory_format=torch.channels_last)
     return [
         *[(x.to(dtype), 16) for dtype in (torch.float32, torch.float16, torch.bfloat16)],
         (x.to(memory_format=torch.channels_last), 16),
         (x[:, ::2, 1:, ::2], 256),
         (x.transpose(2, 3), 3),
-        (torch.randn(1, 2, 200, 100), 32),  # two runs
+        (draws.randn(1, 2, 200, 100), 32),  # two runs
         (many, 8),
         (many.half(), 300),
-        (torch.randn(1, 1, 6, 6), 10000),
+        (draws.randn(1, 1, 6, 6), 10000),
         (broken, 16),
         (broken.to(memory_format=torch.channels_last), 16),
         (torch.full((1, 1, 1, 1), 2.0), 2),

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import contract
+import draws
 import pytest
 import torch
 from emulated import KINDS, needs_modules, results, strided
@@ -21,17 +22,17 @@ SCALE = 0.37
 def images() -> Iterator[Tensor]:
     """Of every type and layout, one pixel, one map, more maps than a block holds, several runs."""
     for size in ((6, 9), (4, 8)):
-        x = torch.randn(2, 7, *size)
+        x = draws.randn(2, 7, *size)
         for dtype in contract.DTYPES:
             yield x.to(dtype)
             for _, other in contract.image_layouts(x.to(dtype)):
                 yield other
-    yield torch.randn(1, 1, 1, 1)
-    yield torch.randn(2, 3, 33, 32)
-    many = torch.randn(1, 140, 3, 5)
+    yield draws.randn(1, 1, 1, 1)
+    yield draws.randn(2, 3, 33, 32)
+    many = draws.randn(1, 140, 3, 5)
     yield many
     yield many.contiguous(memory_format=torch.channels_last).half()
-    yield torch.randn(1, 66, 41, 40) + 3
+    yield draws.randn(1, 66, 41, 40) + 3
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -40,7 +41,7 @@ def test_values_and_gradients(kind: str, tmp_path: Path) -> None:
     of = list(images())
     if kind != "plain":
         of = [of[0], of[1], of[6], of[15], *of[-5:-1]]
-    grads = [torch.randn(x.shape[0], x.shape[1], x.shape[1]) for x in of]
+    grads = [draws.randn(x.shape[0], x.shape[1], x.shape[1]) for x in of]
     forward = [("gram", (strided(x), SCALE)) for x in of]
     backward = [
         ("gram_backward", (strided(g), strided(x), SCALE)) for g, x in zip(grads, of, strict=True)
@@ -62,7 +63,7 @@ def test_values_and_gradients(kind: str, tmp_path: Path) -> None:
 
 
 def test_a_nan_is_seen(tmp_path: Path) -> None:
-    x = torch.randn(1, 4, 5, 5)
+    x = draws.randn(1, 4, 5, 5)
     x[0, 1, 2, 2] = torch.nan
     (found,) = results("plain", [("gram", (strided(x), 1.0))], tmp_path)
     assert torch.equal(torch.from_numpy(found).isnan(), gram_matrix(x, 1.0).isnan())

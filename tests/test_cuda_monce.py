@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import contract
+import draws
 import numpy as np
 import pytest
 import torch
@@ -28,14 +29,14 @@ Problem = tuple[Tensor, Tensor, Tensor, Options]
 
 
 def pair(b: int, n: int, d: int = 8) -> tuple[Tensor, Tensor]:
-    key = F.normalize(torch.randn(b, n, d), dim=2)
-    return F.normalize(key + 0.5 * torch.randn(b, n, d), dim=2), key
+    key = F.normalize(draws.randn(b, n, d), dim=2)
+    return F.normalize(key + 0.5 * draws.randn(b, n, d), dim=2), key
 
 
 def problem(query: Tensor, key: Tensor, *options: Any) -> Problem:
     """With a gradient of the losses, the rest of the options by default."""
     defaults: Options = (0.07, 1.0, 50, 1.0, "hard", "exact")
-    return torch.randn(query.shape[:2]), query, key, (*options, *defaults[len(options) :])
+    return draws.randn(query.shape[:2]), query, key, (*options, *defaults[len(options) :])
 
 
 def small_problems() -> list[Problem]:
@@ -64,7 +65,7 @@ def layouts() -> list[Problem]:
         strict=True,
     ):
         found += [problem(q, key, 0.07, 0.5), problem(query, k, 0.07, 0.5)]
-    upstream = torch.randn(3, 11)
+    upstream = draws.randn(3, 11)
     given = (*contract.batch_layouts(upstream), *contract.expanded(upstream))
     return found + [(x, query, key, problem(query, key)[3]) for _, x in given]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import draws
 import numpy as np
 import pytest
 import torch
@@ -30,11 +31,11 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def problem(number: int, dtype: torch.dtype) -> tuple[Tensor, list[Tensor], int, int]:
     *shape, size, stride, hidden, dimension, channels_last = PROBLEMS[number]
     torch.manual_seed(number)
-    x = torch.randn(*shape).to(dtype)
+    x = draws.randn(*shape).to(dtype)
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
     shapes = [(hidden, size * size), (hidden,), (dimension, hidden), (dimension,)]
-    return x, [torch.randn(s) / s[-1] ** 0.5 for s in shapes], size, stride
+    return x, [draws.randn(s) / s[-1] ** 0.5 for s in shapes], size, stride
 
 
 @pytest.mark.parametrize("kind", ["thread", "address"])
@@ -48,7 +49,7 @@ def test_patches(kind: str, number: int, tmp_path: Path) -> None:
     expected = reference.patch_projection(x.double(), *exact, *options)
     assert relative_error(torch.from_numpy(embedding), expected) <= 1e-5
 
-    grad = torch.randn(embedding.shape)
+    grad = draws.randn(embedding.shape)
     saved = (grad.numpy(), embedding, state)
     w1, b1, w2, _ = parameters
     calls: list[Call] = [

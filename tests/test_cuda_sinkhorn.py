@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import contract
+import draws
 import numpy as np
 import pytest
 import torch
@@ -26,14 +27,14 @@ Problem = tuple[Tensor, Tensor, Options]
 
 
 def cosines(b: int, n: int, d: int = 8) -> Tensor:
-    q, k = (F.normalize(torch.randn(b, n, d), dim=2) for _ in range(2))
+    q, k = (F.normalize(draws.randn(b, n, d), dim=2) for _ in range(2))
     return q @ k.mT
 
 
 def problem(similarity: Tensor, *options: Any) -> Problem:
     """With a gradient of the plan, the rest of the options by default."""
     defaults: Options = ("hard", 1.0, 50, None)
-    upstream = torch.randn(similarity.shape).to(similarity.dtype)
+    upstream = draws.randn(similarity.shape).to(similarity.dtype)
     return upstream, similarity, (*options, *defaults[len(options) :])
 
 
@@ -55,7 +56,7 @@ def layouts() -> list[Problem]:
     similarity = cosines(3, 11)
     found = [problem(x, "hard", 0.3) for _, x in contract.batch_layouts(similarity)]
     found += [problem(x, "hard", 0.3) for _, x in contract.expanded(similarity)]
-    upstream = torch.randn(3, 11, 11)
+    upstream = draws.randn(3, 11, 11)
     given = [x for _, x in (*contract.batch_layouts(upstream), *contract.expanded(upstream))]
     return found + [(x, similarity, ("easy", 0.5, 20, None)) for x in given]
 
@@ -152,7 +153,7 @@ def test_broken_matrices(gpu: tuple[int, bool], tmp_path: Path) -> None:
     for n in (2, 20):
         similarity = cosines(4, n)
         similarity[1, 0, n - 1], similarity[3, n - 1, 0] = torch.nan, torch.inf
-        upstream = torch.randn(4, n, n)
+        upstream = draws.randn(4, n, n)
         upstream[2, 0, 1] = torch.nan
         plan, grad = run("plain", gpu, [(upstream, similarity, ("hard", 1.0, 50, None))], tmp_path)
         assert np.isfinite(plan[[0, 2]]).all() and np.isnan(plan[[1, 3]]).all()

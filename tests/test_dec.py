@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import contract
+import draws
 import interpreter
 import pytest
 import torch
@@ -24,17 +25,17 @@ OPTIONS = (34.0, 0.5, 1.5, "inside", "rmse", 1.0)
 
 def patches(p: int, d: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """SR and GT patches, some of the GT's all but equal."""
-    gt = torch.rand(p, d, dtype=torch.float64)
+    gt = draws.rand(p, d, dtype=torch.float64)
     for i in range(2, p, 3):
-        gt[i] = gt[i - 1] + 0.01 * torch.randn(d, dtype=torch.float64)
-    sr = gt + 0.1 * torch.randn(p, d, dtype=torch.float64)
+        gt[i] = gt[i - 1] + 0.01 * draws.randn(d, dtype=torch.float64)
+    sr = gt + 0.1 * draws.randn(p, d, dtype=torch.float64)
     return sr.to(dtype), gt.to(dtype)
 
 
 def images(*shape: int) -> tuple[Tensor, Tensor]:
-    gt = torch.rand(shape)
+    gt = draws.rand(shape)
     gt[..., -8:, -8:] = gt[..., :8, :8] + 0.005
-    return (gt + 0.1 * torch.randn(shape)), gt
+    return (gt + 0.1 * draws.randn(shape)), gt
 
 
 def by_hand(sr: Tensor, gt: Tensor, outside: bool, l2: bool) -> float:
@@ -84,7 +85,7 @@ def test_definition(temperature: str, similarity: str) -> None:
 
 def test_positive_pairs_are_decided_exactly() -> None:
     """An offset of a few float32 steps around the threshold, where a matrix product would err."""
-    base = torch.rand(1, 192) + 1.0
+    base = draws.rand(1, 192) + 1.0
     limit = 10 ** (-34 / 20)
     for factor, expected in ((0.999, True), (1.001, False)):
         gt = torch.cat((base, base + factor * limit))
@@ -150,13 +151,13 @@ def test_contract(backend: str) -> None:
 def test_second_derivative() -> None:
     _, gt = patches(4, 3)
     contract.check_second_derivative(
-        lambda x: ops.dec.dec(x, gt.double(), *OPTIONS, "auto")[0], torch.rand(4, 3) + 0.5
+        lambda x: ops.dec.dec(x, gt.double(), *OPTIONS, "auto")[0], draws.rand(4, 3) + 0.5
     )
 
 
 def test_no_negatives_gives_zero(backend: str) -> None:
     gt = torch.full((1, 3, 16, 16), 0.5)
-    sr = torch.rand(1, 3, 16, 16, requires_grad=True)
+    sr = draws.rand(1, 3, 16, 16, requires_grad=True)
     loss = functional.dec_loss(sr, gt, backend=backend)
     loss.backward()
     assert loss.item() == 0 and sr.grad is not None and (sr.grad == 0).all()
@@ -168,7 +169,7 @@ def test_rows_without_negatives_are_left_out() -> None:
     gt = torch.stack([torch.full((12,), 0.5 + i * step) for i in range(3)]).double()
     positive = reference.positive_pairs(gt, 34.0, "rmse", 1.0)
     assert positive.tolist() == [[True, True, False], [True, True, True], [False, True, True]]
-    sr = torch.rand(3, 12, dtype=torch.float64)
+    sr = draws.rand(3, 12, dtype=torch.float64)
     got = reference.dec(sr, gt, *OPTIONS)
     assert got.item() == pytest.approx(by_hand(sr, gt, False, False))
 
@@ -332,16 +333,16 @@ def test_options(backend: str, temperature: str, similarity: str, threshold: flo
 def test_pairs_at_the_threshold(backend: str) -> None:
     """Bright patches, whose products lose the digits that decide."""
     p, limit = 80, 10 ** (-34 / 20)
-    gt = torch.rand(p, 192, dtype=torch.float64) + 30
+    gt = draws.rand(p, 192, dtype=torch.float64) + 30
     for i, step in enumerate((-1e-1, -1e-2, -1e-3, -1e-4, 1e-4, 1e-3, 1e-2, 1e-1)):
-        difference = torch.randn(192, dtype=torch.float64)
+        difference = draws.randn(192, dtype=torch.float64)
         difference *= (1 + step) * limit / difference.square().mean().sqrt()
         gt[9 * i + 1] = gt[9 * i] + difference
     gt = gt.float()
     expected = reference.positive_pairs(gt.double(), 34.0, "rmse", 1.0)
     assert expected.sum() == p + 8
     assert torch.equal(expected, reference.positive_pairs(gt, 34.0, "rmse", 1.0))
-    sr = torch.rand(p, 192)
+    sr = draws.rand(p, 192)
     contract.check_against_reference(loss_on(backend, gt), exact_loss(gt), [sr])
 
 
@@ -350,7 +351,7 @@ def test_a_pair_on_the_threshold_is_positive(backend: str) -> None:
     gt = torch.tensor([[0.0, 0.0], [1.0, 2.0**-11.5], [-2.0, 0.0]])
     options = (0.0, 0.5, 1.5, "inside", "l2", 1.0)
     assert reference.positive_pairs(gt, 0.0, "l2", 1.0).sum() == 5
-    sr = torch.rand(3, 2)
+    sr = draws.rand(3, 2)
     expected = reference.dec(sr, gt, *options)
     torch.testing.assert_close(loss_on(backend, gt, *options)(sr), expected)
 

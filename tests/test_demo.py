@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import draws
 import numpy as np
 import pytest
 import torch
@@ -171,7 +172,7 @@ def test_splitting_the_backward_at_the_sr_image_changes_nothing() -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_the_training() -> None:
-    data = iter([(torch.rand(1, 3, 16, 16), torch.rand(1, 3, 64, 64))])
+    data = iter([(draws.rand(1, 3, 16, 16), draws.rand(1, 3, 64, 64))])
     with pytest.raises(DemoError, match="L1: the loss is nan at step 1"):
         train.train(
             CompactEDSR(torch.Generator()),

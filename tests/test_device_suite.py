@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import ast
 import os
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import conftest
+import draws
 import pytest
 import torch
 import without_hypothesis
+from torch import nn
 
 from benchmarks import floors, gpu_parts
 from mghf_fast import backends
 from mghf_fast.ops import _dispatch
+
+TESTS = Path(__file__).parent
 
 # ---- the suite on a device ----
 
@@ -72,3 +78,49 @@ def test_where_hypothesis_is_missing() -> None:
     assert [mark.name for mark in stand_in.pytestmark] == ["skip"]
     with pytest.raises(AttributeError):
         _ = strategies.__file__
+
+
+# ---- random numbers ----
+
+
+def test_numbers_are_those_of_the_cpu() -> None:
+    """Whatever the device, and in a number that the generator of the CPU counts."""
+    layer = nn.Linear(3, 2)
+    made = {
+        "randn": lambda m: m.randn(2, 3), "rand": lambda m: m.rand((2, 3), dtype=torch.float64),
+        "randint": lambda m: m.randint(5, (7,)), "randperm": lambda m: m.randperm(9),
+        "randn_like": lambda m: m.randn_like(torch.ones(2, 3, device="cpu").mT),
+        "rand_like": lambda m: m.rand_like(torch.ones(4, device="cpu")),
+    }  # fmt: skip
+    for make in made.values():
+        torch.manual_seed(3)
+        expected = make(torch)
+        torch.manual_seed(3)
+        assert torch.equal(make(draws), expected)
+        with torch.device("meta"):
+            assert make(draws).shape == expected.shape
+    assert draws.randn(2, 3, requires_grad=True).requires_grad
+    assert draws.randn_like(torch.ones(2, 3).mT).stride() == (1, 3)
+    with torch.device("meta"):
+        before = torch.get_rng_state()
+        assert (
+            draws.randn(3).device.type == draws.module(lambda: nn.Linear(3, 2)).weight.device.type
+        )
+        assert layer.weight.device.type == "cpu" and not torch.equal(before, torch.get_rng_state())
+
+
+DRAWN = ("randn", "rand", "randint", "randperm", "randn_like", "rand_like", "normal")
+
+
+@pytest.mark.parametrize("path", sorted(TESTS.glob("*.py")), ids=lambda path: path.stem)
+def test_no_test_draws_on_a_device(path: Path) -> None:
+    """But with draws.py, or with a generator, which is one of the CPU."""
+    if path.name in ("draws.py", "smoke_test.py"):  # the one of a wheel stands alone
+        return
+    wrong = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        match node:
+            case ast.Call(func=ast.Attribute(value=ast.Name(id="torch"), attr=name)):
+                if name in DRAWN and "generator" not in {k.arg for k in node.keywords}:
+                    wrong.append(f"line {node.lineno}: torch.{name}, use draws.{name}")
+    assert not wrong, wrong

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+import draws
 import numpy as np
 import pytest
 import torch
@@ -296,7 +297,7 @@ def test_guards_leave_alone_what_is_free() -> None:
 
 def test_growth_is_that_of_undoing_the_blocks() -> None:
     extractor = DetailFeatureExtractor(3, 8, 2, init="linear")
-    image, direction = torch.randn(1, 3, 12, 12), torch.randn(8, 12, 12)
+    image, direction = draws.randn(1, 3, 12, 12), draws.randn(8, 12, 12)
     for block in extractor.blocks:
         for network in (block.phi, block.rho, block.eta):
             nn.init.zeros_(network.project.weight)

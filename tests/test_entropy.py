@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contract
+import draws
 import interpreter
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ def by_hand(x: torch.Tensor, bins: int) -> torch.Tensor:
 @pytest.mark.parametrize("bins", [2, 7, 256, 1000])
 @pytest.mark.parametrize("size", [(1, 1), (1, 2), (3, 5), (31, 33)])
 def test_values(backend: str, bins: int, size: tuple[int, int]) -> None:
-    x = torch.randn(2, 3, *size)
+    x = draws.randn(2, 3, *size)
     got = functional.channel_entropy(x, bins, backend=backend)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), by_hand(x, bins), atol=1e-5, rtol=1e-5)
@@ -51,7 +52,7 @@ def test_uniform_and_two_valued_maps(backend: str) -> None:
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_non_finite_maps_are_nan_and_others_are_not(backend: str, bad: float) -> None:
-    x = torch.rand(2, 3, 8, 8)
+    x = draws.rand(2, 3, 8, 8)
     x[1, 2, 4, 4] = bad
     got = functional.channel_entropy(x, backend=backend)
     assert got[1, 2].isnan() and got.isnan().sum() == 1
@@ -61,7 +62,7 @@ def test_non_finite_maps_are_nan_and_others_are_not(backend: str, bad: float) ->
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_dtypes(backend: str, dtype: torch.dtype) -> None:
-    x = torch.rand(1, 2, 16, 16).to(dtype)
+    x = draws.rand(1, 2, 16, 16).to(dtype)
     if dtype == torch.float64 and backend != "reference":
         pytest.skip("float64 is the reference's")
     got = functional.channel_entropy(x, backend=backend)
@@ -71,7 +72,7 @@ def test_dtypes(backend: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", contract.DTYPES)
 def test_layouts(backend: str, dtype: torch.dtype) -> None:
-    x = torch.randn(2, 3, 6, 5).to(dtype)
+    x = draws.randn(2, 3, 6, 5).to(dtype)
     expected = functional.channel_entropy(x, backend=backend)
     for _, strided in contract.image_layouts(x):
         assert torch.equal(functional.channel_entropy(strided, backend=backend), expected)
@@ -81,7 +82,7 @@ def test_layouts(backend: str, dtype: torch.dtype) -> None:
 
 
 def test_contract(backend: str) -> None:
-    x = torch.randn(2, 3, 6, 5)
+    x = draws.randn(2, 3, 6, 5)
     contract.check_opcheck(ops.entropy.entropy, x, 256, backend)
     compiled = torch.compile(
         lambda x: functional.channel_entropy(x, 16, backend=backend) * 2,
@@ -106,7 +107,7 @@ def test_contract(backend: str) -> None:
 )
 def test_any_map(bins: int, height: int, width: int, scale: float, shift: float, seed: int) -> None:
     torch.manual_seed(seed)
-    x = (scale * torch.randn(1, 2, height, width) + shift).float()
+    x = (scale * draws.randn(1, 2, height, width) + shift).float()
     got = reference.channel_entropy(x, bins)
     torch.testing.assert_close(got.double(), by_hand(x, bins), atol=1e-5, rtol=1e-5)
 
@@ -129,7 +130,7 @@ def test_any_map(bins: int, height: int, width: int, scale: float, shift: float,
 def test_sizes_that_fill_no_tile(backend: str, shape: tuple[int, ...], bins: int) -> None:
     # Interpreted, every map and bin takes its time; 33 maps are more than a tile of them.
     many = bins > 1000 and interpreter.is_slow(backend)
-    x = torch.randn(interpreter.fitted(backend, shape, (1 if many else 2, 33, 150, 333)))
+    x = draws.randn(interpreter.fitted(backend, shape, (1 if many else 2, 33, 150, 333)))
     dtypes = contract.DTYPES if bins > 2 and not many else (torch.float32, torch.bfloat16)
     for values in map(x.to, dtypes):
         expected = reference.channel_entropy(values, bins)
@@ -142,7 +143,7 @@ def test_values_on_the_edges_of_bins(backend: str) -> None:
     """Every count is the reference's, so entropies agree to the last bit of a float32."""
     bins = 7
     edges = (torch.arange(8.0) / bins).repeat(32).view(1, 1, 16, 16)
-    around = torch.nextafter(edges, torch.randn_like(edges))
+    around = torch.nextafter(edges, draws.randn_like(edges))
     x = torch.cat((edges, around, 3e-39 * edges, 1e30 * around, around - 1000), 1)
     for maps in (x, x.repeat(1, 4, 1, 1).contiguous(memory_format=torch.channels_last)):
         got = functional.channel_entropy(maps, bins, backend=backend)
@@ -150,7 +151,7 @@ def test_values_on_the_edges_of_bins(backend: str) -> None:
 
 
 def test_a_range_beyond_float32_is_nan(backend: str) -> None:
-    x = torch.rand(1, 16, 4, 4)
+    x = draws.rand(1, 16, 4, 4)
     x[0, 3, 0, :2] = torch.tensor([-3e38, 3e38])
     for maps in (x, x.contiguous(memory_format=torch.channels_last)):
         got = functional.channel_entropy(maps, backend=backend)
@@ -159,7 +160,7 @@ def test_a_range_beyond_float32_is_nan(backend: str) -> None:
 
 def test_threads_do_not_change_a_bit(backend: str) -> None:
     shape = interpreter.fitted(backend, (2, 20, 130, 190), (1, 9, 130, 70))
-    x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
+    x = draws.randn(shape).contiguous(memory_format=torch.channels_last)
     before, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 5):
@@ -178,13 +179,13 @@ def test_under_each_instruction_set(capability: str) -> None:
 
 def test_bad_input() -> None:
     with pytest.raises(ValueError, match="bins must be at least 2, got 1"):
-        functional.channel_entropy(torch.rand(1, 1, 2, 2), 1)
+        functional.channel_entropy(draws.rand(1, 1, 2, 2), 1)
     with pytest.raises(TypeError, match=r"bins must be an integer, got 2\.0"):
-        functional.channel_entropy(torch.rand(1, 1, 2, 2), 2.0)  # type: ignore[arg-type]
+        functional.channel_entropy(draws.rand(1, 1, 2, 2), 2.0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"x must have shape \(B, C, H, W\), got \(2, 2\)"):
-        functional.channel_entropy(torch.rand(2, 2))
+        functional.channel_entropy(draws.rand(2, 2))
     with pytest.raises(ValueError, match="x must not be empty"):
-        functional.channel_entropy(torch.rand(1, 1, 0, 2))
+        functional.channel_entropy(draws.rand(1, 1, 0, 2))
 
 
 @pytest.mark.parametrize("size", [(9, 9), (13, 17), (1, 67)])

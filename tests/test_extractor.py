@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import contract
+import draws
 import pytest
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ def test_parameter_names() -> None:
 @pytest.mark.parametrize("in_channels", [1, 3, 4])
 def test_options(init: str, stem: str, subnet: str, in_channels: int) -> None:
     extractor = DetailFeatureExtractor(in_channels, 8, 2, stem, subnet, "softplus", init=init)
-    image = torch.randn(2, in_channels, 9, 7)
+    image = draws.randn(2, in_channels, 9, 7)
     features = extractor(image)
     assert features.shape == (2, 8, 9, 7)
     assert extractor.invertibility_error(image) < 1e-4
@@ -51,8 +52,8 @@ def test_memory_modes_agree() -> None:
     recompute = DetailFeatureExtractor(3, 8, 2)
     store = DetailFeatureExtractor(3, 8, 2, memory="store")
     store.load_state_dict(recompute.state_dict())
-    image = torch.randn(1, 3, 8, 8)
-    upstream = torch.randn(1, 8, 8, 8)
+    image = draws.randn(1, 3, 8, 8)
+    upstream = draws.randn(1, 8, 8, 8)
     grads = []
     for extractor in (recompute, store):
         (extractor(image) * upstream).sum().backward()
@@ -67,12 +68,12 @@ def test_memory_modes_agree() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_drawing_in_the_stem_changes_nothing(dtype: torch.dtype) -> None:
     extractor = DetailFeatureExtractor(3, 8, 2).to(dtype)
-    image = torch.randn(2, 3, 9, 70, dtype=dtype, requires_grad=True)
+    image = draws.randn(2, 3, 9, 70, dtype=dtype, requires_grad=True)
     plain = extractor.stem(image)
     for block in extractor.blocks:
         plain = block(plain)
     features = extractor(image)
-    upstream = torch.randn_like(features)
+    upstream = draws.randn_like(features)
     leaves = [image, *extractor.parameters()]
     expected = torch.autograd.grad(plain, leaves, upstream)
     assert contract.relative_error(features, plain) <= 1e-5
@@ -83,7 +84,7 @@ def test_drawing_in_the_stem_changes_nothing(dtype: torch.dtype) -> None:
 def test_a_frozen_extractor_keeps_nothing_but_the_image() -> None:
     extractor = DetailFeatureExtractor(3, 8).requires_grad_(False)
     kept: list[Tensor] = []
-    image = torch.randn(1, 3, 32, 32, requires_grad=True)
+    image = draws.randn(1, 3, 32, 32, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         extractor(image)
     assert [t.shape for t in kept if t.shape[-2:] == (32, 32)] == [image.shape]
@@ -91,7 +92,7 @@ def test_a_frozen_extractor_keeps_nothing_but_the_image() -> None:
 
 def test_frozen_extractor_still_passes_gradient_to_the_image() -> None:
     extractor = DetailFeatureExtractor(3, 8).requires_grad_(False)
-    image = torch.randn(1, 3, 8, 8, requires_grad=True)
+    image = draws.randn(1, 3, 8, 8, requires_grad=True)
     extractor(image).square().sum().backward()
     assert image.grad is not None and image.grad.abs().sum() > 0
 
@@ -103,7 +104,7 @@ def test_orthogonal_mix() -> None:
 
 def test_compiles_whole() -> None:
     extractor = DetailFeatureExtractor(3, 8, 2).requires_grad_(False)
-    contract.check_compiled(extractor, torch.randn(1, 3, 8, 8))
+    contract.check_compiled(extractor, draws.randn(1, 3, 8, 8))
 
 
 def test_saved_and_loaded(tmp_path: Path) -> None:
@@ -112,7 +113,7 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     extractor.save_pretrained(path)
     loaded = DetailFeatureExtractor.from_pretrained(path)
     assert loaded.config == extractor.config
-    image = torch.randn(1, 4, 8, 8)
+    image = draws.randn(1, 4, 8, 8)
     assert torch.equal(loaded.eval()(image), extractor.eval()(image))
     with pytest.raises(FileExistsError, match="exists already"):
         extractor.save_pretrained(path)
@@ -156,7 +157,7 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match="memory must be one of 'recompute', 'store'"):
         DetailFeatureExtractor(memory="invert")
     with pytest.raises(ValueError, match="image must have 3 channels, got 4"):
-        DetailFeatureExtractor(3, 8)(torch.rand(1, 4, 8, 8))
+        DetailFeatureExtractor(3, 8)(draws.rand(1, 4, 8, 8))
     with pytest.raises(ValueError, match="blocks must be at least 1, got 0"):
         DetailFeatureExtractor(blocks=0)
 
@@ -172,17 +173,17 @@ def test_projection_is_the_same_in_every_process_and_frozen() -> None:
 
 def test_trainable_projection_gets_gradients() -> None:
     projection = PatchProjection(8, 4, trainable=True)
-    y: Tensor = projection(torch.randn(1, 2, 16, 16))
-    (y * torch.randn_like(y)).sum().backward()
+    y: Tensor = projection(draws.randn(1, 2, 16, 16))
+    (y * draws.randn_like(y)).sum().backward()
     assert all(p.grad is not None for p in projection.parameters())
 
 
 def test_every_block_takes_the_backend() -> None:
     extractor = DetailFeatureExtractor(3, 4, blocks=2)
     with use_backend("cuda"):
-        extractor(torch.rand(1, 3, 5, 6), backend="reference")
+        extractor(draws.rand(1, 3, 5, 6), backend="reference")
 
 
 def test_features_are_channels_last_on_the_cpu() -> None:
-    features = DetailFeatureExtractor(3, 4)(torch.rand(2, 3, 5, 6))
+    features = DetailFeatureExtractor(3, 4)(draws.rand(2, 3, 5, 6))
     assert features.is_contiguous(memory_format=torch.channels_last)

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 
 import contract
+import draws
 import pytest
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ class Problem:
             self.function = self.case.forms["mghf_fast"].make()
             self.leaf, *self.others = (x.detach() for x in self.case.inputs(TINY))
             output = () if self.case.output is None else self.case.output(TINY)
-            self.upstream = torch.rand(output)
+            self.upstream = draws.rand(output)
 
     def result(self, x: Tensor) -> Tensor:
         result: Tensor = self.function(x, *self.others)
@@ -178,10 +179,10 @@ def test_a_second_device() -> None:
     for a, b in zip(got, expected, strict=True):
         assert a.device == torch.device("cuda:1")
         torch.testing.assert_close(a.cpu(), b.cpu())
-    similarity = torch.rand(3, 20, 20, device="cuda:1")
+    similarity = draws.rand(3, 20, 20).to("cuda:1")
     plan = functional.sinkhorn_plan(similarity)
     torch.testing.assert_close(plan, functional.sinkhorn_plan(similarity.to("cuda:0")).to("cuda:1"))
-    images_there = torch.rand(2, 1, 3, 32, 32, device="cuda:1")
+    images_there = draws.rand(2, 1, 3, 32, 32).to("cuda:1")
     assert functional.dec_loss(*images_there).device == torch.device("cuda:1")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contract
+import draws
 import interpreter
 import pytest
 import torch
@@ -15,14 +16,14 @@ from mghf_fast.reference import gram as reference
 
 
 def test_definition() -> None:
-    x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    x = draws.randn(2, 3, 4, 5, dtype=torch.float64)
     expected = torch.einsum("bihw,bjhw->bij", x, x)
     assert contract.relative_error(functional.gram_matrix(x, normalize=False), expected) < 1e-12
     assert contract.relative_error(functional.gram_matrix(x), expected / (3 * 4 * 5)) < 1e-12
 
 
 def test_gradcheck() -> None:
-    x = torch.randn(2, 3, 2, 3, dtype=torch.float64, requires_grad=True)
+    x = draws.randn(2, 3, 2, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(functional.gram_matrix, x)
 
 
@@ -33,13 +34,13 @@ def test_values_and_gradients(backend: str, shape: tuple[int, ...], normalize: b
     contract.check_against_reference(
         lambda x: functional.gram_matrix(x, normalize, backend=backend),
         lambda x: reference.gram_matrix(x, scale),
-        [torch.randn(shape)],
+        [draws.randn(shape)],
     )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(backend: str, dtype: torch.dtype) -> None:
-    x = 100 * torch.randn(1, 4, 32, 32)  # sums beyond float16's range
+    x = 100 * draws.randn(1, 4, 32, 32)  # sums beyond float16's range
     contract.check_half_precision(
         lambda x: functional.gram_matrix(x, False, backend=backend),
         lambda x: reference.gram_matrix(x, 1.0),
@@ -53,7 +54,7 @@ def test_layouts(backend: str, dtype: torch.dtype) -> None:
     def fn(x: torch.Tensor) -> torch.Tensor:
         return functional.gram_matrix(x, backend=backend)
 
-    x = torch.randn(2, 5, 6, 7).to(dtype)
+    x = draws.randn(2, 5, 6, 7).to(dtype)
     for _, strided in contract.image_layouts(x):
         contract.check_layout(fn, x, strided)
     for _, strided in contract.expanded(x):
@@ -61,7 +62,7 @@ def test_layouts(backend: str, dtype: torch.dtype) -> None:
 
 
 def test_contract(backend: str) -> None:
-    x = torch.randn(2, 3, 4, 5, requires_grad=True)
+    x = draws.randn(2, 3, 4, 5, requires_grad=True)
     contract.check_opcheck(ops.gram.gram, x, 0.1, backend)
     contract.check_opcheck(ops.gram.gram, x.detach().transpose(2, 3).requires_grad_(), 0.1, backend)
     contract.check_compiled(lambda x: functional.gram_matrix(x, backend=backend) * 2, x.detach())
@@ -71,7 +72,7 @@ def test_contract(backend: str) -> None:
 
 
 def test_second_derivative() -> None:
-    contract.check_second_derivative(functional.gram_matrix, torch.randn(1, 2, 2, 2))
+    contract.check_second_derivative(functional.gram_matrix, draws.randn(1, 2, 2, 2))
 
 
 @settings(max_examples=20, deadline=None)
@@ -84,7 +85,7 @@ def test_any_shape(shape: tuple[int, ...], seed: int) -> None:
     contract.check_against_reference(
         lambda x: functional.gram_matrix(x, False),
         lambda x: reference.gram_matrix(x, 1.0),
-        [torch.randn(shape)],
+        [draws.randn(shape)],
     )
 
 
@@ -94,7 +95,7 @@ def test_any_shape(shape: tuple[int, ...], seed: int) -> None:
 def test_sizes_that_fill_no_tile(backend: str, shape: tuple[int, ...]) -> None:
     if backend == "reference":
         pytest.skip("it has no tiles")
-    x = torch.randn(interpreter.fitted(backend, shape, (2, 70, 40, 41)))
+    x = draws.randn(interpreter.fitted(backend, shape, (2, 70, 40, 41)))
     contract.check_against_reference(
         lambda x: functional.gram_matrix(x, backend=backend), functional.gram_matrix, [x]
     )
@@ -107,22 +108,22 @@ def test_sizes_that_fill_no_tile(backend: str, shape: tuple[int, ...]) -> None:
 def test_the_gradient_has_the_layout_and_type_of_its_image(
     backend: str, dtype: torch.dtype, layout: torch.memory_format
 ) -> None:
-    x = torch.randn(2, 20, 9, 11).to(dtype, memory_format=layout)
-    got = ops.gram.gram_backward(torch.randn(2, 20, 20), x, 0.1, backend)
+    x = draws.randn(2, 20, 9, 11).to(dtype, memory_format=layout)
+    got = ops.gram.gram_backward(draws.randn(2, 20, 20), x, 0.1, backend)
     assert got.dtype == dtype and got.is_contiguous(memory_format=layout)
 
 
 def test_the_matrix_is_symmetric_to_the_last_bit(backend: str) -> None:
     if backend == "reference":
         pytest.skip("PyTorch's product computes both halves")
-    got = functional.gram_matrix(torch.randn(1, 50, 30, 31), backend=backend)
+    got = functional.gram_matrix(draws.randn(1, 50, 30, 31), backend=backend)
     assert torch.equal(got, got.mT)
 
 
 def test_threads_do_not_change_a_bit(backend: str) -> None:
     shape = interpreter.fitted(backend, (2, 20, 130, 190), (2, 20, 23, 30))
     for layout in (torch.contiguous_format, torch.channels_last):
-        x = torch.randn(shape).contiguous(memory_format=layout)
+        x = draws.randn(shape).contiguous(memory_format=layout)
         contract.check_deterministic(
             backend, lambda x: functional.gram_matrix(x, backend=backend), x
         )
@@ -135,7 +136,7 @@ def test_under_each_instruction_set(capability: str) -> None:
 
 
 def test_nan_stays_nan(backend: str) -> None:
-    x = torch.randn(1, 2, 3, 3)
+    x = draws.randn(1, 2, 3, 3)
     x[0, 1, 1, 1] = torch.nan
     got = functional.gram_matrix(x, backend=backend)
     assert got[0, 1, 1].isnan() and got[0, 0, 1].isnan() and not got[0, 0, 0].isnan()
@@ -145,6 +146,6 @@ def test_nan_stays_nan(backend: str) -> None:
 
 def test_bad_input() -> None:
     with pytest.raises(ValueError, match="x must have shape"):
-        functional.gram_matrix(torch.rand(3, 3))
+        functional.gram_matrix(draws.rand(3, 3))
     with pytest.raises(TypeError, match="x must be a tensor"):
         functional.gram_matrix([1.0])  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import contract
+import draws
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from mghf_fast.losses.hf_diff import distillation_terms
 
 
 def test_divergence_definition() -> None:
-    p, q = torch.randn(2, 4, 7, dtype=torch.float64)
+    p, q = draws.randn(2, 4, 7, dtype=torch.float64)
     a, b = p.softmax(1), q.softmax(1)
     m = (a + b) / 2
     expected = 0.5 * ((a * (a / m).log()).sum(1) + (b * (b / m).log()).sum(1))
@@ -23,19 +24,19 @@ def test_divergence_definition() -> None:
 
 
 def test_divergence_bounds_and_gradients() -> None:
-    p = torch.randn(3, 5, 16)
+    p = draws.randn(3, 5, 16)
     assert functional.js_divergence_loss(p, p).item() == pytest.approx(0, abs=1e-6)
     far = torch.zeros(1, 2)
     far[0, 0] = 1e4
     assert functional.js_divergence_loss(far, -far).item() == pytest.approx(math.log(2))
-    leaves = [torch.randn(2, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    leaves = [draws.randn(2, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     assert torch.autograd.gradcheck(functional.js_divergence_loss, leaves)
     assert functional.js_divergence_loss(p.half(), p.half()).dtype == torch.float32
-    contract.check_compiled(functional.js_divergence_loss, torch.randn(2, 4), torch.randn(2, 4))
+    contract.check_compiled(functional.js_divergence_loss, draws.randn(2, 4), draws.randn(2, 4))
 
 
 def test_divergence_bad_input() -> None:
-    p = torch.randn(2, 4)
+    p = draws.randn(2, 4)
     with pytest.raises(ValueError, match="p and q must have the same shape"):
         functional.js_divergence_loss(p, p[:, :3])
     with pytest.raises(ValueError, match=r"p must have shape \(B, D\), got \(2,\)"):
@@ -55,7 +56,7 @@ class Student(nn.Module):
 
 def test_distillation_terms() -> None:
     student = Student()
-    noisy, condition, teacher, gt = torch.randn(4, 2, 3, 16, 16)
+    noisy, condition, teacher, gt = draws.randn(4, 2, 3, 16, 16)
     terms = distillation_terms(student, noisy, condition, teacher, gt, 15)
     assert torch.equal(terms.distill, F.mse_loss(student(noisy, condition, 15), teacher))
     assert torch.equal(terms.inverse, F.mse_loss(student(teacher, condition, 0), noisy))
@@ -73,7 +74,7 @@ def test_objective() -> None:
     embedder = nn.Sequential(nn.AvgPool2d(8), nn.Flatten(1))
     loss = HFDiffLoss(embedder=embedder)
     student = Student()
-    noisy, condition, teacher, gt = torch.rand(4, 2, 3, 16, 16)
+    noisy, condition, teacher, gt = draws.rand(4, 2, 3, 16, 16)
     distillation = distillation_terms(student, noisy, condition, teacher, gt, 3)
     terms = loss.terms(distillation.sr, gt, distillation)
     assert set(terms) == {"total", "hf", "js", "distill", "inverse", "consistency"}

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 
 import contract
+import draws
 import emulated
 import pytest
 import torch
@@ -35,8 +36,8 @@ def small_extractor(**options: object) -> DetailFeatureExtractor:
 
 
 def pair(b: int = 2, size: int = 56, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    gt = torch.rand(b, 3, size, size, dtype=dtype)
-    return (gt + 0.1 * torch.randn_like(gt)).requires_grad_(), gt
+    gt = draws.rand(b, 3, size, size, dtype=dtype)
+    return (gt + 0.1 * draws.randn_like(gt)).requires_grad_(), gt
 
 
 @pytest.mark.parametrize("preset", ["2026", "2025"])
@@ -272,7 +273,7 @@ def test_memory_formats_agree() -> None:
 
 def test_fine_tuning_reduces_it() -> None:
     _, gt = pair(1)
-    sr = torch.rand_like(gt).requires_grad_()
+    sr = draws.rand_like(gt).requires_grad_()
     loss = MGHFLoss(extractor=small_extractor())
     optimizer = torch.optim.Adam([sr], 0.02)
     first = loss(sr, gt).item()
@@ -284,7 +285,7 @@ def test_fine_tuning_reduces_it() -> None:
 
 
 def test_patch_reduction_and_auto_size() -> None:
-    s, g = torch.randn(2, 2, 4, 56, 56)
+    s, g = draws.randn(2, 2, 4, 56, 56)
     mean, total = (LocalInformationLoss(patch_reduction=r)(s, g) for r in ("mean", "sum"))
     torch.testing.assert_close(total, 4 * mean)  # 2 x 2 patches
     auto = LocalInformationLoss("auto")
@@ -294,21 +295,21 @@ def test_patch_reduction_and_auto_size() -> None:
     assert auto(s[..., :28, :28], g[..., :28, :28]).item() > 0
     with pytest.raises(ValueError, match="sr must be at least 8 pixels"):
         auto(s[..., :7, :], g[..., :7, :])
-    latent = torch.rand(1, 3, 16, 16)
+    latent = draws.rand(1, 3, 16, 16)
     loss = MGHFLoss(extractor=small_extractor(), patch_size="auto")
     assert loss(latent, latent.flip(3)).item() > 0
 
 
 def test_trainable_projection() -> None:
     loss = LocalInformationLoss(trainable_projection=True)
-    s, g = torch.randn(2, 1, 2, 56, 56)
+    s, g = draws.randn(2, 1, 2, 56, 56)
     loss(s, g).backward()
     assert all(p.grad is not None for p in loss.parameters())
 
 
 def test_trainable_projection_whose_features_have_another_use() -> None:
     loss = LocalInformationLoss(trainable_projection=True)
-    s, g = torch.randn(2, 1, 2, 56, 56)
+    s, g = draws.randn(2, 1, 2, 56, 56)
     inputs = [s.requires_grad_(), *loss.parameters()]
     expected = torch.autograd.grad(
         loss(s, g) + functional.naive_term(g, s).sum(), inputs, allow_unused=True
@@ -322,7 +323,7 @@ def test_trainable_projection_whose_features_have_another_use() -> None:
 
 
 def test_content_style_loss() -> None:
-    s, g = torch.randn(2, 2, 6, 12, 12)
+    s, g = draws.randn(2, 2, 6, 12, 12)
     terms = functional.content_style_terms(g, s)
     expected = 6e-3 * terms.mse + 1e-1 * terms.correlation + 5e-4 * terms.gram
     torch.testing.assert_close(ContentStyleLoss()(s, g), expected.mean())
@@ -432,8 +433,8 @@ def small_loss(variant: str, backend: str, dtype: torch.dtype, **options: object
 
 
 def small_pair(variant: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    gt = torch.rand(1, 3, *((5, 9) if variant == "n" else (34, 82)))
-    return (gt + 0.1 * torch.randn_like(gt)).to(dtype), gt.to(dtype)
+    gt = draws.rand(1, 3, *((5, 9) if variant == "n" else (34, 82)))
+    return (gt + 0.1 * draws.randn_like(gt)).to(dtype), gt.to(dtype)
 
 
 @pytest.mark.parametrize("kernels", GPU_KERNELS)
@@ -461,8 +462,8 @@ def test_squeezed_on_kernels_for_gpus(variant: str, kernels: str) -> None:
         return MGHFLoss(variant, extractor=extractor, backend=backend)
 
     loss, exact = made(kernels), made("reference").double()
-    gt = torch.rand(1, 3, *((7, 10) if variant == "n" else (34, 82)))
-    sr = gt + 0.1 * torch.randn_like(gt)
+    gt = draws.rand(1, 3, *((7, 10) if variant == "n" else (34, 82)))
+    sr = gt + 0.1 * draws.randn_like(gt)
     contract.check_against_reference(
         lambda sr: loss(sr, gt), lambda sr: exact(sr, gt.double()), [sr]
     )
@@ -512,6 +513,6 @@ def test_curved_features_on_kernels_for_gpus_in_half_precision(
     contract.check_half_precision(
         lambda image: of(image)(image, backend=kernels),
         lambda image: in_the_images_precision(of(image), image),
-        [torch.rand(1, 3, 5, 9)],
+        [draws.rand(1, 3, 5, 9)],
         dtype,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import contract
+import draws
 import interpreter
 import pytest
 import torch
@@ -23,8 +24,8 @@ OPTIONS = (0.07, 1.0, 50, 1.0, "hard", "exact")
 
 
 def pair(b: int, n: int, d: int = 8, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    key = F.normalize(torch.randn(b, n, d, dtype=torch.float64), dim=2)
-    query = F.normalize(key + 0.5 * torch.randn(b, n, d, dtype=torch.float64), dim=2)
+    key = F.normalize(draws.randn(b, n, d, dtype=torch.float64), dim=2)
+    query = F.normalize(key + 0.5 * draws.randn(b, n, d, dtype=torch.float64), dim=2)
     return query.to(dtype), key.to(dtype)
 
 
@@ -79,7 +80,7 @@ def test_reference_gradient(cost: str, plan_gradient: str) -> None:
     query.requires_grad_()
     options = (0.07, 0.1, 12, 0.8, cost, plan_gradient)
     losses = reference.monce(query, key, *options)
-    upstream = torch.randn_like(losses)
+    upstream = draws.randn_like(losses)
     (expected,) = torch.autograd.grad(losses, query, upstream)
     got = reference.monce_backward(upstream, query.detach(), key, *options)
     assert contract.relative_error(got, expected) < 1e-10
@@ -149,20 +150,23 @@ def check_map(query: Tensor, key: Tensor, backend: str, *options: object) -> Non
         )
 
     expected = reference.monce(query.double(), key.double(), *options)
-    assert contract.relative_error(loss(query), expected) <= 1e-5 + 2e-7 / temperature
-    upstream = torch.randn(expected.shape)
+    # The reference's logarithms are as large as 1 / epsilon, and ten of their roundings are lost,
+    # which the kernels keep.
+    lost, more = (6e-7 / epsilon, 10) if backend == "reference" else (0, 1)
+    assert contract.relative_error(loss(query), expected) <= 1e-5 + 2e-7 / temperature + lost
+    upstream = draws.randn(expected.shape)
     (got,) = contract.gradients(loss, [query], [upstream])
     want = reference.monce_backward(upstream.double(), query.double(), key.double(), *options)
     row = (upstream * -torch.expm1(-expected)).norm().item()
     error = (got.double() - want).norm().item()
-    assert error <= (1e-4 + 2e-7 / temperature) * want.norm().item() + 3e-6 * row / epsilon
+    assert error <= (1e-4 + 2e-7 / temperature) * want.norm().item() + more * 3e-6 * row / epsilon
 
 
 def clusters(n: int, count: int, spread: float) -> tuple[Tensor, Tensor]:
     """Patches of a few kinds: small epsilons move mass between the kinds only slowly."""
-    centre = torch.randn(count, 16)[torch.randint(count, (2, n))]
-    key = F.normalize(centre + spread * torch.randn(2, n, 16), dim=2)
-    return F.normalize(key + 0.1 * torch.randn(2, n, 16), dim=2), key
+    centre = draws.randn(count, 16)[draws.randint(count, (2, n))]
+    key = F.normalize(centre + spread * draws.randn(2, n, 16), dim=2)
+    return F.normalize(key + 0.1 * draws.randn(2, n, 16), dim=2), key
 
 
 @pytest.mark.parametrize(
@@ -293,7 +297,7 @@ def test_layouts(backend: str, dtype: torch.dtype) -> None:
 
 def test_layouts_of_the_upstream_gradient(backend: str) -> None:
     query, key = pair(3, 5)
-    upstream = torch.randn(3, 5)
+    upstream = draws.randn(3, 5)
     for _, strided in (*contract.batch_layouts(upstream), *contract.expanded(upstream)):
         expected = reference.monce_backward(strided, query, key, *OPTIONS)
         _, state = ops.monce.monce(query, key, *OPTIONS, backend)

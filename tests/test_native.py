@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import draws
 import pytest
 import torch
 from instruction_sets import (
@@ -111,7 +112,7 @@ def test_stops_each_matrix_by_itself() -> None:
 
 def test_any_strides() -> None:
     contiguous = similarities(3, 21)
-    grad = torch.randn(3, 21, 21)
+    grad = draws.randn(3, 21, 21)
     spaced = torch.zeros(6, 42, 63)[::2, ::2, ::3].copy_(contiguous)
     transposed = contiguous.mT.contiguous().mT
     expanded = contiguous[:1].expand(3, 21, 21)
@@ -131,7 +132,7 @@ def test_any_strides() -> None:
 
 @pytest.mark.parametrize("epsilon", [1.0, 0.01])
 def test_the_number_of_threads_does_not_change_a_bit(epsilon: float) -> None:
-    similarity, grad = similarities(5, 65, "spread"), torch.randn(5, 65, 65)
+    similarity, grad = similarities(5, 65, "spread"), draws.randn(5, 65, 65)
     options = ("hard", epsilon, 20, None)
     results = []
     for count in (1, 2, 4):

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import draws
 import pytest
 import torch
 
@@ -274,7 +275,7 @@ def test_a_power_of_two_is_drawn_into_the_weights_exactly(
     subnet: str, clamp: float | None, blocks: int
 ) -> None:
     extractor = DetailFeatureExtractor(3, 8, blocks, subnet=subnet, clamp=clamp)
-    image = torch.randn(2, 3, 9, 8)
+    image = draws.randn(2, 3, 9, 8)
     before = extractor(image)
     scale.scale_features(extractor, 0.125)
     assert torch.equal(extractor(image), before * 0.125)
@@ -285,7 +286,7 @@ def test_a_power_of_two_is_drawn_into_the_weights_exactly(
 
 
 def test_the_factor_restores_the_response() -> None:
-    extractor, image = DetailFeatureExtractor(3, 8), torch.randn(2, 3, 16, 16)
+    extractor, image = DetailFeatureExtractor(3, 8), draws.randn(2, 3, 16, 16)
     before = scale.response(extractor, image)
     scale.scale_features(extractor, 16)
     after = scale.response(extractor, image)
@@ -297,7 +298,7 @@ def test_the_factor_restores_the_response() -> None:
 def test_exported_features_have_the_scale_of_new_ones(finished: Path) -> None:
     settings = Settings(channels=4, stages=(4,), size=16)
     new = classes.build(settings, 84).extractor
-    image = torch.rand(4, 3, 32, 32) * 2 - 1
+    image = draws.rand(4, 3, 32, 32) * 2 - 1
     trained = DetailFeatureExtractor.from_pretrained(finished / "extractor.safetensors")
     ratio = scale.response(trained, image) / scale.response(new, image)
     assert 0.25 < ratio < 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contract
+import draws
 import interpreter
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ COSTS = reference.COSTS
 
 
 def cosines(b: int, n: int, d: int = 8, dtype: torch.dtype = torch.float32) -> Tensor:
-    q, k = (F.normalize(torch.randn(b, n, d, dtype=dtype), dim=2) for _ in range(2))
+    q, k = (F.normalize(draws.randn(b, n, d, dtype=dtype), dim=2) for _ in range(2))
     return q @ k.mT
 
 
@@ -48,7 +49,7 @@ def test_definition(cost: str, n: int) -> None:
 def test_reference_gradient(cost: str, tolerance: float | None) -> None:
     s = cosines(3, 6, dtype=torch.float64).requires_grad_()
     plan = reference.sinkhorn_plan(s, cost, 0.1, 12, tolerance)
-    upstream = torch.randn_like(plan)
+    upstream = draws.randn_like(plan)
     (expected,) = torch.autograd.grad(plan, s, upstream)
     got = reference.sinkhorn_plan_backward(upstream, s.detach(), cost, 0.1, 12, tolerance)
     assert contract.relative_error(got, expected) < 1e-10
@@ -77,7 +78,7 @@ def test_two_patches_leave_no_choice(backend: str, epsilon: float) -> None:
     s = cosines(3, 2).requires_grad_()
     plan = functional.sinkhorn_plan(s, epsilon=epsilon, backend=backend)
     torch.testing.assert_close(plan, torch.eye(2).flip(0).expand(3, 2, 2))
-    (grad,) = torch.autograd.grad(plan, s, torch.randn_like(plan))
+    (grad,) = torch.autograd.grad(plan, s, draws.randn_like(plan))
     assert grad.abs().max() <= 1e-6 / epsilon
 
 
@@ -123,7 +124,9 @@ def test_marginals(backend: str) -> None:
 def test_tolerance_stops_early_and_keeps_it(backend: str, epsilon: float) -> None:
     s = cosines(4, 30)
     early = functional.sinkhorn_plan(s, epsilon=epsilon, tolerance=1e-2, backend=backend)
-    assert (functional.marginal_error(early) <= 1e-2 + 1e-5).all()
+    exact = reference.sinkhorn_plan(s.double(), "hard", epsilon, 50, 1e-2)
+    reached = functional.marginal_error(exact) <= 1e-2  # which 50 iterations need not do
+    assert reached.any() and (functional.marginal_error(early)[reached] <= 1e-2 + 1e-5).all()
     full = functional.sinkhorn_plan(s, epsilon=epsilon, backend=backend)
     assert not torch.equal(early, full)
     contract.check_against_reference(
@@ -158,7 +161,7 @@ def test_layouts(backend: str, dtype: torch.dtype) -> None:
 
 
 def test_layouts_of_the_upstream_gradient(backend: str) -> None:
-    s, upstream = cosines(3, 9), torch.randn(3, 9, 9)
+    s, upstream = cosines(3, 9), draws.randn(3, 9, 9)
     options = ("hard", 0.5, 50, None)
     for _, strided in (*contract.batch_layouts(upstream), *contract.expanded(upstream)):
         got = ops.sinkhorn.sinkhorn_backward(strided, s, *options, backend)
@@ -172,7 +175,7 @@ def test_contract(backend: str) -> None:
     for tolerance in (None, 1e-3):
         options = ("easy", 0.5, 10, tolerance, backend)
         contract.check_opcheck(ops.sinkhorn.sinkhorn, s.clone().requires_grad_(), *options)
-        contract.check_opcheck(ops.sinkhorn.sinkhorn_backward, torch.rand_like(s), s, *options)
+        contract.check_opcheck(ops.sinkhorn.sinkhorn_backward, draws.rand_like(s), s, *options)
     contract.check_opcheck(
         ops.sinkhorn.sinkhorn, s.mT.clone().mT.requires_grad_(), "hard", 1.0, 10, None, backend
     )
@@ -239,7 +242,7 @@ def test_bad_input() -> None:
     ):
         functional.sinkhorn_plan(s[..., :3])
     with pytest.raises(ValueError, match="similarity must not be empty"):
-        functional.sinkhorn_plan(torch.rand(2, 0, 0))
+        functional.sinkhorn_plan(draws.rand(2, 0, 0))
     with pytest.raises(ValueError, match="iterations must be at least 1, got 0"):
         functional.sinkhorn_plan(s, iterations=0)
     with pytest.raises(ValueError, match="tolerance must be finite and above 0"):

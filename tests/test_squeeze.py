@@ -8,6 +8,7 @@ import pickle
 from pathlib import Path
 
 import contract
+import draws
 import pytest
 import torch
 import torch.nn.functional as F
@@ -41,7 +42,7 @@ def undone(extractor: DetailFeatureExtractor, features: Tensor) -> Tensor:
 
 
 def images(height: int, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return 2 * torch.rand(2, 3, height, width, dtype=dtype) - 1
+    return 2 * draws.rand(2, 3, height, width, dtype=dtype) - 1
 
 
 # ---- the stem ------------------------------------------------------------------------------------
@@ -65,10 +66,10 @@ def test_it_is_a_padded_pixel_unshuffle_and_a_linear_layer(
 
 
 def test_reflection_is_that_of_pytorch_in_values_and_gradients() -> None:
-    x = torch.randn(2, 3, 5, 7, dtype=torch.float64, requires_grad=True)
+    x = draws.randn(2, 3, 5, 7, dtype=torch.float64, requires_grad=True)
     found = reflected(reflected(x, 2, 4), 3, 2)
     expected = F.pad(x, (0, 2, 0, 4), mode="reflect")
-    upstream = torch.randn_like(expected)
+    upstream = draws.randn_like(expected)
     assert torch.equal(found, expected)
     (a,), (b,) = (torch.autograd.grad(y, x, upstream) for y in (found, expected))
     torch.testing.assert_close(a, b)
@@ -103,7 +104,7 @@ def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="even number of channels"):
         DetailFeatureExtractor(channels=49, stem="squeeze")
     with pytest.raises(ValueError, match="image must have 3 channels, got 1"):
-        squeezed()(torch.rand(1, 1, 8, 8))
+        squeezed()(draws.rand(1, 1, 8, 8))
 
 
 def test_sizes() -> None:
@@ -236,7 +237,7 @@ def test_saved_loaded_copied_and_pickled(tmp_path: Path) -> None:
 def test_a_bad_pixel_gives_a_nan_loss(variant: str, bad: float) -> None:
     loss = MGHFLoss(variant, extractor=squeezed(2, 1), reduction="none")
     gt = images(57, 64)  # the last rows are in no patch
-    sr = gt + 0.1 * torch.randn_like(gt)
+    sr = gt + 0.1 * draws.randn_like(gt)
     assert loss(sr, gt).isfinite().all()
     for which in (0, 1):
         pair = [sr.clone(), gt.clone()]
@@ -272,8 +273,8 @@ def test_a_frozen_extractor_keeps_nothing_at_full_resolution() -> None:
 
 
 def pair(b: int = 2, size: int = 56) -> tuple[Tensor, Tensor]:
-    gt = torch.rand(b, 3, size, size)
-    return (gt + 0.1 * torch.randn_like(gt)).requires_grad_(), gt
+    gt = draws.rand(b, 3, size, size)
+    return (gt + 0.1 * draws.randn_like(gt)).requires_grad_(), gt
 
 
 def with_stem(squeeze: int = 4, channels: int = 48) -> DetailFeatureExtractor:
@@ -333,10 +334,10 @@ def test_automatic_patches_of_squeezed_features() -> None:
         found = {int(size): p.patch_size for size, p in local.projections.items()}
         assert found == sides
         least = min(sides)
-        small = torch.rand(1, 3, 3 * least, 3 * least)
+        small = draws.rand(1, 3, 3 * least, 3 * least)
         assert loss(small, small.flip(3)).item() > 0
         with pytest.raises(ValueError, match=f"sr must be at least {least} pixels .* got 7 x 40"):
-            loss(*torch.rand(2, 1, 3, 7, 40))
+            loss(*draws.rand(2, 1, 3, 7, 40))
 
 
 class Shrinks(nn.Module):
@@ -359,7 +360,7 @@ def test_any_module_may_say_its_downscale() -> None:
     expected = LocalInformationLoss(16, 12)(extractor(sr), extractor(gt))
     torch.testing.assert_close(loss.terms(sr, gt)["lip"], expected)
     assert downscale_of(Shrinks(nn.Conv2d(3, 3, 1))) == downscale_of(nn.Identity()) == 1
-    for image in (torch.rand(2, 1, 3, 31, 56), torch.rand(2, 1, 3, 56, 30)):
+    for image in (draws.rand(2, 1, 3, 31, 56), draws.rand(2, 1, 3, 56, 30)):
         height, width = image.shape[3:]
         with pytest.raises(
             ValueError, match=f"at least 32 pixels .* got {height} x {width}; .*'auto' takes 8 pix"
@@ -367,7 +368,7 @@ def test_any_module_may_say_its_downscale() -> None:
             loss(*image)
     # Features that are smaller than they say.
     with pytest.raises(ValueError, match=r"at least 32 pixels .* got 28 x 28"):
-        LocalInformationLoss(downscale=4)(*torch.rand(2, 1, 2, 7, 7))
+        LocalInformationLoss(downscale=4)(*draws.rand(2, 1, 2, 7, 7))
 
 
 def test_a_downscale_that_does_not_fit_is_refused() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import draws
 import numpy as np
 import pytest
 import torch
@@ -159,7 +160,7 @@ def test_the_minimisers_command(
 
 
 def test_features_by_name(tmp_path: Path) -> None:
-    image = torch.rand(1, 3, 64, 64) * 2 - 1
+    image = draws.rand(1, 3, 64, 64) * 2 - 1
     shapes = {"pixels": (3, 64), "linear": (128, 64), "curved-squeeze": (128, 16)}
     for name, (channels, side) in shapes.items():
         module = extractors.load(name)
@@ -191,7 +192,7 @@ def test_every_objective_leads_somewhere(name: str) -> None:
 
 @judged
 def test_the_vgg_loss_is_the_squared_difference_of_relu3_3() -> None:
-    sr, gt = torch.rand(2, 1, 3, 64, 64)
+    sr, gt = draws.rand(2, 1, 3, 64, 64)
     network = stlpips.ShiftTolerantLPIPS("vgg")
     expected = F.mse_loss(network.features(sr, 3)[-1], network.features(gt, 3)[-1])
     torch.testing.assert_close(objectives.build("vgg")(sr, gt), expected, rtol=1e-4, atol=0)

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import draws
 import pytest
 import torch
 import torch.nn.functional as F
@@ -53,7 +54,7 @@ def jacobian_log_det(f: Map, x: Tensor) -> Tensor:
 def test_log_det_is_that_of_the_jacobian(subnet: str, activation: str, clamp: float | None) -> None:
     block = block_of(4, 3.0, subnet=subnet, activation=activation, clamp=clamp)
     block.mix.weight *= 1.3  # so that the mix takes part
-    x = 2 * torch.randn(2, 4, 3, 2, dtype=torch.float64)
+    x = 2 * draws.randn(2, 4, 3, 2, dtype=torch.float64)
     log_det = block.log_det(x)
     expected = torch.stack([jacobian_log_det(block, image) for image in x.split(1)])
     torch.testing.assert_close(log_det, expected, rtol=1e-8, atol=1e-8)
@@ -64,7 +65,7 @@ def test_log_det_is_that_of_the_jacobian(subnet: str, activation: str, clamp: fl
 def test_log_det_of_the_inverse_and_of_a_chain() -> None:
     """The inverse takes back what the block gave; those of a chain add up."""
     first, second = block_of(4, seed=1), block_of(4, seed=2)
-    x = torch.randn(1, 4, 2, 2, dtype=torch.float64)
+    x = draws.randn(1, 4, 2, 2, dtype=torch.float64)
     y = first(x)
     torch.testing.assert_close(jacobian_log_det(first.inverse, y), -first.log_det(x)[0])
     torch.testing.assert_close(
@@ -74,7 +75,7 @@ def test_log_det_of_the_inverse_and_of_a_chain() -> None:
 
 def test_log_det_is_differentiable() -> None:
     block = block_of(4, activation="softplus").requires_grad_()
-    x = torch.randn(2, 4, 2, 3, dtype=torch.float64, requires_grad=True)
+    x = draws.randn(2, 4, 2, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(block.log_det, x)
     block.log_det(x).sum().backward()
     assert block.mix.weight.grad is not None and block.rho.project.weight.grad is not None
@@ -87,7 +88,7 @@ def test_log_det_is_differentiable() -> None:
 
 def test_log_det_in_float32_and_bfloat16() -> None:
     block = InvertibleBlock(16).requires_grad_(False)
-    x = torch.randn(2, 16, 24, 20)
+    x = draws.randn(2, 16, 24, 20)
     found = block.log_det(x)
     assert found.dtype == torch.float32 and found.shape == (2,)
     torch.testing.assert_close(
@@ -101,9 +102,9 @@ def test_log_det_in_float32_and_bfloat16() -> None:
 
 def test_log_det_refuses_what_has_none() -> None:
     block = InvertibleBlock(4).requires_grad_(False)
-    x = torch.randn(1, 4, 3, 3)
+    x = draws.randn(1, 4, 3, 3)
     with pytest.raises(ValueError, match="x must have the block's 4 channels, got 6"):
-        block.log_det(torch.randn(1, 6, 3, 3))
+        block.log_det(draws.randn(1, 6, 3, 3))
     with pytest.raises(TypeError, match="x must be a tensor of shape"):
         block.log_det([1.0])  # type: ignore[arg-type]
     block.mix.weight[3] = -2 * block.mix.weight[0]
@@ -173,7 +174,7 @@ def test_entropy_by_quadrature_over_the_density_of_the_output() -> None:
 def test_only_shears_and_volume_preserving_mixes_keep_differential_entropy() -> None:
     """The unit determinant that the paper's proof ends with is that of additive couplings (rho = 0)
     behind a mix with |det| = 1; an affine coupling or another mix changes the entropy."""
-    x = torch.randn(5, 4, 3, 3, dtype=torch.float64)
+    x = draws.randn(5, 4, 3, 3, dtype=torch.float64)
     block = block_of(4, 3.0)
     assert block.log_det(x).abs().max() > 0.1
     block.rho.project.weight.fill_(0)
@@ -224,7 +225,7 @@ def test_a_relu_network_can_be_injective() -> None:
     """Not every CNN loses information: stride-2 filters +d and -d at each of four positions, then
     ReLU, are undone by subtraction. What decides is injectivity, not the kind of layer."""
     picks = torch.eye(4).view(4, 1, 2, 2)
-    image = torch.randn(3, 1, 8, 6)
+    image = draws.randn(3, 1, 8, 6)
     features = F.conv2d(image, torch.cat((picks, -picks)), stride=2).relu()
     positive, negative = features.chunk(2, 1)
     assert torch.equal(F.pixel_shuffle(positive - negative, 2), image)
@@ -246,7 +247,7 @@ def test_the_extractor_keeps_what_its_stem_keeps() -> None:
     """image -> 128 maps is no map of R^n onto itself: it has a left inverse exactly when the stem
     has. The blocks give the stem's features back, the centre taps' pseudo-inverse the image."""
     extractor = DetailFeatureExtractor(3, 32, 2).double().requires_grad_(False)
-    image = torch.rand(2, 3, 6, 5, dtype=torch.float64)
+    image = draws.rand(2, 3, 6, 5, dtype=torch.float64)
 
     def stem_features(x: Tensor) -> Tensor:
         y = extractor(x)
@@ -284,8 +285,8 @@ def collapse(points: Tensor) -> Tensor:
 def test_swirl_keeps_noise_and_collapse_drops_it() -> None:
     """MGHF's Figure 11: noise across the axis of collapse costs nothing after collapsing, something
     after the swirl, which keeps areas (determinant 1) and is undone by turning back."""
-    points = torch.randn(200, 2, dtype=torch.float64)
-    noisy = points + 0.1 * torch.randn(200, 1, dtype=torch.float64) * points.new_tensor([0.0, 1.0])
+    points = draws.randn(200, 2, dtype=torch.float64)
+    noisy = points + 0.1 * draws.randn(200, 1, dtype=torch.float64) * points.new_tensor([0.0, 1.0])
     assert torch.equal(collapse(points), collapse(noisy))
     assert (swirl(points) - swirl(noisy)).norm(dim=1).min() > 0
     torch.testing.assert_close(swirl(swirl(points), -0.7), points)
@@ -298,15 +299,15 @@ def test_swirl_keeps_noise_and_collapse_drops_it() -> None:
 
 
 def distance_ratios(f: Map, count: int = 200) -> Tensor:
-    a, b = torch.randn(2, count, 4, dtype=torch.float64)
+    a, b = draws.randn(2, count, 4, dtype=torch.float64)
     return (on_points(f, a) - on_points(f, b)).norm(dim=1) / (a - b).norm(dim=1)
 
 
 def test_a_warp_of_the_domain_is_an_isometry_and_the_block_is_not() -> None:
     """The proposition's operator moves pixels about, as a permutation does, and keeps every
     distance: its loss *is* the MSE. The extractor is not such an operator."""
-    f, g = torch.randn(2, 3, 8, 8, dtype=torch.float64)
-    order = torch.randperm(64)
+    f, g = draws.randn(2, 3, 8, 8, dtype=torch.float64)
+    order = draws.randperm(64)
     warped = f.flatten(1)[:, order] - g.flatten(1)[:, order]
     torch.testing.assert_close(warped.norm(), (f - g).norm())
     ratios = distance_ratios(block_of(4, 3.0))
@@ -318,7 +319,7 @@ def test_the_block_has_another_minimiser_than_mse() -> None:
     the mean of theirs, which the inverse gives. Its pixel risk is higher: "exact calibration" holds
     for isometries alone, and a loss that had it could not be better than MSE."""
     block = block_of(4, activation="softplus")
-    u, v = 2 * torch.randn(2, 100, 4, dtype=torch.float64)
+    u, v = 2 * draws.randn(2, 100, 4, dtype=torch.float64)
 
     def features(w: Tensor) -> Tensor:
         return on_points(block, w)
@@ -337,7 +338,7 @@ def test_the_block_has_another_minimiser_than_mse() -> None:
 def test_a_loss_that_is_not_injective_misses_differences() -> None:
     """Part (i) holds: a checkerboard of any contrast is nothing to average pooling."""
     checkerboard = torch.tensor([[1.0, -1], [-1, 1]]).repeat(4, 4)[None, None]
-    image = torch.rand(1, 1, 8, 8)
+    image = draws.rand(1, 1, 8, 8)
     torch.testing.assert_close(
         F.avg_pool2d(image, 2), F.avg_pool2d(image + 0.3 * checkerboard, 2), rtol=0, atol=1e-6
     )
@@ -349,7 +350,7 @@ def test_a_loss_that_is_not_injective_misses_differences() -> None:
 def test_moments_of_the_features_are_not_those_of_the_image() -> None:
     """f^-1(f(X)) = X has X's moments, as the proof says; f(X), which the loss compares, has not."""
     block = block_of(4, 3.0)
-    x = torch.randn(5000, 4, dtype=torch.float64)
+    x = draws.randn(5000, 4, dtype=torch.float64)
     y = on_points(block, x)
     torch.testing.assert_close(on_points(block.inverse, y), x)
     assert (y.mean(0) - x.mean(0)).abs().max() > 0.1
@@ -363,7 +364,7 @@ def test_a_determinant_says_nothing_of_the_condition() -> None:
     block.mix.weight.copy_(
         torch.tensor([1e3, 1e-3, 1, 1], dtype=torch.float64).diag().view(4, 4, 1, 1)
     )
-    x = torch.randn(1, 4, 2, 2, dtype=torch.float64)
+    x = draws.randn(1, 4, 2, 2, dtype=torch.float64)
     assert block.log_det(x).abs() < 1e-9
     jacobian = torch.autograd.functional.jacobian(block, x).view(16, 16)
     assert torch.linalg.cond(jacobian) > 0.9e6
@@ -373,7 +374,7 @@ def test_a_determinant_says_nothing_of_the_condition() -> None:
         DetailFeatureExtractor(3, 8, clamp=c).requires_grad_(False) for c in (None, 1.0)
     )
     clamped.load_state_dict(free.state_dict())
-    image = torch.rand(1, 3, 16, 16)
+    image = draws.rand(1, 3, 16, 16)
     for extractor in (free, clamped):
         for kernel in extractor.blocks[0].rho.kernels():
             kernel *= 12
@@ -449,7 +450,7 @@ def test_the_invertible_block_makes_harmonics_too(activation: str) -> None:
 
 
 def unit(*shape: int) -> Tensor:
-    return F.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1)
+    return F.normalize(draws.randn(*shape, dtype=torch.float64), dim=-1)
 
 
 def test_lip_is_no_lower_bound_of_information_at_the_papers_q() -> None:
@@ -468,7 +469,7 @@ def test_lip_with_hard_negatives_is_looser_than_infonce() -> None:
     InfoNCE. A plan that prefers the hard ones makes the loss larger and the "bound" smaller, one
     that prefers the easy ones the other way about; a plan without preference changes nothing."""
     query = unit(4, 32, 16)
-    key = F.normalize(query + 0.5 * torch.randn_like(query), dim=-1)
+    key = F.normalize(query + 0.5 * draws.randn_like(query), dim=-1)
     nce = float(functional.patch_nce_loss(query, key))
     options = {"epsilon": 0.3}
     assert float(functional.monce_loss(query, key, cost="hard", **options)) > nce
@@ -480,7 +481,7 @@ def test_lip_with_hard_negatives_is_looser_than_infonce() -> None:
 def test_the_mean_inequality_bounds_the_other_side() -> None:
     """The AM-GM inequality of eq. 52 makes the logarithm of a sum larger than a mean of logarithms,
     so ln N - L is *at most* what eq. 55 bounds it by from below."""
-    log_r = 3 * torch.randn(1000, 16, dtype=torch.float64)  # of the positive, then the negatives
+    log_r = 3 * draws.randn(1000, 16, dtype=torch.float64)  # of the positive, then the negatives
     left = math.log(16) + log_r[:, 0] - log_r.logsumexp(1)
     right = log_r[:, 0] - log_r.mean(1)
     assert (left <= right + 1e-12).all() and (left < right - 0.1).all()

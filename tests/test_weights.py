@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import contract
+import draws
 import pytest
 import torch
 
@@ -103,7 +104,7 @@ def test_features_have_the_scale_that_the_published_weights_are_made_for() -> No
 
 def test_losses_take_them_by_name() -> None:
     gt = pictures(2)
-    sr = gt + 0.05 * torch.randn_like(gt)
+    sr = gt + 0.05 * draws.randn_like(gt)
     for name in ("random", *NAMES):
         loss = MGHFLoss("n", extractor=name)
         expected = random_extractor() if name == "random" else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import draws
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,8 @@ from mghf_fast.losses import Preset
 
 
 def pair(b: int = 2, size: int = 56) -> tuple[Tensor, Tensor]:
-    gt = torch.rand(b, 3, size, size)
-    return (gt + 0.1 * torch.randn_like(gt)).requires_grad_(), gt
+    gt = draws.rand(b, 3, size, size)
+    return (gt + 0.1 * draws.randn_like(gt)).requires_grad_(), gt
 
 
 def weighted(gammas: tuple[float, ...], betas: tuple[float, ...] = (1, 1, 1)) -> Preset:
