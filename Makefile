@@ -138,17 +138,18 @@ cuda-host: $(STAMPS)/dev  ## run the CUDA kernels on the CPU, against the refere
 # On a machine with an NVIDIA GPU: with its own Python, torch and Triton, and without the internet.
 # The package is put together from links, beside copies of the tests, and nothing is installed but
 # the wheels (of pytest and hypothesis, say) in GPU_WHEELS. The CUDA kernels take part if `make cuda`
-# has built them and mghf_fast/lib has those of the CPU. Build output and logs: build/gpu.
+# has built them and mghf_fast/lib has those of the CPU. Build output and logs: build/gpu. Rows name
+# the commit, which MGHF_COMMIT gives where the copy here is no repository.
 GPU_SITE := build/gpu/site
 gpu: export MGHF_CUDA_LIBRARY := $(or $(MGHF_CUDA_LIBRARY),$(wildcard $(CURDIR)/build/cuda/libmghf_fast_cuda.so))
-gpu:  ## test and measure on this machine's NVIDIA GPU: ARGS=--quick GPU_WHEELS=folder
+gpu:  ## test and measure on this machine's NVIDIA GPU: ARGS="--quick --baselines --dry-run" GPU_WHEELS=folder
 	rm -rf $(GPU_SITE) && mkdir -p $(GPU_SITE)/mghf_fast
 	ln -s $(CURDIR)/mghf_fast/* $(GPU_SITE)/mghf_fast/
 	ln -sfn $(CURDIR)/kernels $(GPU_SITE)/mghf_fast/kernels
 	ln -s $(CURDIR)/benchmarks $(GPU_SITE)/
 	cp -r tests pyproject.toml $(GPU_SITE)/
 	$(if $(GPU_WHEELS),$(PYTHON) -m pip install --quiet --no-index --no-deps --target $(GPU_SITE) $(GPU_WHEELS)/*.whl)
-	cd $(GPU_SITE) && PYTHONPATH=$(abspath $(GPU_SITE)) $(PYTHON) -m benchmarks.gpu_setup
+	cd $(GPU_SITE) && PYTHONPATH=$(abspath $(GPU_SITE)) $(PYTHON) -m benchmarks.gpu_setup $(ARGS)
 	cd $(GPU_SITE) && PYTHONPATH=$(abspath $(GPU_SITE)) $(PYTHON) -m benchmarks.gpu $(ARGS)
 
 bench: $(STAMPS)/dev  ## measure, write benchmarks/results/, README and plots: ARGS="--quick --compare"

@@ -1,4 +1,5 @@
-"""What a process of `make gpu` measures: ceilings, rows of an op, values of all ops, Table 5.
+"""What a process of `make gpu` measures: ceilings, rows of an op, profiles, variants, values of all
+ops, Table 5.
 
 Each part writes its results line by line as it gets them, ours and the most wanted shapes first, so
 that whatever ends the process loses only what it had not come to.
@@ -14,7 +15,7 @@ import gc
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,11 +23,11 @@ import torch
 from torch import Tensor
 
 from mghf_fast import cost, workloads
-from mghf_fast.backends import use_backend
+from mghf_fast.backends import current_backend, use_backend
 from mghf_fast.measure import Measurement
-from mghf_fast.ops import OPS
+from mghf_fast.ops import OPS, _dispatch
 
-from . import cases, results
+from . import cases, gpu_profile, gpu_variants, results
 from .cases import Case, Form, Shape
 from .text import part_of
 
@@ -34,6 +35,9 @@ PAPER, LATENTS = Shape(1, 512), Shape(32, 64)
 SIZES = (PAPER, Shape(1, 256), Shape(1, 1024), Shape(1, 2048))  # the paper's first
 TRAINING = (Shape(4, 512), Shape(16, 256), LATENTS)
 TINY = Shape(1, 64)
+STEPS = (PAPER, Shape(1, 1024), Shape(16, 256), LATENTS, Shape(4, 512), Shape(1, 256))
+"""Of the losses, what people train with first."""
+OPS_AT = (PAPER, Shape(1, 1024), Shape(16, 256), LATENTS)
 WHOLE = ("mghf_c", "mghf_n")
 COMPILED_OPS = ("coupling", "content_style", "gram", "patches", "entropy", "dec")
 """Ops whose reference compiles in seconds; the Sinkhorn of 50 unrolled iterations does not."""
@@ -44,7 +48,7 @@ AUTOTUNED, CAPTURED = " max-autotune", " CUDA graph"
 OURS = "mghf_fast"
 FORCED = {"cuda": "mghf_fast CUDA C++", "triton": "mghf_fast Triton"}
 IN_BFLOAT16 = " bfloat16"
-BUDGET = 0.25  # seconds of timed calls for a part of a row
+BUDGET = 0.12  # seconds of timed calls for a part of a row
 SLOW = 2.0  # seconds; a call that takes longer is the only one
 CALLS = 100  # timed calls at most
 TOLERANCE = 2e-3  # of the part `values`, against the reference in float32
@@ -195,7 +199,25 @@ def ceilings(clock: Clock, values: int = 1 << 29, side: int = 8192) -> dict[str,
             a, b = torch.randn(2, side, side).to(dtype)
             seconds = best(functools.partial(torch.matmul, a, b))
         found[name] = 2 * side**3 / seconds / 1e12
+    found |= launches(clock)
     return {name: float(f"{value:.4g}") for name, value in found.items()}
+
+
+LAUNCHES = 200
+
+
+def launches(clock: Clock) -> dict[str, float]:
+    """What a kernel costs that does next to nothing, launched from Python and out of a graph."""
+    x = torch.zeros(1)
+
+    def many() -> None:
+        for _ in range(LAUNCHES):
+            x.add_(1)
+
+    return {
+        name: 1e6 * min(timed(clock, function, memory=False).seconds) / LAUNCHES
+        for name, function in (("launch_us", many), ("graph_kernel_us", clock.captured(many)))
+    }
 
 
 @contextlib.contextmanager
@@ -240,10 +262,23 @@ def forced_forms(case: Case) -> dict[str, Form]:
     return forms
 
 
+VGG16_BEST = "VGG-16 channels_last bfloat16"
+
+
+def vgg16_in_bfloat16() -> workloads.VGG16Perceptual:
+    loss = workloads.VGG16Perceptual().to(torch.bfloat16)
+    loss.features.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return loss
+
+
 def on_gpu(case: Case) -> Case:
     """The case with the forms that only a GPU has."""
     forms = dict(case.forms) | forced_forms(case)
     if case.op == "mghf_c":
+        forms[VGG16_BEST] = best = Form(
+            vgg16_in_bfloat16, "peer", channels_last=True, dtype="bfloat16", inputs=torch.bfloat16
+        )
+        forms[VGG16_BEST + " compile"] = dataclasses.replace(best, compiled=True)
         alex = functools.partial(workloads.LPIPSLayout, "alex")
         forms["LPIPS AlexNet"] = Form(alex, "peer")
         forms["LPIPS VGG-16"] = Form(functools.partial(workloads.LPIPSLayout, "vgg"), "peer")
@@ -251,41 +286,73 @@ def on_gpu(case: Case) -> Case:
     for name, form in list(forms.items()):
         if form.compiled:
             forms[name + AUTOTUNED] = form
-        if case.op in WHOLE and form.kind == "ours":
+        if form.kind == "ours":
             forms[name + CAPTURED] = form
     return dataclasses.replace(case, forms=forms)
 
 
-def shapes_of(op: str, case: Case, quick: bool) -> list[Shape]:
-    """The paper's size first, then what people train with."""
+OWN, OTHERS, COMPILE = "own", "others", "compile"
+
+
+def shapes_of(op: str, quick: bool, which: str) -> list[Shape]:
+    """Ours at the shapes that people train with, the paper's first, others at these and at 2048 x
+    2048."""
     whole = op in WHOLE
     if quick:
         return [PAPER, LATENTS] if whole else [PAPER]
-    own = [s for s in case.shapes if s not in (*cases.SIZES, cases.TRAINING)]
-    return [PAPER, *(TRAINING if whole else ()), *SIZES[1:], *own]
+    if op == "dec":
+        return [PAPER, *(s for s in cases.CASES[op].shapes if s not in cases.SIZES)]
+    return [*(STEPS if whole else OPS_AT), *(SIZES[3:] if which == OTHERS else ())]
 
 
-def rows_of(case: Case, quick: bool, compiled: bool) -> list[tuple[Shape, str]]:
-    """The rows of an op in the order of measurement. torch.compile and other libraries are measured
-    at the paper's size, a captured graph where launches cost, kernels in bfloat16 at the paper's
-    size and the training shape, and the losses that this one is to replace everywhere."""
-    if compiled:
+def rows_of(case: Case, quick: bool, which: str) -> list[tuple[Shape, str]]:
+    """The rows of an op in the order of measurement: its own, launched and as a captured graph;
+    those of others, of which libraries for one op are measured at the paper's size, and losses
+    that this one is to replace everywhere; what is compiled, at the paper's size."""
+    forms = case.forms
+    if which == COMPILE:
         allowed = (*WHOLE, *COMPILED_OPS)
-        names = [name for name, form in case.forms.items() if form.compiled]
-        names.sort(key=lambda name: (case.forms[name].kind == "peer", name.endswith(AUTOTUNED)))
+        names = [name for name, form in forms.items() if form.compiled]
+        names.sort(key=lambda name: (name.endswith(AUTOTUNED), forms[name].kind != "peer"))
         return [(PAPER, name) for name in names if case.op in allowed]
+    kinds = ("ours",) if which == OWN else ("eager", "peer")
     return [
         (shape, name)
-        for shape in shapes_of(case.op, case, quick)
-        for name, form in case.forms.items()
-        if not form.compiled
-        and (not name.endswith(CAPTURED) or shape in TRAINING)
+        for shape in shapes_of(case.op, quick, which)
+        for name, form in forms.items()
+        if form.kind in kinds
+        and not form.compiled
         and (form.kind != "peer" or case.op in WHOLE or shape == PAPER)
-        and (form.inputs == torch.float32 or shape in (PAPER, *TRAINING))
     ]
 
 
-def measure_part(clock: Clock, case: Case, shape: Shape, name: str, part: str) -> Measurement:
+@contextlib.contextmanager
+def chosen(found: dict[str, str]) -> Iterator[None]:
+    """Which backend every op takes in the meantime."""
+    choose = _dispatch.Op.choose
+
+    def watch(op: _dispatch.Op, backend: str, *tensors: Tensor, **options: Any) -> Any:
+        implementation = choose(op, backend, *tensors, **options)
+        names = (n for n, i in op._implementations.items() if i is implementation)
+        found[op.name] = next(names)
+        return implementation
+
+    _dispatch.Op.choose = watch  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        _dispatch.Op.choose = choose  # type: ignore[method-assign]
+
+
+def measure_part(
+    clock: Clock,
+    case: Case,
+    shape: Shape,
+    name: str,
+    part: str,
+    backends: dict[str, str] | None = None,
+) -> Measurement:
+    """A part of a row; ``backends`` is told which backend each op took."""
     form = case.forms[name]
     if form.package is not None and cases.package_version(form.package) is None:
         return Measurement(failure=f"{form.package} is not installed")
@@ -298,6 +365,9 @@ def measure_part(clock: Clock, case: Case, shape: Shape, name: str, part: str) -
             function = torch.compile(function, mode=mode)
         step = case.step(function, shape, name, part)
         # A captured graph, of which max-autotune makes use too, has its memory beforehand.
+        if form.kind == "ours":
+            with chosen({} if backends is None else backends):
+                step()
         measured = clock.captured(step) if captured else step
         return timed(clock, measured, memory=not (captured or autotuned))
     except Exception as error:
@@ -309,11 +379,31 @@ def measure_op(clock: Clock, op: str, rows: list[tuple[Shape, str]], write: Writ
     for shape, name in rows:
         # Compiling takes the time: of compiled forms only what the tables show.
         parts = [part_of(op)] if case.forms[name].compiled else case.parts_of(name)
-        found = {}
+        found: dict[str, Measurement] = {}
+        backends: dict[str, str] = {}
         for part in parts:
             clock.clear()
-            found[part] = measure_part(clock, case, shape, name, part)
-        write(results.new_row(op, shape, name, torch.get_num_threads(), found))
+            found[part] = measure_part(clock, case, shape, name, part, backends)
+        row = results.new_row(op, shape, name, torch.get_num_threads(), found)
+        if case.forms[name].kind == "ours":
+            row |= {"backend": current_backend(), "backends": backends}
+        write(row)
+
+
+def variants(
+    clock: Clock, pairs: Sequence[dict[str, Any]], environment: dict[str, str], write: Write
+) -> None:
+    """Both ways of every pair that want this environment, in turn."""
+    for index, pair in enumerate(pairs):
+        for way in "ab":
+            if pair[way].get("environment", {}) != environment:
+                continue
+            backend = pair[way].get("backend", "auto")
+            case, form = gpu_variants.case_of(pair, cases.CASES[pair["op"]], backend)
+            clock.clear()
+            part = pair.get("part", part_of(pair["op"]))
+            found = measure_part(clock, case, gpu_variants.shape_of(pair), form, part)
+            write({"pair": index, "way": way, "part": results.part_facts(found)})
 
 
 # ---- values and Table 5 ----
@@ -383,13 +473,30 @@ def run(part: str, write: Write, *, quick: bool, backend: str, size: int | None 
                 values(write)
         elif part == "table5":
             table5(clock, size or PAPER.size, quick, write)
+        elif part == "profile":
+            shapes = (PAPER,) if quick else (PAPER, Shape(1, 1024))
+            gpu_profile.profiles(shapes if size is None else [Shape(1, size)], write)
+        elif part == "counters":
+            step = gpu_profile.whole_step(cases.CASES["mghf_c"], Shape(1, size or PAPER.size))
+            for _ in range(2):
+                step()
         else:
-            name, _, suffix = part.partition("-")
-            for op in OPS if name == "ops" else (name,):
-                rows = rows_of(cases.CASES[op], quick, suffix == "compile")
+            name, _, which = part.partition("-")
+            for op in OPS if name in ("own", "ops") else (name,):
+                rows = rows_of(cases.CASES[op], quick, which or OWN)
                 if size is not None:
                     rows = [(Shape(1, size), form) for shape, form in rows if shape == PAPER]
                 measure_op(clock, op, rows, write)
+
+
+def run_variants(write: Write, pairs: Path, environment: str, size: int | None = None) -> None:
+    """What `variants` measures on the default device of a file of pairs."""
+    clock: Clock = Gpu() if torch.get_default_device().type == "cuda" else Host()
+    cases.load_all()
+    wanted = json.loads(pairs.read_text())
+    if size is not None:
+        wanted = [pair | {"shape": [1, size]} for pair in wanted]
+    variants(clock, wanted, json.loads(environment), write)
 
 
 def main() -> None:
@@ -400,6 +507,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--size", type=int)
+    parser.add_argument("--pairs", type=Path)
+    parser.add_argument("--environment", default="{}")
     options = parser.parse_args()
     torch.set_default_device(options.device)
 
@@ -407,6 +516,9 @@ def main() -> None:
         with options.file.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
+    if options.pairs is not None:
+        run_variants(write, options.pairs, options.environment, options.size)
+        return
     run(options.part, write, quick=options.quick, backend=options.backend, size=options.size)
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import re
+import subprocess
 import sys
+from pathlib import Path
 
 PYTHON, TORCH, TRITON = (3, 10), (2, 10), (3, 5)
 
@@ -52,6 +55,21 @@ def problem_here() -> str | None:
     return problem(tuple(sys.version_info[:2]), torch_version, triton_version, has_gpu)
 
 
+def commit() -> str:
+    """That of this package: MGHF_COMMIT where the machine has no repository, git's answer where it
+    has, with a plus where files differ from it; or "unknown"."""
+    if given := os.environ.get("MGHF_COMMIT"):
+        return given
+    command = ["git", "describe", "--always", "--abbrev=7", "--exclude=*", "--dirty=+"]
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).resolve().parent, capture_output=True, text=True, timeout=20
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
 if __name__ == "__main__":
-    if (text := problem_here()) is not None:
-        sys.exit(f"make gpu: {text}")
+    text = None if "--dry-run" in sys.argv else problem_here()
+    sys.exit(text and f"make gpu: {text}")

@@ -18,14 +18,15 @@ from mghf_fast import preferences
 
 from . import results
 from .cases import CASES, Shape, load_all
-from .gpu_parts import AUTOTUNED, CAPTURED, FORCED, PAPER, SIZES, TRAINING, WHOLE
+from .gpu_parts import AUTOTUNED, CAPTURED, FORCED, PAPER, SIZES, TRAINING, VGG16_BEST, WHOLE
 from .results import Row, Run, fastest, select, value
-from .text import TITLES, cell, part_of, speed, table
+from .text import TITLES, cell, duration, part_of, speed, table
 
 NONE = "No GPU figure has been taken yet.\n"
 
 PEERS = {
     "VGG-16": ("VGG-16", "VGG-16 channels_last"),
+    "VGG-16 in bfloat16": (VGG16_BEST,),
     "LPIPS, AlexNet": ("LPIPS AlexNet",),
     "LPIPS, VGG-16": ("LPIPS VGG-16",),
 }
@@ -41,6 +42,21 @@ def ours(run: Run, op: str, shape: str) -> Row | None:
     """In float32, the faster of the two layouts."""
     rows = select(run, op=op, shape=shape, kind="ours", dtype="float32")
     return fastest([r for r in rows if not r["form"].endswith(CAPTURED)], part_of(op))
+
+
+def by(row: Row | None, join: str = ", ") -> str:
+    """Whose kernels they were, if not those that "auto" takes."""
+    if row is None or row.get("backend") == "auto":
+        return ""
+    forced = {row["backend"]} if "backend" in row else {*row.get("backends", {}).values()}
+    names = [FORCED.get(b, b).removeprefix("mghf_fast ") for b in sorted(forced)]
+    return f"{join}by {' and '.join(names)} alone" if names else ""
+
+
+def host(launched: Row | None, graph: Row | None, part: str) -> str:
+    """What launching from Python adds to the time on the device."""
+    a, b = value(launched, part), value(graph, part)
+    return "" if a is None or b is None else duration(max(0.0, a - b))
 
 
 def form(run: Run, op: str, shape: str, *names: str) -> Row | None:
@@ -80,6 +96,7 @@ def at_the_papers_size(run: Run) -> str:
         own = ours(run, op, shape)
         cells = [cell(row, part) for row in (*others, own)]
         if any(cells):
+            cells[-1] += by(own)
             lines.append([title, *cells, factors(own, others, part), floor(own, part)])
     for title, names in PEERS.items():
         compiled = f"{names[0]} compile"
@@ -105,18 +122,21 @@ def whole_steps(run: Run) -> str:
     for op in WHOLE:
         for shape in map(str, (*TRAINING, *SIZES)):
             own = ours(run, op, shape)
+            graph = form(run, op, shape, "mghf_fast" + CAPTURED)
             rows = [
                 eager(run, op, shape),
                 own,
-                form(run, op, shape, "mghf_fast" + CAPTURED),
+                graph,
                 form(run, op, shape, "mghf_fast bfloat16"),
                 *(form(run, "mghf_c", shape, *names) for names in PEERS.values()),
             ]
             cells = [cell(row, "step", "<br>") for row in rows]
             if any(cells[:4]):
+                cells[1] += by(own, "<br>")
+                cells.insert(3, host(own, graph, "step"))
                 title = f"{TITLES[op].strip('*')}, {shape.replace('x', ' x ')}"
                 lines.append([title, *cells, floor(own, "step")])
-    head = ["", "best eager", "mghf_fast", "as a CUDA graph", "bfloat16", *PEERS,
+    head = ["", "best eager", "mghf_fast", "as a CUDA graph", "host", "bfloat16", *PEERS,
             "its floor; memory, arithmetic"]  # fmt: skip
     return table(head, lines)
 
@@ -171,6 +191,13 @@ def _forced(run: Run) -> list[tuple[str, str, str, dict[str, float]]]:
         backend = next(b for b, name in FORCED.items() if row["form"].startswith(name))
         if (seconds := value(row, part_of(row["op"]))) is not None:
             found.setdefault((row["op"], row["shape"], row["dtype"]), {})[backend] = seconds
+    for pair in run.get("variants", ()):
+        ways = {way.get("backend"): way for way in (pair["a"], pair["b"])}
+        if set(ways) == set(FORCED) and not any("environment" in way for way in ways.values()):
+            key = (pair["op"], str(Shape(*pair["shape"])), pair.get("dtype", "float32"))
+            for backend, way in ways.items():
+                if way["median_s"]:
+                    found.setdefault(key, {})[backend] = min(way["median_s"])
     return [(*key, times) for key, times in found.items() if len(times) == len(FORCED)]
 
 
@@ -198,7 +225,89 @@ def _measured(part: dict[str, Any] | None) -> str:
     return "" if part is None else cell({"parts": {"step": part}}, "step")
 
 
+def ops_launched(run: Run) -> str:
+    """Our ops as "auto" has them, launched from Python and as graphs."""
+    lines = []
+    for op, title in TITLES.items():
+        for row in select(run, op=op, form="mghf_fast"):
+            graph = form(run, op, row["shape"], "mghf_fast" + CAPTURED)
+            if graph is not None and op not in WHOLE:
+                part, took = part_of(op), ", ".join(sorted({*row["backends"].values()}))
+                cells = [cell(row, part), cell(graph, part), host(row, graph, part)]
+                lines.append([f"{title}, {row['shape'].replace('x', ' x ')}", *cells, took])
+    return table(["", "mghf_fast", "as a CUDA graph", "host", "backend"], lines)
+
+
+def kernels(run: Run) -> str:
+    """The profile: microseconds of one step by kernel, and iterations by map."""
+    blocks = []
+    for found in run["profile"]:
+        what = f"{found['op']}, {found['shape'].replace('x', ' x ')}"
+        if "failure" in found:
+            blocks.append(f"{what}: {found['failure']}\n")
+        elif "maps_by_iterations" in found:
+            counts = found["maps_by_iterations"].items()
+            text = ", ".join(f"{maps} maps {n}" for n, maps in counts)
+            blocks.append(f"{what} with Triton's kernels: {text or 'none seen'}.\n")
+        else:
+            rows = [[f"`{k['name']}`", f"{k['us']:.0f}", f"{k['launches']:g}"]
+                    for k in found["kernels"]]  # fmt: skip
+            head = [what, f"us, {found['us']:.0f} in all", f"launches, {found['launches']:g}"]
+            blocks.append(table(head, rows))
+    return "\n".join(blocks)
+
+
+def variants(run: Run) -> str:
+    """Every pair, with both measurements of either way in the order in which they were taken."""
+
+    def way(found: dict[str, Any]) -> str:
+        switches = [f"{k}={v}" for k, v in found.get("environment", {}).items()]
+        what = " ".join(filter(None, [found.get("backend", ""), *switches]))
+        times = ", ".join(duration(t) for t in found["median_s"]) or found.get("failure", "none")
+        return f"{what or 'as it is'}: {times}"
+
+    lines = [
+        [p["name"], str(Shape(*p["shape"])).replace("x", " x "), way(p["a"]), way(p["b"])]
+        for p in run["variants"]
+    ]
+    return table(["", "", "one way", "the other"], lines)
+
+
+def counters(run: Run) -> str:
+    rows = run["counters"]
+    if failures := [f"{r['kernel']} {r['failure']}" for r in rows if "failure" in r]:
+        return "; ".join(failures) + ".\n"
+    said = [key for key in rows[0] if key not in ("kernel", "taken", "commit")]
+    return table(["", *said], [[f"`{r['kernel']}`", *(r.get(k, "") for k in said)] for r in rows])
+
+
+def failed_tests(run: Run) -> str:
+    """What failed, could not be set up, or was cut off."""
+    lines = [
+        [f"`{f['test'].rpartition('/')[2] or f['run']}`", f["how"], f["message"].replace("|", "/")]
+        for f in run["failures"]
+    ]
+    return table(["test", "", "message"], lines)
+
+
 # ---- words ----
+
+
+def origin(run: Run) -> str:
+    """When and of which commit the rows are."""
+    if "commit" not in run:
+        return ""
+    counts: dict[tuple[str, str], int] = {}
+    for row in run["rows"]:
+        key = (row.get("commit", ""), row.get("taken", "")[:10])
+        if key != (run["commit"], run["taken"][:10]):
+            counts[key] = counts.get(key, 0) + 1
+    older = [
+        f"{n} rows of other libraries and eager PyTorch from "
+        + (f"{taken}, commit {commit}" if commit else "an earlier run that kept no date")
+        for (commit, taken), n in counts.items()
+    ]
+    return f"Taken {run['taken']} of commit {'; '.join([run['commit'], *older])}. "
 
 
 def conditions(run: Run) -> str:
@@ -207,7 +316,7 @@ def conditions(run: Run) -> str:
     rates = ", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in run["ceilings"].items())
     held = sorted({r for s in run["state"].values() for r in s.get("held_down_by", ())} - {"idle"})
     tf32 = "in TF32" if facts["tf32_convolutions"] else "in float32"
-    return (
+    return origin(run) + (
         f"{facts['gpu']}, driver {state.get('driver', 'unknown')}, power limit "
         f"{state.get('power_limit_w', 'unknown')} W, clocks held down by: "
         f"{', '.join(held) or 'nothing seen'}; torch {facts['torch']}, triton {facts['triton']}. "
@@ -227,6 +336,9 @@ def complete(run: Run) -> str:
     text = f"Tests on the device: {tests or 'none ran'}.\n"
     if checked := "; ".join(f"{tool} {how}" for tool, how in run.get("sanitizer", {}).items()):
         text += f"Sanitizer, every op at a tiny size: {checked}.\n"
+    if run.get("failures"):
+        summary = f"Tests that failed, could not be set up or were cut off: {len(run['failures'])}"
+        text += "\n" + folded(summary, failed_tests(run))
     return text + (f"\n**Not complete:** {failed}.\n" if failed else "")
 
 
@@ -243,8 +355,16 @@ def markdown(run: Run) -> str:
         steps = whole_steps(run) + "\n" + other_libraries(run)
         blocks.append(folded("Whole steps, at training shapes and with other losses", steps))
         blocks.append(folded("Every op over image sizes, with times its floor", over_sizes(run)))
+        if any(r["form"].endswith(CAPTURED) and r["op"] not in WHOLE for r in run["rows"]):
+            blocks.append(folded("Every op, launched and as a graph", ops_launched(run)))
         if _forced(run):
             blocks.append(folded("CUDA C++ and Triton, side by side", by_backend(run)))
+    if run.get("profile"):
+        blocks.append(folded("Kernels of a step, and Sinkhorn's iterations", kernels(run)))
+    if run.get("variants"):
+        blocks.append(folded("Variants, each measured twice in turn", variants(run)))
+    if run.get("counters"):
+        blocks.append(folded("Counters of the longest kernels", counters(run)))
     if run["table5"]:
         blocks.append(folded("Table 5 of the paper, measured", table5(run)))
     return "\n".join(blocks) + f"\nAll rows: [{file}]({file}).\n"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import sys
 import tempfile
 
 import emulated
 import interpreter
+import outcomes
 import pytest
 import torch
 
@@ -30,6 +32,7 @@ from mghf_fast.ops import OPS
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    outcomes.pytest_addoption(parser)
     parser.addoption(
         "--device",
         default="cpu",
@@ -47,7 +50,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     # What was measured on this machine's GPUs must not decide what a test takes.
-    os.environ["MGHF_CACHE"] = tempfile.mkdtemp(prefix="mghf_fast-")
+    cache = tempfile.mkdtemp(prefix="mghf_fast-")
+    os.environ["MGHF_CACHE"] = cache
+    config.add_cleanup(lambda: shutil.rmtree(cache, ignore_errors=True))
+    outcomes.pytest_configure(config)
     device = config.getoption("--device")
     torch.set_default_device(device)
     if device != "cpu":

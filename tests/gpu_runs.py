@@ -15,6 +15,8 @@ CEILINGS = {
     "bfloat16_tflop_per_s": 790.0,
     "tf32_tflop_per_s": 400.0,
     "float32_tflop_per_s": 50.0,
+    "launch_us": 3.0,
+    "graph_kernel_us": 1.5,
 }
 SECONDS = {"ours": 1e-3, "forced": 1e-3, "compile": 5e-3, "peer": 4e-3, "eager": 2e-2}
 
@@ -34,8 +36,8 @@ def a_run(machine: str = "card") -> dict[str, Any]:
     rows = []
     for op in OPS:
         case = gpu_parts.on_gpu(CASES[op])
-        for compiled in (False, True):
-            for shape, form in gpu_parts.rows_of(case, False, compiled):
+        for which in (gpu_parts.OWN, gpu_parts.OTHERS, gpu_parts.COMPILE):
+            for shape, form in gpu_parts.rows_of(case, False, which):
                 kind = case.forms[form].kind
                 seconds = {
                     "ours": 1e-3,
@@ -53,6 +55,7 @@ def a_run(machine: str = "card") -> dict[str, Any]:
                         op,
                         shape,
                         dtype=case.forms[form].dtype,
+                        **({"backend": "auto", "backends": {op: "cuda"}} if kind == "ours" else {}),
                     )
                 )
                 floors.annotate(rows[-1], CEILINGS)

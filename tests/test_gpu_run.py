@@ -15,9 +15,19 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_runs import CEILINGS, OPS, a_run, row
+from gpu_runs import CEILINGS, OPS, row
 
-from benchmarks import floors, gpu, gpu_setup, gpu_tables, report
+from benchmarks import (
+    gpu,
+    gpu_plan,
+    gpu_processes,
+    gpu_profile,
+    gpu_setup,
+    gpu_tables,
+    gpu_tests,
+    gpu_variants,
+    report,
+)
 
 # ---- what the machine has ----
 
@@ -100,7 +110,7 @@ def test_parts_side_by_side_say_how_they_ended(tmp_path: Path) -> None:
     }  # fmt: skip
     begun = time.monotonic()
     commands = {name: python(code) for name, code in codes.items()}
-    ended = gpu.run_together(commands, tmp_path, 8.0)
+    ended = gpu_processes.run_together(commands, tmp_path, 8.0)
     assert time.monotonic() - begun < 30
     assert ended == {
         "good": "ok", "bad": "exit code 1: no device", "slow": "over 8 s", "slow too": "over 8 s",
@@ -115,23 +125,29 @@ def test_what_a_part_started_ends_with_it(monkeypatch: pytest.MonkeyPatch, tmp_p
     hard = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN)"
     child = f"{hard}; time.sleep(8); open({str(file)!r}, 'w')"
     code = f"{hard}; import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}])"
-    monkeypatch.setattr(gpu, "GRACE", 1.0)
-    assert gpu.run_together({"a": python(f"{code}; time.sleep(60)")}, tmp_path, 2.0)["a"] != "ok"
+    monkeypatch.setattr(gpu_processes, "GRACE", 1.0)
+    assert (
+        gpu_processes.run_together({"a": python(f"{code}; time.sleep(60)")}, tmp_path, 2.0)["a"]
+        != "ok"
+    )
     time.sleep(7)
     assert not file.exists()
 
 
 def test_a_row_cut_short_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "rows"
-    assert gpu.read_rows(path) == []
+    assert gpu_processes.read_rows(path) == []
     path.write_text('{"a": 1}\n{"a": 2}\n{"a"')
-    assert gpu.read_rows(path) == [{"a": 1}, {"a": 2}]
+    assert gpu_processes.read_rows(path) == [{"a": 1}, {"a": 2}]
 
 
 def test_no_folder_gets_into_a_result() -> None:
     text = 'File "/opt/a b/c.py", /tmp/x-1/y.py: 3/4 of 1/2, https://a.b/c'
-    assert gpu.without_folders('see "/root/z/a.py" and /tmp/x-1/y.py') == 'see "a.py" and y.py'
-    assert "3/4 of 1/2" in gpu.without_folders(text)
+    assert (
+        gpu_processes.without_folders('see "/root/z/a.py" and /tmp/x-1/y.py')
+        == 'see "a.py" and y.py'
+    )
+    assert "3/4 of 1/2" in gpu_processes.without_folders(text)
 
 
 class Pretence:
@@ -144,123 +160,179 @@ class Pretence:
         monkeypatch.setattr(gpu, "facts", lambda: {"name": "card"})
         monkeypatch.setattr(gpu, "state", lambda: {"driver": "1"})
         monkeypatch.setattr(gpu, "run_together", self.run)
-        monkeypatch.setattr(gpu, "run_tests", lambda *_: ("ok", {"test_gram": "9 passed"}))
+        monkeypatch.setattr(gpu_profile, "run_together", self.run)
+        monkeypatch.setattr(gpu_profile.shutil, "which", lambda name: name)
+        monkeypatch.setattr(gpu_tests, "run_tests", self.tests)
+        monkeypatch.setattr(gpu_tests, "run_sanitizer", self.tests)
         monkeypatch.setattr(time, "monotonic", lambda: self.now)
+        monkeypatch.setenv("MGHF_COMMIT", "abc1234")
 
-    def run(self, commands: Any, folder: Path, limit: float) -> dict[str, str]:
-        ((part, command),) = commands.items()
-        self.limits[part] = limit
+    def passes(self, part: str, limit: float) -> str:
+        self.limits[part] = self.limits.get(part, 0.0) + limit
         self.now += min(self.seconds, limit)
+        return "ok" if self.seconds <= limit else f"over {limit:.0f} s"
+
+    def tests(self, kind: Any, folder: Path, limit: float) -> gpu_tests.Outcome:
+        name = kind if isinstance(kind, str) else "memcheck"
+        wrong = {"run": name, "test": "t", "how": "failed", "message": "no"}
+        return gpu_tests.Outcome(self.passes(name, limit), {name: "9 passed"}, [wrong])
+
+    def run(
+        self, commands: Any, folder: Path, limit: float, environment: Any = None
+    ) -> dict[str, str]:
+        ((part, command),) = commands.items()
+        if part == "counters":
+            (folder / "counters.log").write_text("ERR_NVGPUCTRPERM")
+            return {part: self.passes(part, limit)}
+        if part.startswith("variants"):
+            return {part: self.passes(part, limit)}
         wrong = {"op": "dec", "form": "mghf_fast", "part": "step", "passed": False}
-        rows = {"ceilings": [CEILINGS], "values": [wrong]}
-        made_up = row("mghf_fast", "ours", 1e-3, part)
+        table = {"op": "mghf_c", "kernels": [{"name": "mix", "us": 3.0, "launches": 1.0}],
+                 "us": 3.0, "launches": 1.0, "shape": "1x3x512x512"}  # fmt: skip
+        rows = {"ceilings": [CEILINGS], "values": [wrong], "profile": [table], "table5": []}
+        made_up = row("mghf_fast", "ours", 1e-3, part if part in OPS else "gram")
         written = rows.get(part, [made_up])
         Path(command[command.index(part) + 1]).write_text(
             "".join(json.dumps(r) + "\n" for r in written)
         )
-        return {part: "ok" if self.seconds <= limit else f"over {limit:.0f} s"}
+        return {part: self.passes(part, limit)}
 
     def save(self, run: dict[str, Any]) -> None:
         self.saved.append(json.loads(gpu.to_json(run)))
+
+
+def parts_of(*names: str) -> list[gpu_plan.Part]:
+    return [gpu_plan.PARTS[name]._replace(seconds=20) for name in names]
 
 
 def test_every_part_is_saved_and_bad_ones_are_told(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     pretence = Pretence(monkeypatch, tmp_path, 25)
-    wanted = ("ceilings", "tests", "values", "gram", "entropy")
-    run = gpu.measure(wanted, False, tmp_path, pretence.save)
-    assert run["parts"] == {
-        "ceilings": "ok", "tests": "ok", "values": "wrong: dec step (mghf_fast)",
-        "gram": "over 20 s", "entropy": "over 20 s",
+    wanted = ("ceilings", "tests-cuda", "profile", "values", "mghf_c", "counters", "sanitizer")
+    run = gpu.measure(parts_of(*wanted), 300, False, tmp_path, pretence.save)
+    assert run["parts"] == dict.fromkeys(wanted, "over 20 s") | {
+        "values": "wrong: dec step (mghf_fast)", "counters": "ok",
     }  # fmt: skip
-    assert run["ceilings"] == CEILINGS and run["tests"] == {"test_gram": "9 passed"}
-    assert [r["op"] for r in run["rows"]] == ["gram", "entropy"]
+    assert run["ceilings"] == CEILINGS and run["tests"] == {"cuda": "9 passed"}
+    assert run["sanitizer"] == {"memcheck": "9 passed"} and len(run["failures"]) == 2
+    assert run["counters"][0]["failure"] == "may not read this machine's counters"
+    assert [r["op"] for r in run["rows"]] == ["mghf_c"]
     assert run["rows"][0]["parts"]["step"]["times_floor"] > 0
-    assert [len(saved["seconds"]) for saved in pretence.saved] == [1, 2, 3, 4, 5]
+    for found in (*run["rows"], *run["profile"], *run["values"], *run["counters"]):
+        assert found["commit"] == run["commit"] == "abc1234" and found["taken"].endswith("UTC")
+    assert [len(saved["seconds"]) for saved in pretence.saved] == [1, 2, 3, 4, 5, 6, 7]
     assert set(run["state"]) == {"before", *(f"after {part}" for part in wanted)}
 
 
-@pytest.mark.parametrize(("quick", "limit"), [(False, 600), (True, 120)])
+@pytest.mark.parametrize(
+    ("quick", "baselines", "limit"), [(False, False, 420), (False, True, 570), (True, False, 120)]
+)
 def test_all_parts_together_have_a_limit(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, quick: bool, limit: float
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, quick: bool, baselines: bool, limit: float
 ) -> None:
     """However long each would take."""
     pretence = Pretence(monkeypatch, tmp_path, 1e9)
-    run = gpu.measure(gpu.QUICK if quick else gpu.ALL, quick, tmp_path, pretence.save)
-    assert pretence.now < limit - 10
+    parts, all_time = gpu_plan.wanted(quick, baselines), gpu_plan.all_time(quick, baselines)
+    run = gpu.measure(parts, all_time, quick, tmp_path, pretence.save, gpu_variants.PAIRS)
+    assert pretence.now <= all_time <= limit and set(run["parts"]) == {p.name for p in parts}
     assert run["parts"]["mghf_c"].startswith("over")
-    assert list(run["parts"].values())[-1].startswith("left out: all")
     assert all(seconds > 0 for seconds in pretence.limits.values())
+    short = gpu.measure(parts, 50, quick, tmp_path, pretence.save, gpu_variants.PAIRS)
+    assert list(short["parts"].values())[-1] == "left out: all 50 s were over"
 
 
-def test_the_important_parts_come_first() -> None:
-    assert gpu.ALL[:2] == ("ceilings", "tests") and gpu.ALL.index("mghf_c") < gpu.ALL.index("gram")
-    assert set(gpu.ALL) >= {*OPS, "table5", "values", "mghf_c-compile", "ops-compile"}
-    assert not any("compile" in part for part in gpu.QUICK)
+def test_the_plan(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """What decides comes first, all of it has room, and it is told without a GPU."""
+    names = [part.name for part in gpu_plan.PLAN]
+    assert names[0] == "races" and names.index("profile") < names.index("mghf_c")
+    order = ["mghf_c", "tests-cuda", "tests-reference", "variants", "counters", "sanitizer"]
+    assert sorted(order, key=names.index) == order and names[-1] == "tests-triton"
+    assert not any(word in name for name in names for word in ("others", "compile", "table5"))
+    for quick, baselines in ((False, False), (False, True), (True, False)):
+        seconds = sum(part.seconds for part in gpu_plan.wanted(quick, baselines))
+        assert seconds <= gpu_plan.all_time(quick, baselines)
+    assert gpu.main(["--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[4] for line in lines[:-1]] == names and lines[-1].endswith("of 420 s")
+    assert gpu.main(["--dry-run", "--only", "values"]) == 0
+    with pytest.raises(SystemExit):
+        gpu.main(["--dry-run", "--variants", str(tmp_path / "none.json")])
+    assert "none.json" in capsys.readouterr().err
 
 
-def test_tests_without_pytest_say_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
-    how, counts = gpu.run_tests(tmp_path, 9, False)
-    assert "pytest is not installed" in how and counts == {}
+def test_the_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given from outside, or git's, or none."""
+    monkeypatch.setenv("MGHF_COMMIT", "1234567")
+    assert gpu_setup.commit() == "1234567"
+    monkeypatch.delenv("MGHF_COMMIT")
+
+    def no_git(*arguments: Any, **options: Any) -> Any:
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(subprocess, "run", no_git)
+    assert gpu_setup.commit() == "unknown"
 
 
-def test_every_tool_of_the_sanitizer_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    seen: dict[str, Sequence[str]] = {}
-
-    def run(commands: Any, folder: Path, limit: float) -> dict[str, str]:
-        seen.update(commands)
-        return {name: "exit code 9: races" if name == "racecheck" else "ok" for name in commands}
-
-    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
-    assert gpu.run_sanitizer(tmp_path, 9) == ("ok", {"compute-sanitizer": "is not installed"})
-    monkeypatch.setattr(gpu.shutil, "which", lambda name: f"bin/{name}")
-    monkeypatch.setattr(gpu, "run_together", run)
-    how, ended = gpu.run_sanitizer(tmp_path, 9)
-    assert how == "failing: racecheck" and ended["memcheck"] == "ok" and len(ended) == 4
-    for tool, command in seen.items():
-        assert command[:3] == ["bin/compute-sanitizer", "--tool", tool]
-        assert command[3:6] == ["--error-exitcode", "9", sys.executable]
-        assert "values" in command and len({c[-1] for c in seen.values()}) == 4
-    text = gpu_tables.complete(a_run() | {"sanitizer": ended})
-    assert "racecheck exit code 9: races; initcheck ok" in text
+def test_a_committed_result_answers_for_others() -> None:
+    committed = {
+        "rows": [row("eager", "eager", 2.0), row("VGG-16", "peer", 3.0), row("old", "ours", 9.0),
+                 row("mghf_fast Triton", "forced", 8.0)],
+        "table5": [{"key": "gram"}],
+    }  # fmt: skip
+    ours = row("mghf_fast", "ours", 1.0) | {"commit": "b", "taken": "2026-01-01 00:00 UTC"}
+    run: dict[str, Any] = {"rows": [ours], "table5": [], "commit": "b", "taken": ours["taken"]}
+    found = gpu.carried(run, committed)
+    assert [r["form"] for r in found["rows"]] == ["mghf_fast", "eager", "VGG-16"]
+    assert found["table5"] == [{"key": "gram"}] and gpu.carried(run, None) is run
+    text = gpu_tables.origin(found)
+    assert text.startswith("Taken 2026-01-01 00:00 UTC of commit b; 2 rows of other libraries")
+    again = run | {"rows": [row("eager", "eager", 5.0)]}
+    assert [r["form"] for r in gpu.carried(again, committed)["rows"]] == ["eager", "VGG-16"]
 
 
-def test_tests_run_by_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    seen: dict[str, Sequence[str]] = {}
+# ---- variants ----
+
+PAIR = {"name": "p", "op": "gram", "shape": [1, 32], "a": {"backend": "reference"},
+        "b": {"environment": {"MGHF_SWITCH": "1"}}}  # fmt: skip
+
+
+def test_variants_run_twice_in_turn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each environment in a process of its own; here on the CPU."""
+    command, seen = gpu.part_command, []
+    together = gpu_processes.run_together
 
     def run(commands: Any, folder: Path, limit: float, environment: Any) -> dict[str, str]:
-        seen.update(commands)
-        assert environment["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-        logs = {
-            "gram": "...\n\n12 passed, 3 skipped in 4.56s\n",
-            "dec": "= FAILURES =\n==== 1 failed, 2 passed in 7.0s (0:01:10) ====\n",
-            "patches": "!!! KeyboardInterrupt !!!\n5 passed in 9.01s\n",
-            "gpu": "no message",
-            "gram-cuda": "9 deselected in 0.10s\n",
-        }
-        for name in commands:
-            (folder / f"{name}.log").write_text(logs.get(name, "1 passed in 1s\n"))
-        bad = {"dec": "exit code 1: 1 failed", "gpu": "over 9 s", "patches": "over 9 s",
-               "gram-cuda": "exit code 5: 9 deselected"}  # fmt: skip
-        return {name: bad.get(name, "ok") for name in commands}
+        seen.append(environment)
+        return together(commands, folder, limit, environment)
 
     monkeypatch.setattr(gpu, "run_together", run)
-    how, counts = gpu.run_tests(tmp_path, 9, True)
-    assert how == "failing: gpu, dec, patches"
-    assert counts["gram"] == "12 passed, 3 skipped in 4.56s"
-    assert counts["dec"].startswith("1 failed, 2 passed") and counts["gpu"] == "over 9 s"
-    assert counts["patches"] == "5 passed in 9.01s, over 9 s"
-    assert set(seen) == {*floors.OPS, "gpu"}
-    for command in seen.values():
-        (file,) = [word for word in command if word.endswith(".py")]
-        assert (report.ROOT / file).exists() and "--device" in command
-    assert gpu.run_tests(tmp_path, 9, False)[0] == how
-    kinds = ("", "-cuda", "-reference")
-    assert set(seen) == {"gpu", *(op + kind for op in floors.OPS for kind in kinds)}
-    selections = [seen["gram" + kind][-1] for kind in kinds]
-    assert selections == ["triton", "cuda and not triton", "not triton and not cuda"]
+    monkeypatch.setattr(gpu, "part_command", lambda *a: [*command(*a), "--device", "cpu"])
+    how, (found,) = gpu.run_variants([PAIR], tmp_path, 300)
+    assert how == "ok" and seen == 2 * [{}, {"MGHF_SWITCH": "1"}]
+    assert found["op"] == "gram" and found["a"]["backend"] == "reference"
+    assert [len(found[way]["median_s"]) for way in "ab"] == [2, 2]
+    text = gpu_tables.variants({"variants": [found]})
+    assert "| p | 1 x 3 x 32 x 32 | reference: " in text and "MGHF_SWITCH=1: " in text
+    assert gpu.run_variants([PAIR], tmp_path, 3) == ("4 of 4 turns were left out", [found])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({}, "must hold a list of pairs, got dict"),
+        ([PAIR | {"op": "blur"}], "op must be one of .*, got 'blur'"),
+        ([PAIR | {"c": 1}], "must have the keys .*: see c"),
+        ([{"name": "p"}], "must have the keys .*: see a, b, op, shape"),
+        ([PAIR | {"a": {"env": {}}}], "a way has backend and environment, got"),
+    ],
+)
+def test_pairs_that_are_wrong(wrong: Any, said: str, tmp_path: Path) -> None:
+    (file := tmp_path / "pairs.json").write_text(json.dumps(wrong))
+    with pytest.raises(ValueError, match=said):
+        gpu_variants.read(file, OPS)
+    file.write_text(json.dumps([PAIR]))
+    assert gpu_variants.read(file, OPS) == [*gpu_variants.PAIRS, PAIR]
 
 
 # ---- processes ----
@@ -274,9 +346,11 @@ def test_a_kernel_through_a_process_of_its_own(
     file = tmp_path / "rows"
     options = ["--device", "cpu", "--backend", "triton", "--size", "32"]
     command = [*gpu.part_command("entropy", file, True), *options]
-    ended = gpu.run_together({"entropy": command}, tmp_path, 300, {"TRITON_INTERPRET": "1"})
+    ended = gpu_processes.run_together(
+        {"entropy": command}, tmp_path, 300, {"TRITON_INTERPRET": "1"}
+    )
     assert ended == {"entropy": "ok"}, (tmp_path / "entropy.log").read_text()
-    first = gpu.read_rows(file)[0]
+    first = gpu_processes.read_rows(file)[0]
     assert first["backends"] == {"entropy": "triton"}
     assert first["parts"]["forward"]["median_s"] > 0
 
@@ -291,11 +365,11 @@ def test_the_whole_command(
     monkeypatch.setattr(gpu, "gpu_name", lambda: "card")
     monkeypatch.setattr(gpu, "part_command", lambda *arguments: [*command(*arguments), *on_cpu])
     readme = (report.ROOT / "README.md").read_text()
-    assert gpu.main(["--quick", "--only", "ceilings", "entropy", "--out", str(tmp_path)]) == 0
+    assert gpu.main(["--quick", "--only", "ceilings", "mghf_n", "--out", str(tmp_path)]) == 0
     run = json.loads((tmp_path / "card.json").read_text())
-    assert run["quick"] and run["parts"] == {"ceilings": "ok", "entropy": "ok"}
+    assert run["quick"] and run["parts"] == {"ceilings": "ok", "mghf_n": "ok"}
     assert run["machine"]["name"] == "card" and set(run["ceilings"]) == set(CEILINGS)
     (ours,) = [r for r in run["rows"] if r["form"] == "mghf_fast"]
-    assert ours["parts"]["forward"]["times_floor"] > 0
+    assert ours["parts"]["step"]["times_floor"] > 0 and ours["commit"] == run["commit"]
     assert (tmp_path / "card.md").read_text() in capsys.readouterr().out
     assert (report.ROOT / "README.md").read_text() == readme

@@ -1,0 +1,84 @@
+"""Processes of `make gpu`: side by side, under a time limit, each with a log of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+GRACE = 5.0  # seconds for an interrupted process to say what it did
+
+
+def run_together(
+    commands: Mapping[str, Sequence[str]],
+    folder: Path,
+    limit: float,
+    environment: Mapping[str, str] | None = None,
+) -> dict[str, str]:
+    """Runs commands side by side and says how each ended: "ok", or why not. Their output goes to
+    <name>.log; what is over the limit is interrupted, and a little later ended together with the
+    processes that it started."""
+    children = {}
+    for name, command in commands.items():
+        with (folder / f"{name}.log").open("w") as output:
+            children[name] = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                env={**os.environ, **(environment or {})}, start_new_session=True,
+            )  # fmt: skip
+    ended = {}
+    try:
+        in_time = wait_for(children.values(), limit)
+        for name, child in children.items():
+            if (code := child.poll()) is None:
+                ended[name] = f"over {limit:.0f} s"
+                send(child, signal.SIGINT)
+            else:
+                ended[name] = "ok" if code == 0 else f"exit code {code}: {last_line(folder, name)}"
+        if not in_time:
+            wait_for(children.values(), GRACE)
+    finally:
+        for child in children.values():
+            send(child, signal.SIGKILL)
+            child.wait()
+    return ended
+
+
+def wait_for(children: Iterable[subprocess.Popen[bytes]], limit: float) -> bool:
+    """Whether all of them ended within the limit."""
+    end = time.monotonic() + limit
+    try:
+        for child in children:
+            child.wait(max(0.0, end - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+def send(child: subprocess.Popen[bytes], number: int) -> None:
+    """To all processes of the child's group."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(child.pid, number)
+
+
+def last_line(folder: Path, name: str) -> str:
+    text = (folder / f"{name}.log").read_text(errors="replace")
+    return without_folders((text.strip().splitlines() or ["no message"])[-1][:200])
+
+
+def without_folders(text: str) -> str:
+    """A result names no path of the machine that it was taken on."""
+    return re.sub(r"(?<![\w.])/(?:[\w.+-]+/)+", "", text)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Whole lines; the last may be cut short."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith("\n")]
