@@ -211,8 +211,8 @@ def test_photographs(backend: str, extractor: str, size: int) -> None:
 
 @pytest.mark.parametrize("plan_gradient", reference.PLAN_GRADIENTS)
 def test_the_backward_makes_no_iteration_again(backend: str, plan_gradient: str) -> None:
-    """It takes what the forward left: with another map's its gradient is another one. Without any it
-    makes the iterations itself."""
+    """It takes what the forward left: with another map's its gradient is another one. Without any
+    it makes the iterations itself."""
     query, key = pair(2, 19, 16)
     options = (*OPTIONS[:-1], plan_gradient)
     losses, state = ops.monce.monce(query, key, *options, backend)
@@ -493,9 +493,9 @@ def test_a_state_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
 def test_empty_batches() -> None:
     for shape in ((0, 5, 3), (2, 0, 3), (2, 5, 0)):
         empty = torch.zeros(shape)
-        losses = torch.ops.mghf_native.monce(empty, empty, *OPTIONS)
+        losses, state = torch.ops.mghf_native.monce(empty, empty, *OPTIONS, 6)
         assert losses.shape == shape[:2] and losses.isfinite().all()
-        grad = torch.ops.mghf_native.monce_backward(losses, empty, empty, *OPTIONS)
+        grad = torch.ops.mghf_native.monce_backward(losses, empty, empty, state, *OPTIONS)
         assert grad.shape == shape
 
 

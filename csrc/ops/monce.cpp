@@ -53,10 +53,10 @@ std::tuple<Tensor, Tensor> monce(const Tensor& query, const Tensor& key, double 
                                  double epsilon, int64_t iterations, double negative_weight,
                                  const std::string& cost, const std::string& plan_gradient,
                                  int64_t kept) {
-  STD_TORCH_CHECK(kept >= 0 && kept <= iterations, "kept is ", kept, "; allowed is 0 to ",
-                  iterations);
   const auto options = check_monce(query, key, temperature, epsilon, iterations, negative_weight,
                                    cost, plan_gradient);
+  STD_TORCH_CHECK(kept >= 0 && kept <= iterations, "kept is ", kept, "; allowed is 0 to ",
+                  iterations);
   const auto& kernels = MGHF_KERNELS_OF(monce);
   const int64_t patches = query.size(1), shape[] = {query.size(0), patches};
   Tensor losses = new_tensor(query, shape);

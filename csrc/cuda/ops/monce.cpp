@@ -43,10 +43,10 @@ std::tuple<Tensor, Tensor> monce_op(const Tensor& query, const Tensor& key, doub
                                     double epsilon, int64_t iterations, double negative_weight,
                                     const std::string& cost, const std::string& plan_gradient,
                                     int64_t kept) {
-  STD_TORCH_CHECK(kept >= 0 && kept <= iterations, "kept is ", kept, "; allowed is 0 to ",
-                  iterations);
   const Arguments given = check_monce(query, key, temperature, epsilon, iterations,
                                       negative_weight, cost, plan_gradient);
+  STD_TORCH_CHECK(kept >= 0 && kept <= iterations, "kept is ", kept, "; allowed is 0 to ",
+                  iterations);
   const Launcher launcher(query);
   Tensor losses =
       torch::stable::new_empty(query, {query.size(0), query.size(1)}, ScalarType::Float);
