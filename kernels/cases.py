@@ -28,6 +28,7 @@ from ..workloads import CHANNELS, PATCH_SIZE, STRIDE
 
 SIZE, TOP_M, BINS, HIDDEN, DIMENSION = 512, 64, 256, 128, 64
 PATCHES = ((SIZE - PATCH_SIZE) // STRIDE + 1) ** 2
+MANY_PATCHES = 1764  # of 1024 x 1024 pixels
 DEC_PATCHES, DEC_DEPTH = 8192, 192
 HALVES = (torch.float16, torch.bfloat16)
 TYPES = (torch.float32, *HALVES)
@@ -205,6 +206,8 @@ def _monce() -> Cases:
             label = f"{str(dtype).removeprefix('torch.')} {cost} {gradient} epsilon {epsilon:g}"
             yield f"forward, {label}", op.forward, (q, q, *options)
             yield f"backward, {label}", op.differentiate, (grad, q, q, state, *options)
+    q, options = _empty(TOP_M, MANY_PATCHES, DIMENSION), (0.07, 1.0, 50, 1.0, "hard", "exact")
+    yield f"forward, {MANY_PATCHES} patches", op.forward, (q, q, *options)
 
 
 def _dec() -> Cases:

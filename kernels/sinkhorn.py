@@ -304,6 +304,7 @@ def solve_kernel(
     n: tl.tensor,
     slots: tl.tensor,
     kept: tl.tensor,
+    progress: tl.tensor,
     iterations: tl.tensor,
     tolerance: tl.tensor,
     factor: tl.tensor,
@@ -313,11 +314,12 @@ def solve_kernel(
     HAS_TOLERANCE: tl.constexpr,
     SETTLE: tl.constexpr,
     STATE: tl.constexpr,
+    CONTINUE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:
-    """STATE: "leave" or "take" that of `monce`, or neither."""
+    """STATE: "leave" or "take" that of `monce`, or neither. CONTINUE: where pass_kernel ended."""
     b = tl.program_id(0).to(tl.int64)
     matrix = similarity + b * stride_b
     history = potentials + b * slots * 4 * n
@@ -337,6 +339,13 @@ def solve_kernel(
     if STATE == "take":
         t = take_state(history, state + b * (1 + 4 * kept) * n, slots, columns, n)
         stopped = tl.where(t > 0, 1, 0)
+    if CONTINUE:
+        t = tl.load(steps + 2 * b)
+        stopped = tl.load(steps + 2 * b + 1)
+        spread = tl.load(progress + b * 3)
+        left = tl.load(progress + b * 3 + 1)
+        rate = tl.load(progress + b * 3 + 2)
+        whole_g, part_g = load_potential(history, t % slots, 2, columns, n)
     while (t < iterations) & (stopped == 0):
         old = history + (t % slots).to(tl.int64) * 4 * n
         new = history + ((t + 1) % slots).to(tl.int64) * 4 * n
@@ -415,6 +424,126 @@ def solve_kernel(
     tl.store(steps + 2 * b + 1, tl.where(stopped == 1, iterations, t))
     if STATE == "leave":
         leave_state(state + b * (1 + 4 * kept) * n, history, t, kept, slots, columns, n)
+
+
+# Large maps: a launch for each of the first iterations, with many programs a map. A program takes
+# rows, and first what the one before left in the partial sums of the columns: each finds g for
+# itself, in one order. Where a map has settled, or a column's sum is too small, its programs do
+# nothing more; solve_kernel goes on from there.
+
+
+@triton.jit
+def pass_kernel(
+    similarity: tl.tensor,
+    potentials: tl.tensor,
+    partial: tl.tensor,
+    steps: tl.tensor,
+    progress: tl.tensor,
+    stride_b: tl.tensor,
+    stride_i: tl.tensor,
+    n: tl.tensor,
+    slots: tl.tensor,
+    t: tl.tensor,
+    last: tl.tensor,
+    programs: tl.tensor,
+    rows_of_program: tl.tensor,
+    factor: tl.tensor,
+    step_high: tl.tensor,
+    step_low: tl.tensor,
+    COST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+) -> None:
+    """Finds g of iteration t - 1 and makes the rows' half of iteration t; of t = `last` only the
+    first. `partial`: the sums of the iterations in turn, (2, B, programs, N). `progress` and
+    `steps`, from which solve_kernel goes on, take turns too: no program reads what another
+    writes."""
+    b = (tl.program_id(0) // programs).to(tl.int64)
+    maps = tl.num_programs(0) // programs
+    part_of_map = tl.program_id(0) % programs
+    history = potentials + b * slots * 4 * n
+    columns = tl.arange(0, BLOCK_N)
+    real = columns < n
+    old_steps = steps + ((t + 1) % 2 * maps + b) * 2
+    new_steps = steps + (t % 2 * maps + b) * 2
+    old_progress = progress + ((t + 1) % 2 * maps + b) * 3
+    new_progress = progress + (t % 2 * maps + b) * 3
+
+    made = t * 0
+    ended = t * 0
+    spread = factor * 0.0 + 1.0
+    left = spread
+    rate = spread
+    whole_g = tl.zeros([BLOCK_N], tl.float32)
+    part_g = tl.zeros([BLOCK_N], tl.float32)
+    if t > 1:
+        made = tl.load(old_steps)
+        ended = tl.load(old_steps + 1)
+        spread = tl.load(old_progress)
+        left = tl.load(old_progress + 1)
+        rate = tl.load(old_progress + 2)
+        if ended == 0:
+            sums = tl.zeros([BLOCK_N], tl.float32)
+            given = partial + (((t + 1) % 2 * maps + b) * programs) * n + columns
+            for other in range(0, programs):
+                sums += tl.load(given + other * n, mask=real, other=0.0)
+            sums = tl.where(real, sums, 1.0)
+            old_whole, old_part = load_potential(history, made, 2, columns, n)
+            exact = old_part - tl.log2(sums)
+            rounded = round_to_integer(exact)
+            whole_g = old_whole + rounded
+            part_g = exact - rounded
+            # NaN anywhere is NaN everywhere
+            part_g += 0.0 * tl.sum(tl.where(real, part_g, 0.0), 0)
+            change = rounded + (part_g - old_part)
+            highest = tl.max(tl.where(real, change, FAR), 0)
+            lowest = tl.min(tl.where(real, change, -FAR), 0)
+            previous = spread
+            spread = (highest - lowest) * LN2
+            settled, left, rate = settle(spread, previous, left, rate)
+            # 2: solve_kernel makes this iteration anew
+            ended = tl.where(tl.min(sums, 0) < TINY, 2, tl.where((made > 0) & settled, 1, 0))
+            made = tl.where(ended == 2, made, made + 1)
+    if part_of_map == 0:
+        tl.store(new_steps, made)
+        tl.store(new_steps + 1, tl.where(t == last, tl.where(ended == 1, 1, 0), ended))
+        tl.store(new_progress, spread)
+        tl.store(new_progress + 1, left)
+        tl.store(new_progress + 2, rate)
+        to = history + made * 4 * n + 2 * n + columns
+        fresh = tl.where((made == t - 1) & (ended < 2), n, 0)
+        tl.store(to, whole_g, mask=columns < fresh)
+        tl.store(to + n, part_g, mask=columns < fresh)
+        if t == 1:
+            tl.store(history + columns, whole_g, mask=real)
+            tl.store(history + n + columns, whole_g, mask=real)
+    first = part_of_map * rows_of_program
+    end = tl.minimum(n, first + rows_of_program)
+    end = tl.where((ended == 0) & (t < last), end, first)
+    matrix = similarity + b * stride_b
+    new = history + t * 4 * n
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in tl.range(first, end, BLOCK_M, num_stages=STAGES):
+        rows = start + tl.arange(0, BLOCK_M)
+        s = load_tile(matrix, stride_i, 1, rows, columns, n)
+        counted = off_diagonal(rows, columns, n) & (rows[:, None] < end)
+        whole, part = split_exponent(score_of(s, COST), factor, step_high, step_low)
+        whole = tl.where(counted, whole + whole_g[None, :], FAR)
+        part += part_g[None, :]
+        top = tl.max(whole, 1)
+        terms = tl.where(counted, tl.exp2((whole - top[:, None]) + part), 0.0)
+        sums = tl.sum(terms, 1)
+        inside = rows < end
+        sums = tl.where(inside, sums, 1.0)
+        total += terms * (1.0 / sums)[:, None]
+        logs = tl.log2(sums)
+        rounded = round_to_integer(logs)
+        tl.store(new + rows, -(top + rounded), mask=inside)
+        tl.store(new + n + rows, rounded - logs, mask=inside)
+    if (ended == 0) & (t < last):
+        to = partial + ((t % 2 * maps + b) * programs + part_of_map) * n + columns
+        tl.store(to, tl.sum(total, 0), mask=real)
 
 
 # ---- the plan ----
@@ -698,6 +827,54 @@ def _recursion_options(n: int) -> dict[str, Any]:
     return _pass_options(n, 4096, 3)
 
 
+LARGE = 600
+"""Patches from which on a map has several programs: a pass of one takes longer than a launch."""
+
+SHARED_REGISTERS = 168
+"""With as many registers a thread, three programs of 4 warps share a multiprocessor."""
+
+PROGRAMS = 1024
+"""Of all maps together, about: several for each multiprocessor. A number of its own, so that sums
+are added in the same order on every GPU."""
+
+
+def _programs_of_map(b: int, n: int) -> int:
+    return max(1, min(PROGRAMS // b, n // 16))
+
+
+def _first_passes(
+    similarity: Tensor, potentials: Tensor, cost: str, epsilon: float, count: int
+) -> tuple[Tensor, Tensor]:
+    """Makes up to so many iterations of each map, with many programs; returns from what
+    solve_kernel goes on."""
+    b, n, _ = similarity.shape
+    programs = _programs_of_map(b, n)
+    options = _pass_options(n, 2048, 2) | {"maxnreg": SHARED_REGISTERS}
+    partial = torch.empty((2, b, programs, n), dtype=torch.float32, device=similarity.device)
+    steps = torch.empty((2, b, 2), dtype=torch.int32, device=similarity.device)
+    progress = torch.empty((2, b, 3), dtype=torch.float32, device=similarity.device)
+    for t in range(1, count + 2):
+        pass_kernel[(b * programs,)](
+            similarity,
+            potentials,
+            partial,
+            steps,
+            progress,
+            *similarity.stride()[:2],
+            n,
+            potentials.shape[1],
+            t,
+            count + 1,
+            programs,
+            launch.blocks(n, programs),
+            *exponent_scale(cost, epsilon),
+            COST=cost,
+            **options,
+        )
+    final = (count + 1) % 2
+    return steps[final], progress[final]
+
+
 def solve(
     similarity: Tensor,
     cost: str,
@@ -723,6 +900,12 @@ def solve(
         slots = max(slots, kept + 2)
     potentials = torch.empty((b, slots, 4, n), dtype=torch.float32, device=similarity.device)
     steps = torch.empty((b, 2), dtype=torch.int32, device=similarity.device)
+    progress = potentials
+    in_passes = leave is not None and n >= LARGE and _programs_of_map(b, n) > 1
+    if in_passes:
+        steps, progress = _first_passes(
+            similarity, potentials, cost, epsilon, min(kept, iterations)
+        )
     solve_kernel[(b,)](
         similarity,
         potentials,
@@ -732,12 +915,14 @@ def solve(
         n,
         slots,
         kept,
+        progress,
         iterations,
         0.0 if tolerance is None else tolerance,
         *exponent_scale(cost, epsilon),
         COST=cost,
         HAS_TOLERANCE=tolerance is not None,
         SETTLE=settle,
+        CONTINUE=in_passes,
         STATE="none" if state is None else "leave" if take is None else "take",
         **_solve_options(n, cost, tolerance is not None or state is not None),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import contract
 import draws
 import interpreter
@@ -13,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mghf_fast import functional, ops
+from mghf_fast import backends, functional, ops
 from mghf_fast.reference import sinkhorn as reference
 
 COSTS = reference.COSTS
@@ -249,3 +251,28 @@ def test_bad_input() -> None:
         functional.sinkhorn_plan(s, tolerance=0.0)
     with pytest.raises(TypeError, match="similarity must be float16"):
         functional.sinkhorn_plan(torch.zeros(1, 2, 2, dtype=torch.int32))
+
+
+@pytest.mark.skipif(not backends.triton_is_interpreted(), reason="needs Triton's interpreter")
+@pytest.mark.parametrize(("n", "epsilon"), [(70, 1.0), (40, 0.02)])
+def test_many_programs_of_a_map_on_triton(
+    n: int, epsilon: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of large maps the first iterations are passes of their own: they end where those of a single
+    program end, with its potentials; a matrix of NaN is one, and the small epsilon leaves the sums
+    that a pass can take."""
+    from mghf_fast.kernels import sinkhorn as kernels
+
+    s = torch.rand(3, n, n) * torch.tensor([0.9, 0.1, 0.9]).view(3, 1, 1)
+    s[2, 3, 5] = torch.nan
+    monkeypatch.setattr(kernels, "PROGRAMS", 6)
+    found = []
+    for large in (n + 1, 2):
+        monkeypatch.setattr(kernels, "LARGE", large)
+        state = torch.zeros(3, 25, n, dtype=torch.int32)
+        options = ("hard", epsilon, 50, None, False)
+        with interpreter.another_order() if large == 2 else contextlib.nullcontext():
+            _, steps = kernels.solve(s, *options, settle=True, leave=state)
+        found.append((steps[:2], state[:2, 0], state[:2, 1:].view(torch.float32)))
+    for one, several in zip(*found, strict=True):
+        torch.testing.assert_close(several, one, rtol=0, atol=1e-6)
