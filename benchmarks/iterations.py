@@ -134,7 +134,8 @@ def scaling(scores: Array, noise: float, iterations: int) -> tuple[Spreads, Spre
     kernel = kernel * errors(kernel, noise) * (1 - np.eye(n, dtype=np.float32))
     wide, high = -(-n // 32) * 32, -(-n // 16) * 16
     kernel = np.pad(kernel, ((0, 0), (0, high - n), (0, wide - n)))
-    u, v = np.ones((b, n), np.float32), np.ones((b, n), np.float32)
+    u: Array = np.ones((b, n), np.float32)
+    v: Array = u
     of_v, of_u = [], []
     for _ in range(iterations):
         products = kernel * np.pad(v, ((0, 0), (0, wide - n)))[:, None]

@@ -20,7 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .sinkhorn import (
+from .sinkhorn import recur
+from .sinkhorn_exponents import (
     FAR,
     LN2,
     corrections,
@@ -30,14 +31,13 @@ from .sinkhorn import (
     load_tile,
     negative_weights,
     off_diagonal,
-    recur,
     round_to_integer,
     row_blocks,
     score_of,
-    solve,
     split_exponent,
     warps,
 )
+from .sinkhorn_potentials import solve
 
 NEGLIGIBLE = 5e-7
 """Part of the gradient that the recursion may leave out."""

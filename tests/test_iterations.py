@@ -87,7 +87,7 @@ def test_twins() -> None:
         names = ("kClean", "kFastest", "kRest")
         given = [re.search(rf"{name} = ([\de.-]+)f;", text) for name in names]
         assert tuple(float(x[1]) for x in given if x) == wanted
-    text = (ROOT / "kernels/sinkhorn.py").read_text()
+    text = (ROOT / "kernels/sinkhorn_potentials.py").read_text()
     given = [
         re.search(rf"^{name} = tl.constexpr\(([\de.-]+)\)", text, re.M)
         for name in ("CLEAN", "FASTEST", "REST")
@@ -103,7 +103,7 @@ def test_triton_kernel_under_noise(
     """The kernel itself, with noise in its powers of two."""
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    from mghf_fast.kernels import sinkhorn
+    from mghf_fast.kernels import sinkhorn_potentials
 
     power = InterpreterBuilder.create_exp2
 
@@ -114,7 +114,7 @@ def test_triton_kernel_under_noise(
 
     monkeypatch.setattr(InterpreterBuilder, "create_exp2", noisy)
     query, key = iterations.embeddings(loss, picture, 256, 3)
-    _, steps = sinkhorn.solve(query @ key.mT, "hard", 1.0, 50, None, False, settle=True)
+    _, steps = sinkhorn_potentials.solve(query @ key.mT, "hard", 1.0, 50, None, False, settle=True)
     assert steps[:, 0].max() <= MOST and (steps[:, 1] == iterations.ITERATIONS).all()
 
 

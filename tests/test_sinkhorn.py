@@ -261,7 +261,7 @@ def test_many_programs_of_a_map_on_triton(
     """Of large maps the first iterations are passes of their own: they end where those of a single
     program end, with its potentials; a matrix of NaN is one, and the small epsilon leaves the sums
     that a pass can take."""
-    from mghf_fast.kernels import sinkhorn as kernels
+    from mghf_fast.kernels import sinkhorn_potentials as kernels
 
     s = torch.rand(3, n, n) * torch.tensor([0.9, 0.1, 0.9]).view(3, 1, 1)
     s[2, 3, 5] = torch.nan

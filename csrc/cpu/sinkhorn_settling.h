@@ -1,5 +1,5 @@
 // When Sinkhorn's iterations have nothing left to do. Twins: csrc/cuda/sinkhorn_settling.h and
-// settle() of kernels/sinkhorn.py; benchmarks/iterations.py shows what they come to.
+// settle() of kernels/sinkhorn_potentials.py; benchmarks/iterations.py shows what they come to.
 #pragma once
 
 namespace mghf {

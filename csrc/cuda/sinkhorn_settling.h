@@ -1,5 +1,5 @@
 // When Sinkhorn's iterations have nothing left to do. Twins: csrc/cpu/sinkhorn_settling.h, where the
-// rule is explained, and settle() of kernels/sinkhorn.py.
+// rule is explained, and settle() of kernels/sinkhorn_potentials.py.
 #pragma once
 
 #include "device.h"
