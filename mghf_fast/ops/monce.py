@@ -48,7 +48,8 @@ def _reference_backward(
 def _triton_forward(query: Tensor, key: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     from ..kernels import monce as kernels
 
-    return kernels.monce(query, key, *options, kept=kept_iterations(options[2]))
+    arguments = (*options, kept_iterations(options[2]))
+    return kernels.monce(query, key, *arguments)
 
 
 def _triton_backward(
