@@ -70,6 +70,8 @@ def test_values_and_gradients(backend: str, cost: str, epsilon: float, n: int) -
         lambda s: functional.sinkhorn_plan(s, cost=cost, epsilon=epsilon, backend=backend),
         lambda s: reference.sinkhorn_plan(s, cost, epsilon, 50),
         [cosines(*interpreter.fitted(backend, (3, n), (1, n)))],
+        # Nearly a permutation, the plan hardly depends on s, and of the sum little is left.
+        cancelled=lambda upstream, plan: (upstream * plan).abs().sum((1, 2)) / epsilon,
         differentiable=n != 2,
     )
 
