@@ -1,0 +1,102 @@
+"""What the CUDA kernels are compiled to: instructions, read from a disassembly."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+ARCHITECTURE = "90a"
+
+
+def nvcc() -> Path | None:
+    """In PATH, or where `make cuda` puts it."""
+    found = shutil.which("nvcc")
+    fetched = sorted(ROOT.glob("build/toolkits/*/nvidia/cu*/bin/nvcc"))
+    return Path(found) if found else fetched[-1] if fetched else None
+
+
+def nvdisasm() -> Path | None:
+    """In PATH, or the one that Triton brings along."""
+    if found := shutil.which("nvdisasm"):
+        return Path(found)
+    try:
+        import triton
+    except ImportError:
+        return None
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    return tool if tool.exists() else None
+
+
+def disassembly(source: Path, folder: Path) -> str:
+    compiler, tool = nvcc(), nvdisasm()
+    assert compiler is not None and tool is not None
+    target = folder / f"{source.stem}.cubin"
+    code = f"-gencode=arch=compute_{ARCHITECTURE},code=sm_{ARCHITECTURE}"
+    compile_ = [compiler, "-cubin", "-std=c++20", code, "-o", target, source]
+    subprocess.run(compile_, check=True, capture_output=True)
+    return subprocess.run([tool, "-c", target], check=True, capture_output=True, text=True).stdout
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Mnemonics in their order, without what follows a point, and the loops among them, as the
+    numbers of their first and last instructions."""
+
+    name: str
+    instructions: tuple[str, ...]
+    loops: tuple[tuple[int, int], ...]
+
+    @property
+    def kibibytes(self) -> float:
+        return len(self.instructions) * 16 / 1024
+
+    def count(self, *mnemonics: str) -> int:
+        return sum(self.instructions.count(m) for m in mnemonics)
+
+    def tensor_share(self) -> float:
+        """Of the instructions in the loops that hold tensor instructions; what is in a loop within
+        belongs to that one."""
+        tensor = total = 0
+        for first, last in self.loops:
+            inner = [
+                (a, b)
+                for a, b in self.loops
+                if first <= a and b <= last and (a, b) != (first, last)
+            ]
+            own = Counter(
+                self.instructions[k]
+                for k in range(first, last + 1)
+                if not any(a <= k <= b for a, b in inner)
+            )
+            if own["HMMA"]:
+                tensor += own["HMMA"]
+                total += own.total()
+        return tensor / total if total else 0.0
+
+
+def kernels(text: str) -> Iterator[Kernel]:
+    for section in re.split(r"^\.text\.", text, flags=re.MULTILINE)[1:]:
+        lines = section.splitlines()
+        instructions: list[str] = []
+        labels: dict[str, int] = {}
+        loops: dict[int, int] = {}
+        for line in lines[1:]:
+            if label := re.match(r"\s*(\.L_\w+):", line):
+                labels[label[1]] = len(instructions)
+                continue
+            found = re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?(\w+)", line)
+            if found is None:
+                continue
+            if found[1] == "BRA" and (to := re.search(r"`\((\.L_\w+)\)", line)):
+                start = labels.get(to[1])  # only of what stands before
+                if start is not None:
+                    loops[start] = len(instructions)
+            instructions.append(found[1])
+        name = lines[0].split(":", 1)[0]
+        yield Kernel(name, tuple(instructions), tuple(sorted(loops.items())))

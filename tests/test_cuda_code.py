@@ -1,0 +1,107 @@
+"""What nvcc makes of the product kernels: tensor cores idle while other instructions are issued, and
+code that does not fit the caches is read again. Needs nvcc and nvdisasm, and no GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+import sass
+
+SOURCES = sass.ROOT / "csrc" / "cuda"
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """An instance by its mangled name; the least share of tensor instructions in its loops of
+    products, and the most code."""
+
+    source: str
+    kernel: str
+    tensor_share: float
+    kibibytes: float
+    generic_loads: bool = False
+    """Whether it may have loads that do not know which memory they read."""
+
+
+# Shares and sizes: about a tenth from what was counted.
+BOUNDS = [
+    Bounds("patches", "7projectIfLb0ELi4E", 0.22, 51),
+    Bounds("patches", "15hidden_gradientILb1E", 0.21, 46),
+    Bounds("patches", "14image_gradientIfE", 0.27, 50),
+    Bounds("patches", "13outer_productIfLb1E", 0.16, 26),
+    Bounds("coupling", "13forward_stageIfNS1_12ForwardSizesIfLi64E", 0.21, 84),
+    Bounds("coupling", "14backward_stageIfNS1_13BackwardSizesIfLi64ELi8E", 0.041, 78),
+    Bounds("coupling", "3mixIffNS0_11ExactFloatsELi1E", 0.24, 39),
+    Bounds("gram", "16products_of_runsIfLNS0_7ReadingE2E", 0.14, 12.5),
+    Bounds("gram", "8gradientIfLNS0_7ReadingE2E", 0.25, 9),
+    Bounds("monce", "8contrastILi14ELb1E", 0.045, 290, generic_loads=True),
+]
+
+
+def complaints(kernel: sass.Kernel, bounds: Bounds) -> list[str]:
+    found = []
+    if (share := kernel.tensor_share()) < bounds.tensor_share:
+        found.append(f"{share:.1%} of the instructions in its loops of products are tensor cores'")
+    if kernel.kibibytes > bounds.kibibytes:
+        found.append(f"{kernel.kibibytes:.1f} KiB of code")
+    if spilled := kernel.count("LDL", "STL"):
+        found.append(f"{spilled} accesses to spilled registers")
+    if slow := kernel.count("F2F"):
+        found.append(f"{slow} conversions one by one")
+    if not bounds.generic_loads and (generic := kernel.count("LD", "ST")):
+        found.append(f"{generic} accesses through generic addresses")
+    return found
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> object:
+    if sass.nvcc() is None:
+        pytest.skip("no nvcc: neither in PATH nor in build/toolkits, where `make cuda` puts it")
+    if sass.nvdisasm() is None:
+        pytest.skip("no nvdisasm: neither in PATH nor with Triton")
+    folder: Path = tmp_path_factory.mktemp("cubin")
+
+    @cache
+    def kernels(source: str) -> list[sass.Kernel]:
+        return list(sass.kernels(sass.disassembly(SOURCES / f"{source}.cu", folder)))
+
+    return kernels
+
+
+@pytest.mark.parametrize("bounds", BOUNDS, ids=lambda b: b.kernel)
+def test_products_are_mostly_products(bounds: Bounds, compiled: object) -> None:
+    assert callable(compiled)
+    (kernel,) = [k for k in compiled(bounds.source) if bounds.kernel in k.name]
+    assert complaints(kernel, bounds) == []
+
+
+TEXT = """
+.text.kernel:
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_1:
+        /*0010*/                   LDS R2, [R1] ;
+.L_x_2:
+        /*0020*/                   HMMA.1688.F32.TF32 R4, R8, R2, R4 ;
+        /*0030*/               @P0 FADD R4, R4, R2 ;
+        /*0040*/              @!P0 BRA `(.L_x_2) ;
+        /*0050*/                   LD.E R2, [R4] ;
+        /*0060*/              @!P1 BRA `(.L_x_1) ;
+        /*0070*/                   STL [R1], R2 ;
+        /*0080*/               @P0 BRA `(.L_x_3) ;
+.L_x_3:
+        /*0090*/                   EXIT ;
+"""
+
+
+def test_what_is_read_from_a_disassembly() -> None:
+    (kernel,) = sass.kernels(TEXT)
+    assert kernel.name == "kernel" and len(kernel.instructions) == 10
+    assert kernel.loops == ((1, 6), (2, 4))
+    assert kernel.tensor_share() == 1 / 3
+    assert complaints(kernel, Bounds("", "", 0.3, 1, generic_loads=True)) == [
+        "1 accesses to spilled registers"
+    ]
+    assert len(complaints(kernel, Bounds("", "", 0.4, 0.1))) == 4
