@@ -190,6 +190,38 @@ def test_coupling_on_a_small_gpu(tmp_path: Path) -> None:
     check("plain", problems, tmp_path, ("set_gpu", SMALL_GPU))
 
 
+BANDS: Call = ("set_coupling_feature_bytes", (1,))  # of 8 rows, the fewest
+
+
+def banded() -> list[Problem]:
+    torch.manual_seed(0)
+    return [
+        problem(10, (2, 27, 5)),
+        problem(6, (1, 18, 19), inputs=3, kernel=3),
+        problem(4, (1, 9, 3)),  # of the last band one row is left
+        problem(6, (1, 17, 4), inputs=3, kernel=3).as_dtype(torch.bfloat16),
+    ]
+
+
+def test_rows_in_bands(tmp_path: Path) -> None:
+    problems = banded()
+    check("plain", problems, tmp_path, BANDS)
+    whole, some = (run("plain", problems, tmp_path, *before) for before in ((), (BANDS,)))
+    for p, one, other in zip(problems, whole, some, strict=True):
+        for a, b in zip(one, other, strict=True):
+            tolerance = 1e-5 if p.x.dtype == torch.float32 else torch.finfo(p.x.dtype).eps
+            assert relative_error(a, b.double()) <= tolerance
+    calls = [inverse_call(p) for p in problems if p.x.shape[1] == len(p.weights.mix_bias)]
+    found = [results("plain", [*before, *calls], tmp_path)[-len(calls) :] for before in ([], [BANDS])]
+    for of_whole, of_some in zip(*found, strict=True):
+        assert (np.asarray(of_whole) == np.asarray(of_some)).all()
+
+
+@pytest.mark.parametrize("kind", ["thread", "address"])
+def test_rows_in_bands_under_a_sanitizer(kind: str, tmp_path: Path) -> None:
+    check(kind, banded()[:2], tmp_path, BANDS)
+
+
 def test_no_wrong_number_comes_of_nan_or_infinity(tmp_path: Path) -> None:
     torch.manual_seed(0)
     problems = broken()

@@ -56,17 +56,33 @@ namespace {
 
 constexpr int kColumns = 16;  // of a tile: a block of pixels is a row of it
 
-// Images, and how they are cut into tiles.
+// Rows of an image: `first` to `end` - 1.
+struct Rows {
+  int first, end;
+
+  __host__ __device__ int count() const { return end - first; }
+  // With so many more on either side, within an image of that height.
+  Rows wider(int halo, int64_t height) const {
+    return {first > halo ? first - halo : 0,
+            end + halo < height ? end + halo : static_cast<int>(height)};
+  }
+};
+
+// Images, of which rows the features are kept, and how those that are computed are cut into tiles. Of
+// several images these are all rows.
 struct Tiling {
   int batch, height, width, rows;
+  Rows kept, computed;
 
-  __host__ __device__ int down() const { return (height + rows - 1) / rows; }
+  __host__ __device__ int down() const { return (computed.count() + rows - 1) / rows; }
   __host__ __device__ int across() const { return (width + kColumns - 1) / kColumns; }
   __host__ __device__ int64_t count() const { return int64_t{batch} * down() * across(); }
+  // Where a pixel of the kept rows has its features.
   __device__ int64_t pixel(int b, int y, int x) const {
-    return (static_cast<int64_t>(b) * height + y) * width + x;
+    return (static_cast<int64_t>(b) * kept.count() + y - kept.first) * width + x;
   }
   __device__ bool holds(int y, int x) const { return y >= 0 && y < height && x >= 0 && x < width; }
+  __device__ bool computes(int y, int x) const { return y < computed.end && x < width; }
 };
 
 // A tile's image and first pixel.
@@ -75,7 +91,8 @@ struct Place {
 
   __device__ __forceinline__ Place(const Tiling& tiling, unsigned tile)
       : b(static_cast<int>(tile) / tiling.across() / tiling.down()),
-        y(static_cast<int>(tile) / tiling.across() % tiling.down() * tiling.rows),
+        y(tiling.computed.first +
+          static_cast<int>(tile) / tiling.across() % tiling.down() * tiling.rows),
         x(static_cast<int>(tile) % tiling.across() * kColumns) {}
 };
 
@@ -197,7 +214,8 @@ struct Mix {
   MutableChannels<Result> result;
   const uint4* weights;
   const float* bias;
-  int pixels, height, width;  // of all images; of one
+  int pixels, height, width;  // of all that is computed; of an image's part of it
+  int first_row;              // of x
   int terms;
 };
 
@@ -220,7 +238,9 @@ struct MixSource<T, 1> {
   __device__ MixSource(const Mix<T, Result>& m, int pixel) {
     const Image<T>& i = m.x.image;
     const MixPixel p(pixel, m.height, m.width);
-    if (pixel < m.pixels) at = i.map(p.b, 0) + p.y * i.row_stride + p.x * i.column_stride;
+    if (pixel < m.pixels) {
+      at = i.map(p.b, 0) + (p.y + m.first_row) * i.row_stride + p.x * i.column_stride;
+    }
   }
   template <class Result>
   __device__ void read(const Mix<T, Result>& m, int group, float (&to)[4]) const {
@@ -239,7 +259,8 @@ struct MixSource<T, 3> {
   __device__ MixSource(const Mix<T, Result>& m, int pixel) {
     const Image<T>& i = m.x.image;
     if (pixel >= m.pixels) return;
-    const MixPixel p(pixel, m.height, m.width);
+    MixPixel p(pixel, m.height, m.width);
+    p.y += m.first_row;
     at = i.map(p.b, 0) + p.y * i.row_stride + p.x * i.column_stride;
     for (int tap = 0; tap < 9; ++tap) {
       const int y = p.y + tap / 3 - 1, x = p.x + tap % 3 - 1;
@@ -327,17 +348,19 @@ constexpr int kGatherThreads = 256;
 
 template <class T>
 __global__ void __launch_bounds__(kGatherThreads)
-    gather(const float* products, MutableImage<T> grad_x) {
+    gather(const float* products, MutableImage<T> grad_x, Rows kept, Rows computed) {
   const int64_t height = grad_x.height, width = grad_x.width, channels = grad_x.channels;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kGatherThreads + threadIdx.x;
-  if (i >= grad_x.batch * channels * height * width) return;
-  const int64_t x = i % width, y = i / width % height, c = i / width / height % channels;
-  const int64_t b = i / width / height / channels;
+  if (i >= grad_x.batch * channels * computed.count() * width) return;
+  const int64_t x = i % width, y = computed.first + i / width % computed.count();
+  const int64_t c = i / width / computed.count() % channels;
+  const int64_t b = i / width / computed.count() / channels;
   float sum = 0;
   for (int tap = 0; tap < 9; ++tap) {
     const int64_t to_y = y + 1 - tap / 3, to_x = x + 1 - tap % 3;
     if (to_y < 0 || to_y >= height || to_x < 0 || to_x >= width) continue;
-    sum += products[((b * height + to_y) * width + to_x) * channels * 9 + c * 9 + tap];
+    const int64_t pixel = (b * kept.count() + to_y - kept.first) * width + to_x;
+    sum += products[pixel * channels * 9 + c * 9 + tap];
   }
   grad_x.pixel(b, y, x)[c * grad_x.channel_stride] = from_float<T>(sum);
 }
@@ -350,16 +373,16 @@ constexpr int kCopyThreads = 256;
 // some channels of neighbouring pixels if these lie together, and else all channels of a pixel.
 template <class T>
 __global__ void __launch_bounds__(kCopyThreads)
-    copy_features(Image<T> y, Features<float> to, int64_t padded, bool by_maps) {
+    copy_features(Image<T> y, Features<float> to, int64_t padded, bool by_maps, Rows kept) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kCopyThreads + threadIdx.x;
-  const int64_t pixels = y.pixels(), width = 2 * padded, half = y.channels / 2;
+  const int64_t pixels = kept.count() * y.width, width = 2 * padded, half = y.channels / 2;
   if (i >= y.batch * pixels * width) return;
   const int64_t b = i / (pixels * width), j = i % (pixels * width);
   const int64_t p = by_maps ? j % pixels : j / width, place = by_maps ? j / pixels : j % width;
   const int64_t c = place % padded;
   float value = 0;
   if (c < half) {
-    value = to_float(y.map(b, place / padded * half + c)[p / y.width * y.row_stride +
+    value = to_float(y.map(b, place / padded * half + c)[(kept.first + p / y.width) * y.row_stride +
                                                          p % y.width * y.column_stride]);
   }
   to.data[(b * pixels + p) * width + place] = value;
@@ -380,7 +403,10 @@ __device__ __forceinline__ void copy_tile(const Tile<T, kChannels>& tile, const 
   constexpr int kOfCopy = 16 / static_cast<int>(sizeof(T)), kCopies = kChannels / kOfCopy;
   for (int i = threadIdx.x; i < kDown * kAcross * kCopies; i += kThreads) {
     const int pixel = i / kCopies, channel = i % kCopies * kOfCopy;
-    const int64_t source = tiling.pixel(b, reflected(y + pixel / kAcross, tiling.height),
+    // What a tile that reaches beyond the computed rows needs beyond the kept ones, nobody uses.
+    const int row = reflected(y + pixel / kAcross, tiling.height);
+    const int known = row < tiling.kept.end ? row : tiling.kept.end - 1;
+    const int64_t source = tiling.pixel(b, known < tiling.kept.first ? tiling.kept.first : known,
                                         reflected(x + pixel % kAcross, tiling.width));
     copy_async<16>(tile.group(pixel, channel / kGroup) + channel % kGroup,
                    from.data + source * from.width + channel);
@@ -572,7 +598,7 @@ __device__ __forceinline__ void scale_z1(Values (&result)[Z::kGroups][Z::kRowsOf
     MGHF_UNROLL_ALL
     for (int row = 0; row < 2; ++row) {
       const int y = place.y + warp * Z::kRowsOfWarp + i, x = place.x + 2 * g + row;
-      if (!s.tiling.holds(y, x)) continue;
+      if (!s.tiling.computes(y, x)) continue;
       MGHF_UNROLL_ALL
       for (int n = 0; n < Z::kGroups; ++n) {
         float z1[4];
@@ -619,7 +645,7 @@ __device__ __forceinline__ void for_own_pixels(Values (&result)[Z::kGroups][Z::k
   MGHF_UNROLL(1)
   for (int pixel = part; pixel < kPixels; pixel += kParts) {
     const int y = top + pixel / 2, x = left + pixel % 2;
-    if (!tiling.holds(y, x)) continue;
+    if (!tiling.computes(y, x)) continue;
     float sums[Z::kGroups][4] = {};
     MGHF_UNROLL_ALL
     for (int of_part = 0; of_part < kParts; ++of_part) {
@@ -921,19 +947,41 @@ int64_t terms_of(const CouplingShape& s) { return s.inputs * s.kernel * s.kernel
 
 enum class Direction { forward, backward, inverse };
 
-// Features of a pixel: z and, in the gradient, (d1, d2), (d_r, g1) and the products of a 3x3 mix.
+// Features of a pixel: z and, in the gradient, (d1, d2) and (d_r, g1), which make room for the products
+// of a 3x3 mix.
 int64_t bytes_of_pixel(const CouplingShape& s, int64_t bytes_of_element, Direction direction) {
   const int64_t features = 2 * padded_half(s) * bytes_of_element;
   if (direction != Direction::backward) return features;
-  return 3 * features + (s.kernel == 3 ? terms_of(s) * static_cast<int64_t>(sizeof(float)) : 0);
+  const int64_t products =
+      s.kernel == 3 ? terms_of(s) * static_cast<int64_t>(sizeof(float)) : int64_t{0};
+  return 2 * features + (products > features ? products : features);
 }
 
-int64_t images_at_a_time(const CouplingShape& s, int64_t batch, int64_t pixels,
-                         int64_t bytes_of_element, Direction direction) {
-  const int64_t bytes = bytes_of_pixel(s, bytes_of_element, direction) * pixels;
-  const int64_t images = bytes > 0 ? kCouplingFeatureBytes / bytes : batch;
-  return images < 1 ? 1 : images < batch ? images : batch;
+// Rows beside those of the result that the features need on either side: z1, by the 3x3 layers and,
+// in the gradient, a 3x3 mix.
+int halo_of(const CouplingShape& s, Direction direction) {
+  return direction == Direction::backward ? (s.kernel == 3 ? 5 : 4) : 2;
 }
+
+// What is computed at a time: some images, or some rows of one.
+struct Parts {
+  int64_t images, rows, kept_rows;
+
+  Parts(const CouplingShape& s, int64_t batch, int64_t height, int64_t width,
+        int64_t bytes_of_element, Direction direction) {
+    constexpr int64_t kLeast = 8;  // of rows: a tile
+    const int64_t of_row = bytes_of_pixel(s, bytes_of_element, direction) * width;
+    const int64_t fitting = of_row > 0 ? coupling_feature_bytes / of_row : batch * height;
+    const int64_t some = height > 0 ? fitting / height : batch;
+    images = some < 1 ? 1 : some < batch ? some : batch;
+    rows = kept_rows = height;
+    if (some >= 1) return;
+    const int64_t halo = 2 * halo_of(s, direction), least = (fitting - halo) / kLeast * kLeast;
+    rows = least < kLeast ? kLeast : least;
+    rows = rows < height ? rows : height;
+    kept_rows = rows + halo < height ? rows + halo : height;
+  }
+};
 
 struct PackedWeights {
   const uint4 *mix, *mix_transposed;
@@ -1023,7 +1071,7 @@ I part_of(I images, int64_t first, int64_t count) {
   return images;
 }
 
-// Features as images, with all of a pixel's channels.
+// Features of some rows as images, with all of a pixel's channels; row 0 is the first of them.
 template <class T>
 MutableImage<T> image_of(const Features<T>& f, int64_t batch, int64_t height, int64_t width) {
   return {f.data, batch, f.width, height, width, height * width * f.width, 1, width * f.width,
@@ -1035,43 +1083,58 @@ Image<T> read_only(const MutableImage<T>& i) {
           i.batch_stride, i.channel_stride, i.row_stride, i.column_stride};
 }
 
-// One call for some of its images.
+// One call for some of its images, or for some rows of one.
 template <class T>
 struct Run {
   const CouplingShape& shape;
   const PackedWeights& packed;
   int64_t batch, height, width, shared_bytes;
+  Rows result, kept;  // of the result, and of which there are features
   Stream stream;
 
   int64_t half() const { return padded_half(shape); }
-  int64_t pixels() const { return batch * height * width; }
+  int64_t pixels() const { return batch * kept.count() * width; }
+  Rows around(int halo) const { return result.wider(halo, height); }
 
+  // Rows of features as images whose rows have the numbers of the image's.
+  template <class U>
+  MutableImage<U> image_of(const Features<U>& f) const {
+    MutableImage<U> image = cuda::image_of(f, batch, kept.count(), width);
+    image.data -= kept.first * image.row_stride;
+    return image;
+  }
+
+  // Of `rows` of x and of the result.
   template <class P, int kKernel, class Result>
-  const char* mix(const Channels<T>& x, const MutableChannels<Result>& result,
-                  const uint4* weights, const float* bias, int64_t terms) const {
-    const int64_t blocks = (pixels() + kMixPixels - 1) / kMixPixels *
+  const char* mix(const Channels<T>& x, MutableChannels<Result> result, const uint4* weights,
+                  const float* bias, int64_t terms, const Rows& rows) const {
+    const int64_t count = batch * rows.count() * width;
+    const int64_t blocks = (count + kMixPixels - 1) / kMixPixels *
                            ((result.count + kMixColumns - 1) / kMixColumns);
+    result.image.data += rows.first * result.image.row_stride;
     const Mix<T, Result> m{x,
                            result,
                            weights,
                            bias,
-                           static_cast<int>(pixels()),
-                           static_cast<int>(height),
+                           static_cast<int>(count),
+                           rows.count(),
                            static_cast<int>(width),
+                           rows.first,
                            static_cast<int>(terms)};
     return launch(cuda::mix<T, Result, P, kKernel>, {blocks, kMixThreads}, stream, m);
   }
 
   const char* features(const Image<T>& x, const Features<T>& z) const {
     const Channels<T> from = channels_of(x, 0, shape.inputs);
-    const MutableChannels<T> to = channels_of(image_of(z, batch, height, width), 0, 2 * half());
+    const MutableChannels<T> to = channels_of(image_of(z), 0, 2 * half());
     const int64_t terms = terms_of(shape);
-    return shape.kernel == 1 ? mix<Exact<T>, 1>(from, to, packed.mix, packed.bias, terms)
-                             : mix<Exact<T>, 3>(from, to, packed.mix, packed.bias, terms);
+    return shape.kernel == 1 ? mix<Exact<T>, 1>(from, to, packed.mix, packed.bias, terms, kept)
+                             : mix<Exact<T>, 3>(from, to, packed.mix, packed.bias, terms, kept);
   }
 
-  Stage<T> stage(const Features<T>& features, int rows) const {
-    return {{static_cast<int>(batch), static_cast<int>(height), static_cast<int>(width), rows},
+  Stage<T> stage(const Features<T>& features, int rows, const Rows& computed) const {
+    return {{static_cast<int>(batch), static_cast<int>(height), static_cast<int>(width), rows, kept,
+             computed},
             features,
             static_cast<int>(shape.channels / 2),
             static_cast<int>(shape.channels),
@@ -1082,56 +1145,60 @@ struct Run {
 
   // `fill` completes the stage's parameters.
   template <class Fill>
-  const char* forward(Role role, const Features<T>& features, const Fill& fill) const {
+  const char* forward(Role role, const Features<T>& features, const Rows& rows,
+                      const Fill& fill) const {
     switch (half()) {
       case 32:
-        return forward<ForwardSizes<T, 32, 8, 2, 32>>(role, features, fill);
+        return forward<ForwardSizes<T, 32, 8, 2, 32>>(role, features, rows, fill);
       case 64:
-        return forward<ForwardSizes<T, 64, 8, 2, 32>>(role, features, fill);
+        return forward<ForwardSizes<T, 64, 8, 2, 32>>(role, features, rows, fill);
       default:
-        return forward<ForwardSizes<T, 128, 4, 1, 16>>(role, features, fill);
+        return forward<ForwardSizes<T, 128, 4, 1, 16>>(role, features, rows, fill);
     }
   }
   template <class Z, class Fill>
-  const char* forward(Role role, const Features<T>& features, const Fill& fill) const {
-    ForwardStage<T> s{stage(features, Z::kRows), role, role == Role::couple ? 2 : 1, {}, {}, {}, {},
-                      {}, 1.0f};
+  const char* forward(Role role, const Features<T>& features, const Rows& rows,
+                      const Fill& fill) const {
+    ForwardStage<T> s{stage(features, Z::kRows, rows), role, role == Role::couple ? 2 : 1, {}, {},
+                      {}, {}, {}, 1.0f};
     fill(s);
     return launch(forward_stage<T, Z>, {s.tiling.count(), Z::kThreads, Z::kBytes}, stream, s);
   }
 
   template <class Fill>
-  const char* backward(const Features<T>& features, const Fill& fill) const {
-    if (half() == 32) return backward<BackwardSizes<T, 32, 8, 2, 1, 4, 16>>(features, fill);
+  const char* backward(const Features<T>& features, const Rows& rows, const Fill& fill) const {
+    if (half() == 32) return backward<BackwardSizes<T, 32, 8, 2, 1, 4, 16>>(features, rows, fill);
     if (half() == 64) {
       using Large = BackwardSizes<T, 64, 8, 2, 2, 8, 32>;
       if (sizeof(T) == 2 || shared_bytes >= static_cast<int64_t>(Large::kBytes)) {
-        return backward<Large>(features, fill);
+        return backward<Large>(features, rows, fill);
       }
       if constexpr (sizeof(T) == 4) {
-        return backward<BackwardSizes<T, 64, 4, 1, 1, 4, 16>>(features, fill);
+        return backward<BackwardSizes<T, 64, 4, 1, 1, 4, 16>>(features, rows, fill);
       }
     }
     using Large = BackwardSizes<T, 128, 4, 1, 1, 4, 16>;
     if (sizeof(T) == 2 || shared_bytes >= static_cast<int64_t>(Large::kBytes)) {
-      return backward<Large>(features, fill);
+      return backward<Large>(features, rows, fill);
     }
     if constexpr (sizeof(T) == 4) {
-      return backward<BackwardSizes<T, 128, 1, 1, 1, 4, 16>>(features, fill);
+      return backward<BackwardSizes<T, 128, 1, 1, 1, 4, 16>>(features, rows, fill);
     }
     return nullptr;
   }
   template <class Z, class Fill>
-  const char* backward(const Features<T>& features, const Fill& fill) const {
-    BackwardStage<T> s{stage(features, Z::kRows), 0, {}, {}, {}};
+  const char* backward(const Features<T>& features, const Rows& rows, const Fill& fill) const {
+    BackwardStage<T> s{stage(features, Z::kRows, rows), 0, {}, {}, {}};
     fill(s);
     return launch(backward_stage<T, Z>, {s.tiling.count(), Z::kThreads, Z::kBytes}, stream, s);
   }
 
-  // z from x, and phi in it; into the second half of y if there is one.
-  const char* start(const Image<T>& x, const Features<T>& z, const MutableImage<T>& y) const {
+  // z from x, and phi in it, of all rows that are kept but the outermost; into the second half of y if
+  // there is one.
+  const char* start(const Image<T>& x, const Features<T>& z, const MutableImage<T>& y,
+                    const Rows& rows) const {
     if (const char* error = features(x, z); error != nullptr) return error;
-    return forward(Role::add, z, [&](ForwardStage<T>& s) {
+    return forward(Role::add, z, rows, [&](ForwardStage<T>& s) {
       s.other = {z.data + half(), z.width};
       s.subnets[0] = packed.phi;
       s.y = channels_of(y, shape.channels / 2, shape.channels / 2);
@@ -1140,8 +1207,8 @@ struct Run {
 
   const char* value(const Image<T>& x, const MutableImage<T>& y, Arena arena) const {
     const Features<T> z{arena.take<T>(pixels() * 2 * half()), 2 * half()};
-    if (const char* error = start(x, z, y); error != nullptr) return error;
-    return forward(Role::couple, {z.data + half(), z.width}, [&](ForwardStage<T>& s) {
+    if (const char* error = start(x, z, y, around(1)); error != nullptr) return error;
+    return forward(Role::couple, {z.data + half(), z.width}, result, [&](ForwardStage<T>& s) {
       s.other = z;
       s.subnets[0] = packed.rho;
       s.subnets[1] = packed.eta;
@@ -1156,28 +1223,28 @@ struct Run {
     const Features<T> z{arena.take<T>(count), wide}, z2{z.data + half(), wide};
     const char* error = launch(copy_features<Y>,
                                {(count + kCopyThreads - 1) / kCopyThreads, kCopyThreads}, stream,
-                               y, z, half(), y.by_maps());
+                               y, z, half(), y.by_maps(), kept);
     if (error != nullptr) return error;
-    error = forward(Role::add, z2, [&](ForwardStage<T>& s) {
+    error = forward(Role::add, z2, around(1), [&](ForwardStage<T>& s) {
       s.other = z;
       s.subnets[0] = packed.eta;
       s.sign = -1;
     });
     if (error != nullptr) return error;
-    error = forward(Role::unscale, z2, [&](ForwardStage<T>& s) {
+    error = forward(Role::unscale, z2, around(1), [&](ForwardStage<T>& s) {
       s.other = z;
       s.subnets[0] = packed.rho;
     });
     if (error != nullptr) return error;
-    error = forward(Role::add, z, [&](ForwardStage<T>& s) {
+    error = forward(Role::add, z, result, [&](ForwardStage<T>& s) {
       s.other = z2;
       s.subnets[0] = packed.phi;
       s.sign = -1;
     });
     if (error != nullptr) return error;
     return mix<ExactFloats, 1>(
-        channels_of(read_only(cuda::image_of(z, batch, height, width)), 0, wide),
-        channels_of(x, 0, shape.channels), packed.mix, packed.bias, wide);
+        channels_of(read_only(image_of(z)), 0, wide), channels_of(x, 0, shape.channels), packed.mix,
+        packed.bias, wide, result);
   }
 
   const char* gradient(const Image<T>& grad, const Image<T>& x, const MutableImage<T>& grad_x,
@@ -1185,9 +1252,14 @@ struct Run {
     const int64_t c = shape.channels / 2, wide = 2 * half();
     const auto take = [&] { return Features<T>{arena.take<T>(pixels() * wide), wide}; };
     const auto second = [&](const Features<T>& f) { return Features<T>{f.data + half(), wide}; };
-    const Features<T> z = take(), d = take(), gradients = take();
-    if (const char* error = start(x, z, {}); error != nullptr) return error;
-    const char* error = forward(Role::grad_rho, second(z), [&](ForwardStage<T>& s) {
+    // Of the rows that a product of a 3x3 mix reaches.
+    const int reach = shape.kernel == 3 ? 1 : 0;
+    const Features<T> z = take(), d = take();
+    // What comes last takes the place of the gradients of rho and eta.
+    const Arena before = arena;
+    const Features<T> gradients = take();
+    if (const char* error = start(x, z, {}, around(3 + reach)); error != nullptr) return error;
+    const char* error = forward(Role::grad_rho, second(z), around(2 + reach), [&](ForwardStage<T>& s) {
       s.other = z;
       s.subnets[0] = packed.rho;
       s.g = channels_of(grad, 0, c);
@@ -1195,7 +1267,7 @@ struct Run {
       s.gradients = gradients;
     });
     if (error != nullptr) return error;
-    error = backward(second(z), [&](BackwardStage<T>& s) {
+    error = backward(second(z), around(1 + reach), [&](BackwardStage<T>& s) {
       s.count = 2;
       s.subnets[0] = packed.rho;
       s.subnets[1] = packed.eta;
@@ -1205,8 +1277,8 @@ struct Run {
       s.result = second(d);
     });
     if (error != nullptr) return error;
-    const Image<T> all_d = read_only(cuda::image_of(d, batch, height, width));
-    error = backward(z, [&](BackwardStage<T>& s) {
+    const Image<T> all_d = read_only(image_of(d));
+    error = backward(z, around(reach), [&](BackwardStage<T>& s) {
       s.count = 1;
       s.subnets[0] = packed.phi;
       s.gradients[0] = second(d);
@@ -1218,16 +1290,17 @@ struct Run {
     const int64_t terms = terms_of(shape);
     if (shape.kernel == 1) {
       return mix<Fast<T>, 1>(from, channels_of(grad_x, 0, terms), packed.mix_transposed, nullptr,
-                             wide);
+                             wide, result);
     }
+    arena = before;
     const Features<float> products{arena.take<float>(pixels() * terms), terms};
     error = mix<Fast<T>, 1>(
-        from, channels_of(cuda::image_of(products, batch, height, width), 0, terms),
-        packed.mix_transposed, nullptr, wide);
+        from, channels_of(image_of(products), 0, terms), packed.mix_transposed, nullptr, wide,
+        around(1));
     if (error != nullptr) return error;
-    const int64_t results = pixels() * shape.inputs;
+    const int64_t results = batch * result.count() * width * shape.inputs;
     return launch(gather<T>, {(results + kGatherThreads - 1) / kGatherThreads, kGatherThreads},
-                  stream, products.data, grad_x);
+                  stream, products.data, grad_x, kept, result);
   }
 };
 
@@ -1246,38 +1319,46 @@ const char* in_parts(const CouplingShape& shape, const Image<X>& x, const float*
                              {(packing.blocks() * kWarp + kPackThreads - 1) / kPackThreads,
                               kPackThreads},
                              stream, packing);
-  const int64_t images = images_at_a_time(shape, x.batch, x.pixels(), sizeof(T), direction);
-  for (int64_t first = 0; first < x.batch && error == nullptr; first += images) {
-    const int64_t count = images < x.batch - first ? images : x.batch - first;
-    error = f(Run<T>{shape, packed, count, x.height, x.width, gpu.shared_bytes, stream}, first,
-              arena);
+  const Parts parts(shape, x.batch, x.height, x.width, sizeof(T), direction);
+  for (int64_t first = 0; first < x.batch && error == nullptr; first += parts.images) {
+    const int64_t count = parts.images < x.batch - first ? parts.images : x.batch - first;
+    for (int64_t row = 0; row < x.height && error == nullptr; row += parts.rows) {
+      const int64_t end = row + parts.rows < x.height ? row + parts.rows : x.height;
+      const Rows result{static_cast<int>(row), static_cast<int>(end)};
+      error = f(Run<T>{shape, packed, count, x.height, x.width, gpu.shared_bytes, result,
+                       result.wider(halo_of(shape, direction), x.height), stream},
+                first, arena);
+    }
   }
   return error;
 }
 
 template <class T>
-int64_t workspace_bytes(const CouplingShape& shape, int64_t batch, int64_t pixels,
+int64_t workspace_bytes(const CouplingShape& shape, int64_t batch, int64_t height, int64_t width,
                         Direction direction) {
   Arena arena{nullptr};
   Packing packing{};
   lay_out<T>(shape, nullptr, direction, arena, packing);
-  return arena.used + images_at_a_time(shape, batch, pixels, sizeof(T), direction) * pixels *
+  const Parts parts(shape, batch, height, width, sizeof(T), direction);
+  return arena.used + parts.images * parts.kept_rows * width *
                           bytes_of_pixel(shape, sizeof(T), direction);
 }
 
 }  // namespace
 
+int64_t coupling_feature_bytes = int64_t{160} << 20;
+
 template <class T>
 int64_t coupling_workspace_bytes(const CouplingShape& shape, const Image<T>& x) {
-  return workspace_bytes<T>(shape, x.batch, x.pixels(), Direction::forward);
+  return workspace_bytes<T>(shape, x.batch, x.height, x.width, Direction::forward);
 }
 template <class T>
 int64_t coupling_backward_workspace_bytes(const CouplingShape& shape, const Image<T>& x) {
-  return workspace_bytes<T>(shape, x.batch, x.pixels(), Direction::backward);
+  return workspace_bytes<T>(shape, x.batch, x.height, x.width, Direction::backward);
 }
 template <class T>
 int64_t coupling_inverse_workspace_bytes(const CouplingShape& shape, const Image<T>& y) {
-  return workspace_bytes<float>(shape, y.batch, y.pixels(), Direction::inverse);
+  return workspace_bytes<float>(shape, y.batch, y.height, y.width, Direction::inverse);
 }
 
 template <class T>

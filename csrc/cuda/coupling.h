@@ -24,8 +24,9 @@ inline int64_t coupling_weight_count(const CouplingShape& s) {
 }
 
 // What the ops need beside their results, aligned to 16 bytes: packed weights, and features of as many
-// images at a time as go into kCouplingFeatureBytes, of one at least.
-constexpr int64_t kCouplingFeatureBytes = int64_t{512} << 20;
+// images at a time as go into coupling_feature_bytes, or else of as many rows of one, with a halo; of
+// 8 rows at least. Only tests change it.
+extern int64_t coupling_feature_bytes;
 template <class T>
 int64_t coupling_workspace_bytes(const CouplingShape& shape, const Image<T>& x);
 template <class T>

@@ -65,6 +65,7 @@ void define_coupling(py::module_& m) {
   m.def("coupling", &coupling_of);
   m.def("coupling_backward", &coupling_backward_of);
   m.def("coupling_inverse", &coupling_inverse_of);
+  m.def("set_coupling_feature_bytes", [](int64_t bytes) { coupling_feature_bytes = bytes; });
 }
 
 }  // namespace mghf::cuda
