@@ -24,20 +24,11 @@ logger = logging.getLogger("mghf_fast")
 
 HOPPER = ((9, 0),)
 PROVEN: Mapping[tuple[str, str], tuple[tuple[int, int], ...]] = {
-    ("cuda", "coupling"): HOPPER,
-    ("cuda", "entropy"): HOPPER,
-    ("cuda", "gram"): HOPPER,
-    ("cuda", "content_style"): HOPPER,
-    ("cuda", "patches"): HOPPER,
-    ("cuda", "sinkhorn"): HOPPER,
-    ("cuda", "monce"): HOPPER,
     ("triton", "coupling"): HOPPER,
     ("triton", "entropy"): HOPPER,
     ("triton", "gram"): HOPPER,
     ("triton", "content_style"): HOPPER,
     ("triton", "patches"): HOPPER,
-    ("triton", "sinkhorn"): HOPPER,
-    ("triton", "monce"): HOPPER,
     ("triton", "dec"): HOPPER,
 }
 """(backend, op) -> compute capabilities whose committed result (benchmarks/results) was made by the
