@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import draws
 import kernel_sources
 import pytest
 import torch
@@ -233,7 +234,7 @@ def test_under_a_capture_a_kernel_on_trial_waits(
 
 def test_a_trial_in_the_middle_of_anything(on_trial: Path) -> None:
     """Under torch.compile, autocast, no_grad and inference mode."""
-    x = torch.rand(2, 4, 12, 12)
+    x = draws.rand(2, 4, 12, 12)
     expected = mghf_fast.functional.gram_matrix(x, backend="reference")
     compiled = torch.compile(mghf_fast.functional.gram_matrix, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x), expected)
