@@ -215,10 +215,13 @@ def embeddings(loss: MGHFLoss, picture: Tensor, size: int, maps: int) -> tuple[T
     gt = fitted(picture, size)
     small = F.interpolate(gt, scale_factor=0.25, mode="bicubic", antialias=True)
     sr = F.interpolate(small, size=(size, size), mode="bicubic", align_corners=False).clamp(0, 1)
+    projected = []
     with torch.no_grad():
-        features = [loss._features(image) for image in (sr, gt)]
-        projection = loss.local_information._projection(features[0])
-        query, key = (projection(x) for x in features)
+        for image in (sr, gt):  # one stack of features at a time: 512 MiB of 1024 x 1024 pixels
+            features = loss._features(image)
+            projected.append(loss.local_information._projection(features)(features))
+            del features
+    query, key = projected
     chosen = torch.linspace(0, query.shape[0] - 1, min(maps, query.shape[0])).long()
     return query[chosen], key[chosen]
 
