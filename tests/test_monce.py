@@ -216,7 +216,7 @@ def test_the_backward_makes_no_iteration_again(backend: str, plan_gradient: str)
     query, key = pair(2, 19, 16)
     options = (*OPTIONS[:-1], plan_gradient)
     losses, state = ops.monce.monce(query, key, *options, backend)
-    upstream = torch.randn_like(losses)
+    upstream = draws.randn_like(losses)
 
     def gradient(state: Tensor) -> Tensor:
         grad: Tensor = ops.monce.monce_backward(upstream, query, key, state, *options, backend)

@@ -265,7 +265,7 @@ def test_many_programs_of_a_map_on_triton(
     that a pass can take."""
     from mghf_fast.kernels import sinkhorn_potentials as kernels
 
-    s = torch.rand(3, n, n) * torch.tensor([0.9, 0.1, 0.9]).view(3, 1, 1)
+    s = draws.rand(3, n, n) * torch.tensor([0.9, 0.1, 0.9]).view(3, 1, 1)
     s[2, 3, 5] = torch.nan
     monkeypatch.setattr(kernels, "PROGRAMS", 6)
     found = []
