@@ -28,6 +28,10 @@ COMMANDS = {
         "mghf_fast.visualize.command",
         "feature maps, entropies and weights of a picture; of two, where the loss comes from",
     ),
+    "calibrate": (
+        "mghf_fast.calibrate",
+        "the loss's weight beside a pixel loss, from gradients in a network's parameters",
+    ),
     "table5": (
         "mghf_fast.table5",
         "the paper's Table 5: counts by formula, time and memory measured on this machine",
@@ -49,6 +53,7 @@ INSTALL = {
     name: f'pip install "mghf_fast[{name}]"'
     for name in ("demo", "evaluate", "pretrain", "visualize")
 }
+INSTALL["calibrate"] = INSTALL["evaluate"]
 
 
 class _Parser(argparse.ArgumentParser):
