@@ -38,8 +38,15 @@ endef
 $(STAMPS)/install: $(STAMPS)/venv $(PACKAGE)
 	$(call install,demo)
 
+# Other people's trainers, for the tests of mghf_fast.integrations alone; without their dependencies,
+# of which the extra `trainers` has those that the tests need. Where they cannot be had, tests skip.
+TRAINERS := basicsr==1.4.2 lpips==0.1.4 pyiqa==0.1.16 lightning==2.6.6 \
+    torchmetrics==1.9.0 lightning-utilities==0.15.3 timm==1.0.31 torchvision==0.28.0
+
 $(STAMPS)/dev: $(STAMPS)/venv $(PACKAGE)
 	$(call install,dev)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps $(TRAINERS) \
+	    || echo "note: the tests of mghf_fast.integrations will skip"
 	@touch $@
 
 venv: $(STAMPS)/venv  ## create the virtual environment $(VENV) with torch and the build tools

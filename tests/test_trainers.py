@@ -1,0 +1,241 @@
+"""The adapters of trainers that are not on PyPI, by contract: the registry, the order of the call,
+who applies the weight, and what the trainer does with the module. Read in, and in part run with,
+
+    traiNNer-redux  6862931 of June 2026
+    neosr           31c7022 of April 2025
+    KAIR            fc1732f of October 2024
+
+The registry is our own stand-in; none of their code is here.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+import pickle
+import sys
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mghf_fast import MGHFLoss
+from mghf_fast.integrations import kair
+from mghf_fast.integrations._criterion import Criterion
+
+Images = tuple[Tensor, Tensor]
+
+
+class Registry:
+    """As both trainers have one: classes by name, lower-cased by traiNNer-redux alone."""
+
+    def __init__(self, lower: bool) -> None:
+        self.found: dict[str, Callable[..., nn.Module]] = {}
+        self.lower = lower
+
+    def register(self) -> Callable[[type], type]:
+        def enter(cls: type) -> type:
+            name = cls.__name__.lower() if self.lower else cls.__name__
+            assert name not in self.found
+            self.found[name] = cls
+            return cls
+
+        return enter
+
+
+@contextmanager
+def stand_in(package: str, adapter: str, lower: bool) -> Iterator[Registry]:
+    """``package.utils.registry`` with a registry into which our adapter enters itself."""
+    registry = Registry(lower)
+    names = [package, f"{package}.utils", f"{package}.utils.registry"]
+    ours = f"mghf_fast.integrations.{adapter}"
+    before = {name: sys.modules.pop(name, None) for name in [*names, ours]}
+    for name in names:
+        sys.modules[name] = types.ModuleType(name)
+    sys.modules[names[-1]].LOSS_REGISTRY = registry  # type: ignore[attr-defined]
+    try:
+        importlib.import_module(ours)
+        yield registry
+    finally:
+        for name, module in before.items():
+            sys.modules.pop(name, None)
+            if module is not None:
+                sys.modules[name] = module
+
+
+@pytest.fixture
+def redux() -> Iterator[Callable[..., nn.Module]]:
+    with stand_in("traiNNer", "trainner_redux", True) as registry:
+        yield registry.found["mghfloss"]
+
+
+@pytest.fixture
+def neosr() -> Iterator[Callable[..., nn.Module]]:
+    with stand_in("neosr", "neosr", False) as registry:
+        yield registry.found["mghf_loss"]
+
+
+@pytest.fixture
+def images() -> Images:
+    gt = torch.rand(2, 3, 40, 48)
+    return (gt + 0.1 * torch.randn_like(gt)).requires_grad_(), gt
+
+
+def expected(images: Images, **options: Any) -> Tensor:
+    return MGHFLoss(**{"input_range": "0,1", **options})(*images)
+
+
+def test_redux_multiplies_itself(redux: Callable[..., nn.Module], images: Images) -> None:
+    loss = redux(loss_weight=0.25)
+    assert loss.loss_weight == 0.25
+    torch.testing.assert_close(loss(*images), expected(images))  # without the weight
+
+
+def test_redux_makes_its_schema_of_annotated_keywords(redux: Callable[..., nn.Module]) -> None:
+    parameters = inspect.signature(redux).parameters.values()
+    assert all(p.annotation is not inspect.Parameter.empty for p in parameters)
+    assert not any(p.kind is p.VAR_KEYWORD for p in parameters)
+    with pytest.raises(TypeError, match="colour"):
+        redux(loss_weight=1, colour=1)
+
+
+def test_redux_steps(redux: Callable[..., nn.Module], images: Images) -> None:
+    """Its order of a step: the module in channels_last, autocast, a teacher's picture made in
+    inference mode, parts of a dictionary added up with the weight."""
+    loss = redux(loss_weight=0.5, terms=True).to("cpu", memory_format=torch.channels_last)
+    sr = images[0]
+    with torch.inference_mode():
+        target = torch.clamp(images[1], 0, 1)
+    for dtype in (torch.float16, torch.bfloat16):
+        with torch.autocast("cpu", dtype):
+            output = sr.to(dtype)
+            found = loss(output, target)
+            total = sum(part * abs(loss.loss_weight) for part in found.values() if part > 0)
+        whole = expected((output.float(), target.clone()))
+        torch.testing.assert_close(total, 0.5 * whole)
+        (gradient,) = torch.autograd.grad(total, sr)
+        assert gradient.abs().sum() > 0
+
+
+def test_redux_does_not_hide_a_nan_among_the_parts(
+    redux: Callable[..., nn.Module], images: Images
+) -> None:
+    sr = images[0].detach().clone()
+    sr[0, 0, 0, 0] = float("nan")
+    found = redux(loss_weight=1, terms=True)(sr, images[1])
+    assert isinstance(found, Tensor) and found.isnan()
+
+
+def test_neosr_leaves_the_weight_to_the_loss(
+    neosr: Callable[..., nn.Module], images: Images
+) -> None:
+    loss = neosr(loss_weight=0.25, variant="n").to("cpu", memory_format=torch.channels_last)
+    torch.testing.assert_close(loss(*images), 0.25 * expected(images, variant="n"))
+    with torch.autocast("cpu", torch.bfloat16):
+        value = loss(images[0].bfloat16(), images[1])
+    assert value.dtype == torch.float32
+    with pytest.raises(TypeError, match="unknown option weight; allowed are loss_weight, variant"):
+        neosr(weight=1)
+
+
+def test_kair_multiplies_itself_and_wraps_an_attribute(images: Images) -> None:
+    loss = kair.PerceptualLoss(
+        feature_layer=[2, 7, 16, 25, 34],
+        weights=[0.1, 0.1, 1.0, 1.0, 1.0],
+        lossfn_type="mghf-c",
+        use_input_norm=True,
+        use_range_norm=False,
+    )
+    loss.vgg = nn.DataParallel(loss.vgg.to("cpu"))
+    loss.lossfn = loss.lossfn.to("cpu")
+    torch.testing.assert_close(loss(*images), expected(images))
+    assert loss(*images).dim() == 0
+
+
+def test_kair_options(images: Images) -> None:
+    loss = kair.PerceptualLoss(weights={"extractor": "random"}, lossfn_type="mghf-n")
+    torch.testing.assert_close(loss(*images), expected(images, variant="n", extractor="random"))
+    loss = kair.PerceptualLoss(lossfn_type="mghf-n", use_range_norm=True)
+    torch.testing.assert_close(loss(*images), expected(images, variant="n", input_range="-1,1"))
+    with pytest.raises(ValueError, match="F_lossfn_type must be one of 'mghf-c'.* got 'l3'"):
+        kair.PerceptualLoss(lossfn_type="l3")
+    with pytest.raises(TypeError, match="F_weights got the unknown option extracter; allowed are"):
+        kair.PerceptualLoss(weights={"extracter": "random"}, lossfn_type="mghf-n")
+
+
+def test_kair_keeps_its_own_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("models.loss")
+    module.PerceptualLoss = lambda **options: options  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "models", types.ModuleType("models"))
+    monkeypatch.setitem(sys.modules, "models.loss", module)
+    options: Any = kair.PerceptualLoss([2, 7], [1.0, 1.0], "l1", use_range_norm=True)
+    assert options == {
+        "feature_layer": [2, 7],
+        "weights": [1.0, 1.0],
+        "lossfn_type": "l1",
+        "use_input_norm": True,
+        "use_range_norm": True,
+    }
+
+
+# ---- What every adapter does ----
+
+
+def adapters() -> dict[str, tuple[Callable[[], nn.Module], str]]:
+    """A maker of each with a weight of 1, and the name of its second argument."""
+
+    def in_registry(package: str, adapter: str, name: str, lower: bool) -> nn.Module:
+        with stand_in(package, adapter, lower) as registry:
+            return registry.found[name](loss_weight=1.0)
+
+    return {
+        "criterion": (Criterion, "gt"),
+        "kair": (lambda: kair.PerceptualLoss(lossfn_type="mghf-c"), "gt"),
+        "redux": (lambda: in_registry("traiNNer", "trainner_redux", "mghfloss", True), "target"),
+        "neosr": (lambda: in_registry("neosr", "neosr", "mghf_loss", False), "y"),
+    }
+
+
+@pytest.mark.parametrize("name", adapters())
+def test_every_adapter(name: str, images: Images) -> None:
+    make, second = adapters()[name]
+    loss = make()
+    sr, gt = images
+    value = loss(sr, gt)
+    torch.testing.assert_close(value, expected(images))
+    assert torch.equal(copy.deepcopy(loss)(sr, gt), value)
+    # A swapped call would train nothing and say nothing.
+    with pytest.raises(ValueError, match=f"{second} asks for a gradient and .* does not"):
+        loss(gt, sr)
+    with torch.no_grad():
+        loss(gt, sr)
+    # Crops below a patch, video, images of two types.
+    small = [image[..., :24, :24] for image in images]
+    torch.testing.assert_close(loss(*small), expected(tuple(small), patch_size="auto"))
+    torch.testing.assert_close(loss(sr[None], gt[None]), value)
+    torch.testing.assert_close(loss(sr.bfloat16(), gt), value, rtol=0.05, atol=0)
+    with pytest.raises(ValueError, match="same shape"):
+        loss(sr, gt[..., :40])
+
+
+def test_a_criterion_gives_a_clip_one_value(images: Images) -> None:
+    loss = Criterion(reduction="none")
+    clips = [image.detach()[None].expand(3, -1, -1, -1, -1) for image in images]
+    assert loss(*clips).shape == (3,)
+    torch.testing.assert_close(loss(*clips)[0], loss(*images).mean())
+    assert all(term.shape == (3,) for term in loss.terms(*clips).values())
+    assert torch.equal(pickle.loads(pickle.dumps(loss))(*images), loss(*images))
+
+
+def test_the_package_imports_no_adapter() -> None:
+    code = (
+        "import sys, mghf_fast; sys.exit(any(m.startswith('mghf_fast.int') for m in sys.modules))"
+    )
+    import trainers
+
+    assert trainers.run(["-c", code], trainers.Path(__file__).parent).returncode == 0
