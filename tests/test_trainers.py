@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import importlib.util
 import inspect
 import pickle
 import sys
@@ -221,6 +222,27 @@ def test_every_adapter(name: str, images: Images) -> None:
     torch.testing.assert_close(loss(sr.bfloat16(), gt), value, rtol=0.05, atol=0)
     with pytest.raises(ValueError, match="same shape"):
         loss(sr, gt[..., :40])
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("mghf_fast.losses.frozen") is None,
+    reason="the loss's weights are parameters",
+)
+@pytest.mark.parametrize("name", adapters())
+def test_nothing_of_an_adapter_trains_or_is_saved(name: str) -> None:
+    parent = nn.ModuleDict({"net": nn.Conv2d(3, 3, 1), "loss": adapters()[name][0]()})
+    parent.requires_grad_(True)
+    assert {name for name, _ in parent.named_parameters()} == {"net.weight", "net.bias"}
+    assert not any(key.startswith("loss") for key in parent.state_dict())
+
+
+@pytest.mark.skipif(not hasattr(MGHFLoss, "gammas"), reason="the loss's gammas cannot be set")
+def test_terms_follow_gammas_that_are_set(images: Images) -> None:
+    loss = Criterion()
+    loss.loss.gammas = (0.5, 0, 0.01)
+    terms = loss.terms(*images)
+    assert set(terms) == {"naive", "lip"}
+    torch.testing.assert_close(sum(terms.values()), loss(*images))
 
 
 def test_a_criterion_gives_a_clip_one_value(images: Images) -> None:

@@ -3,6 +3,7 @@ flattened, and the order of the arguments checked under the names that the train
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -61,7 +62,10 @@ class Criterion(nn.Module):
         terms = self.loss.terms(sr, gt)
         if self.loss.variant == "n":
             return {"naive": _per_clip(terms["naive"], frames)}
-        factors = self.loss.preset.factors()
+        # The loss's own gammas, where they can be set between two steps.
+        preset = self.loss.preset
+        gammas = getattr(self.loss, "gammas", preset.gammas)
+        factors = dataclasses.replace(preset, gammas=gammas).factors()
         return {
             name: _per_clip(factor * terms[name], frames)
             for name, factor in factors.items()
