@@ -13,7 +13,7 @@ OPTIONS = (CHANNELS // 2, PRESETS["2026"].alpha, PRESETS["2026"].gamma, 256, "ch
 
 
 def ours(s: Tensor, g: Tensor) -> Tensor:
-    return torch.stack(functional.content_style_terms(g, s)).sum()
+    return torch.stack(functional.content_style_terms(gt=g, sr=s)).sum()
 
 
 def reference(s: Tensor, g: Tensor) -> Tensor:

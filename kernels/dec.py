@@ -30,14 +30,11 @@ from torch import Tensor
 
 from .launch import blocks, on_device_of
 
-NORM_FLOOR = tl.constexpr(1e-8)
-
-
 # ---- patches as the products need them ----
 
 
-# unit = S / max(|S|, 1e-8), patch = G, both (padded patches, PADDED) with zeros in the padding;
-# |S|, 1 / max(|G|, 1e-8) and |G|^2 of every patch.
+# unit = S / max(|S|, floor), patch = G, both (padded patches, PADDED) with zeros in the padding;
+# |S|, 1 / max(|G|, floor) and |G|^2 of every patch.
 #
 # Floor: 12.6 MB, 3 us.
 @triton.jit
@@ -54,6 +51,7 @@ def pack_kernel(
     sr_value,
     gt_patch,
     gt_value,
+    norm_floor,
     DEPTH: tl.constexpr,
     PADDED: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -76,8 +74,8 @@ def pack_kernel(
     s_norm = tl.sqrt_rn(s_squared)
     g_norm = tl.sqrt_rn(g_squared)
     # Comparisons, which let a NaN be one.
-    s_floored = tl.where(s_norm < NORM_FLOOR, NORM_FLOOR, s_norm)
-    g_floored = tl.where(g_norm < NORM_FLOOR, NORM_FLOOR, g_norm)
+    s_floored = tl.where(s_norm < norm_floor, norm_floor, s_norm)
+    g_floored = tl.where(g_norm < norm_floor, norm_floor, g_norm)
     tl.store(norm + row, s_norm)
     tl.store(inverse + row, tl.where(is_row, 1 / g_floored, 0.0))
     tl.store(squared + row, g_squared)
@@ -312,7 +310,7 @@ def backward_kernel(
     tl.store(partial + place, total, mask=is_d[None, :])
 
 
-# dS = (ds - s <s, ds>) / max(|S|, 1e-8), ds being the sum of the runs. Below the floor a patch is
+# dS = (ds - s <s, ds>) / max(|S|, floor), ds being the sum of the runs. Below the floor a patch is
 # divided by a constant and nothing is projected out.
 #
 # Floor: reads the runs (8 of 3 MB) and s, writes dS: 7 us.
@@ -325,6 +323,7 @@ def project_kernel(
     patches,
     padded_patches,
     splits,
+    norm_floor,
     DEPTH: tl.constexpr,
     PADDED: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -342,8 +341,8 @@ def project_kernel(
         run += padded_patches * PADDED
     s = tl.load(unit + place, mask=mask, other=0.0)
     length = tl.load(norm + row, mask=is_row, other=0.0)
-    along = tl.where(length > NORM_FLOOR, tl.sum(s * grad, 1), 0.0)
-    floored = tl.where(length < NORM_FLOOR, NORM_FLOOR, length)
+    along = tl.where(length > norm_floor, tl.sum(s * grad, 1), 0.0)
+    floored = tl.where(length < norm_floor, norm_floor, length)
     result = (grad - s * along[:, None]) / floored[:, None]
     target = grad_sr + row[:, None] * DEPTH + d[None, :]
     tl.store(target, result.to(grad_sr.dtype.element_ty), mask=mask)
@@ -474,6 +473,7 @@ class _Options:
     temperature: str
     similarity: str
     max_value: float
+    norm_floor: float
 
     @property
     def inside(self) -> bool:
@@ -563,7 +563,7 @@ def _runs(padded_patches: int, block_i: int, block_j: int) -> tuple[int, int]:
 class _Packed:
     """The patches as the products need them."""
 
-    def __init__(self, sr: Tensor, gt: Tensor) -> None:
+    def __init__(self, sr: Tensor, gt: Tensor, norm_floor: float) -> None:
         self.patches, self.depth = sr.shape
         self.padded_patches = blocks(self.patches, _MULTIPLE) * _MULTIPLE
         constants = _pack_constants(self.depth)
@@ -583,6 +583,7 @@ class _Packed:
             self.patches,
             *sr.stride(),
             *gt.stride(),
+            norm_floor,
             **constants,
             **PACK,
         )
@@ -599,7 +600,7 @@ def forward(sr: Tensor, gt: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
             (2, sr.shape[0]), dtype=torch.float32
         )
     with on_device_of(sr):
-        p = _Packed(sr, gt)
+        p = _Packed(sr, gt, o.norm_floor)
         constants = _forward_constants(p.depth)
         run, splits = _runs(p.padded_patches, constants["BLOCK_I"], constants["BLOCK_J"])
         partial = p.unit.new_empty((splits, 2, p.padded_patches))
@@ -647,7 +648,7 @@ def backward(grad: Tensor, sr: Tensor, gt: Tensor, statistics: Tensor, *options:
     if sr.numel() == 0:
         return grad_sr
     with on_device_of(sr):
-        p = _Packed(sr, gt)
+        p = _Packed(sr, gt, o.norm_floor)
         factors = p.unit.new_empty((2, p.padded_patches))
         factor_kernel[(blocks(p.padded_patches, ALL_ROWS["BLOCK"]),)](
             grad,
@@ -693,6 +694,7 @@ def backward(grad: Tensor, sr: Tensor, gt: Tensor, statistics: Tensor, *options:
             p.patches,
             p.padded_patches,
             splits,
+            o.norm_floor,
             **constants,
             **PROJECT,
         )

@@ -4,18 +4,20 @@ allowed; types raise `TypeError`, values `ValueError`."""
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_tensor(name: str, x: Any, shape: str) -> None:
+def check_tensor(name: str, x: Any, shape: str, *, tangents: bool = False) -> None:
     """A floating-point tensor with the dimensions that ``shape`` spells, as in "(B, C, H, W)", and
-    no empty one."""
+    no empty one; with a tangent of forward-mode differentiation only if ``tangents``."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor of shape {shape}, got {type(x).__name__}")
     if x.dtype not in FLOATING:
@@ -24,6 +26,24 @@ def check_tensor(name: str, x: Any, shape: str) -> None:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
     if x.numel() == 0:
         raise ValueError(f"{name} must not be empty, got shape {tuple(x.shape)}")
+    if not tangents:
+        refuse_tangent(name, x)
+
+
+def refuse_tangent(name: str, x: Tensor) -> None:
+    """Operators of `torch.library` drop tangents, and the derivative would come out as 0."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if forward_ad.unpack_dual(x).tangent is not None:
+        raise NotImplementedError(
+            f"{name} carries a tangent, and the fused operators have no forward-mode derivative: "
+            f"take reverse mode, such as torch.autograd.grad"
+        )
+
+
+def is_traced() -> bool:
+    """Whether `torch.jit.trace` is recording, in which sizes are tensors."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined]
 
 
 def check_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
@@ -34,17 +54,32 @@ def check_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
 
 
 def check_pair(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    """Equal shapes, devices and, outside autocast (which unifies them), types."""
+    """Equal shapes and devices."""
     if x.shape != other.shape:
         raise ValueError(
             f"{name} and {other_name} must have the same shape, "
             f"got {tuple(x.shape)} and {tuple(other.shape)}"
         )
     check_device(name, x, other_name, other)
-    if x.dtype != other.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise TypeError(
-            f"{name} and {other_name} must have the same dtype, got {x.dtype} and {other.dtype}"
+
+
+def check_order(name: str, x: Tensor, constant_name: str, constant: Tensor) -> None:
+    """Refuses a pair of which only the constant asks for a gradient, which would be lost without a
+    word: LPIPS is symmetric, and many callers write the ground truth first."""
+    if torch.is_grad_enabled() and constant.requires_grad and not x.requires_grad:
+        raise ValueError(
+            f"{constant_name} requires a gradient and {name} does not, but the gradient goes to "
+            f"{name} alone: hand over {name} first and {constant_name} second, or detach "
+            f"{constant_name}"
         )
+
+
+def promoted(x: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the floating type that holds both, as PyTorch's own operators promote."""
+    if x.dtype == other.dtype:
+        return x, other
+    dtype = torch.promote_types(x.dtype, other.dtype)
+    return x.to(dtype), other.to(dtype)
 
 
 def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
@@ -53,22 +88,45 @@ def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
         raise ValueError(f"{name} must be one of {listed}, got {value!r}")
 
 
-def check_integer(name: str, value: Any, low: int, high: int | None = None) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
+def check_integer(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """An integer of Python, numpy or, under `torch.jit.trace`, a traced size; as Python's."""
+    if isinstance(value, Tensor) and is_traced():
+        value = value.item()
+    elif not isinstance(value, (int, torch.SymInt)) and isinstance(value, numbers.Integral):
+        value = int(value)
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < low or (high is not None and value > high):
         bounds = f"at least {low}" if high is None else f"between {low} and {high}"
         raise ValueError(f"{name} must be {bounds}, got {value}")
+    return cast(int, value)  # a traced SymInt stays one
 
 
-def check_number(name: str, value: Any, *, positive: bool = False) -> None:
-    """A finite real number; with ``positive``, above zero."""
+def check_number(name: str, value: Any, *, positive: bool = False) -> float:
+    """A finite real number of Python or numpy, as Python's; with ``positive``, above zero."""
+    if not isinstance(value, (int, float)) and isinstance(value, numbers.Real):
+        value = float(value)
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {value!r}")
     # Comparisons and not math.isfinite, which torch.compile(dynamic=True) cannot trace; NaN fails.
     if not (-math.inf < value < math.inf) or (positive and value <= 0):
         kind = "finite and above 0" if positive else "finite"
         raise ValueError(f"{name} must be {kind}, got {value}")
+    return value
+
+
+def check_numbers(name: str, values: Any, count: int, *, positive: bool = False) -> list[float]:
+    """So many numbers, in a list, a tuple, an array or a configuration library's sequence."""
+    words = {2: "two", 3: "three"}
+    try:
+        if isinstance(values, (str, bytes)):
+            raise TypeError
+        listed = list(values)
+    except TypeError:
+        listed = []
+    if len(listed) != count:
+        raise ValueError(f"{name} must be {words[count]} numbers, got {values!r}")
+    return [check_number(name, value, positive=positive) for value in listed]
 
 
 def check_even_channels(name: str, channels: int) -> None:

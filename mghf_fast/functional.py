@@ -79,6 +79,8 @@ def _check_block(name: str, x: Tensor, weights: BlockWeights, kernels: tuple[int
             f"their shapes must be {expected}, got {got}"
         )
     check.check_device(name, x, "weights", weights.mix_weight)
+    for weight in weights.tensors():
+        check.refuse_tangent("weights", weight)
 
 
 def invertible_block(x: Tensor, weights: BlockWeights, *, backend: str | None = None) -> Tensor:
@@ -132,7 +134,7 @@ def channel_entropy(x: Tensor, bins: int = 256, *, backend: str | None = None) -
         a map that holds a NaN or an infinity. No gradient.
     """
     check.check_tensor("x", x, "(B, C, H, W)")
-    check.check_integer("bins", bins, 2)
+    bins = check.check_integer("bins", bins, 2)
     result: Tensor = ops.entropy.entropy(x.detach(), bins, current_backend(backend))
     return result
 
@@ -148,7 +150,8 @@ def gram_matrix(x: Tensor, normalize: bool = True, *, backend: str | None = None
         (B, C, C), float32 (float64 for float64 input; half-precision sums would overflow).
     """
     check.check_tensor("x", x, "(B, C, H, W)")
-    scale = 1.0 / (x.shape[1] * x.shape[2] * x.shape[3]) if normalize else 1.0
+    size = check.check_integer("x", x.shape[1] * x.shape[2] * x.shape[3], 1)
+    scale = 1.0 / size if normalize else 1.0
     result: Tensor = ops.gram.gram(x, scale, current_backend(backend))
     return result
 
@@ -162,10 +165,19 @@ class ContentStyleTerms(NamedTuple):
     gram: Tensor
 
 
+def _feature_pair(gt: Tensor, sr: Tensor) -> tuple[Tensor, Tensor]:
+    """The checked pair in one dtype, gt detached."""
+    check.check_tensor("gt", gt, "(B, C, H, W)")
+    check.check_tensor("sr", sr, "(B, C, H, W)")
+    check.check_pair("gt", gt, "sr", sr)
+    check.check_order("sr", sr, "gt", gt)
+    return check.promoted(gt.detach(), sr)
+
+
 def content_style_terms(
+    *,
     gt: Tensor,
     sr: Tensor,
-    *,
     top_m: int | None = None,
     alpha: float = 1.1,
     gamma: float = 2**0.5,
@@ -194,24 +206,22 @@ def content_style_terms(
         ones; ``correlation`` one minus their mean Pearson correlation, 0 to 2; ``gram`` squared
         difference of the weighted Gram matrices over M. Each (B,), float32 (float64 for float64).
     """
-    check.check_tensor("gt", gt, "(B, C, H, W)")
-    check.check_tensor("sr", sr, "(B, C, H, W)")
-    check.check_pair("gt", gt, "sr", sr)
-    channels = sr.shape[1]
-    if top_m is None:
-        top_m = max(channels // 2, 1)
-    check.check_integer("top_m", top_m, 1, channels)
-    check.check_number("alpha", alpha)
-    check.check_number("gamma", gamma)
-    check.check_integer("bins", bins, 2)
+    gt, sr = _feature_pair(gt, sr)
+    channels = check.check_integer("channels", sr.shape[1], 1)
+    top_m = check.check_integer(
+        "top_m", max(channels // 2, 1) if top_m is None else top_m, 1, channels
+    )
+    alpha = check.check_number("alpha", alpha)
+    gamma = check.check_number("gamma", gamma)
+    bins = check.check_integer("bins", bins, 2)
     check.check_choice("gram", gram, ("channel", "map"))
     terms = ops.content_style.content_style(
-        gt.detach(), sr, top_m, float(alpha), float(gamma), bins, gram, current_backend(backend)
+        gt, sr, top_m, float(alpha), float(gamma), bins, gram, current_backend(backend)
     )
     return ContentStyleTerms(*terms[:4])
 
 
-def naive_term(gt: Tensor, sr: Tensor, *, backend: str | None = None) -> Tensor:
+def naive_term(*, gt: Tensor, sr: Tensor, backend: str | None = None) -> Tensor:
     """MGHF-n of a pair of feature stacks, mean (sr - gt)^2 (MGHF eq. 2), alone: the ``naive`` of
     :func:`content_style_terms` without the sweeps of the other terms.
 
@@ -222,22 +232,21 @@ def naive_term(gt: Tensor, sr: Tensor, *, backend: str | None = None) -> Tensor:
     Returns:
         (B,), float32 (float64 for float64). Nothing but the arguments is kept for the backward.
     """
-    check.check_tensor("gt", gt, "(B, C, H, W)")
-    check.check_tensor("sr", sr, "(B, C, H, W)")
-    check.check_pair("gt", gt, "sr", sr)
+    gt, sr = _feature_pair(gt, sr)
     naive: Tensor = ops.content_style.content_style(
-        gt.detach(), sr, 0, 1.0, 1.0, 2, "channel", current_backend(backend)
+        gt, sr, 0, 1.0, 1.0, 2, "channel", current_backend(backend)
     )[0]
     return naive
 
 
 def _check_patches(
     x: Tensor, parameters: tuple[Tensor, Tensor, Tensor, Tensor], patch_size: int, stride: int
-) -> None:
+) -> tuple[int, int]:
+    """The checked patch size and stride."""
     weight1, bias1, weight2, bias2 = parameters
     check.check_tensor("x", x, "(B, C, H, W)")
-    check.check_integer("patch_size", patch_size, 1)
-    check.check_integer("stride", stride, 1)
+    patch_size = check.check_integer("patch_size", patch_size, 1)
+    stride = check.check_integer("stride", stride, 1)
     check.check_tensor("weight1", weight1, "(hidden, patch_size ** 2)")
     check.check_tensor("bias1", bias1, "(hidden)")
     check.check_tensor("weight2", weight2, "(D, hidden)")
@@ -256,6 +265,7 @@ def _check_patches(
             f"x must be at least patch_size = {patch_size} pixels high and wide, got "
             f"{x.shape[2]} x {x.shape[3]}"
         )
+    return patch_size, stride
 
 
 def patch_projection(
@@ -283,9 +293,9 @@ def patch_projection(
         times the same of W, patches in row-major order; rows have length 1 (y / (|y| + 1e-7)).
     """
     parameters = (weight1, bias1, weight2, bias2)
-    _check_patches(x, parameters, patch_size, stride)
+    sizes = _check_patches(x, parameters, patch_size, stride)
     result: Tensor
-    result, _ = ops.patches.patches(x, *parameters, patch_size, stride, current_backend(backend))
+    result, _ = ops.patches.patches(x, *parameters, *sizes, current_backend(backend))
     return result
 
 
@@ -298,9 +308,9 @@ def _patch_projection_and_input(
 ) -> tuple[Tensor, Tensor]:
     """:func:`patch_projection`, and ``x`` for exactly one more use, an op of this library, with
     which it then shares the memory of its gradient."""
-    _check_patches(x, parameters, patch_size, stride)
+    sizes = _check_patches(x, parameters, patch_size, stride)
     result: tuple[Tensor, Tensor] = ops.patches.ProjectAndPass.apply(
-        x, *parameters, patch_size, stride, current_backend(backend)
+        x, *parameters, *sizes, current_backend(backend)
     )
     return result
 
@@ -333,11 +343,10 @@ def sinkhorn_plan(
     if similarity.shape[1] != similarity.shape[2]:
         raise ValueError(f"similarity must have shape (B, N, N), got {tuple(similarity.shape)}")
     check.check_choice("cost", cost, _sinkhorn.COSTS)
-    check.check_number("epsilon", epsilon, positive=True)
-    check.check_integer("iterations", iterations, 1)
+    epsilon = check.check_number("epsilon", epsilon, positive=True)
+    iterations = check.check_integer("iterations", iterations, 1)
     if tolerance is not None:
-        check.check_number("tolerance", tolerance, positive=True)
-        tolerance = float(tolerance)
+        tolerance = float(check.check_number("tolerance", tolerance, positive=True))
     result: Tensor = ops.sinkhorn.sinkhorn(
         similarity, cost, float(epsilon), iterations, tolerance, current_backend(backend)
     )
@@ -353,18 +362,19 @@ def marginal_error(plan: Tensor) -> Tensor:
     Returns:
         (B,), float32 (float64 for float64): the largest distance of a row's or column's sum from 1.
     """
-    check.check_tensor("plan", plan, "(B, N, N)")
+    check.check_tensor("plan", plan, "(B, N, N)", tangents=True)
     plan = plan.double() if plan.dtype == torch.float64 else plan.float()
     rows, columns = (plan.sum(2) - 1).abs(), (plan.sum(1) - 1).abs()
     return torch.maximum(rows.amax(1), columns.amax(1))
 
 
-def _check_embeddings(query: Tensor, key: Tensor, temperature: float, reduction: str) -> None:
-    check.check_tensor("query", query, "(B, N, D)")
-    check.check_tensor("key", key, "(B, N, D)")
+def _embedding_pair(query: Tensor, key: Tensor, *, tangents: bool) -> tuple[Tensor, Tensor]:
+    """The checked pair in one dtype, the key detached."""
+    check.check_tensor("query", query, "(B, N, D)", tangents=tangents)
+    check.check_tensor("key", key, "(B, N, D)", tangents=tangents)
     check.check_pair("query", query, "key", key)
-    check.check_number("temperature", temperature, positive=True)
-    check.check_choice("reduction", reduction, REDUCTIONS)
+    check.check_order("query", query, "key", key)
+    return check.promoted(query, key.detach())
 
 
 def monce_loss(
@@ -398,15 +408,17 @@ def monce_loss(
         A scalar, or (B, N) for ``"none"``; float32 (float64 for float64), never negative. A single
         patch (N = 1) has no negatives and loss 0.
     """
-    _check_embeddings(query, key, temperature, reduction)
-    check.check_number("epsilon", epsilon, positive=True)
-    check.check_integer("iterations", iterations, 1)
-    check.check_number("negative_weight", negative_weight, positive=True)
+    query, key = _embedding_pair(query, key, tangents=False)
+    check.check_number("temperature", temperature, positive=True)
+    check.check_choice("reduction", reduction, REDUCTIONS)
+    epsilon = check.check_number("epsilon", epsilon, positive=True)
+    iterations = check.check_integer("iterations", iterations, 1)
+    negative_weight = check.check_number("negative_weight", negative_weight, positive=True)
     check.check_choice("cost", cost, _sinkhorn.COSTS)
     check.check_choice("plan_gradient", plan_gradient, _monce.PLAN_GRADIENTS)
     losses, _ = ops.monce.monce(
         query,
-        key.detach(),
+        key,
         float(temperature),
         float(epsilon),
         iterations,
@@ -431,7 +443,9 @@ def patch_nce_loss(
     Args and returns as in :func:`monce_loss`. It has no kernel of its own and runs in PyTorch
     whatever the backend.
     """
-    _check_embeddings(query, key, temperature, reduction)
+    query, key = _embedding_pair(query, key, tangents=True)
+    check.check_number("temperature", temperature, positive=True)
+    check.check_choice("reduction", reduction, REDUCTIONS)
     current_backend(backend)
     return _reduce(_monce.patch_nce(query, key, float(temperature)), reduction)
 
@@ -446,6 +460,7 @@ def dec_loss(
     temperature: str = "inside",
     similarity: str = "rmse",
     max_value: float = 1.0,
+    norm_floor: float | None = None,
     gather: bool = False,
     backend: str | None = None,
 ) -> Tensor:
@@ -461,6 +476,9 @@ def dec_loss(
             move the value and no gradient.
         similarity: ``"rmse"`` for a true PSNR, ``"l2"`` for the printed norm.
         max_value: the images' peak value (2 for images in [-1, 1]).
+        norm_floor: the least norm that a flattened patch is divided by, above 0. Default 0.02
+            ``max_value`` sqrt(C patch_size^2), the norm of an even grey of 5 of 255; 1e-8 is the
+            literal reading, with which a black patch has a gradient hundreds of times the usual.
         gather: contrast the patches of all ranks of the default process group (every rank gets the
             loss of the whole batch, and DistributedDataParallel's mean the whole batch's gradient);
             without an initialised group the same as ``False``.
@@ -472,32 +490,37 @@ def dec_loss(
     check.check_tensor("sr", sr, "(B, 3, H, W)")
     check.check_tensor("gt", gt, "(B, 3, H, W)")
     check.check_pair("sr", sr, "gt", gt)
-    check.check_integer("patch_size", patch_size, 1)
+    check.check_order("sr", sr, "gt", gt)
+    sr, gt = check.promoted(sr, gt.detach())
+    patch_size = check.check_integer("patch_size", patch_size, 1)
     if sr.shape[2] % patch_size or sr.shape[3] % patch_size:
         raise ValueError(
             f"sr must be a multiple of patch_size = {patch_size} pixels high and wide, got "
             f"{sr.shape[2]} x {sr.shape[3]}"
         )
-    check.check_number("threshold_db", threshold_db)
-    if not isinstance(temperatures, (tuple, list)) or len(temperatures) != 2:
-        raise ValueError(f"temperatures must be two numbers, got {temperatures!r}")
-    for t in temperatures:
-        check.check_number("temperatures", t, positive=True)
+    threshold_db = check.check_number("threshold_db", threshold_db)
+    of_positives, of_negatives = check.check_numbers("temperatures", temperatures, 2, positive=True)
     check.check_choice("temperature", temperature, _dec.TEMPERATURES)
     check.check_choice("similarity", similarity, _dec.SIMILARITIES)
-    check.check_number("max_value", max_value, positive=True)
-    sr_patches, gt_patches = _flat_patches(sr, patch_size), _flat_patches(gt.detach(), patch_size)
+    max_value = check.check_number("max_value", max_value, positive=True)
+    sr_patches, gt_patches = _flat_patches(sr, patch_size), _flat_patches(gt, patch_size)
+    if norm_floor is None:
+        depth = check.check_integer("sr", sr_patches.shape[1], 1)
+        norm_floor = _dec.RMS_FLOOR * max_value * depth**0.5
+    norm_floor = check.check_number("norm_floor", norm_floor, positive=True)
+    norm_floor = max(norm_floor, torch.finfo(torch.float32).tiny)
     if gather:
         sr_patches, gt_patches = gather_rows(sr_patches), gather_rows(gt_patches)
     loss, _ = ops.dec.dec(
         sr_patches,
         gt_patches,
         float(threshold_db),
-        float(temperatures[0]),
-        float(temperatures[1]),
+        float(of_positives),
+        float(of_negatives),
         temperature,
         similarity,
         float(max_value),
+        float(norm_floor),
         current_backend(backend),
     )
     return loss
@@ -510,7 +533,9 @@ def _flat_patches(x: Tensor, size: int) -> Tensor:
     return tiles.permute(0, 2, 4, 1, 3, 5).reshape(-1, c * size * size)
 
 
-def js_divergence_loss(p: Tensor, q: Tensor, *, backend: str | None = None) -> Tensor:
+def js_divergence_loss(
+    p: Tensor, q: Tensor, *, reduction: str = "mean", backend: str | None = None
+) -> Tensor:
     """Jensen-Shannon divergence between the softmaxes of two embeddings (HF-Diff section 3.3).
 
     (KL(p | m) + KL(q | m)) / 2 of the softmaxes, m = (p + q) / 2 their mean.
@@ -518,18 +543,23 @@ def js_divergence_loss(p: Tensor, q: Tensor, *, backend: str | None = None) -> T
     Args:
         p: embeddings, (B, D) or (B, T, D); the softmax is over D.
         q: embeddings of the other image, same shape. Both get a gradient.
+        reduction: ``"mean"`` over B (and T), or ``"none"``: one value per image, the mean over T.
 
     Returns:
-        A scalar in nats, 0 to ln 2, float32 (float64 for float64): the mean over B (and T). It has
-        no kernel of its own and runs in PyTorch whatever the backend.
+        A scalar, or (B,), in nats, 0 to ln 2, float32 (float64 for float64). An embedding with an
+        infinity has no softmax and gives NaN. It has no kernel of its own and runs in PyTorch
+        whatever the backend.
     """
     shape = "(B, T, D)" if isinstance(p, Tensor) and p.dim() == 3 else "(B, D)"
-    check.check_tensor("p", p, shape)
-    check.check_tensor("q", q, shape)
+    check.check_tensor("p", p, shape, tangents=True)
+    check.check_tensor("q", q, shape, tangents=True)
     check.check_pair("p", p, "q", q)
+    check.check_choice("reduction", reduction, ("mean", "none"))
+    p, q = check.promoted(p, q)
     current_backend(backend)
     dtype = accumulation_dtype(p.dtype)
     log_p, log_q = F.log_softmax(p.to(dtype), -1), F.log_softmax(q.to(dtype), -1)
     log_m = torch.logaddexp(log_p, log_q) - math.log(2)
     divergence = log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)
-    return 0.5 * divergence.sum(-1).mean()
+    each = divergence.sum(-1)
+    return 0.5 * (each.mean() if reduction == "mean" else each.view(len(p), -1).mean(1))

@@ -252,7 +252,7 @@ def _csc_term(term: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Builder:
         if variant == "mghf_fast":
 
             def joint(s: Tensor, g: Tensor) -> Tensor:
-                terms = functional.content_style_terms(g, s)
+                terms = functional.content_style_terms(gt=g, sr=s)
                 return (terms.mse + terms.correlation + terms.gram).mean()
 
             return _step(wrap(joint), *feature_pair(size, CHANNELS, batch))

@@ -20,7 +20,7 @@ from torch import Tensor
 from mghf_fast import DECLoss, available_backends, functional, ops
 from mghf_fast.reference import dec as reference
 
-OPTIONS = (34.0, 0.5, 1.5, "inside", "rmse", 1.0)
+OPTIONS = (34.0, 0.5, 1.5, "inside", "rmse", 1.0, 1e-8)
 
 
 def patches(p: int, d: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -98,7 +98,7 @@ def test_reference_gradient(temperature: str) -> None:
     sr, gt = patches(9, 12, torch.float64)
     sr[4] = 0  # a black patch
     sr.requires_grad_()
-    options = (34.0, 0.5, 1.5, temperature, "rmse", 1.0)
+    options = (34.0, 0.5, 1.5, temperature, "rmse", 1.0, 0.3)
     loss = reference.dec(sr, gt, *options)
     (expected,) = torch.autograd.grad(loss, sr, torch.tensor(0.7, dtype=torch.float64))
     got = reference.dec_backward(torch.tensor(0.7, dtype=torch.float64), sr.detach(), gt, *options)
@@ -258,7 +258,7 @@ def test_gather_without_processes_is_the_plain_loss() -> None:
 def test_any_patches(p: int, d: int, threshold: float, temperature: str, seed: int) -> None:
     torch.manual_seed(seed)
     sr, gt = patches(p, d)
-    options = (threshold, 0.5, 1.5, temperature, "rmse", 1.0)
+    options = (threshold, 0.5, 1.5, temperature, "rmse", 1.0, 0.3)
     positive = [reference.positive_pairs(x, threshold, "rmse", 1.0) for x in (gt, gt.double())]
     if not torch.equal(*positive):
         return  # a distance within float32 rounding of the threshold
@@ -322,7 +322,7 @@ def test_runs_of_triton(p: int, programs: int, monkeypatch: pytest.MonkeyPatch) 
 def test_options(backend: str, temperature: str, similarity: str, threshold: float) -> None:
     sr, gt = patches(70, 20)
     gt[5:30] = gt[5]
-    options = (threshold, 0.1, 0.3, temperature, similarity, 2.0)
+    options = (threshold, 0.1, 0.3, temperature, similarity, 2.0, 1.0)
     positive = [reference.positive_pairs(x, threshold, similarity, 2.0) for x in (gt, gt.double())]
     assert torch.equal(*positive)
     contract.check_against_reference(
@@ -349,7 +349,7 @@ def test_pairs_at_the_threshold(backend: str) -> None:
 def test_a_pair_on_the_threshold_is_positive(backend: str) -> None:
     """0 dB and L2: of a squared distance of 1 + 2^-23 the root is 1 in float32."""
     gt = torch.tensor([[0.0, 0.0], [1.0, 2.0**-11.5], [-2.0, 0.0]])
-    options = (0.0, 0.5, 1.5, "inside", "l2", 1.0)
+    options = (0.0, 0.5, 1.5, "inside", "l2", 1.0, 1e-8)
     assert reference.positive_pairs(gt, 0.0, "l2", 1.0).sum() == 5
     sr = draws.rand(3, 2)
     expected = reference.dec(sr, gt, *options)
@@ -359,18 +359,61 @@ def test_a_pair_on_the_threshold_is_positive(backend: str) -> None:
 @pytest.mark.parametrize("temperatures", [(0.02, 0.05), (0.013, 5.0), (50.0, 0.03)])
 def test_extreme_temperatures(backend: str, temperatures: tuple[float, float]) -> None:
     sr, gt = patches(70, 20)
-    options = (34.0, *temperatures, "inside", "rmse", 1.0)
+    options = (34.0, *temperatures, "inside", "rmse", 1.0, 1e-8)
     contract.check_against_reference(
         loss_on(backend, gt, *options), exact_loss(gt, *options), [sr], value_tolerance=2e-5
     )
 
 
-@pytest.mark.parametrize("temperatures", [(1e-3, 1.0), (1.0, 1e-3), (1e-3, 1e-3), (1e-30, 1.0)])
-def test_overflow(backend: str, temperatures: tuple[float, float]) -> None:
+@pytest.mark.parametrize("temperatures", [(1e-3, 1.0), (1.0, 1e-3), (1e-3, 1e-3), (0.01, 0.01)])
+def test_small_temperatures_do_not_overflow(
+    backend: str, temperatures: tuple[float, float]
+) -> None:
     sr, gt = patches(70, 20)
-    options = (34.0, *temperatures, "inside", "rmse", 1.0)
-    got, expected = loss_on(backend, gt, *options)(sr), reference.dec(sr, gt, *options)
-    torch.testing.assert_close(got, expected, equal_nan=True)
+    sr[3] = 0  # a row whose terms are all far below the largest of the others
+    options = (34.0, *temperatures, "inside", "rmse", 1.0, 1e-8)
+    if backend != "reference":
+        with pytest.raises(RuntimeError, match="could overflow for temperatures below 0.013"):
+            loss_on(backend, gt, *options)(sr)
+    got = loss_on("auto", gt, *options)
+    assert got(sr).isfinite()
+    contract.check_against_reference(
+        got, exact_loss(gt, *options), [sr], value_tolerance=2e-5, gradient_tolerance=1e-3
+    )
+
+
+@pytest.mark.parametrize("floor", [1e-8, 0.5, 2.0, 100.0])
+def test_norm_floors(backend: str, floor: float) -> None:
+    """Below, between and above the norms of the patches; one is black."""
+    sr, gt = patches(70, 20)
+    sr[3] = gt[4] = 0
+    sr[5] *= 0.01
+    options = (*OPTIONS[:-1], floor)
+    contract.check_against_reference(
+        loss_on(backend, gt, *options),
+        exact_loss(gt, *options),
+        [sr],
+        value_tolerance=2e-5,
+        gradient_tolerance=1e-3,
+    )
+
+
+def test_a_black_patch_does_not_outweigh_the_others(backend: str) -> None:
+    sr, gt = images(1, 3, 32, 32)
+    gt[..., :8, :8] = 0
+    sr[..., :8, :8] = 0.002 * torch.rand(8, 8)
+
+    def gradient(**options: float) -> tuple[float, float]:
+        leaf = sr.clone().requires_grad_()
+        functional.dec_loss(leaf, gt, backend=backend, **options).backward()
+        assert leaf.grad is not None
+        return float(leaf.grad[..., :8, :8].abs().mean()), float(leaf.grad[..., 8:].abs().mean())
+
+    black, usual = gradient()
+    assert black < 100 * usual
+    black, usual = gradient(norm_floor=1e-8)  # the literal reading
+    assert black > 1000 * usual
+    assert functional.dec_loss(sr, gt) == functional.dec_loss(sr, gt, norm_floor=0.02 * 192**0.5)
 
 
 @pytest.mark.parametrize("dtype", contract.DTYPES)
@@ -418,7 +461,7 @@ def test_no_patches(backend: str) -> None:
 
 # ---- instruction sets ----
 
-KERNEL_TESTS = "sizes or options or pairs or overflow or threads"
+KERNEL_TESTS = "sizes or options or pairs or floor or threads"
 
 
 @in_parent
@@ -439,6 +482,7 @@ def test_under_each_instruction_set(capability: str) -> None:
         (5, "within", "temperature is 'within'"),
         (6, "psnr", "similarity is 'psnr'"),
         (7, -1.0, "max_value is -1"),
+        (8, 0.0, "norm_floor is 0"),
     ],
 )
 def test_the_raw_operator_names_bad_arguments(position: int, value: object, message: str) -> None:
@@ -456,6 +500,8 @@ def test_bad_input() -> None:
         functional.dec_loss(sr, gt[:, :, :8])
     with pytest.raises(ValueError, match="temperature must be one of 'inside', 'outside'"):
         functional.dec_loss(sr, gt, temperature="none")
+    with pytest.raises(ValueError, match="norm_floor must be finite and above 0, got 0"):
+        functional.dec_loss(sr, gt, norm_floor=0)
     with pytest.raises(ValueError, match="temperatures must be two numbers"):
         functional.dec_loss(sr, gt, temperatures=(1.0,))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="similarity must be one of 'rmse', 'l2'"):

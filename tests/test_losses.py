@@ -50,7 +50,7 @@ def test_comprehensive_loss_is_the_sum_of_its_parts(preset: str) -> None:
 
     p = PRESETS[preset]
     s, g = extractor(sr), extractor(gt).detach()
-    style = functional.content_style_terms(g, s, top_m=3, alpha=p.alpha, gamma=p.gamma)
+    style = functional.content_style_terms(gt=g, sr=s, top_m=3, alpha=p.alpha, gamma=p.gamma)
     csc = p.betas[0] * style.mse + p.betas[1] * style.correlation + p.betas[2] * style.gram
     lip = LocalInformationLoss(stride=p.stride)(s, g)
     total = p.gammas[0] * style.naive + p.gammas[1] * csc
@@ -124,7 +124,7 @@ def apart(loss: MGHFLoss, sr: Tensor, gt: Tensor) -> Tensor:
     with torch.no_grad():
         g = loss.extractor(gt)
     s = loss.extractor(sr)
-    terms = functional.content_style_terms(g, s, backend="reference")
+    terms = functional.content_style_terms(gt=g, sr=s, backend="reference")
     csc = sum(b * t for b, t in zip(betas, terms[1:], strict=True))
     lip = LocalInformationLoss(stride=loss.preset.stride, reduction="none", backend="reference").to(
         sr.dtype
@@ -160,9 +160,9 @@ def test_default_extractor_is_the_same_every_time() -> None:
     state = torch.random.get_rng_state()
     a, b = MGHFLoss(), MGHFLoss()
     assert torch.equal(torch.random.get_rng_state(), state)
-    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+    for p, q in zip(a.buffers(), b.buffers(), strict=True):
         assert torch.equal(p, q)
-    assert sum(p.numel() for p in a.extractor.parameters()) == 213_504
+    assert sum(p.numel() for p in a.extractor.buffers()) == 213_504
 
 
 @pytest.mark.parametrize("side", [64, 96, 192])
@@ -189,9 +189,11 @@ def test_the_callers_extractor_stays_as_it_is() -> None:
     loss.train()(sr, gt).backward()
     assert extractor.training and all(p.requires_grad for p in extractor.parameters())
     assert all(p.grad is None for p in extractor.parameters())
-    assert not any(p.requires_grad for p in loss.parameters())
+    assert not list(loss.parameters())
     assert not loss.extractor.training
-    for name, value in loss.extractor.state_dict().items():
+    kept = dict(loss.extractor.named_buffers())
+    assert kept.keys() == before.keys()
+    for name, value in kept.items():
         assert torch.equal(value, before[name])
 
 
@@ -312,10 +314,10 @@ def test_trainable_projection_whose_features_have_another_use() -> None:
     s, g = draws.randn(2, 1, 2, 56, 56)
     inputs = [s.requires_grad_(), *loss.parameters()]
     expected = torch.autograd.grad(
-        loss(s, g) + functional.naive_term(g, s).sum(), inputs, allow_unused=True
+        loss(s, g) + functional.naive_term(gt=g, sr=s).sum(), inputs, allow_unused=True
     )
     lip, passed = loss.compare_and_pass(s, g)
-    total = lip + functional.naive_term(g, passed).sum()
+    total = lip + functional.naive_term(gt=g, sr=passed).sum()
     for got, want in zip(
         torch.autograd.grad(total, inputs, allow_unused=True), expected, strict=True
     ):
@@ -324,14 +326,15 @@ def test_trainable_projection_whose_features_have_another_use() -> None:
 
 def test_content_style_loss() -> None:
     s, g = draws.randn(2, 2, 6, 12, 12)
-    terms = functional.content_style_terms(g, s)
+    terms = functional.content_style_terms(gt=g, sr=s)
     expected = 6e-3 * terms.mse + 1e-1 * terms.correlation + 5e-4 * terms.gram
     torch.testing.assert_close(ContentStyleLoss()(s, g), expected.mean())
     torch.testing.assert_close(ContentStyleLoss(reduction="none")(s, g), expected)
 
 
 def test_state_dict_round_trip() -> None:
-    a, b = MGHFLoss(extractor=small_extractor()), MGHFLoss(extractor=small_extractor())
+    a, b = (MGHFLoss(extractor=small_extractor(), save_weights=True) for _ in range(2))
+    assert {key.split(".")[0] for key in a.state_dict()} == {"extractor", "local_information"}
     b.load_state_dict(a.state_dict())
     sr, gt = pair()
     assert torch.equal(a(sr, gt), b(sr, gt))
@@ -344,8 +347,6 @@ def test_bad_input() -> None:
         loss(sr[:, :, :31], gt[:, :, :31])
     with pytest.raises(ValueError, match=r"sr and gt must have the same shape"):
         loss(sr, gt[:1])
-    with pytest.raises(TypeError, match="sr and gt must have the same dtype"):
-        loss(sr.double(), gt)
     with pytest.raises(ValueError, match="sr and gt must be on the same device"):
         loss(sr.to("meta"), gt)
     with pytest.raises(ValueError, match=r"move it with \.to\(device\)"):
@@ -354,7 +355,7 @@ def test_bad_input() -> None:
         loss(sr.to(torch.uint8), gt.to(torch.uint8))
     with pytest.raises(ValueError, match=r"sr must have shape \(B, 3, H, W\), got \(3, 56, 56\)"):
         loss(sr[0], gt[0])
-    with pytest.raises(ValueError, match="image must have 3 channels, got 1"):
+    with pytest.raises(ValueError, match="image must have 3 channels, got 1 .*in_channels=1"):
         loss(sr[:, :1], gt[:, :1])
     with pytest.raises(
         ValueError, match="preset must be one of 'balanced', '2026', '2025', got '2024'"
@@ -372,7 +373,7 @@ def test_bad_input() -> None:
         MGHFLoss(reduction="sum")
     with pytest.raises(ValueError, match="backend is 'gpu'; allowed are"):
         MGHFLoss(backend="gpu")
-    with pytest.raises(TypeError, match="extractor must be a torch.nn.Module, a name or None"):
+    with pytest.raises(TypeError, match="extractor must be a torch.nn.Module, a name, a path"):
         MGHFLoss(extractor=lambda x: x)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="patch_size must be one of 'auto'"):
         MGHFLoss(patch_size="small")
@@ -391,7 +392,7 @@ def test_a_preset_of_ones_own_sets_the_entropy_weights() -> None:
     extractor = small_extractor()
     preset = Preset((2, 2, 8e-2), (6e-3, 1e-1, 5e-4), 0.3, 3.0, 24)
     sr, gt = pair()
-    style = functional.content_style_terms(extractor(gt), extractor(sr), alpha=0.3, gamma=3.0)
+    style = functional.content_style_terms(gt=extractor(gt), sr=extractor(sr), alpha=0.3, gamma=3.0)
     terms = MGHFLoss("c", preset, extractor).terms(sr, gt)
     torch.testing.assert_close(terms["csc_mse"], style.mse.mean())
 
@@ -402,15 +403,20 @@ def test_weights_are_drawn_on_the_cpu_for_every_device(
 ) -> None:
     """Another device's generator draws other numbers; here "meta" stands for one."""
     moved = []
-    monkeypatch.setattr(nn.Module, "to", lambda self, device: moved.append((self, device)) or self)
-    expected = make().state_dict()
+
+    def to(self: nn.Module, device: torch.device, *_: object) -> nn.Module:
+        moved.append((self, device))
+        return self
+
+    monkeypatch.setattr(nn.Module, "to", to)
+    expected = dict(make().named_parameters())
     torch.set_default_device("meta")
     try:
         module = make()
     finally:
         torch.set_default_device("cpu")
     assert [device.type for _, device in moved] == ["cpu", "meta"]
-    for name, weight in module.state_dict().items():
+    for name, weight in module.named_parameters():
         assert torch.equal(weight, expected[name])
 
 

@@ -303,7 +303,7 @@ def test_squeezed_features_are_compared_as_any_others() -> None:
     s, g = extractor(sr), extractor(gt).detach()
     assert s.shape == (2, 48, 23, 23)
     torch.testing.assert_close(terms["lip"], LocalInformationLoss(8, 6)(s, g))
-    style = functional.content_style_terms(g, s)
+    style = functional.content_style_terms(gt=g, sr=s)
     torch.testing.assert_close(terms["naive"], style.naive.mean())
     torch.testing.assert_close(terms["csc_correlation"], style.correlation.mean())
     assert terms["lip"] > 0

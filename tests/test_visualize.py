@@ -124,7 +124,7 @@ def test_a_constant_map_keeps_the_sum_right() -> None:
     """Its correlation counts 0, so its share is 1, spread evenly."""
     gt, sr = torch.randn(2, 3, 8, 9, generator=torch.Generator().manual_seed(0)).double()
     sr[1] = 0.7
-    terms = analysis.functional.content_style_terms(gt[None], sr[None], top_m=3)
+    terms = analysis.functional.content_style_terms(gt=gt[None], sr=sr[None], top_m=3)
     assert float(shares.correlation(gt, sr).mean()) == pytest.approx(float(terms.correlation))
     alone = shares.correlation(gt[1:2], sr[1:2])
     assert float(alone.mean()) == pytest.approx(1)

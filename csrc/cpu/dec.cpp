@@ -40,7 +40,6 @@ namespace {
 constexpr int kN = kBlockVectors;
 constexpr int64_t kPanel = kN * kLanes;  // columns that lie side by side in a transposed operand
 constexpr int64_t kSegments = 16;
-constexpr float kNormFloor = 1e-8f;
 constexpr float kUnitRoundoff = 5.9604645e-8f;  // 2^-24
 constexpr float kInfinity = __builtin_inff();
 
@@ -185,12 +184,12 @@ void pack(const DecOptions& options, PatchesView sr, PatchesView gt, const DecFa
     load_patch(sr, i, p.depth, p.padded, s);
     load_patch(gt, i, p.depth, p.padded, g);
     const float norm = static_cast<float>(__builtin_sqrt(sum_of_squares(s, p.depth)));
-    const float inverse = 1 / (norm < kNormFloor ? kNormFloor : norm);
+    const float inverse = 1 / (norm < options.norm_floor ? options.norm_floor : norm);
     for (int64_t d = 0; d < p.padded; d += kLanes) at(s + d) *= inverse;
     const double g_squared = sum_of_squares(g, p.depth);
     const float g_norm = static_cast<float>(__builtin_sqrt(g_squared));
     p.s_norm[i] = norm;
-    p.g_inverse[i] = 1 / (g_norm < kNormFloor ? kNormFloor : g_norm);
+    p.g_inverse[i] = 1 / (g_norm < options.norm_floor ? options.norm_floor : g_norm);
     p.g_squared[i] = static_cast<float>(g_squared);
     pack_segments(p, i);
     if (factors != nullptr) {
@@ -602,8 +601,8 @@ void project(const DecOptions& options, int64_t tile, void* packed, float* grad_
     Vec product = {};
     for (int64_t d = 0; d < p.padded; d += kLanes) product += at(s + d) * at(grad + d);
     // Below the floor a patch is divided by a constant and nothing is projected out.
-    const float along = p.s_norm[i] > kNormFloor ? sum(product) : 0;
-    const float inverse = 1 / (p.s_norm[i] < kNormFloor ? kNormFloor : p.s_norm[i]);
+    const float along = p.s_norm[i] > options.norm_floor ? sum(product) : 0;
+    const float inverse = 1 / (p.s_norm[i] < options.norm_floor ? options.norm_floor : p.s_norm[i]);
     for (int64_t d = 0; d < p.depth; ++d) out[d] = (grad[d] - s[d] * along) * inverse;
   }
 }

@@ -11,6 +11,7 @@ struct DecOptions {
   float positive_exponent;  // log2(e) / temperature: exp(s / t) = 2^(s * exponent)
   float negative_exponent;
   float limit;  // a pair is positive up to this squared distance; below 0: no pair is
+  float norm_floor;  // the least norm that a patch is divided by
 };
 
 // (P, D) patches, strides in elements.

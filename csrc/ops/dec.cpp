@@ -61,7 +61,7 @@ bool check_choice(const std::string& value, const char* argument, const char* ye
 mghf::DecOptions check_dec(const Tensor& sr, const Tensor& gt, double threshold_db,
                            double positive_temperature, double negative_temperature,
                            const std::string& temperature, const std::string& similarity,
-                           double max_value) {
+                           double max_value, double norm_floor) {
   check_float32(sr, "sr", 2);
   check_float32(gt, "gt", 2);
   check_same_shape(gt, "gt", sr, "sr");
@@ -69,12 +69,16 @@ mghf::DecOptions check_dec(const Tensor& sr, const Tensor& gt, double threshold_
                   "; allowed is a finite number");
   STD_TORCH_CHECK(max_value > 0 && std::isfinite(max_value), "max_value is ", max_value,
                   "; allowed is a finite number above 0");
+  STD_TORCH_CHECK(norm_floor > 0 && std::isfinite(norm_floor), "norm_floor is ", norm_floor,
+                  "; allowed is a finite number above 0");
   const bool inside = check_choice(temperature, "temperature", "inside", "outside");
   const bool rmse = check_choice(similarity, "similarity", "rmse", "l2");
   return {sr.size(0), sr.size(1),
           exponent(positive_temperature, "positive_temperature", inside),
           exponent(negative_temperature, "negative_temperature", inside),
-          largest_positive(threshold_db, rmse, max_value, sr.size(1))};
+          largest_positive(threshold_db, rmse, max_value, sr.size(1)),
+          // Above 0 in float32 too.
+          std::max(static_cast<float>(norm_floor), FLT_MIN)};
 }
 
 // ---- tasks ----
@@ -115,9 +119,9 @@ void for_each_pair(int64_t tiles, size_t workspace_bytes, const Task& task) {
 std::tuple<Tensor, Tensor> dec(const Tensor& sr, const Tensor& gt, double threshold_db,
                                double positive_temperature, double negative_temperature,
                                const std::string& temperature, const std::string& similarity,
-                               double max_value) {
+                               double max_value, double norm_floor) {
   const auto options = check_dec(sr, gt, threshold_db, positive_temperature, negative_temperature,
-                                 temperature, similarity, max_value);
+                                 temperature, similarity, max_value, norm_floor);
   const auto& kernels = MGHF_KERNELS_OF(dec);
   const int64_t patches = options.patches, tile = kernels.tile(options);
   const int64_t tiles = (patches + tile - 1) / tile;
@@ -161,9 +165,9 @@ std::tuple<Tensor, Tensor> dec(const Tensor& sr, const Tensor& gt, double thresh
 Tensor dec_backward(const Tensor& grad, const Tensor& sr, const Tensor& gt,
                     const Tensor& statistics, double threshold_db, double positive_temperature,
                     double negative_temperature, const std::string& temperature,
-                    const std::string& similarity, double max_value) {
+                    const std::string& similarity, double max_value, double norm_floor) {
   const auto options = check_dec(sr, gt, threshold_db, positive_temperature, negative_temperature,
-                                 temperature, similarity, max_value);
+                                 temperature, similarity, max_value, norm_floor);
   const int64_t patches = options.patches;
   check_float32(grad, "grad", 0);
   check_float32(statistics, "statistics", 2);
@@ -216,12 +220,12 @@ Tensor dec_backward(const Tensor& grad, const Tensor& sr, const Tensor& gt,
 STABLE_TORCH_LIBRARY_FRAGMENT(mghf_native, m) {
   m.def(
       "dec(Tensor sr, Tensor gt, float threshold_db, float positive_temperature,"
-      " float negative_temperature, str temperature, str similarity, float max_value)"
-      " -> (Tensor, Tensor)");
+      " float negative_temperature, str temperature, str similarity, float max_value,"
+      " float norm_floor) -> (Tensor, Tensor)");
   m.def(
       "dec_backward(Tensor grad, Tensor sr, Tensor gt, Tensor statistics, float threshold_db,"
       " float positive_temperature, float negative_temperature, str temperature, str similarity,"
-      " float max_value) -> Tensor");
+      " float max_value, float norm_floor) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mghf_native, CPU, m) {

@@ -4,7 +4,8 @@ from .content_style import ContentStyleLoss
 from .dec import DECLoss
 from .hf_diff import HFDiffLoss
 from .local_information import LocalInformationLoss
-from .mghf import PRESETS, MGHFLoss, Preset
+from .mghf import MGHFLoss
+from .settings import PRESETS, Preset
 
 __all__ = [
     "PRESETS",

@@ -34,20 +34,16 @@ class ContentStyleLoss(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        if len(betas) != 3:
-            raise ValueError(f"betas must be three numbers, got {betas!r}")
-        for beta in betas:
-            check.check_number("betas", beta)
         check.check_choice("reduction", reduction, ("mean", "none"))
-        self.betas = tuple(float(b) for b in betas)
+        self.betas = tuple(float(b) for b in check.check_numbers("betas", betas, 3))
         self.top_m, self.alpha, self.gamma, self.bins, self.gram = top_m, alpha, gamma, bins, gram
         self.reduction, self.backend = reduction, backend
 
     def terms(self, sr: Tensor, gt: Tensor) -> functional.ContentStyleTerms:
         """The four unweighted terms, each (B,)."""
         return functional.content_style_terms(
-            gt,
-            sr,
+            gt=gt,
+            sr=sr,
             top_m=self.top_m,
             alpha=self.alpha,
             gamma=self.gamma,
@@ -65,3 +61,9 @@ class ContentStyleLoss(nn.Module):
         """Features of the super-resolved image and of the ground truth, (B, C, H, W) each."""
         loss = self.combine(self.terms(sr, gt))
         return loss.mean() if self.reduction == "mean" else loss
+
+    def extra_repr(self) -> str:
+        return (
+            f"betas={self.betas}, top_m={self.top_m}, alpha={self.alpha}, gamma={self.gamma}, "
+            f"bins={self.bins}, gram={self.gram!r}, reduction={self.reduction!r}"
+        )

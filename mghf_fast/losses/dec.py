@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .. import _checks as check
 from .. import functional
 
 
@@ -21,6 +22,7 @@ class DECLoss(nn.Module):
 
     def __init__(self, weight: float = 1.0, **options: Any) -> None:
         super().__init__()
+        weight = check.check_number("weight", weight)
         known = set(functional.dec_loss.__kwdefaults__ or ())
         if unknown := set(options) - known:
             raise TypeError(
@@ -31,3 +33,7 @@ class DECLoss(nn.Module):
     def forward(self, sr: Tensor, gt: Tensor) -> Tensor:
         """Images (B, 3, H, W) x 2 -> scalar."""
         return self.weight * functional.dec_loss(sr, gt, **self.options)
+
+    def extra_repr(self) -> str:
+        options = {"weight": self.weight, **self.options}
+        return ", ".join(f"{name}={value!r}" for name, value in options.items())

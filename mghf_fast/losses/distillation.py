@@ -14,13 +14,15 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import _checks as check
+
 Student = Callable[[Tensor, Tensor, int], Tensor]
 """``student(x, y, timestep)``: maps a state ``x`` under the LR condition ``y`` in one step."""
 
 
 class DistillationTerms(NamedTuple):
-    """The three scalar terms, and ``sr``, the student's image out of the consistency cycle, which
-    HF-Diff's perceptual and distribution terms compare with the ground truth."""
+    """The three terms, scalars or (B,), and ``sr``, the student's image out of the consistency
+    cycle, which HF-Diff's perceptual and distribution terms compare with the ground truth."""
 
     distill: Tensor
     inverse: Tensor
@@ -35,10 +37,22 @@ def distillation_terms(
     teacher_output: Tensor,
     gt: Tensor,
     final_timestep: int,
+    *,
+    reduction: str = "mean",
 ) -> DistillationTerms:
-    """Every tensor (B, C, H, W); ``final_timestep`` is T. No gradient reaches the teacher or gt."""
+    """Every tensor (B, C, H, W); ``final_timestep`` is T. No gradient reaches the teacher or gt.
+
+    ``reduction="none"`` gives every term per image, (B,).
+    """
+    check.check_choice("reduction", reduction, ("mean", "none"))
+
+    def mse(x: Tensor, target: Tensor) -> Tensor:
+        if reduction == "mean":
+            return F.mse_loss(x, target)
+        return F.mse_loss(x, target, reduction="none").flatten(1).mean(1)
+
     teacher_output, gt = teacher_output.detach(), gt.detach()
-    distill = F.mse_loss(student(noisy, condition, final_timestep), teacher_output)
-    inverse = F.mse_loss(student(teacher_output, condition, 0), noisy)
+    distill = mse(student(noisy, condition, final_timestep), teacher_output)
+    inverse = mse(student(teacher_output, condition, 0), noisy)
     sr = student(student(gt, condition, 0).detach(), condition, final_timestep)
-    return DistillationTerms(distill, inverse, F.mse_loss(sr, gt), sr)
+    return DistillationTerms(distill, inverse, mse(sr, gt), sr)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -25,36 +26,49 @@ class HFDiffLoss(nn.Module):
         extractor, input_range, backend: as in :class:`MGHFLoss`.
         embedder: any callable from images (B, 3, H, W) to embeddings (B, D) or (B, T, D), such as a
             frozen DINO-v2 with its own preprocessing; ``None`` leaves the JS term out. A module is
-            used as it is; freeze it yourself.
+            used as it is, but put into evaluation mode and kept there; whether its weights train is
+            yours to say.
         eta1: weight of HF.
         eta2: weight of JS.
+        reduction: ``"mean"`` for a scalar, ``"none"`` for one value per image, (B,).
     """
 
     def __init__(
         self,
-        extractor: nn.Module | str | None = None,
+        extractor: nn.Module | str | Path | None = None,
         embedder: Callable[[Tensor], Tensor] | None = None,
         *,
         eta1: float = 0.2,
         eta2: float = 0.15,
-        input_range: str | None = None,
+        input_range: str | Sequence[float] | None = None,
         backend: str = "auto",
+        reduction: str = "mean",
     ) -> None:
         super().__init__()
-        check.check_number("eta1", eta1)
-        check.check_number("eta2", eta2)
+        eta1, eta2 = check.check_number("eta1", eta1), check.check_number("eta2", eta2)
+        check.check_choice("reduction", reduction, ("mean", "none"))
         if embedder is not None and not callable(embedder):
             raise TypeError(f"embedder must be callable or None, got {type(embedder).__name__}")
-        self.eta1, self.eta2 = eta1, eta2
-        self.embedder = embedder
+        self.eta1, self.eta2, self.reduction = eta1, eta2, reduction
+        self.embedder = embedder.eval() if isinstance(embedder, nn.Module) else embedder
         self.perceptual = MGHFLoss(
-            "n", extractor=extractor, input_range=input_range, backend=backend
+            "n",
+            extractor=extractor,
+            input_range=input_range,
+            backend=backend,
+            reduction=reduction,
         )
+
+    def train(self, mode: bool = True) -> HFDiffLoss:
+        super().train(mode)
+        if isinstance(self.embedder, nn.Module):
+            self.embedder.eval()  # dropout would be another embedding in every call
+        return self
 
     def terms(
         self, sr: Tensor, gt: Tensor, distillation: DistillationTerms | None = None
     ) -> dict[str, Tensor]:
-        """Every term by name, unweighted scalars, and ``total``, the loss.
+        """Every term by name, unweighted and reduced like the loss, and ``total``, the loss.
 
         Keys: ``total``, ``hf``; ``js`` with an embedder; ``distill``, ``inverse`` and
         ``consistency`` with distillation terms.
@@ -62,20 +76,33 @@ class HFDiffLoss(nn.Module):
         terms = {"hf": self.perceptual(sr, gt)}
         total = self.eta1 * terms["hf"]
         if self.embedder is not None:
+            # Copies, for an embedder may begin with a layer that works in place.
             with torch.no_grad():
-                target = self.embedder(gt)
-            terms["js"] = functional.js_divergence_loss(self.embedder(sr), target)
+                target = self.embedder(gt.detach().clone())
+            terms["js"] = functional.js_divergence_loss(
+                self.embedder(sr.clone()), target, reduction=self.reduction
+            )
             total = total + self.eta2 * terms["js"]
         if distillation is not None:
             for name in ("distill", "inverse", "consistency"):
-                terms[name] = getattr(distillation, name)
+                terms[name] = self._reduced(name, getattr(distillation, name), len(sr))
                 total = total + terms[name]
         return {"total": total, **terms}
+
+    def _reduced(self, name: str, term: Tensor, batch: int) -> Tensor:
+        if self.reduction == "mean":
+            return term.mean()
+        if term.shape != (batch,):
+            raise ValueError(
+                f"distillation.{name} must have shape ({batch},) for reduction 'none', got "
+                f"{tuple(term.shape)}: distillation_terms(..., reduction='none') gives that"
+            )
+        return term
 
     def forward(
         self, sr: Tensor, gt: Tensor, distillation: DistillationTerms | None = None
     ) -> Tensor:
-        """The loss, a scalar.
+        """The loss, a scalar or (B,).
 
         Args:
             sr: super-resolved image, (B, 3, H, W); in distillation the image ``distillation.sr``
@@ -95,6 +122,18 @@ class HFDiffLoss(nn.Module):
         gt: Tensor,
         final_timestep: int,
     ) -> Tensor:
-        """The objective of one distillation step, a scalar; see :func:`distillation_terms`."""
-        terms = distillation_terms(student, noisy, condition, teacher_output, gt, final_timestep)
+        """The objective of one distillation step, a scalar or (B,); see
+        :func:`distillation_terms`."""
+        terms = distillation_terms(
+            student,
+            noisy,
+            condition,
+            teacher_output,
+            gt,
+            final_timestep,
+            reduction=self.reduction,
+        )
         return self(terms.sr, gt, terms)
+
+    def extra_repr(self) -> str:
+        return f"eta1={self.eta1}, eta2={self.eta2}, reduction={self.reduction!r}"

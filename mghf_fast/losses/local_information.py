@@ -9,6 +9,7 @@ from .. import functional
 from ..nn import PatchProjection
 from ..reference.monce import PLAN_GRADIENTS
 from ..reference.sinkhorn import COSTS
+from .frozen import HoldsFrozen, freeze
 
 AUTO_PATCH_SIZES = (32, 16, 8)
 
@@ -17,7 +18,7 @@ def _auto_sizes(downscale: int) -> list[int]:
     return [s for s in AUTO_PATCH_SIZES if s % downscale == 0 and s >= 2 * downscale]
 
 
-class LocalInformationLoss(nn.Module):
+class LocalInformationLoss(HoldsFrozen):
     """LIP: projected patches of every map, contrasted with transported negatives (MGHF eq. 8).
 
     Args:
@@ -28,10 +29,13 @@ class LocalInformationLoss(nn.Module):
             :func:`functional.monce_loss`.
         patch_reduction: over a map's patches, ``"mean"`` or ``"sum"`` (eq. 8 literally); over maps
             always the mean.
-        trainable_projection: train the projection along; by default it is random and frozen.
+        trainable_projection: train the projection along; by default it is random and frozen: its
+            weights are buffers then, which no optimizer gets hold of.
         seed: of the projection.
         reduction: ``"mean"`` for a scalar, ``"none"`` for (B,).
         backend: ``"auto"`` or a backend's name.
+        save_weights: keep the frozen projection's weights in ``state_dict()``; the seed gives them
+            again. (Those of a trainable one are always there.)
         downscale: image pixels to a pixel of the features, on each side; it must divide
             ``patch_size`` and ``stride``. ``"auto"`` takes of its patches those of at least 2
             pixels of the features and rounds their strides down to whole ones.
@@ -54,14 +58,15 @@ class LocalInformationLoss(nn.Module):
         reduction: str = "mean",
         backend: str | None = None,
         downscale: int = 1,
+        save_weights: bool = False,
     ) -> None:
         super().__init__()
         if isinstance(patch_size, str):
             check.check_choice("patch_size", patch_size, ("auto",))
         else:
-            check.check_integer("patch_size", patch_size, 1)
-        check.check_integer("stride", stride, 1)
-        check.check_integer("downscale", downscale, 1)
+            patch_size = check.check_integer("patch_size", patch_size, 1)
+        stride = check.check_integer("stride", stride, 1)
+        downscale = check.check_integer("downscale", downscale, 1)
         automatic = _auto_sizes(downscale)
         if patch_size == "auto" and not automatic:
             raise ValueError(
@@ -78,13 +83,10 @@ class LocalInformationLoss(nn.Module):
         check.check_choice("plan_gradient", plan_gradient, PLAN_GRADIENTS)
         check.check_choice("patch_reduction", patch_reduction, ("mean", "sum"))
         check.check_choice("reduction", reduction, ("mean", "none"))
-        for name, value in (
-            ("temperature", temperature),
-            ("epsilon", epsilon),
-            ("negative_weight", negative_weight),
-        ):
-            check.check_number(name, value, positive=True)
-        check.check_integer("iterations", iterations, 1)
+        temperature = check.check_number("temperature", temperature, positive=True)
+        epsilon = check.check_number("epsilon", epsilon, positive=True)
+        negative_weight = check.check_number("negative_weight", negative_weight, positive=True)
+        iterations = check.check_integer("iterations", iterations, 1)
         self.patch_size, self.stride, self.downscale = patch_size, stride, downscale
         self.temperature, self.epsilon, self.iterations = temperature, epsilon, iterations
         self.negative_weight, self.cost, self.plan_gradient = negative_weight, cost, plan_gradient
@@ -105,6 +107,9 @@ class LocalInformationLoss(nn.Module):
                 for side, step in strides.items()
             }
         )
+        if not trainable_projection:
+            freeze(self.projections, persistent=save_weights)
+            self.frozen_parts = () if save_weights else ("projections",)
 
     def check_size(self, height: int, width: int) -> None:
         """Refuses an image, sides in pixels, that holds no patch.
@@ -147,6 +152,7 @@ class LocalInformationLoss(nn.Module):
         check.check_tensor("sr", sr, "(B, C, H, W)")
         check.check_tensor("gt", gt, "(B, C, H, W)")
         check.check_pair("sr", sr, "gt", gt)
+        check.check_order("sr", sr, "gt", gt)
         return self._projection(sr)
 
     def _compare(self, sr: Tensor, gt: Tensor, query: Tensor) -> Tensor:
@@ -165,3 +171,10 @@ class LocalInformationLoss(nn.Module):
         per_map = losses.mean(2) if self.patch_reduction == "mean" else losses.sum(2)
         per_image = per_map.mean(1)
         return per_image.mean() if self.reduction == "mean" else per_image
+
+    def extra_repr(self) -> str:
+        return (
+            f"patch_size={self.patch_size!r}, stride={self.stride}, "
+            f"temperature={self.temperature}, epsilon={self.epsilon}, cost={self.cost!r}, "
+            f"reduction={self.reduction!r}"
+        )

@@ -2,98 +2,54 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import _checks as check
-from .. import functional, weights
+from .. import functional
 from ..backends import check_backend
 from ..nn import DetailFeatureExtractor
-from ..precision import accumulation_dtype
+from ..precision import accumulation_dtype, without_autocast
 from .content_style import ContentStyleLoss
+from .frozen import HoldsFrozen, digest, floating_type, freeze
 from .local_information import LocalInformationLoss
+from .settings import (
+    DEFAULT_EXTRACTOR,
+    DEFAULT_PRESET,
+    PRESETS,
+    RANDOM,
+    RANGES,
+    Preset,
+    default_extractor,
+    downscale_of,
+    factors,
+    named_extractor,
+    random_extractor,
+    read_extractor,
+    read_preset,
+    read_range,
+)
+
+__all__ = [
+    "DEFAULT_EXTRACTOR",
+    "DEFAULT_PRESET",
+    "PRESETS",
+    "RANDOM",
+    "MGHFLoss",
+    "Preset",
+    "default_extractor",
+    "downscale_of",
+    "named_extractor",
+    "random_extractor",
+]
 
 VARIANTS = ("c", "n")
 TERMS = ("naive", "csc", "csc_mse", "csc_correlation", "csc_gram", "lip")
-INPUT_RANGES = (None, "0,1", "-1,1")
-
-
-@dataclass(frozen=True)
-class Preset:
-    """The weights of MGHF-c: ``gammas`` of the naive, content-style and local terms (Gamma 1 to 3),
-    ``betas`` within content-style, ``alpha`` and ``gamma`` of the entropy weights, patch ``stride``
-    in pixels."""
-
-    gammas: tuple[float, float, float]
-    betas: tuple[float, float, float]
-    alpha: float
-    gamma: float
-    stride: int
-
-    def factors(self) -> dict[str, float]:
-        """What the total takes each term times, by the names of :meth:`MGHFLoss.terms`."""
-        (gamma1, gamma2, gamma3), (beta1, beta2, beta3) = self.gammas, self.betas
-        return {
-            "naive": gamma1,
-            "csc_mse": gamma2 * beta1,
-            "csc_correlation": gamma2 * beta2,
-            "csc_gram": gamma2 * beta3,
-            "lip": gamma3,
-        }
-
-
-PRESETS = {
-    "balanced": Preset((0.28, 1, 8e-3), (2.6e-2, 4e-2, 0.2), 1.1, 2**0.5, 24),
-    "2026": Preset((2, 2, 8e-2), (6e-3, 1e-1, 5e-4), 1.1, 2**0.5, 24),
-    "2025": Preset((2, 1.5, 1e-3), (0.1333, 1, 0.1333), 1.1, 2**0.5, 16),
-}
-"""The published weights, by the year of the paper; and ``"balanced"``, for the features of
-``perceptual-v1``: of the gradients' lengths the naive term has three fifths and the others 3 to 24
-per cent each, for crops from 64 to 256 pixels (``docs/features.md``)."""
-
-
-RANDOM = "random"
-DEFAULT_EXTRACTOR = "perceptual-v1"
-"""The extractor of a loss that is given none: ``RANDOM``, or a name of :mod:`mghf_fast.weights`."""
-DEFAULT_PRESET = "balanced"
-
-
-def random_extractor() -> DetailFeatureExtractor:
-    """An untrained extractor with the curved start (:mod:`mghf_fast.nn.start`), the same in every
-    process."""
-    # Drawn on the CPU, as a GPU draws other numbers.
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.default_generator.manual_seed(0)
-        extractor = DetailFeatureExtractor()
-    return extractor.to(torch.get_default_device())
-
-
-def default_extractor() -> DetailFeatureExtractor:
-    """The extractor of a loss that is given none."""
-    return named_extractor(DEFAULT_EXTRACTOR)
-
-
-def named_extractor(name: str) -> DetailFeatureExtractor:
-    """``"random"`` or weights that ship, by their name."""
-    check.check_choice("extractor", name, (RANDOM, *weights.SHA256))
-    return random_extractor() if name == RANDOM else DetailFeatureExtractor.from_pretrained(name)
-
-
-def downscale_of(extractor: nn.Module) -> int:
-    """Image pixels to a pixel of the extractor's features: its attribute ``downscale``, 1 without
-    (a layer of that name says nothing).
-
-    Raises:
-        TypeError, ValueError: the attribute is a number, but no integer of 1 or more.
-    """
-    downscale = getattr(extractor, "downscale", 1)
-    if not isinstance(downscale, (int, float)):
-        return 1
-    check.check_integer("extractor.downscale", downscale, 1)
-    return int(downscale)
 
 
 def _nothing(sr: Tensor, gt: Tensor) -> Tensor:
@@ -101,7 +57,7 @@ def _nothing(sr: Tensor, gt: Tensor) -> Tensor:
     return (0 * sr + 0 * gt).flatten(1).sum(1, dtype=accumulation_dtype(sr.dtype))
 
 
-class MGHFLoss(nn.Module):
+class MGHFLoss(HoldsFrozen):
     """MGHF perceptual loss for image super-resolution, a drop-in for LPIPS or a VGG loss.
 
     ``variant="n"`` is L_n = mean (S - G)^2 between detail features; ``variant="c"`` is
@@ -110,30 +66,43 @@ class MGHFLoss(nn.Module):
     Args:
         variant: ``"c"`` comprehensive or ``"n"`` naive.
         preset: ``"balanced"``, in which every term has a say; ``"2026"`` or ``"2025"``, the
-            published weights; or a :class:`Preset` of one's own.
-        extractor: any module (B, 3, H, W) -> (B, C, h, w); a frozen copy of it is kept, the module
-            itself stays as it is. One whose features are at 1/r of the image's resolution says so
-            by an integer attribute ``downscale``, as :class:`DetailFeatureExtractor` does; without
-            it a pixel of the features counts as one of the image. Or a name: ``"perceptual-v1"``,
-            which ``None`` means too, trained to have a perceptual metric's distances, behind a
-            squeeze by 4; ``"procedural-v1"``, trained on procedural textures alone; or
-            ``"random"``, an untrained one with the curved start and a fixed seed. (PyTorch's own
-            initialisation, with which MGHF-n is close to an MSE of pixels, is
-            ``DetailFeatureExtractor(init="linear", clamp=None)``.)
+            published weights, also as numbers; or a :class:`Preset` of one's own.
+        extractor: any module (B, 3, H, W) -> (B, C, h, w); a frozen copy of it is kept, in
+            evaluation mode and with buffers for parameters, as a DataParallel replica has; the
+            module itself stays as it is. One whose features are at 1/r of the image's resolution
+            says so by an integer attribute ``downscale``, as :class:`DetailFeatureExtractor` does;
+            without it a pixel of the features counts as one of the image. Or a name:
+            ``"perceptual-v1"``, which ``None`` means too, trained to have a perceptual metric's
+            distances, behind a squeeze by 4; ``"procedural-v1"``, trained on procedural textures
+            alone; or ``"random"``, an untrained one with the curved start and a fixed seed.
+            (PyTorch's own initialisation, with which MGHF-n is close to an MSE of pixels, is
+            ``DetailFeatureExtractor(init="linear", clamp=None)``.) Or the path of a file that
+            :meth:`DetailFeatureExtractor.save_pretrained` wrote, ``*.safetensors``.
         top_m: feature maps kept by the entropy score; default C // 2.
         reduction: ``"mean"`` for a scalar, ``"none"`` for one value per image, (B,).
         input_range: ``"0,1"`` maps images from [0, 1] to the [-1, 1] an extractor is trained on;
-            ``"-1,1"`` and ``None`` pass them on unchanged. Nothing is clamped.
+            ``"-1,1"`` and ``None`` pass them on unchanged. ``"0, 1"``, ``[0, 1]`` and ``(0, 1)``
+            mean the same. Nothing is clamped. With a range named, the first ``gt`` of all is looked
+            at (that one alone, as the look waits for a GPU; not in a compiled call), and values
+            that lie outside by more than half the range give one warning.
         backend: ``"auto"`` or a backend's name, for every op of the loss.
         patch_size: of the local term, 32 or ``"auto"`` for images below 32 pixels: in image pixels,
             like the preset's stride. The extractor's ``downscale`` must divide both.
+        save_weights: keep the weights of extractor and projection in ``state_dict()``, and load
+            them from there. By default a checkpoint holds none of them, and those of one that does
+            are dropped, with a warning if they are not this loss's.
+
+    ``loss.gammas = (0.28, 1, 8e-3)`` sets Gamma1 to Gamma3 between two steps. A compiled loss takes
+    the new numbers without being compiled again, unless a term is switched on or off thereby.
 
     A term of MGHF-c whose weight is 0 is not computed; but the content-style terms come out of one
     op, MGHF-n included, which runs if one of the three has a weight. Images of which a side is no
     multiple of ``downscale`` are continued by the extractor, patches included.
 
-    It computes in the extractor's dtype, float32 unless the loss was cast, also under autocast. No
-    gradient reaches ``gt`` or the extractor. A NaN or an infinity in an image gives a NaN loss.
+    It computes in float32, or the other type of an extractor's own weights, until the loss is cast,
+    also under autocast; ``sr`` and ``gt`` may be of any two floating types. No gradient reaches
+    ``gt``, which must not ask for one that ``sr`` does not ask for, or the extractor, whose weights
+    no parent and no optimizer can train. A NaN or an infinity in an image gives a NaN loss.
 
     Beside L1 on images of 0 to 1 a weight of 0.1 sends a gradient about three times as long as
     L1's; of ``variant="n"`` one of 0.04 does (``docs/features.md``).
@@ -145,62 +114,110 @@ class MGHFLoss(nn.Module):
     def __init__(
         self,
         variant: str = "c",
-        preset: str | Preset = DEFAULT_PRESET,
-        extractor: nn.Module | str | None = None,
+        preset: str | int | Preset = DEFAULT_PRESET,
+        extractor: nn.Module | str | Path | None = None,
         top_m: int | None = None,
         reduction: str = "mean",
-        input_range: str | None = None,
+        input_range: str | Sequence[float] | None = None,
         backend: str = "auto",
         *,
         patch_size: int | str = 32,
+        save_weights: bool = False,
     ) -> None:
         super().__init__()
         check.check_choice("variant", variant, VARIANTS)
         check.check_choice("reduction", reduction, ("mean", "none"))
-        check.check_choice("input_range", input_range, INPUT_RANGES)
-        if not isinstance(preset, Preset):
-            check.check_choice("preset", preset, tuple(PRESETS))
-            preset = PRESETS[preset]
-        if extractor is None:
-            extractor = default_extractor()
-        elif isinstance(extractor, str):
-            extractor = named_extractor(extractor)
-        elif isinstance(extractor, nn.Module):
-            extractor = copy.deepcopy(extractor)
-        else:
-            raise TypeError(
-                f"extractor must be a torch.nn.Module, a name or None, got "
-                f"{type(extractor).__name__}"
-            )
+        network, self._extractor_name = read_extractor(extractor)
+        self.preset, self._preset_name = read_preset(preset)
         if top_m is not None:
-            check.check_integer("top_m", top_m, 1, getattr(extractor, "channels", None))
-        self.variant, self.preset, self.reduction = variant, preset, reduction
-        self.input_range = input_range
+            top_m = check.check_integer("top_m", top_m, 1, getattr(network, "channels", None))
+        self.variant, self.reduction = variant, reduction
+        self.input_range = read_range(input_range)
+        # A list, so that DataParallel's replicas, which are shallow copies, look no second time.
+        self._range_unchecked = [True] if self.input_range else []
         # "auto" stays open to use_backend; a name is forced.
         self.backend = None if check_backend(backend) == "auto" else backend
-        self.extractor = extractor
-        self.extractor.requires_grad_(False).eval()
+        self._downscale = downscale_of(network)
+        # The type and the device of the computation: it follows .to() and casts, and a replica has
+        # it, whatever the extractor is made of.
+        likeness = torch.zeros((), dtype=floating_type(network))
+        self.register_buffer("_likeness", likeness, persistent=False)
+        self._likeness: Tensor
+        for tensor in (*network.parameters(), *network.buffers()):
+            self._likeness = self._likeness.to(tensor.device)
+            break
+        self.extractor = freeze(network, persistent=save_weights)
+        self.frozen_parts = () if save_weights else ("extractor",)
+        gamma1, gamma2, gamma3 = map(float, self.preset.gammas)
+        self._gammas = (gamma1, gamma2, gamma3)
+        self._active = self._weighted()
+        # The same for compiled code, to which a Python number is a constant.
+        gammas = torch.tensor(self._gammas, dtype=torch.float64, device=self._likeness.device)
+        self.register_buffer("_gamma_tensor", gammas, persistent=False)
+        self._gamma_tensor: Tensor
         self.content_style = ContentStyleLoss(
-            preset.betas,
+            self.preset.betas,
             top_m=top_m,
-            alpha=preset.alpha,
-            gamma=preset.gamma,
+            alpha=self.preset.alpha,
+            gamma=self.preset.gamma,
             reduction="none",
             backend=self.backend,
         )
-        self.local_information = LocalInformationLoss(
-            patch_size,
-            preset.stride,
-            reduction="none",
-            backend=self.backend,
-            downscale=downscale_of(extractor) if "lip" in self._weighted() else 1,
-        )
+
+        def make_local(downscale: int) -> LocalInformationLoss:
+            return LocalInformationLoss(
+                patch_size,
+                self.preset.stride,
+                reduction="none",
+                backend=self.backend,
+                downscale=downscale,
+                save_weights=save_weights,
+            )
+
+        self._local_problem: str | None = None
+        try:
+            self.local_information = make_local(self._downscale)
+        except ValueError as error:
+            if "lip" in self._active:
+                raise
+            # Patches that do not fit the features matter only once the local term has a weight.
+            self._local_problem = str(error)
+            self.local_information = make_local(1)
+
+    @property
+    def gammas(self) -> tuple[float, float, float]:
+        """Gamma1 to Gamma3 of MGHF-c. They can be set, to three numbers; where one changes from or
+        to 0, its term is left out or computed from then on.
+
+        Raises:
+            ValueError: not three finite numbers; or the first weight of a local term whose patches
+                do not fit the extractor's ``downscale``.
+        """
+        return self._gammas
+
+    @gammas.setter
+    def gammas(self, values: Sequence[float]) -> None:
+        gamma1, gamma2, gamma3 = map(float, check.check_numbers("gammas", values, 3))
+        if gamma3 and self.variant == "c" and self._local_problem is not None:
+            raise ValueError(self._local_problem)
+        self._gammas = (gamma1, gamma2, gamma3)
+        self._active = self._weighted()
+        self._gamma_tensor.copy_(torch.tensor(self._gammas, dtype=torch.float64))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MGHFLoss:
+        super()._apply(fn, recurse)
+        gammas = self._gamma_tensor
+        if gammas.dtype != torch.float64:  # a cast of the loss is none of its weights
+            values = torch.tensor(self._gammas, dtype=torch.float64)
+            self._gamma_tensor = values.to(gammas.device)
+        return self
 
     def _weighted(self) -> list[str]:
         """The terms whose weight is not 0."""
         if self.variant == "n":
             return ["naive"]
-        return [name for name, factor in self.preset.factors().items() if factor]
+        weights = factors(self._gammas, self.preset.betas)
+        return [name for name, factor in weights.items() if factor]
 
     def train(self, mode: bool = True) -> MGHFLoss:
         super().train(mode)
@@ -213,28 +230,51 @@ class MGHFLoss(nn.Module):
         if isinstance(self.extractor, DetailFeatureExtractor):
             features: Tensor = self.extractor(image, backend=self.backend)
         else:
-            features = self.extractor(image)
+            # A copy, for a foreign module may begin with a layer that works in place.
+            features = self.extractor(image if self.input_range == "0,1" else image.clone())
         return features
+
+    def _check_range(self, gt: Tensor) -> None:
+        """One warning, by the first image, for one that lies far outside the named range."""
+        if gt.device.type == "meta" or check.is_traced() or not self._range_unchecked:
+            return
+        if gt.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        assert self.input_range is not None
+        self._range_unchecked.clear()
+        low, high = RANGES[self.input_range]
+        margin = (high - low) / 2
+        least, most = (float(bound) for bound in torch.aminmax(gt.detach()))
+        if least < low - margin or most > high + margin:
+            warnings.warn(
+                f"input_range is {self.input_range!r}, but gt reaches from {least:.3g} to "
+                f"{most:.3g}: the loss of images in another range has another scale",
+                stacklevel=2,
+            )
 
     def _terms(self, sr: Tensor, gt: Tensor) -> dict[str, Tensor]:
         """The total and every term that has a weight, (B,) each."""
         for name, image in (("sr", sr), ("gt", gt)):
-            check.check_tensor(name, image, "(B, 3, H, W)")
+            check.check_tensor(name, image, "(B, 3, H, W)", tangents=True)
         check.check_pair("sr", sr, "gt", gt)
-        parameter = next(self.extractor.parameters(), sr)
-        check.check_device("sr", sr, "the loss (move it with .to(device))", parameter)
-        weighted = self._weighted()
-        if self.local_information.downscale > 1:
+        check.check_order("sr", sr, "gt", gt)
+        check.refuse_tangent("sr", sr)
+        check.check_device("sr", sr, "the loss (move it with .to(device))", self._likeness)
+        if not torch.compiler.is_compiling():
+            self._check_range(gt)
+        weighted = list(self._active)  # compiled code depends on these names, not on the numbers
+        if "lip" in weighted and self._downscale > 1:
             self.local_information.check_size(sr.shape[2], sr.shape[3])  # before it is padded
-        with torch.autocast(sr.device.type, enabled=False):
-            sr, gt = sr.to(parameter.dtype), gt.detach().to(parameter.dtype)
+        with without_autocast(sr.device.type):
+            dtype = self._likeness.dtype
+            sr, gt = sr.to(dtype), gt.detach().to(dtype)
             if not weighted:
                 return {"total": _nothing(sr, gt)}
             with torch.no_grad():
                 gt_features = self._features(gt)
             sr_features = self._features(sr)
             if self.variant == "n":
-                naive = functional.naive_term(gt_features, sr_features, backend=self.backend)
+                naive = functional.naive_term(gt=gt_features, sr=sr_features, backend=self.backend)
                 return {"total": naive, "naive": naive}
             terms: dict[str, Tensor] = {}
             if "lip" in weighted and len(weighted) > 1:
@@ -252,11 +292,17 @@ class MGHFLoss(nn.Module):
                 terms["csc_gram"] = style.gram
             elif "naive" in weighted:
                 terms["naive"] = functional.naive_term(
-                    gt_features, sr_features, backend=self.backend
+                    gt=gt_features, sr=sr_features, backend=self.backend
                 )
             else:
                 terms["naive"] = _nothing(sr, gt)  # LIP sees only pixels that a patch covers
-        gamma1, gamma2, gamma3 = self.preset.gammas
+        gamma1: Tensor | float
+        gamma2: Tensor | float
+        gamma3: Tensor | float
+        if torch.compiler.is_compiling():
+            gamma1, gamma2, gamma3 = self._gamma_tensor.unbind()
+        else:
+            gamma1, gamma2, gamma3 = self._gammas
         total = gamma1 * terms["naive"]  # NaN if the images hold one, without a weight too
         if "csc" in terms:
             total = total + gamma2 * terms["csc"]
@@ -282,8 +328,30 @@ class MGHFLoss(nn.Module):
         """Super-resolved image and ground truth, (B, 3, H, W) each -> scalar or (B,).
 
         Raises:
-            TypeError: not tensors, not floating-point, or of different dtypes.
-            ValueError: shapes or devices differ, channels do not fit the extractor, or the image or
-                its features are smaller than a patch.
+            TypeError: not tensors, or not floating-point.
+            ValueError: shapes or devices differ, channels do not fit the extractor, the image or
+                its features are smaller than a patch, or ``gt`` asks for a gradient and ``sr`` does
+                not: the two are swapped.
         """
         return self.terms(sr, gt)["total"]
+
+    def __repr__(self) -> str:
+        """One line: with the extractor's weights' digest, by which two losses can be told apart."""
+        parts: dict[str, Any] = {"variant": repr(self.variant)}
+        if self.variant == "c":
+            parts |= {
+                "preset": self._preset_name,
+                "gammas": self._gammas,
+                "betas": self.preset.betas,
+                "alpha": self.preset.alpha,
+                "gamma": self.preset.gamma,
+                "stride": self.preset.stride,
+                "patch_size": repr(self.local_information.patch_size),
+                "top_m": self.content_style.top_m,
+            }
+        parts["extractor"] = f"{self._extractor_name} (weights {digest(self.extractor)})"
+        parts["input_range"] = repr(self.input_range)
+        parts["reduction"] = repr(self.reduction)
+        parts["backend"] = repr(self.backend or "auto")
+        listed = ", ".join(f"{name}={value}" for name, value in parts.items())
+        return f"{type(self).__name__}({listed})"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import _checks as check
 from .. import functional, weights
 from ..backends import current_backend
+from ..precision import without_autocast
 from ..reference.coupling import (
     ACTIVATIONS,
     SUBNETS,
@@ -19,6 +20,7 @@ from ..reference.coupling import (
     invertible_block,
     invertible_block_log_det,
 )
+from .initial import orthogonal, reproducibly
 from .start import BLOCK_OUTPUT_RMS, STARTS, curve_block, curve_stem
 from .stems import STEMS as STEMS
 from .stems import make_stem
@@ -75,16 +77,16 @@ class InvertibleBlock(nn.Module):
         memory: str = "recompute",
     ) -> None:
         super().__init__()
-        check.check_integer("channels", channels, 2)
+        channels = check.check_integer("channels", channels, 2)
         check.check_even_channels("the block", channels)
         check.check_choice("subnet", subnet, SUBNETS)
         check.check_choice("activation", activation, ACTIVATIONS)
         check.check_choice("memory", memory, MEMORY_MODES)
         if clamp is not None:
-            check.check_number("clamp", clamp, positive=True)
+            clamp = check.check_number("clamp", clamp, positive=True)
         self.subnet, self.activation, self.clamp, self.memory = subnet, activation, clamp, memory
         self.mix = nn.Conv2d(channels, channels, 1)
-        nn.init.orthogonal_(self.mix.weight)
+        orthogonal(self.mix.weight)
         network = Bottleneck if subnet == "bottleneck" else Conv2
         self.phi, self.rho, self.eta = (network(channels // 2) for _ in range(3))
 
@@ -102,7 +104,7 @@ class InvertibleBlock(nn.Module):
         of two linear layers one is left, which takes the image itself."""
         weights = self.weights()
         assert stem.bias is not None
-        with torch.autocast(weights.mix_bias.device.type, enabled=False):
+        with without_autocast(weights.mix_bias.device.type):
             mix = weights.mix_weight.flatten(1)
             kernel = (mix @ stem.weight.flatten(1)).view(-1, *stem.weight.shape[1:])
             bias = mix @ stem.bias + weights.mix_bias
@@ -152,7 +154,7 @@ class InvertibleBlock(nn.Module):
         """
         weights = self.weights()
         channels = weights.mix_bias.shape[0]
-        check.check_tensor("x", x, "(B, C, H, W)")
+        check.check_tensor("x", x, "(B, C, H, W)", tangents=True)
         if x.shape[1] != channels:
             raise ValueError(
                 f"x must have the block's {channels} channels, got {x.shape[1]} "
@@ -160,7 +162,7 @@ class InvertibleBlock(nn.Module):
             )
         check.check_device("x", x, "the block", weights.mix_weight)
         _check_regular(weights.mix_weight.detach().flatten(1).cpu().double())
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             return invertible_block_log_det(x, weights)
 
 
@@ -216,12 +218,15 @@ class DetailFeatureExtractor(nn.Module):
         init: str = "curved",
     ) -> None:
         super().__init__()
-        check.check_integer("in_channels", in_channels, 1)
-        check.check_integer("channels", channels, 2)
-        check.check_integer("blocks", blocks, 1)
+        in_channels = check.check_integer("in_channels", in_channels, 1)
+        channels = check.check_integer("channels", channels, 2)
+        blocks = check.check_integer("blocks", blocks, 1)
         check.check_choice("stem", stem, STEMS)
+        squeeze = check.check_integer("squeeze", squeeze, 1)
         check.check_choice("squeeze", squeeze, SQUEEZES)
         check.check_choice("init", init, STARTS)
+        if clamp is not None:
+            clamp = check.check_number("clamp", clamp, positive=True)
         if stem == "squeeze" and channels < in_channels * squeeze**2:
             raise ValueError(
                 f"channels must be at least in_channels * squeeze ** 2 = "
@@ -265,11 +270,12 @@ class DetailFeatureExtractor(nn.Module):
             (B, C, H, W), for a ``"squeeze"`` stem (B, C, ceil(H / r), ceil(W / r)); channels_last
             on the CPU, elsewhere in the layout that the stem gives.
         """
-        check.check_tensor("image", image, "(B, in_channels, H, W)")
+        check.check_tensor("image", image, "(B, in_channels, H, W)", tangents=True)
         if image.shape[1] != self.in_channels:
             raise ValueError(
                 f"image must have {self.in_channels} channels, got {image.shape[1]} "
-                f"(shape {tuple(image.shape)})"
+                f"(shape {tuple(image.shape)}); an extractor for these is made with "
+                f"DetailFeatureExtractor(in_channels={image.shape[1]})"
             )
         if image.device.type == "cpu":
             # The features take the image's layout, and everything on the CPU, the kernels as well
@@ -327,7 +333,9 @@ class DetailFeatureExtractor(nn.Module):
         """The content of the file that :meth:`save_pretrained` writes; equal for equal weights."""
         from safetensors.torch import save
 
-        state = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
+        # Not the state_dict, which lacks the weights of an extractor that a loss has frozen.
+        tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         return save(state, metadata={"mghf_fast": json.dumps(self.config)})
 
     @classmethod
@@ -369,11 +377,14 @@ class DetailFeatureExtractor(nn.Module):
         if "mghf_fast" not in metadata:
             raise ValueError(f"{name!r} holds no mghf_fast extractor: its metadata lacks one")
         try:
-            with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-                # Files of before 0.2 may be silent about the clamp, which was off then.
-                config = {"clamp": None, **json.loads(metadata["mghf_fast"])}
+            # Files of before 0.2 may be silent about the clamp, which was off then.
+            config = {"clamp": None, **json.loads(metadata["mghf_fast"])}
+            with reproducibly():
                 extractor = cls(**config, init="linear")
-                extractor.load_state_dict(state)
-        except (TypeError, RuntimeError, json.JSONDecodeError) as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{name!r} does not fit its own description: {error}") from error
-        return extractor.to(torch.get_default_device())
+        try:
+            extractor.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(f"{name!r} does not fit its own description: {error}") from error
+        return extractor.to(torch.get_default_device(), torch.get_default_dtype())

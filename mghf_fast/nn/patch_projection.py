@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .. import _checks as check
 from .. import functional
+from .initial import reproducibly
 
 
 class PatchProjection(nn.Module):
@@ -36,24 +37,17 @@ class PatchProjection(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("patch_size", patch_size),
-            ("stride", stride),
-            ("hidden", hidden),
-            ("dimension", dimension),
-        ):
-            check.check_integer(name, value, 1)
-        self.patch_size = patch_size
-        self.stride = stride
-        # Drawn on the CPU, as a GPU draws other numbers; its generator is put back as it was.
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            torch.default_generator.manual_seed(seed)
-            self.hidden = nn.Linear(patch_size**2, hidden)
+        self.patch_size = check.check_integer("patch_size", patch_size, 1)
+        self.stride = check.check_integer("stride", stride, 1)
+        hidden = check.check_integer("hidden", hidden, 1)
+        dimension = check.check_integer("dimension", dimension, 1)
+        with reproducibly(seed):
+            self.hidden = nn.Linear(self.patch_size**2, hidden)
             self.output = nn.Linear(hidden, dimension)
             for layer in (self.hidden, self.output):
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
-        self.to(torch.get_default_device())
+        self.to(torch.get_default_device(), torch.get_default_dtype())
         self.requires_grad_(trainable)
 
     def forward(self, x: Tensor, *, backend: str | None = None) -> Tensor:

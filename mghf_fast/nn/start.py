@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from .initial import orthogonal
 from .stems import ResidualStem, SqueezeStem
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def curve_block(block: InvertibleBlock, input_rms: float) -> None:
 
     The mix is orthogonal times 1 / ``input_rms``, ``input_rms`` being the block's input's.
     """
-    nn.init.orthogonal_(block.mix.weight, gain=1 / input_rms)
+    orthogonal(block.mix.weight, gain=1 / input_rms)
     assert block.mix.bias is not None
     nn.init.zeros_(block.mix.bias)
     activated = ACTIVATED[block.activation]
@@ -86,7 +87,7 @@ def curve_stem(stem: nn.Module) -> float:
         nn.init.zeros_(stem.bias)
     elif isinstance(stem, SqueezeStem):
         channels, inputs = stem.lift.weight.shape
-        nn.init.orthogonal_(stem.lift.weight, gain=math.sqrt(channels / inputs) / PHOTOGRAPH_RMS)
+        orthogonal(stem.lift.weight, gain=math.sqrt(channels / inputs) / PHOTOGRAPH_RMS)
     elif isinstance(stem, ResidualStem):
         # As its batch norms bring it about once they have statistics. Either ReLU halves the mean
         # square, the last one of the sum of two 1.

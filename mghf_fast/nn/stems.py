@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..precision import autocasting, without_autocast
+from .initial import orthogonal
+
 STEMS = ("conv", "residual", "squeeze")
 
 
@@ -53,7 +56,7 @@ class SqueezeStem(nn.Module):
         super().__init__()
         self.in_channels, self.squeeze = in_channels, squeeze
         self.lift = nn.Linear(in_channels * squeeze**2, channels, bias=False)
-        nn.init.orthogonal_(self.lift.weight)
+        orthogonal(self.lift.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) -> (B, C, ceil(H / r), ceil(W / r)), channels_last; dtype of the
@@ -69,14 +72,14 @@ class SqueezeStem(nn.Module):
                 f"{x.shape[2]} x {x.shape[3]}"
             )
         # Autocast leaves the blocks' arithmetic in float32, and so this.
-        autocast = torch.is_autocast_enabled(x.device.type)
+        autocast = autocasting(x.device.type)
         weight, given = self.lift.weight, x.dtype
         dtype = torch.promote_types(given, weight.dtype)
         x = reflected(reflected(x, 2, -x.shape[2] % r), 3, -x.shape[3] % r)
         batch, colours, height, width = x.shape
         x = x.reshape(batch, colours, height // r, r, width // r, r).permute(0, 2, 4, 1, 3, 5)
         x = x.reshape(batch, height // r, width // r, colours * r * r)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             lifted = F.linear(x.to(dtype), weight.to(dtype)).permute(0, 3, 1, 2)
         return lifted if autocast else lifted.to(given)
 

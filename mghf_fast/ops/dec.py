@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -58,10 +59,28 @@ def _triton_backward(
     return kernels.backward(grad, sr, gt, statistics, *options)
 
 
+LEAST_TEMPERATURE = 0.013
+"""Of the kernels. They add up exp(cos / t) as it is: at this temperature float32 holds the sums of
+45,000 patches that are all alike. The reference scales every row by its largest term."""
+
+
+def _for_temperatures(can_run: Callable[..., str | None]) -> Callable[..., str | None]:
+    def check(*tensors: Tensor, temperatures: tuple[float, float, str] = (1, 1, "")) -> str | None:
+        *values, place = temperatures
+        if place == "inside" and (least := min(values)) < LEAST_TEMPERATURE:
+            return (
+                f"its kernels' sums could overflow for temperatures below {LEAST_TEMPERATURE}, and "
+                f"one is {least:g}"
+            )
+        return can_run(*tensors)
+
+    return check
+
+
 OP = Op("dec")
 OP.implement("reference", _reference_forward, _reference_backward)
-OP.implement("triton", _triton_forward, _triton_backward, can_run_triton)
-OP.implement("cpu", _cpu_forward, _cpu_backward, can_run_cpu)
+OP.implement("triton", _triton_forward, _triton_backward, _for_temperatures(can_run_triton))
+OP.implement("cpu", _cpu_forward, _cpu_backward, _for_temperatures(can_run_cpu))
 
 
 @torch.library.custom_op("mghf_fast::dec", mutates_args=())
@@ -74,13 +93,14 @@ def dec(
     temperature: str,
     similarity: str,
     max_value: float,
+    norm_floor: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The loss, and a backend's statistics for its own backward, (2, P)."""
     temperatures = (positive_temperature, negative_temperature, temperature)
-    run = OP.choose(backend, sr, gt).forward
+    run = OP.choose(backend, sr, gt, temperatures=temperatures).forward
     result: tuple[Tensor, Tensor]
-    result = run(sr, gt, threshold_db, *temperatures, similarity, max_value)
+    result = run(sr, gt, threshold_db, *temperatures, similarity, max_value, norm_floor)
     return result
 
 
@@ -96,12 +116,13 @@ def dec_backward(
     temperature: str,
     similarity: str,
     max_value: float,
+    norm_floor: float,
     backend: str,
 ) -> Tensor:
     temperatures = (positive_temperature, negative_temperature, temperature)
-    run = OP.choose(backend, sr, gt).differentiate
-    result: Tensor
-    result = run(grad, sr, gt, statistics, threshold_db, *temperatures, similarity, max_value)
+    run = OP.choose(backend, sr, gt, temperatures=temperatures).differentiate
+    options = (threshold_db, *temperatures, similarity, max_value, norm_floor)
+    result: Tensor = run(grad, sr, gt, statistics, *options)
     return result.contiguous()
 
 
@@ -129,7 +150,7 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_sr = reference_backward(grad, sr, gt, *ctx.options)
     else:
         grad_sr = dec_backward(grad, sr, gt, statistics, *ctx.options, ctx.backend)
-    return grad_sr, None, None, None, None, None, None, None, None
+    return grad_sr, *[None] * 9
 
 
 dec.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,35 @@
+"""Weights drawn alike whatever the ambient device and dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def reproducibly(seed: int | None = None) -> Iterator[None]:
+    """Modules made within have the same weights everywhere: drawn on the CPU, as a GPU draws other
+    numbers, and in float32, whatever the ambient device and dtype; from ``seed``, if it is given.
+    The generator is put back as it was."""
+    ambient = torch.get_default_dtype()
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(ambient)
+
+
+@torch.no_grad()
+def orthogonal(weight: Tensor, gain: float = 1.0) -> None:
+    """:func:`torch.nn.init.orthogonal_` for half precision too, in which PyTorch has no QR."""
+    if weight.dtype in (torch.float32, torch.float64):
+        nn.init.orthogonal_(weight, gain=gain)
+    else:
+        drawn = torch.empty_like(weight, dtype=torch.float32)
+        weight.copy_(nn.init.orthogonal_(drawn, gain=gain))
