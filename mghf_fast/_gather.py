@@ -12,22 +12,30 @@ from torch import Tensor
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
-        everyone = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-        dist.all_gather(everyone, rows)
-        return torch.cat(everyone)
+        own = torch.tensor([len(rows)], device=rows.device)
+        counts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(counts, own)
+        # Of an epoch's last batch the ranks may have unequal shares; gathered are equal ones.
+        ctx.counts = [int(count) for count in counts]
+        padded = rows.new_zeros((max(ctx.counts), *rows.shape[1:]))
+        padded[: len(rows)] = rows
+        everyone = [torch.empty_like(padded) for _ in ctx.counts]
+        dist.all_gather(everyone, padded)
+        return torch.cat([part[:n] for part, n in zip(everyone, ctx.counts, strict=True)])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         # Every rank's loss depends on these rows, so its gradient is the sum over the ranks.
         total = grad.clone()
         dist.all_reduce(total)
-        return total.chunk(dist.get_world_size())[dist.get_rank()]
+        return total.split(ctx.counts)[dist.get_rank()]
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """(P, ...) of each rank -> (world size * P, ...), in the order of the default group's ranks.
+    """(P, ...) of each rank -> (sum of every P, ...), in the order of the default group's ranks.
 
-    The same shape on every rank. Without an initialised process group the rows themselves.
+    P may differ between the ranks; how many rows each has is asked for first, for which the host
+    waits. Without an initialised process group the rows themselves.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return rows

@@ -103,6 +103,8 @@ def _cuda_unavailable_reason() -> str | None:
 def _triton_unavailable_reason() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
+    if native.is_bare_source_tree():
+        return native.BARE_SOURCE_TREE
     if (version := _triton_version()) < OLDEST_TRITON:
         needed, found = (".".join(map(str, v)) for v in (OLDEST_TRITON, version))
         return f"its kernels need Triton {needed} or newer, and {found} is installed"

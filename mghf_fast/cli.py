@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -91,6 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: the command's own, 2 for a user's mistake (told in one line on stderr), 130
         when interrupted.
     """
+    _ready_streams()
     words = list(sys.argv[1:] if arguments is None else arguments)
     command = next((word for word in words if not word.startswith("-")), None)
     try:
@@ -119,6 +121,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error))
     except KeyboardInterrupt:
         return 130
+
+
+def _ready_streams() -> None:
+    """A result that was written is no failure because its name can't be told: what the terminal's
+    encoding lacks is written as an escape, and a closed stream (None) swallows what is said."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _fail(message: str) -> int:

@@ -114,7 +114,8 @@ def invertible_block_inverse(
         reconstructs to about 1e-6; errors grow with depth.
 
     Raises:
-        torch.linalg.LinAlgError: ``weights.mix_weight`` is singular.
+        torch.linalg.LinAlgError: ``weights.mix_weight`` is singular. (The Triton and CUDA kernels
+            give NaN or infinities instead: to know, the host would have to wait for the GPU.)
     """
     _check_block("y", y, weights, (1,))
     options = (weights.activation, weights.subnet, weights.clamp, current_backend(backend))
@@ -327,7 +328,9 @@ def sinkhorn_plan(
     """Entropic optimal transport plan between patches (MGHF eqs. 13 to 16, MoNCE).
 
     Args:
-        similarity: (B, N, N), rows are queries and columns keys; cosines, in [-1, 1].
+        similarity: (B, N, N), rows are queries and columns keys; finite, as cosines, in [-1, 1]
+            (a forbidden pair of -inf is outside the contract, and what comes of it depends on the
+            backend).
         cost: ``"hard"`` sends mass to similar pairs, ``"easy"`` to unlike ones, ``"exp"`` minimises
             the papers' cost exp(s).
         epsilon: entropic regularisation, above 0. From 0.005 up the plan of unit vectors is finite.
@@ -481,7 +484,7 @@ def dec_loss(
             literal reading, with which a black patch has a gradient hundreds of times the usual.
         gather: contrast the patches of all ranks of the default process group (every rank gets the
             loss of the whole batch, and DistributedDataParallel's mean the whole batch's gradient);
-            without an initialised group the same as ``False``.
+            without an initialised group the same as ``False``. Ranks may have unequal batches.
 
     Returns:
         A scalar, float32 (float64 for float64). Patches without a negative are left out; if none is

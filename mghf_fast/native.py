@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib.resources
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -18,6 +19,20 @@ from typing import Any
 import torch
 
 LIBRARY_DIRECTORY = Path(__file__).parent / "lib"
+
+
+BARE_SOURCE_TREE = (
+    f"mghf_fast comes from a source tree, {str(Path(__file__).parent.parent)!r}, which has no "
+    "kernels in place and hides an installed package: start Python in another folder, or install "
+    "the tree in place with `pip install -e .`"
+)
+
+
+@functools.cache
+def is_bare_source_tree() -> bool:
+    """Whether this is the package's folder in a checkout, found because Python was started beside
+    it: the Triton kernels lie outside of it, and compiled ones only in an installation."""
+    return importlib.util.find_spec("mghf_fast.kernels") is None
 
 
 def _library(variable: str, name: str) -> Path:
@@ -39,6 +54,8 @@ def _load(library: Path, variable: str, what: str, how_to_get: str) -> str | Non
     if not library.exists():
         if os.environ.get(variable):
             return f"environment variable {variable} is {str(library)!r}; no such file"
+        if is_bare_source_tree():
+            return BARE_SOURCE_TREE
         return f"this installation has no compiled {what} kernels; {how_to_get}"
     try:
         torch.ops.load_library(str(library.resolve()))
@@ -141,6 +158,8 @@ def cuda_resources() -> dict[str, Any] | None:
     architectures, as measured when they were released; ``None`` for another compiler's."""
     facts = build_facts(cuda_library()).get("cuda") or {}
     version = ".".join(facts.get("version", "").split(".")[:2])
+    if is_bare_source_tree():
+        return None
     package = importlib.resources.files("mghf_fast.kernels")
     file = package / "resources" / f"nvcc-{version}.json"
     if not version or not file.is_file():

@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image
 
+from .. import rasters
 from .settings import SCALE, SMALLEST_SIDE, DemoError, random_source
 
 Pixels = npt.NDArray[np.uint8]
@@ -76,17 +76,7 @@ def decode(path: Path) -> Image.Image:
     Raises:
         ValueError: the picture cannot be read; the message is the reason.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(path) as image:
-                if image.mode[0] in "IF":
-                    raise ValueError(f"its pixel format {image.mode} is not 8 bits a channel")
-                return ImageOps.exif_transpose(image).convert("RGB")
-    except ValueError:
-        raise
-    except Exception as error:  # a decoder may raise nearly anything on a broken file
-        raise ValueError(f"not readable as a picture ({type(error).__name__})") from error
+    return rasters.rgb(path)
 
 
 def load(path: Path) -> Pixels:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
+from .. import rasters
 from ..demo.photographs import SUFFIXES, printable
 from .metrics import Pixels
 
@@ -20,8 +20,6 @@ SHOWN_NAMES = 8
 # What tools put behind a picture's name: x4, 4x, SRF_4, SR, HR, GT, LR4, out ...
 _MARK = r"(?:x\d+(?:\.\d+)?|\d+x|srf[_-]?\d+|sr|hr|gt|lr\d*|lq|hq|out|output|result)"
 _MARKS = re.compile(rf"(?:[ ._-]{_MARK})+$", re.IGNORECASE)
-_TURNED = (5, 6, 7, 8)
-"""EXIF orientations that swap height and width."""
 
 
 @dataclass(frozen=True)
@@ -145,14 +143,9 @@ def _size(path: Path) -> tuple[int, int]:
     with path.open("rb"):  # what the system says of a missing file is clearer than a decoder
         pass
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(path) as image:
-                width, height = image.size
-                turned = image.getexif().get(0x0112) in _TURNED
-                return (height, width) if turned else (width, height)
-    except Exception as error:  # a decoder may raise nearly anything on a broken file
-        raise _unreadable(path, error) from error
+        return rasters.size(path)
+    except ValueError as error:
+        raise ValueError(f"{_shown(path)}: {error}") from error
 
 
 def read(path: Path) -> tuple[Pixels, bool]:
@@ -168,15 +161,9 @@ def read(path: Path) -> tuple[Pixels, bool]:
         ValueError: the file is no picture, or not one of 8 bits a channel.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(path) as opened:
-                image = ImageOps.exif_transpose(opened)
-                image.load()
-    except Exception as error:  # as above
-        raise _unreadable(path, error) from error
-    if image.mode[0] in "IF":
-        raise ValueError(f"{_shown(path)}: its pixel format {image.mode} is not 8 bits a channel")
+        image = rasters.upright(path)
+    except ValueError as error:
+        raise ValueError(f"{_shown(path)}: {error}") from error
     transparent = False
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -186,7 +173,3 @@ def read(path: Path) -> tuple[Pixels, bool]:
             page = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(page, image)
     return np.asarray(image.convert("RGB"), dtype=np.uint8), transparent
-
-
-def _unreadable(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"{_shown(path)}: not readable as a picture ({type(error).__name__})")

@@ -104,6 +104,13 @@ class MGHFLoss(HoldsFrozen):
     ``gt``, which must not ask for one that ``sr`` does not ask for, or the extractor, whose weights
     no parent and no optimizer can train. A NaN or an infinity in an image gives a NaN loss.
 
+    An image that is even (all black, say) where ``gt`` is not has a gradient many thousand times
+    the usual, for the correlation divides by its deviation, floored at 1e-4, and the local term by
+    the length of an embedding: by the formulas, so clip gradients where a batch may hold one.
+
+    `torch.export` of an example whose maps hold a single patch (32 to 55 pixels) makes "one patch"
+    part of the program, which then refuses larger images: export from a larger example.
+
     Beside L1 on images of 0 to 1 a weight of 0.1 sends a gradient about three times as long as
     L1's; of ``variant="n"`` one of 0.04 does (``docs/features.md``).
 

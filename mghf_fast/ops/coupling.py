@@ -14,6 +14,7 @@ from ..reference.coupling import (
     invertible_block_backward,
     invertible_block_inverse,
 )
+from ._batching import is_batched
 from ._dispatch import (
     Op,
     can_run_cpu,
@@ -269,7 +270,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, *weights = ctx.saved_tensors
     need_weights = any(ctx.needs_input_grad[1])
-    if double_backward_requested():
+    if double_backward_requested() or is_batched(grad):
         block = BlockWeights.from_tensors(weights, *ctx.options)
         grad_x, grad_weights = invertible_block_backward(grad, x, block, need_weights)
     else:
@@ -282,11 +283,17 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 def _inverse_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     # The inverse serves reconstruction and checks, which rarely need a gradient: plain autograd
     # through the reference is enough.
-    y, *weights = ctx.saved_tensors
+    again = double_backward_requested()
+    saved = ctx.saved_tensors
     with torch.enable_grad():
-        inputs = [t if t.requires_grad else t.detach().requires_grad_() for t in (y, *weights)]
+        # Not the tensors themselves: they may have a history that leads to each other, as where y
+        # comes out of the same block, and the derivative would walk through it. Views keep to the
+        # op, and a derivative of the derivative still reaches what they are views of.
+        inputs = [t.view_as(t) if again else t.detach() for t in saved]
+        inputs = [t if t.requires_grad else t.detach().requires_grad_() for t in inputs]
         block = BlockWeights.from_tensors(inputs[1:], *ctx.options)
-        grads = torch.autograd.grad(invertible_block_inverse(inputs[0], block), inputs, grad)
+        x = invertible_block_inverse(inputs[0], block)
+        grads = torch.autograd.grad(x, inputs, grad, create_graph=again)
     return grads[0], list(grads[1:]), None, None, None, None
 
 

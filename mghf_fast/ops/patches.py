@@ -20,6 +20,7 @@ from torch import Tensor
 from .. import native
 from ..precision import accumulation_dtype
 from ..reference.patches import patch_projection, patch_projection_backward
+from ._batching import is_batched
 from ._dispatch import (
     Op,
     can_run_cpu,
@@ -308,7 +309,7 @@ def _backward(ctx: Any, grad: Tensor, _: None) -> tuple[Any, ...]:
     options = (ctx.patch_size, ctx.stride, any(ctx.needs_input_grad[1:5]))
     saved = ctx.saved_tensors
     grad_parameters: list[Any]
-    if double_backward_requested():
+    if double_backward_requested() or is_batched(grad):
         grad_x, grad_parameters = _reference_backward(grad, *saved, *options)
     else:
         grad_x, *grad_parameters = patches_backward(grad, *saved, *options, ctx.backend)
@@ -364,13 +365,14 @@ class ProjectAndPass(torch.autograd.Function):
         grad, grad_x = grads
         options = (ctx.patch_size, ctx.stride)
         saved = ctx.saved_tensors
-        grad_parameters: list[Any] = [None] * 4
-        if double_backward_requested():
-            own, grad_parameters = _reference_backward(grad, *saved, *options, True)
+        need_weights = any(ctx.needs_input_grad[1:5])
+        grad_parameters: list[Any] = []
+        if double_backward_requested() or is_batched(grad, grad_x):
+            own, grad_parameters = _reference_backward(grad, *saved, *options, need_weights)
             grad_x = grad_x + own
-        elif any(ctx.needs_input_grad[1:5]):
+        elif need_weights:
             own, *grad_parameters = patches_backward(grad, *saved, *options, True, ctx.backend)
             grad_x = grad_x + own
         else:
             patches_backward_add_(grad_x, grad, *saved, *options, ctx.backend)
-        return grad_x, *grad_parameters, None, None, None
+        return grad_x, *(grad_parameters or [None] * 4), None, None, None

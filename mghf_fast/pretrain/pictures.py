@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
-import warnings
 from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from .. import rasters
 from .procedural import Pixels
 from .settings import PretrainError
 from .sources import NO_LABEL, Item
@@ -48,16 +47,12 @@ class Reader(Protocol):
 
 
 def _decoded(content: bytes) -> Any:
-    """A picture file's PIL image, RGB and upright; ``OSError`` if it is no whole picture."""
-    from PIL import Image, ImageOps
-
+    """A picture file's PIL image, RGB and upright; ``OSError`` if it is no whole picture of 8 bits
+    a channel."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(content)) as opened:
-                return ImageOps.exif_transpose(opened).convert("RGB")
-    except Exception as error:  # a decoder may raise nearly anything on a broken file
-        raise OSError(f"no whole picture ({type(error).__name__})") from error
+        return rasters.rgb(content)
+    except ValueError as error:
+        raise OSError(str(error)) from error
 
 
 def crop(content: bytes, size: int, rng: np.random.Generator | None) -> Pixels:
@@ -70,7 +65,7 @@ def crop(content: bytes, size: int, rng: np.random.Generator | None) -> Pixels:
         (size, size, 3).
 
     Raises:
-        OSError: the bytes are no whole picture.
+        OSError: the bytes are no whole picture of 8 bits a channel.
     """
     from PIL import Image
 

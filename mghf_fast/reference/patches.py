@@ -76,7 +76,7 @@ def patch_projection_backward(
     grad_weights = [
         conv2d_weight(maps, list(kernel.shape), grad_before, stride=stride).view(w1.shape),
         grad_before.sum((0, 2, 3)),
-        torch.einsum("bno,bni->oi", grad_y, hidden),
+        grad_y.reshape(-1, w2.shape[0]).mT @ hidden.reshape(-1, w2.shape[1]),
         grad_y.sum((0, 1)),
     ]
     parameters = (weight1, bias1, weight2, bias2)

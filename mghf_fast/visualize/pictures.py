@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from ..demo.photographs import decode, printable
+from .. import rasters
+from ..demo.photographs import printable
 
 LONGEST_SIDE = 512
 """Of a larger picture the centre is taken; the features of 512 x 512 are 128 MiB."""
@@ -28,19 +30,31 @@ class Picture:
     image: Tensor
 
 
-def read(path: Path) -> Tensor:
-    """(3, H, W) in [0, 1].
+def read(path: Path) -> Image.Image:
+    """The whole picture, RGB, 3 bytes a pixel.
 
     Raises:
         ValueError: the file is no picture, or not one of 8 bits a channel.
         OSError: the system does not give the file.
     """
-    with path.open("rb"):  # what the system says of a missing file is clearer than what a decoder
-        pass
+    path.stat()  # what the system says of a missing file is clearer than what a decoder says
     try:
-        picture = decode(path)
+        return rasters.rgb(path)
     except ValueError as error:
         raise ValueError(f"{printable(str(path))}: {error}") from error
+
+
+def size(path: Path) -> tuple[int, int]:
+    """Width and height; raises what :func:`read` does, as far as the header tells."""
+    path.stat()
+    try:
+        return rasters.size(path)
+    except ValueError as error:
+        raise ValueError(f"{printable(str(path))}: {error}") from error
+
+
+def tensor(picture: Image.Image) -> Tensor:
+    """(3, H, W) in [0, 1]."""
     pixels = np.asarray(picture, dtype=np.float32)
     return torch.from_numpy(pixels / 255).permute(2, 0, 1).contiguous()
 
@@ -76,17 +90,17 @@ def load(paths: list[Path], crop: Crop | None) -> tuple[list[Picture], Crop]:
     Raises:
         ValueError, OSError: as :func:`read` and :func:`window`; and pictures of different sizes.
     """
-    images = [read(path) for path in paths]
-    sizes = [f"{image.shape[2]} x {image.shape[1]}" for image in images]
+    # Sizes come from the headers, so pictures that do not fit each other are not decoded, and of
+    # those that do only one at a time is held whole.
+    sizes = [size(path) for path in paths]
     if len(set(sizes)) > 1:
         named = " and ".join(
-            f"{printable(path.name)} {size}" for path, size in zip(paths, sizes, strict=True)
+            f"{printable(path.name)} {width} x {height}"
+            for path, (width, height) in zip(paths, sizes, strict=True)
         )
         raise ValueError(f"the two pictures must be of one size, got {named}")
-    left, top, width, height = crop = window(images[0].shape[1], images[0].shape[2], crop)
-    part = (slice(None), slice(top, top + height), slice(left, left + width))
-    pictures = [
-        Picture(printable(path.name), image[part].contiguous())
-        for path, image in zip(paths, images, strict=True)
-    ]
+    whole_width, whole_height = sizes[0]
+    left, top, width, height = crop = window(whole_height, whole_width, crop)
+    box = (left, top, left + width, top + height)
+    pictures = [Picture(printable(path.name), tensor(read(path).crop(box))) for path in paths]
     return pictures, crop

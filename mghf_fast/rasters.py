@@ -1,0 +1,90 @@
+"""The one way in which commands open picture files: upright, 8 bits a channel."""
+
+from __future__ import annotations
+
+import io
+import stat
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+_TURNED = (5, 6, 7, 8)
+"""Values of EXIF's orientation that exchange width and height."""
+
+
+def _source(file: Path | bytes) -> Path | io.BytesIO:
+    if isinstance(file, bytes):
+        return io.BytesIO(file)
+    if file.is_dir():
+        raise ValueError("a directory, not a picture's file")
+    # A pipe would be waited for until somebody writes into it.
+    if file.exists() and not stat.S_ISREG(file.stat().st_mode):
+        raise ValueError("not a regular file")
+    return file
+
+
+def _reason(error: Exception) -> ValueError:
+    return ValueError(f"not readable as a picture ({type(error).__name__})")
+
+
+def upright(file: Path | bytes) -> Image.Image:
+    """A picture file, decoded and turned as its EXIF orientation says, in the mode that it has.
+
+    Args:
+        file: a path or the content.
+
+    Raises:
+        ValueError: no regular file, no whole picture, or one of more than 8 bits a channel (16-bit
+            grey, integers, floating point), which a conversion would clip; the message is the
+            reason.
+    """
+    from PIL import Image, ImageOps
+
+    source = _source(file)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(source) as opened:
+                mode = opened.mode
+                if mode[0] not in "IF":
+                    # In place: a copy of a large picture is as large again.
+                    ImageOps.exif_transpose(opened, in_place=True)
+                    opened.load()
+                    return opened
+    except Exception as error:  # a decoder may raise nearly anything on a broken file
+        raise _reason(error) from error
+    raise ValueError(f"its pixel format {mode} is not 8 bits a channel")
+
+
+def rgb(file: Path | bytes) -> Image.Image:
+    """:func:`upright` in RGB: grey three times, CMYK and palettes as colours, no transparency."""
+    image = upright(file)
+    if image.mode == "RGB":
+        return image
+    try:
+        return image.convert("RGB")
+    except Exception as error:  # a mode that converts into nothing
+        raise _reason(error) from error
+
+
+def size(file: Path | bytes) -> tuple[int, int]:
+    """Width and height of :func:`upright`, from the file's header.
+
+    Raises:
+        ValueError: as there.
+    """
+    from PIL import Image
+
+    source = _source(file)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(source) as opened:
+                width, height = opened.size
+                turned = opened.getexif().get(0x0112) in _TURNED
+    except Exception as error:  # as above
+        raise _reason(error) from error
+    return (height, width) if turned else (width, height)
