@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import draws
 import numpy as np
 import pytest
 import torch
@@ -36,8 +37,8 @@ def build(**options: Any) -> torch.nn.Module:
 
 @pytest.fixture
 def images() -> tuple[torch.Tensor, torch.Tensor]:
-    gt = torch.rand(2, 3, 40, 48)
-    return (gt + 0.1 * torch.randn_like(gt)).requires_grad_(), gt
+    gt = draws.rand(2, 3, 40, 48)
+    return (gt + 0.1 * draws.randn_like(gt)).requires_grad_(), gt
 
 
 def test_the_registry_builds_a_weighted_pair(images: tuple[torch.Tensor, torch.Tensor]) -> None:

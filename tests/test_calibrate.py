@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import draws
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from mghf_fast.integrations.calibrate import measure, weight_for
 
 
 def batches(count: int = 3, side: int = 32) -> list[tuple[Tensor, Tensor]]:
-    return [(torch.rand(2, 3, side, side), torch.rand(2, 3, side, side)) for _ in range(count)]
+    return [(draws.rand(2, 3, side, side), draws.rand(2, 3, side, side)) for _ in range(count)]
 
 
 def net() -> nn.Module:
@@ -101,9 +102,9 @@ def folder(tmp_path: Path, scale: int, *, side: int = 96, count: int = 2) -> lis
         words.append(str(tmp_path / kind))
         for number in range(count):
             torch.manual_seed(number)
-            pixels = F.interpolate(torch.rand(1, 3, 12, 12), size=(size, size), mode="bilinear")
+            pixels = F.interpolate(draws.rand(1, 3, 12, 12), size=(size, size), mode="bilinear")
             if kind == "hr":
-                pixels = (pixels + 0.05 * torch.randn_like(pixels)).clamp(0, 1)
+                pixels = (pixels + 0.05 * draws.randn_like(pixels)).clamp(0, 1)
             array = (pixels[0].permute(1, 2, 0) * 255).byte().numpy()
             Image.fromarray(array).save(tmp_path / kind / f"{number}.png")
     return words

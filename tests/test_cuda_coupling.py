@@ -212,7 +212,9 @@ def test_rows_in_bands(tmp_path: Path) -> None:
             tolerance = 1e-5 if p.x.dtype == torch.float32 else torch.finfo(p.x.dtype).eps
             assert relative_error(a, b.double()) <= tolerance
     calls = [inverse_call(p) for p in problems if p.x.shape[1] == len(p.weights.mix_bias)]
-    found = [results("plain", [*before, *calls], tmp_path)[-len(calls) :] for before in ([], [BANDS])]
+    found = [
+        results("plain", [*before, *calls], tmp_path)[-len(calls) :] for before in ([], [BANDS])
+    ]
     for of_whole, of_some in zip(*found, strict=True):
         assert (np.asarray(of_whole) == np.asarray(of_some)).all()
 

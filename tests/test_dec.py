@@ -405,7 +405,7 @@ def test_norm_floors(backend: str, floor: float) -> None:
 def test_a_black_patch_does_not_outweigh_the_others(backend: str) -> None:
     sr, gt = images(1, 3, 32, 32)
     gt[..., :8, :8] = 0
-    sr[..., :8, :8] = 0.002 * torch.rand(8, 8)
+    sr[..., :8, :8] = 0.002 * draws.rand(8, 8)
 
     def gradient(**options: float) -> tuple[float, float]:
         leaf = sr.clone().requires_grad_()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import draws
 import pytest
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ def unit(x: Tensor) -> Tensor:
 def functions(dtype: torch.dtype = torch.float64) -> dict[str, Function]:
     """By the public name, as a function of a (4, 4, 16, 16) tensor, differentiable in it."""
     torch.manual_seed(1)
-    block, gt = smooth_block(dtype), torch.rand(4, 4, 16, 16, dtype=dtype)
+    block, gt = smooth_block(dtype), draws.rand(4, 4, 16, 16, dtype=dtype)
     projection = PatchProjection(8, 8, hidden=6, dimension=5).to(dtype)
     weights = block.weights()
     layers = (projection.hidden, projection.output)
@@ -73,7 +74,7 @@ NAMES = sorted(set(functional.__all__) - WITHOUT_GRADIENT)
 
 def sample(dtype: torch.dtype = torch.float64) -> Tensor:
     torch.manual_seed(2)
-    return torch.rand(4, 4, 16, 16, dtype=dtype)
+    return draws.rand(4, 4, 16, 16, dtype=dtype)
 
 
 def test_every_public_function_is_here() -> None:
@@ -84,8 +85,8 @@ def test_every_public_function_is_here() -> None:
 def test_second_derivatives(name: str) -> None:
     """The Hessian times a vector, by central differences of the gradient."""
     function, x = functions()[name], sample()
-    upstream = torch.randn_like(function(x))
-    direction = torch.randn_like(x)
+    upstream = draws.randn_like(function(x))
+    direction = draws.randn_like(x)
 
     def gradient(x: Tensor) -> Tensor:
         leaf = x.clone().requires_grad_()
@@ -111,7 +112,7 @@ def test_inputs_with_a_history(name: str) -> None:
     scale = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
     y = x.tanh() * scale  # the function's input, not a leaf
     out = function(y)
-    upstream = torch.randn_like(out)
+    upstream = draws.randn_like(out)
     ((out * upstream).sum() + (y**2).sum()).backward()
 
     leaf = (x.tanh() * 0.5).requires_grad_()
@@ -191,7 +192,7 @@ def losses() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
 def test_batched_gradients(name: str, kernels: str) -> None:
     """As `jacobian(vectorize=True)` and optimisers of several losses ask for them."""
     torch.manual_seed(3)
-    loss, (sr, gt) = losses()[name], torch.rand(2, 2, 3, 48, 48)
+    loss, (sr, gt) = losses()[name], draws.rand(2, 2, 3, 48, 48)
     sr.requires_grad_()
     with use_backend(kernels):
         each = loss(sr, gt)
@@ -207,7 +208,7 @@ def test_batched_gradients_of_functions(name: str) -> None:
     function, x = functions()[name], sample()
     x.requires_grad_()
     out = function(x)
-    upstream = torch.randn(3, *out.shape, dtype=out.dtype)
+    upstream = draws.randn(3, *out.shape, dtype=out.dtype)
     expected = [torch.autograd.grad(out, x, v, retain_graph=True)[0] for v in upstream]
     (got,) = torch.autograd.grad(out, x, upstream, is_grads_batched=True)
     torch.testing.assert_close(got, torch.stack(expected))
@@ -219,10 +220,10 @@ def test_batched_gradients_of_functions(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_forward_mode_is_right_or_refused(name: str) -> None:
     function, x = functions()[name], sample()
-    direction = torch.randn_like(x)
+    direction = draws.randn_like(x)
     leaf = x.clone().requires_grad_()
     out = function(leaf)
-    upstream = torch.randn_like(out)
+    upstream = draws.randn_like(out)
     (grad,) = torch.autograd.grad(out, leaf, upstream)
     expected = (grad * direction).sum()
     try:
@@ -236,7 +237,7 @@ def test_forward_mode_is_right_or_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", losses())
 def test_forward_mode_of_losses_is_refused(name: str) -> None:
-    loss, (sr, gt) = losses()[name], torch.rand(2, 2, 3, 48, 48)
+    loss, (sr, gt) = losses()[name], draws.rand(2, 2, 3, 48, 48)
     with pytest.raises(NotImplementedError, match="carries a tangent"):
         torch.func.jvp(lambda x: loss(x, gt), (sr,), (torch.ones_like(sr),))
 
@@ -258,7 +259,7 @@ def test_forward_mode_in_the_weights_is_refused() -> None:
 @pytest.mark.parametrize("size", [48, 90, 128])
 def test_bits_of_whole_losses_for_any_number_of_threads(size: int) -> None:
     torch.manual_seed(4)
-    sr, gt = torch.rand(2, 2, 3, size, size)
+    sr, gt = draws.rand(2, 2, 3, size, size)
     whole = [MGHFLoss(), MGHFLoss("n"), HFDiffLoss()] + [DECLoss()] * (size % 8 == 0)
     before, results = torch.get_num_threads(), []
     try:

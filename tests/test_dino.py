@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import draws
 import pytest
 import torch
 import trainers
@@ -34,8 +35,8 @@ class HubModel(nn.Module):
 @pytest.fixture
 def images() -> tuple[Tensor, Tensor]:
     """In [-1, 1], of sides that are no multiple of 14."""
-    gt = 2 * torch.rand(2, 3, 50, 64) - 1
-    return (gt + 0.2 * torch.randn_like(gt)).requires_grad_(), gt
+    gt = 2 * draws.rand(2, 3, 50, 64) - 1
+    return (gt + 0.2 * draws.randn_like(gt)).requires_grad_(), gt
 
 
 def check(embedder: dino.Embedder, width: int, tokens: int, images: tuple[Tensor, Tensor]) -> None:
@@ -93,11 +94,11 @@ def test_transformers(images: tuple[Tensor, Tensor]) -> None:
 
 def test_preparation(images: tuple[Tensor, Tensor]) -> None:
     embedder = dino.Embedder(HubModel())
-    x = torch.rand(1, 3, 28, 42)
+    x = draws.rand(1, 3, 28, 42)
     mean, deviation = (torch.tensor(v).view(3, 1, 1) for v in (dino.MEAN, dino.DEVIATION))
     torch.testing.assert_close(embedder.prepared(2 * x - 1), (x - mean) / deviation)
     assert embedder.prepared(images[0]).shape == (2, 3, 56, 70)
-    assert embedder.prepared(torch.rand(1, 3, 5, 6)).shape == (1, 3, 14, 14)
+    assert embedder.prepared(draws.rand(1, 3, 5, 6)).shape == (1, 3, 14, 14)
     unit = dino.Embedder(HubModel(), input_range="0,1")
     torch.testing.assert_close(unit.prepared(x), embedder.prepared(2 * x - 1))
 
@@ -119,6 +120,6 @@ def test_bad_options(options: dict[str, Any], error: type[Exception], said: str)
 def test_bad_input() -> None:
     embedder = dino.Embedder(HubModel())
     with pytest.raises(ValueError, match="image must have 3 channels, got 4"):
-        embedder(torch.rand(1, 4, 28, 28))
+        embedder(draws.rand(1, 4, 28, 28))
     with pytest.raises(TypeError, match=r"model must give tokens \(B, T, D\).*of Identity"):
-        dino.Embedder(nn.Identity())(torch.rand(1, 3, 28, 28))
+        dino.Embedder(nn.Identity())(draws.rand(1, 3, 28, 28))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import pickle
 
+import draws
 import pytest
 import torch
 import trainers
@@ -16,8 +17,8 @@ from mghf_fast.integrations import lpips
 @pytest.fixture
 def images() -> tuple[torch.Tensor, torch.Tensor]:
     """In [-1, 1]."""
-    gt = 2 * torch.rand(2, 3, 40, 48) - 1
-    return (gt + 0.1 * torch.randn_like(gt)).requires_grad_(), gt
+    gt = 2 * draws.rand(2, 3, 40, 48) - 1
+    return (gt + 0.1 * draws.randn_like(gt)).requires_grad_(), gt
 
 
 @pytest.mark.parametrize("variant", ["c", "n"])
@@ -88,7 +89,7 @@ def test_signature_and_shapes_are_those_of_the_package() -> None:
         for name, parameter in theirs.items():
             if name != "net":
                 assert ours[name].default == parameter.default, name
-    x = torch.rand(2, 3, 64, 64)
+    x = draws.rand(2, 3, 64, 64)
     theirs = original.LPIPS(pretrained=False, pnet_rand=True, verbose=False)
     ours = lpips.LPIPS(verbose=False)
     assert ours(x, 1 - x, normalize=True).shape == theirs(x, 1 - x, normalize=True).shape

@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+import draws
 import pytest
 import torch
 import trainers
@@ -29,8 +30,8 @@ def create_metric() -> Callable[..., Any]:
 
 @pytest.fixture
 def images() -> tuple[torch.Tensor, torch.Tensor]:
-    gt = torch.rand(2, 3, 40, 48)
-    sr = (gt + 0.05 * torch.randn_like(gt)).clamp(0, 1)
+    gt = draws.rand(2, 3, 40, 48)
+    sr = (gt + 0.05 * draws.randn_like(gt)).clamp(0, 1)
     return sr.requires_grad_(), gt
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 
+import draws
 import pytest
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ class Network(nn.Module):
 @pytest.fixture
 def states() -> dict[str, Tensor]:
     names = ("noisy", "condition", "teacher_output", "gt", "lq")
-    return {name: torch.randn(3, 3, 16, 16) for name in names}
+    return {name: draws.randn(3, 3, 16, 16) for name in names}
 
 
 def sinsr_terms(diffusion: Diffusion, network: nn.Module, s: dict[str, Tensor]) -> list[Tensor]:

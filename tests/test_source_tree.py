@@ -12,7 +12,6 @@ import pytest
 
 import mghf_fast
 
-
 # An editable installation finds the kernels of its own tree for whatever mghf_fast is imported.
 PRELUDE = (
     "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]"

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import draws
 import numpy as np
 import pytest
 import torch
@@ -40,8 +41,8 @@ def small_loss(**options: Any) -> MGHFLoss:
 
 
 def pair(b: int = 2, size: int = 48) -> tuple[Tensor, Tensor]:
-    gt = torch.rand(b, 3, size, size)
-    return (gt + 0.1 * torch.randn_like(gt)).clamp(0, 1), gt
+    gt = draws.rand(b, 3, size, size)
+    return (gt + 0.1 * draws.randn_like(gt)).clamp(0, 1), gt
 
 
 # ---- order ----
@@ -410,7 +411,7 @@ def test_two_floating_types_are_promoted(name: str) -> None:
 
 
 def test_divergences_of_two_types() -> None:
-    p, q = torch.randn(2, 3, 5)
+    p, q = draws.randn(2, 3, 5)
     expected = functional.js_divergence_loss(p.half().float(), q)
     assert torch.equal(functional.js_divergence_loss(p.half(), q), expected)
 
@@ -440,7 +441,7 @@ def test_losses_can_be_made_under_another_default_type(dtype: torch.dtype) -> No
 def test_on_the_meta_device() -> None:
     with torch.device("meta"):
         loss = MGHFLoss(input_range="0,1")
-        sr, gt = torch.rand(2, 2, 3, 64, 64)
+        sr, gt = draws.rand(2, 2, 3, 64, 64)
     sr.requires_grad_()
     value = loss(sr, gt)
     value.backward()
@@ -553,7 +554,7 @@ def test_one_value_per_image() -> None:
     def student(x: Tensor, y: Tensor, timestep: int) -> Tensor:
         return conv(x) * (1 + timestep) + y
 
-    noisy, condition, teacher, gt = torch.rand(4, 2, 3, 48, 48)
+    noisy, condition, teacher, gt = draws.rand(4, 2, 3, 48, 48)
     terms = distillation_terms(student, noisy, condition, teacher, gt, 3, reduction="none")
     assert [t.shape for t in terms[:3]] == [(2,)] * 3
     values = each.terms(terms.sr, gt, terms)

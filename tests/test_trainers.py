@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import draws
 import pytest
 import torch
 from torch import Tensor, nn
@@ -83,8 +84,8 @@ def neosr() -> Iterator[Callable[..., nn.Module]]:
 
 @pytest.fixture
 def images() -> Images:
-    gt = torch.rand(2, 3, 40, 48)
-    return (gt + 0.1 * torch.randn_like(gt)).requires_grad_(), gt
+    gt = draws.rand(2, 3, 40, 48)
+    return (gt + 0.1 * draws.randn_like(gt)).requires_grad_(), gt
 
 
 def expected(images: Images, **options: Any) -> Tensor:
