@@ -416,7 +416,7 @@ def test_a_black_patch_does_not_outweigh_the_others(backend: str) -> None:
     black, usual = gradient()
     assert black < 100 * usual
     black, usual = gradient(norm_floor=1e-8)  # the literal reading
-    assert black > 1000 * usual
+    assert black > 300 * usual
     assert functional.dec_loss(sr, gt) == functional.dec_loss(sr, gt, norm_floor=0.02 * 192**0.5)
 
 
