@@ -110,8 +110,8 @@ triton-resources: $(STAMPS)/dev  ## compile the Triton kernels ahead of time: th
 	done; test -z "$$failed"
 
 # CUDA's compilers come complete as Python packages from version 13 on; nothing here needs a GPU or a
-# torch with CUDA. All architectures take many minutes: a change of the kernels is compiled for all of
-# them once, and its table committed (CUDA_ARCHS=all ARGS=--write).
+# torch with CUDA. What fails is a kernel that spills, or asks for more shared memory than there is. All
+# architectures take many minutes: their table is made for a release (CUDA_ARCHS=all ARGS=--write).
 CUDA_TOOLKIT := 13.0
 CUDA_ARCHS ?= 9.0a
 ALL_ARCHS = $(shell awk -F'"' '/^set.MGHF_CUDA_ARCHS/ {print $$2}' CMakeLists.txt)

@@ -2,11 +2,11 @@
 
     python -m mghf_fast.kernels.native_resources build/cuda/libmghf_fast_cuda.so [--write]
 
-compares them with the committed table of this nvcc, `kernels/resources/nvcc-<version>.json`, in the
-form of the Triton kernels' tables, and fails where they differ or a kernel spills. A library for
-some of the architectures is compared with its part of the table; that the table is of these very
-sources is what their fingerprint says. What a launch asks for in dynamic shared memory depends on
-the sizes of the problem and on the GPU, and is not in it.
+fails where a kernel spills or asks for more shared memory than there is, and tells where they
+differ from the committed table of this nvcc, `kernels/resources/nvcc-<version>.json`, in the form
+of the Triton kernels' tables. That table is of all architectures, takes many minutes, and is made
+for a release; which sources it is of is what their fingerprint says. What a launch asks for in
+dynamic shared memory depends on the sizes of the problem and on the GPU, and is not in it.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def complaints_about(table: Table, committed: Table, sources: str) -> list[str]:
+def news(table: Table, committed: Table, sources: str) -> list[str]:
     """Where the library is not what the committed table says."""
     rows = {name: row for name, row in committed.items() if name != SOURCES}
     found = differences(table, rows)
@@ -107,11 +107,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write({SOURCES: {"fingerprint": sources}} | table, path)
     else:
         committed: Table = json.loads(path.read_text()) if path.exists() else {}
-        if found := complaints_about(table, committed, sources):
-            complaints += [
-                *found,
-                f"`make cuda CUDA_ARCHS=all ARGS=--write` makes {path.name} anew",
-            ]
+        if found := news(table, committed, sources):
+            print("\n".join(found))
+            print(f"`make cuda CUDA_ARCHS=all ARGS=--write` makes {path.name} anew, for a release")
     for text in complaints:
         print(text, file=sys.stderr)
     print(f"{path.name}: {len(table)} kernels for {', '.join(facts['architectures'])}")

@@ -219,11 +219,35 @@ def test_the_table_of_cuda_kernels_knows_its_sources(tmp_path: Path) -> None:
 
     row = {"registers": 40, "spilled_bytes": 0, "shared_bytes": 64}
     committed = {"sources": {"fingerprint": sources}, "copy": {"sm_80": row, "sm_90a": row}}
-    complaints = native_resources.complaints_about
-    assert complaints({"copy": {"sm_90a": row}}, committed, sources) == []
-    assert complaints({"copy": {"sm_90a": row}}, committed, "other") == [
+    news = native_resources.news
+    assert news({"copy": {"sm_90a": row}}, committed, sources) == []
+    assert news({"copy": {"sm_90a": row}}, committed, "other") == [
         "the table was made from other sources"
     ]
-    (found,) = complaints({"copy": {"sm_90a": row | {"registers": 41}}}, committed, sources)
+    (found,) = news({"copy": {"sm_90a": row | {"registers": 41}}}, committed, sources)
     assert found.startswith("copy, sm_90a: ")
-    assert complaints({}, committed, sources) == ["copy: is no more"]
+    assert news({}, committed, sources) == ["copy: is no more"]
+
+
+def test_only_what_no_kernel_may_do_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A spill does, another count of registers than the table's is told."""
+    library = tmp_path / "lib.so"
+    facts = {"cuda": {"version": "99.0.1", "architectures": ["9.0a"]}}
+    library.with_name("build.json").write_text(json.dumps(facts))
+    row = {"registers": 40, "spilled_bytes": 0, "shared_bytes": 64}
+    found = {"copy": {"sm_90a": row}}
+    monkeypatch.setattr(native_resources, "measure", lambda path: found)
+    monkeypatch.setattr(native_resources, "TABLES", tmp_path)
+    arguments = [str(library), "--sources", str(tmp_path)]
+    assert native_resources.main([*arguments, "--write"]) == 0
+    assert native_resources.main(arguments) == 0 and "makes" not in capsys.readouterr().out
+    found = {"copy": {"sm_90a": row | {"registers": 41}}}
+    assert native_resources.main(arguments) == 0
+    assert "copy, sm_90a: " in capsys.readouterr().out
+    found = {"copy": {"sm_90a": row | {"spilled_bytes": 4}}}
+    assert native_resources.main(arguments) == 1
+    assert "spills 4 bytes" in capsys.readouterr().err
+    found = {"copy": {"sm_90a": row | {"shared_bytes": 300 << 10}}}
+    assert native_resources.main(arguments) == 1

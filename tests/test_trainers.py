@@ -225,10 +225,6 @@ def test_every_adapter(name: str, images: Images) -> None:
         loss(sr, gt[..., :40])
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("mghf_fast.losses.frozen") is None,
-    reason="the loss's weights are parameters",
-)
 @pytest.mark.parametrize("name", adapters())
 def test_nothing_of_an_adapter_trains_or_is_saved(name: str) -> None:
     parent = nn.ModuleDict({"net": nn.Conv2d(3, 3, 1), "loss": adapters()[name][0]()})
@@ -237,7 +233,6 @@ def test_nothing_of_an_adapter_trains_or_is_saved(name: str) -> None:
     assert not any(key.startswith("loss") for key in parent.state_dict())
 
 
-@pytest.mark.skipif(not hasattr(MGHFLoss, "gammas"), reason="the loss's gammas cannot be set")
 def test_terms_follow_gammas_that_are_set(images: Images) -> None:
     loss = Criterion()
     loss.loss.gammas = (0.5, 0, 0.01)

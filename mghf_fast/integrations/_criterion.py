@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from ..losses import MGHFLoss
 from ..losses.mghf import DEFAULT_PRESET, Preset
-from ..nn import DetailFeatureExtractor
 
 DEFAULT_WEIGHT = 0.1
 """Beside L1 of weight 1 on images of 0 to 1, for the default extractor and preset."""
@@ -40,18 +39,18 @@ class Criterion(nn.Module):
         extractor: str | Path | nn.Module | None = None,
         top_m: int | None = None,
         reduction: str = "mean",
-        input_range: str | Iterable[float] | None = "0,1",
+        input_range: str | Sequence[float] | None = "0,1",
         patch_size: int | str = "auto",
         backend: str = "auto",
     ) -> None:
         super().__init__()
         self.loss = MGHFLoss(
             variant,
-            preset if isinstance(preset, Preset) else str(preset),
-            _loaded(extractor),
+            preset,
+            extractor,
             top_m,
             reduction,
-            _range(input_range),
+            input_range,
             backend,
             patch_size=patch_size,
         )
@@ -62,10 +61,8 @@ class Criterion(nn.Module):
         terms = self.loss.terms(sr, gt)
         if self.loss.variant == "n":
             return {"naive": _per_clip(terms["naive"], frames)}
-        # The loss's own gammas, where they can be set between two steps.
-        preset = self.loss.preset
-        gammas = getattr(self.loss, "gammas", preset.gammas)
-        factors = dataclasses.replace(preset, gammas=gammas).factors()
+        # The loss's own gammas, which can be set between two steps.
+        factors = dataclasses.replace(self.loss.preset, gammas=self.loss.gammas).factors()
         return {
             name: _per_clip(factor * terms[name], frames)
             for name, factor in factors.items()
@@ -120,8 +117,7 @@ def check_order(sr: Tensor, gt: Tensor, names: tuple[str, str] = ("sr", "gt")) -
 def pair(
     sr: Tensor, gt: Tensor, names: tuple[str, str] = ("sr", "gt")
 ) -> tuple[Tensor, Tensor, int]:
-    """Both images of one floating type and of four dimensions, and the frames of a clip (1 for
-    images).
+    """Both images of four dimensions, and the frames of a clip (1 for images).
 
     Raises:
         TypeError: one is no tensor.
@@ -131,9 +127,6 @@ def pair(
         if not isinstance(image, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(image).__name__}")
     check_order(sr, gt, names)
-    if sr.dtype != gt.dtype:
-        dtype = torch.promote_types(sr.dtype, gt.dtype)
-        sr, gt = sr.to(dtype), gt.to(dtype)
     if sr.dim() == gt.dim() == 5:
         return sr.flatten(0, 1), gt.flatten(0, 1), sr.shape[1]
     return sr, gt, 1
@@ -142,17 +135,3 @@ def pair(
 def _per_clip(value: Tensor, frames: int) -> Tensor:
     """One value per image -> one per clip; a scalar stays."""
     return value.view(-1, frames).mean(1) if value.dim() and frames > 1 else value
-
-
-def _loaded(extractor: str | Path | nn.Module | None) -> nn.Module | str | None:
-    if isinstance(extractor, Path) or (
-        isinstance(extractor, str) and extractor.endswith(".safetensors")
-    ):
-        return DetailFeatureExtractor.from_pretrained(str(Path(extractor).expanduser()))
-    return extractor
-
-
-def _range(input_range: str | Iterable[float] | None) -> str | None:
-    if input_range is None or isinstance(input_range, str):
-        return input_range and input_range.strip("[]()").replace(" ", "")
-    return ",".join(f"{bound:g}" for bound in input_range)
