@@ -1,5 +1,5 @@
-"""What nvcc makes of the product kernels: tensor cores idle while other instructions are issued, and
-code that does not fit the caches is read again. Needs nvcc and nvdisasm, and no GPU."""
+"""What nvcc makes of the product kernels: tensor cores idle while other instructions are issued,
+and code that does not fit the caches is read again. Needs nvcc and nvdisasm, and no GPU."""
 
 from __future__ import annotations
 

@@ -64,7 +64,12 @@ void with_image(const py::array& x, const F& f) {
 // Memory for a workspace, aligned to 16 bytes and full of NaN.
 class Workspace {
  public:
-  explicit Workspace(int64_t bytes) : words_(static_cast<size_t>(bytes) / sizeof(Word) + 1) {
+  explicit Workspace(int64_t bytes)
+      : words_(host::counting.on ? 0 : static_cast<size_t>(bytes) / sizeof(Word) + 1) {
+    if (host::counting.on) {
+      host::counting.workspace_bytes += bytes;
+      return;
+    }
     std::memset(words_.data(), 0xff, words_.size() * sizeof(Word));
   }
   void* get() { return words_.data(); }

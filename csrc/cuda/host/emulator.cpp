@@ -19,6 +19,7 @@ namespace mghf::host {
 
 Index thread_index, block_index, grid_size, block_size;
 Gpu gpu;
+Counting counting;
 
 namespace {
 
@@ -248,6 +249,10 @@ const char* run(unsigned blocks, unsigned blocks_of_cluster, int threads, size_t
   if (blocks_of_cluster > 1 && !gpu.clusters) return "there are no clusters";
   if (blocks % blocks_of_cluster != 0) return "the blocks make no whole clusters";
   if (threads % kWarp != 0 || threads > 1024) return "the block has no whole warps, or too many";
+  if (counting.on) {
+    ++counting.launches;
+    return nullptr;
+  }
   Launch own;
   own.clusters = blocks / blocks_of_cluster;
   own.blocks_of_cluster = blocks_of_cluster;

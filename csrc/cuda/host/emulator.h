@@ -40,6 +40,14 @@ struct Gpu {
 };
 extern Gpu gpu;
 
+// While it is on, launches are counted and nothing is run, and workspaces are counted and not there:
+// what an op does to a GPU is known without its data.
+struct Counting {
+  bool on = false;
+  int64_t launches = 0, workspace_bytes = 0;
+};
+extern Counting counting;
+
 // Runs the kernel for every thread of every block; returns what went wrong, or null.
 const char* run(unsigned blocks, unsigned blocks_of_cluster, int threads, size_t shared_bytes,
                 const std::function<void()>& kernel);

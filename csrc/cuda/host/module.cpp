@@ -20,6 +20,11 @@ PYBIND11_MODULE(mghf_fast_cuda_host, m) {
   m.def("set_gpu", [](int64_t shared_bytes, bool clusters) {
     mghf::host::gpu = {shared_bytes, clusters};
   });
+  m.def("count", [](bool on) { mghf::host::counting = {on}; });
+  m.def("counted", [] {
+    return pybind11::make_tuple(mghf::host::counting.launches,
+                                mghf::host::counting.workspace_bytes);
+  });
   // Whether a kernel, known by its number, had to be allowed so many bytes; null if that failed.
   m.def("allow_once", [](uintptr_t kernel, int device, size_t bytes, bool fails) -> pybind11::object {
     bool asked = false;

@@ -1,0 +1,292 @@
+"""What a step asks of a GPU, counted without one: launches of kernels and of PyTorch, and memory.
+
+    python -m benchmarks.launches [--backend triton] [--shape 1x3x512x512] [--write]
+
+A whole step, forward and backward, runs on tensors of the device "meta", which have shapes and no
+memory. Triton's launches are noted in place of being compiled, as for `kernels/cases.py`; those of
+the CUDA kernels are counted by their host build (`make cuda-host`), which then runs nothing. Each
+operation of PyTorch that computes counts as one launch, which it is or is not by a few. Memory is that
+of all tensors alive, and of an op's workspace, above the two images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import itertools
+import json
+import math
+import sys
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mghf_fast import backends, native
+from mghf_fast.losses import MGHFLoss
+from mghf_fast.ops import Op
+from mghf_fast.workloads import paper_extractor
+
+SHAPES = ((1, 3, 512, 512), (1, 3, 1024, 1024), (16, 3, 256, 256), (32, 3, 64, 64))
+EXTRACTORS = ("perceptual-v1", "paper")
+VARIANTS = ("n", "c")
+ARCHITECTURE = 90
+MIB = 1 << 20
+
+
+@dataclass
+class Counts:
+    """Of a step. ``kernels``: launches of this project's kernels by op."""
+
+    kernels: dict[str, int]
+    pytorch: int = 0
+    peak_bytes: int = 0
+
+    @property
+    def launches(self) -> int:
+        return self.pytorch + sum(self.kernels.values())
+
+
+class _Counter(TorchDispatchMode):
+    """Counts operations and the memory of what they return; runs an op of this project as its
+    backend would, and not its fake."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = Counts({})
+        self.op = ""
+        self._alive = 0
+        self._known: set[int] = set()
+
+    def note(self, launches: int = 1) -> None:
+        self.counts.kernels[self.op] = self.counts.kernels.get(self.op, 0) + launches
+
+    def need(self, more: int) -> None:
+        """Memory beside all tensors, for the time of an op."""
+        self.counts.peak_bytes = max(self.counts.peak_bytes, self._alive + more)
+
+    def keep(self, result: Any) -> None:
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if not isinstance(tensor, Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            if key in self._known:
+                continue
+            self._known.add(key)
+            self._alive += size
+            weakref.finalize(storage, self._forget, key, size)
+            self.need(0)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self._alive -= size
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = func._schema.name
+        if name.startswith("mghf_fast::"):
+            before, self.op = self.op, name.removeprefix("mghf_fast::")
+            with self:
+                result = torch._library.custom_ops.OPDEFS[name]._init_fn(*args, **(kwargs or {}))
+            self.op = before
+            return result
+        result = func(*args, **(kwargs or {}))
+        views = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
+        if not views and not name.split("::")[1].startswith(("empty", "new_empty", "detach")):
+            self.counts.pytorch += 1
+        self.keep(result)
+        return result
+
+
+class _CudaOps:
+    """The host build of the CUDA kernels, for tensors without memory."""
+
+    def __init__(self, module: Any, counter: _Counter) -> None:
+        self._module, self._counter = module, counter
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: Any) -> Any:
+            self._module.count(True)
+            found = getattr(self._module, name)(*map(_given, arguments))
+            launches, workspace = self._module.counted()
+            self._module.count(False)
+            self._counter.note(launches)
+            result = tuple(map(_taken, found)) if isinstance(found, tuple) else _taken(found)
+            self._counter.keep(result)
+            self._counter.need(workspace)
+            return result
+
+        return call
+
+
+def _given(argument: Any) -> Any:
+    if not isinstance(argument, Tensor):
+        return argument
+    name = str(argument.dtype).removeprefix("torch.")
+    memory = np.zeros(16, dtype="uint16" if name == "bfloat16" else name)
+    strides = [stride * memory.itemsize for stride in argument.stride()]
+    return np.lib.stride_tricks.as_strided(memory, argument.shape, strides)
+
+
+def _taken(array: Any) -> Tensor | None:
+    if array is None:
+        return None
+    dtype = torch.bfloat16 if array.dtype == np.uint16 else getattr(torch, str(array.dtype))
+    strides = [stride // array.itemsize for stride in array.strides]
+    return torch.empty_strided(array.shape, strides, dtype=dtype, device="meta")
+
+
+def host_module(folder: Path) -> Any:
+    """The host build of the CUDA kernels, or None."""
+    found = list(folder.glob("plain/mghf_fast_cuda_host*.so"))
+    if not found:
+        return None
+    spec = importlib.util.spec_from_file_location("mghf_fast_cuda_host", found[0])
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _no_autocast(*_: Any, **__: Any) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _backend(name: str, counter: _Counter, module: Any) -> Iterator[None]:
+    """Tensors of the device "meta" are the backend's."""
+
+    def choose(op: Op, backend: str, *tensors: Tensor, **options: Any) -> Any:
+        return op.implementation(name)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(Op, "choose", choose))
+        # Which knows no such device.
+        stack.enter_context(mock.patch.object(torch, "autocast", _no_autocast))
+        off = mock.patch.object(torch, "is_autocast_enabled", lambda device: False)
+        stack.enter_context(off)
+        stack.enter_context(mock.patch.object(backends, "unavailable_reasons", dict))
+        if name == "cuda":
+            ops = _CudaOps(module, counter)
+            stack.enter_context(mock.patch.object(native, "cuda_ops", lambda: ops))
+        else:
+            import triton
+            from triton import knobs
+
+            from mghf_fast.kernels.cases import _NoDevice
+
+            def note(**_: Any) -> bool:
+                counter.note()
+                return True  # no need to compile
+
+            triton.runtime.driver.set_active(_NoDevice(ARCHITECTURE))
+            stack.enter_context(mock.patch.object(knobs.runtime, "jit_cache_hook", note))
+        yield
+
+
+def count(
+    variant: str, shape: tuple[int, ...], extractor: str, backend: str, module: Any = None
+) -> Counts:
+    """One step of a loss.
+
+    Args:
+        variant: ``"n"`` or ``"c"``, of MGHF.
+        shape: of the images, (B, 3, H, W).
+        extractor: ``"perceptual-v1"``, which ships, or ``"paper"``: 128 channels, full resolution.
+        backend: ``"triton"``, or ``"cuda"``, which needs ``module``, the host build.
+    """
+    loss = MGHFLoss(variant, extractor=paper_extractor() if extractor == "paper" else extractor).to(
+        "meta"
+    )
+    sr = torch.empty(shape, device="meta", requires_grad=True)
+    gt = torch.empty(shape, device="meta")
+    counter = _Counter()
+    with _backend(backend, counter, module), counter:
+        loss(sr, gt).backward()
+    return counter.counts
+
+
+AIM = 40
+"""Launches of an MGHF-c step at any shape. Nothing is there yet, and `launches.json` keeps what is.
+What is missing: fewer launches for `coupling`, whose parts go block by block and image by image;
+Triton's `monce` of many small maps in one launch; and PyTorch's own operations on scalars between
+the terms, 42 to 55 of them."""
+MOST_BYTES = 450 * MIB
+"""Above the images, at 512 x 512, on every backend."""
+TABLE = Path(__file__).with_suffix(".json")
+
+
+def complaints(name: str, counts: Counts, bounds: dict[str, list[int]]) -> list[str]:
+    """Where a step asks for more than the committed table says, or than it may at all."""
+    found = []
+    mebibytes = math.ceil(counts.peak_bytes / MIB)
+    if name not in bounds:
+        found.append(f"{name}: {TABLE.name} does not have it; --write makes it anew")
+    else:
+        launches, most = bounds[name]
+        if counts.launches > launches:
+            found.append(f"{name}: {counts.launches} launches, {launches} before")
+        if mebibytes > most:
+            found.append(f"{name}: {mebibytes} MiB, {most} before")
+    if " 1x3x512x512" in name and counts.peak_bytes > MOST_BYTES:
+        found.append(f"{name}: {mebibytes} MiB, at most {MOST_BYTES // MIB} are allowed")
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.launches")
+    both = ("cuda", "triton")
+    parser.add_argument("--backend", nargs="+", choices=both, default=both, help="of all ops")
+    sizes = ["x".join(map(str, shape)) for shape in SHAPES]
+    parser.add_argument("--shape", nargs="+", choices=sizes, default=sizes, help="of the images")
+    parser.add_argument(
+        "--host-modules",
+        type=Path,
+        default=Path("build/cuda-host"),
+        help="folder of the CUDA kernels' host build, for the backend cuda",
+    )
+    parser.add_argument("--write", action="store_true", help=f"make {TABLE.name} anew")
+    options = parser.parse_args(arguments)
+    if "cuda" in options.backend and (module := host_module(options.host_modules)) is None:
+        print(
+            f"--host-modules is {options.host_modules}, which has no host build of the CUDA "
+            "kernels; `make cuda-host` makes it, and --backend triton needs none",
+            file=sys.stderr,
+        )
+        return 2
+    bounds: dict[str, list[int]] = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    wrong: list[str] = []
+    print(f"{'backend, loss, extractor, images':42}{'kernels':>8}{'PyTorch':>8}{'MiB':>6}")
+    for backend, variant, extractor, size in itertools.product(
+        options.backend, VARIANTS, EXTRACTORS, options.shape
+    ):
+        shape = tuple(map(int, size.split("x")))
+        counts = count(variant, shape, extractor, backend, module if backend == "cuda" else None)
+        name = f"{backend} mghf_{variant} {extractor} {size}"
+        of_ops = " ".join(f"{op} {n}" for op, n in sorted(counts.kernels.items()))
+        mebibytes = math.ceil(counts.peak_bytes / MIB)
+        own = counts.launches - counts.pytorch
+        print(f"{name:42}{own:8}{counts.pytorch:8}{mebibytes:6}  {of_ops}")
+        if options.write:
+            bounds[name] = [counts.launches, mebibytes]
+        wrong += complaints(name, counts, bounds)
+    if options.write:
+        lines = [f'  "{name}": {json.dumps(bounds[name])}' for name in sorted(bounds)]
+        TABLE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    for text in wrong:
+        print(text, file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

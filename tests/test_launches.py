@@ -1,0 +1,57 @@
+"""Launches and memory of a whole step stay within what is committed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import launches
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own: it can launch nothing afterwards."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.launches", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+# Not (32,3,64,64) and (16,3,256,256), where Triton's `monce` has thousands of launches.
+SIZES = ("1x3x512x512", "1x3x1024x1024")
+
+
+def test_triton_asks_for_no_more_than_before() -> None:
+    pytest.importorskip("triton")
+    done = run("--backend", "triton", "--shape", *SIZES)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_cuda_asks_for_no_more_than_before() -> None:
+    folder = os.environ.get("MGHF_CUDA_HOST")
+    if folder is None:
+        pytest.skip("MGHF_CUDA_HOST names no folder")
+    done = run("--backend", "cuda", "--host-modules", folder)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_without_a_host_build(tmp_path: Path) -> None:
+    done = run("--backend", "cuda", "--host-modules", str(tmp_path))
+    assert done.returncode == 2 and "make cuda-host" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_what_is_complained_about() -> None:
+    name = "cuda mghf_c paper 1x3x512x512"
+    counts = launches.Counts({"coupling": 30}, pytorch=20, peak_bytes=400 * launches.MIB)
+    assert counts.launches == 50
+    assert launches.complaints(name, counts, {name: [50, 400]}) == []
+    assert len(launches.complaints(name, counts, {name: [49, 399]})) == 2
+    assert len(launches.complaints(name, counts, {})) == 1
+    counts.peak_bytes = 451 * launches.MIB
+    (text,) = launches.complaints(name, counts, {name: [50, 500]})
+    assert "at most 450" in text
