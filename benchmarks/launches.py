@@ -5,8 +5,9 @@
 A whole step, forward and backward, runs on tensors of the device "meta", which have shapes and no
 memory. Triton's launches are noted in place of being compiled, as for `kernels/cases.py`; those of
 the CUDA kernels are counted by their host build (`make cuda-host`), which then runs nothing. Each
-operation of PyTorch that computes counts as one launch, which it is or is not by a few. Memory is that
-of all tensors alive, and of an op's workspace, above the two images.
+operation of PyTorch that computes counts as one launch, which it is or is not by a few. Memory is
+that of all tensors alive, and of an op's workspace, above the two images. What Triton's `monce`
+takes at a time depends on the GPU's multiprocessors, of which a GPU that is only named has few.
 """
 
 from __future__ import annotations

@@ -52,3 +52,18 @@ def test_a_kernel_is_allowed_its_shared_memory_once(tmp_path: Path) -> None:
     ]
     found = results("plain", [("allow_once", call[:4]) for call in calls], tmp_path)
     assert list(found) == [call[4] for call in calls]
+
+
+def test_tensor_cores_cut_off_what_an_addition_rounds(tmp_path: Path) -> None:
+    last = 2.0**-23  # the last place of 1
+    sums = [
+        ((1.0, [0.75 * last]), 1.0),  # to nearest it would be 1 + last
+        ((-1.0, [-0.75 * last]), -1.0),
+        ((1.0, [0.5 * last, 0.5 * last]), 1 + last),  # one place more is kept of each
+        ((1.0, [0.25 * last] * 4), 1.0),
+        ((0.0, [3.0, -1.0]), 2.0),
+        ((0.0, [0.0]), 0.0),
+        ((1.0, [float("inf")]), float("inf")),
+    ]
+    found = results("plain", [("tensor_core_sum", arguments) for arguments, _ in sums], tmp_path)
+    assert list(found) == [want for _, want in sums]

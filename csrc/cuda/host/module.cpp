@@ -1,7 +1,10 @@
 // The CUDA kernels on the host, for Python: each op in a file of its own.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
-#include "../device.h"
+#include <vector>
+
+#include "../mma.h"
 
 namespace mghf::cuda {
 
@@ -19,6 +22,9 @@ void define_planted(pybind11::module_& m);
 PYBIND11_MODULE(mghf_fast_cuda_host, m) {
   m.def("set_gpu", [](int64_t shared_bytes, bool clusters) {
     mghf::host::gpu = {shared_bytes, clusters};
+  });
+  m.def("tensor_core_sum", [](float before, const std::vector<double>& products) {
+    return mghf::cuda::host_mma::add_up(before, products.data(), static_cast<int>(products.size()));
   });
   m.def("count", [](bool on) { mghf::host::counting = {on}; });
   m.def("counted", [] {
