@@ -1,8 +1,9 @@
-"""The README's tables and plots, from the committed results: `python -m benchmarks.report`.
+"""Tables and plots of README and docs/benchmarks.md, from the committed results:
+`python -m benchmarks.report`.
 
 A block between `<!-- benchmarks: KIND of MACHINE -->` and `<!-- benchmarks: end -->` is a function
-of `results/MACHINE.json` alone; while there is no such file it stays as it is. The block "on GPUs"
-is one of all results that `make gpu` wrote, and says so while there are none.
+of `results/MACHINE.json` alone; while there is no such file it stays as it is. The blocks "on GPUs"
+and "short on GPUs" are of all results that `make gpu` wrote, and say so while there are none.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from . import gpu_tables
+from . import gpu_tables, short
 from .cases import PAPER, SIZES, TRAINING, Shape
 from .plots import Line, figure
 from .results import Row, Run, exponent, fastest, load, select, value
@@ -20,7 +21,10 @@ from .text import TITLES, cell, part_of, speed, table
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKED = re.compile(r"(<!-- benchmarks: (\w+) of (\S+) -->\n).*?(<!-- benchmarks: end -->)", re.S)
-ON_GPUS = re.compile(r"(<!-- benchmarks: on GPUs -->\n).*?(<!-- benchmarks: end -->)", re.S)
+ON_GPUS = re.compile(
+    r"(<!-- benchmarks: (short )?on GPUs -->\n).*?(<!-- benchmarks: end -->)", re.S
+)
+PAGES = ("README.md", "docs/benchmarks.md")
 
 PAPER_ROWS: list[tuple[str, str, Shape, str]] = [
     ("Sinkhorn plan, forward", "sinkhorn", PAPER, "forward"),
@@ -151,11 +155,18 @@ def pictures(run: Run) -> str:
     )
 
 
-BLOCKS = {"paper": paper, "sizes": sizes, "plots": pictures}
+BLOCKS = {"paper": paper, "sizes": sizes, "plots": pictures, "short": short.short}
 
 
-def generate(readme: str) -> tuple[str, dict[str, str]]:
-    """The README with its blocks as the committed results give them, and the plots by file name."""
+def linked(text: str, page: str) -> str:
+    """A block's links, which are those of the top folder, as a page has them."""
+    if not page.startswith("docs/"):
+        return text
+    return text.replace("](benchmarks/", "](../benchmarks/").replace('src="docs/', 'src="')
+
+
+def generate(text: str, page: str = "README.md") -> tuple[str, dict[str, str]]:
+    """A page with its blocks as the committed results give them, and the plots by file name."""
     files: dict[str, str] = {}
 
     def block(match: re.Match[str]) -> str:
@@ -163,19 +174,23 @@ def generate(readme: str) -> tuple[str, dict[str, str]]:
         if (run := load(machine)) is None:
             return match[0]
         files.update(plots(run))
-        return begin + BLOCKS[kind](run) + end
+        return begin + linked(BLOCKS[kind](run), page) + end
 
-    readme = ON_GPUS.sub(lambda match: match[1] + gpu_tables.block() + match[2], readme)
-    return MARKED.sub(block, readme), files
+    def of_gpus(match: re.Match[str]) -> str:
+        content = short.on_gpus() if match[2] else gpu_tables.block()
+        return match[1] + linked(content, page) + match[3]
+
+    return MARKED.sub(block, ON_GPUS.sub(of_gpus, text)), files
 
 
 def update() -> None:
-    """Rewrites README.md and the plots."""
-    readme = ROOT / "README.md"
-    text, files = generate(readme.read_text())
-    readme.write_text(text)
-    for name, svg in files.items():
-        (ROOT / "docs" / "assets" / name).write_text(svg)
+    """Rewrites the pages and the plots."""
+    for page in PAGES:
+        path = ROOT / page
+        text, files = generate(path.read_text(), page)
+        path.write_text(text)
+        for name, svg in files.items():
+            (ROOT / "docs" / "assets" / name).write_text(svg)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import pytest
 import torch
 from contract import relative_error
 
-from benchmarks import cases, report, results, text
+from benchmarks import cases, report, results, short, text
 from benchmarks.cases import Shape
 from mghf_fast.measure import Measurement
 
@@ -250,6 +250,7 @@ def test_blocks(whole_run: results.Run) -> None:
     text, files = report.generate(f"before\n{MARKERS}after\n")
     assert text.startswith("before\n") and text.endswith("after\n") and "old\n" not in text
     assert text == report.generate(text)[0]
+    assert "| MGHF-c step | 26 ms, 25 MiB | 0.1 |" in text
     assert "| **whole MGHF-c step** | 262 ms, 25 MiB | 262 ms, 25 MiB | **26 ms, 25 MiB** |" in text
     assert "10x, 10x" in text and "POT 262 ms, 25 MiB (10x)" in text
     line = next(x for x in text.splitlines() if "MGHF-c step**, mghf_fast" in x)
@@ -284,16 +285,38 @@ def test_durations(seconds: float, said: str) -> None:
     assert text.duration(seconds) == said
 
 
-def test_the_readme_says_what_the_committed_results_say() -> None:
-    readme = (report.ROOT / "README.md").read_text()
-    machines = {match[2] for match in report.MARKED.findall(readme)}
+@pytest.mark.parametrize("page", report.PAGES)
+def test_a_page_says_what_the_committed_results_say(page: str) -> None:
+    before = (report.ROOT / page).read_text()
+    machines = {match[2] for match in report.MARKED.findall(before)}
     assert machines
-    text, files = report.generate(readme)
-    assert text == readme, "README.md differs from its results: python -m benchmarks.report"
+    text, files = report.generate(before, page)
+    assert text == before, f"{page} differs from its results: python -m benchmarks.report"
     for name, svg in files.items():
         assert (report.ROOT / "docs" / "assets" / name).read_text() == svg, name
+    for link in re.findall(r"\]\(([^)#:]+)[)#]|src=\"([^\"]+)\"", text):
+        assert ((report.ROOT / page).parent / "".join(link)).exists(), link
     if missing := {machine for machine in machines if results.load(machine) is None}:
         pytest.skip(f"no committed result yet of {', '.join(missing)}")
+
+
+@pytest.mark.parametrize(
+    ("ratios", "verdict"),
+    [
+        ((0.2, 0.4), "both are cheaper"),
+        ((2.4, 4.6), "neither saves time there"),
+        ((0.5, 1.5), "only MGHF-n saves time"),
+        ((1.02, 1.5), "neither saves much time"),
+    ],
+)
+def test_a_judgement_follows_from_the_figures(ratios: tuple[float, float], verdict: str) -> None:
+    text = short.judgement("a card", list(zip(("MGHF-n", "MGHF-c"), ratios, strict=True)))
+    assert (text.startswith("On a card MGHF-n takes") and text.endswith(f"{verdict}.")) or (
+        verdict in text
+    )
+    assert "was not" in short.judgement("a card", []) or "were not" in short.judgement("a card", [])
+    one = short.judgement("a card", [("MGHF-n", 0.5)])
+    assert "MGHF-n takes 0.5 times as long" in one and one.endswith("than what it replaces.")
 
 
 # ---- a session ----

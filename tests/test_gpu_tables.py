@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -55,13 +56,21 @@ def test_the_readme_has_the_tables_of_every_gpu(
     assert report.generate(text)[0] == text
 
 
-def test_the_readme_says_whether_figures_were_taken() -> None:
-    """The block is that of the committed results, and nothing outside it says otherwise."""
-    readme = (report.ROOT / "README.md").read_text()
-    assert len(report.ON_GPUS.findall(readme)) == 1
-    assert report.generate(readme)[0] == readme, "python -m benchmarks.report"
-    outside = report.ON_GPUS.sub("", readme)
-    assert "No GPU figure" not in outside
+def test_the_pages_say_whether_figures_were_taken() -> None:
+    """The blocks are those of the committed results, and nothing outside them says otherwise: none
+    claims that no GPU has run the kernels, or gives a GPU's time of its own."""
+    for page, count in (("README.md", 1), ("docs/benchmarks.md", 1)):
+        text = (report.ROOT / page).read_text()
+        assert len(report.ON_GPUS.findall(text)) == count
+        assert report.generate(text, page)[0] == text, "python -m benchmarks.report"
+    for page in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/building.md",
+                 "docs/benchmarks.md"):  # fmt: skip
+        outside = report.ON_GPUS.sub("", (report.ROOT / page).read_text())
+        outside = report.MARKED.sub("", outside)
+        assert "No GPU figure" not in outside
+        if gpu_tables.runs():
+            assert not re.search(r"(no|never|not)[^.]{0,40} run on (a|any) GPU\b(?! yet)", outside)
+            assert not re.search(r"H200[^.]{0,80}\d+(\.\d+)? ms", outside), page
 
 
 # ---- the table of preferences ----

@@ -1,0 +1,76 @@
+"""README's small tables: the whole losses beside the VGG-16 loss on a device, and a sentence on it
+that follows from the figures by rule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from . import gpu_tables
+from .cases import PAPER
+from .results import Row, Run, fastest, select, value
+from .text import cell, table
+
+STEP = "step"
+LOSSES = {"mghf_n": "MGHF-n", "mghf_c": "MGHF-c"}
+SAME = 1.05
+"""Times whose ratio is within this are the same."""
+
+
+def vgg16(run: Run) -> Row | None:
+    """The loss that is to be replaced, in its fastest form of float32."""
+    rows = [r for r in select(run, op="mghf_c", shape=str(PAPER)) if "VGG-16" in r["form"]]
+    of_features = [r for r in rows if "LPIPS" not in r["form"] and r["dtype"] == "float32"]
+    return fastest(of_features, STEP)
+
+
+def own(run: Run, op: str) -> Row | None:
+    """As "auto" has it, or as it was measured."""
+    if "ceilings" in run:
+        return gpu_tables.ours(run, op, str(PAPER))
+    return fastest(select(run, op=op, shape=str(PAPER), form="mghf_fast"), STEP)
+
+
+def judgement(device: str, ratios: Sequence[tuple[str, float]]) -> str:
+    """``On DEVICE MGHF-n takes 0.2 times ... the VGG-16 loss's time: cheaper than ...``"""
+    if not ratios:
+        return f"On {device} the losses were not measured beside the VGG-16 loss."
+    told = " and ".join(f"{name} takes {ratio:.2g} times" for name, ratio in ratios)
+    if all(ratio * SAME < 1 for _, ratio in ratios):
+        verdict = "both are cheaper than what they replace"
+    elif all(ratio > SAME for _, ratio in ratios):
+        verdict = "neither saves time there"
+    else:
+        cheaper = [name for name, ratio in ratios if ratio * SAME < 1]
+        verdict = f"only {cheaper[0]} saves time" if cheaper else "neither saves much time"
+    if len(ratios) == 1:
+        verdict = "cheaper than what it replaces" if ratios[0][1] * SAME < 1 else "it saves no time"
+    return f"On {device} {told} as long as the VGG-16 loss: {verdict}."
+
+
+def short(run: Run) -> str:
+    """A device's table and sentence."""
+    machine, beside = run["machine"], vgg16(run)
+    rows: list[list[str]] = []
+    ratios: list[tuple[str, float]] = []
+    other = value(beside, STEP)
+    for op, title in LOSSES.items():
+        row = own(run, op)
+        seconds = value(row, STEP)
+        ratio = None if seconds is None or other is None else seconds / other
+        if ratio is not None:
+            ratios.append((title, ratio))
+        text = cell(row, STEP) + gpu_tables.by(row) if "ceilings" in run else cell(row, STEP)
+        rows.append([f"{title} step", text, "" if ratio is None else f"{ratio:.2g}"])
+    rows.append(["VGG-16 step, for comparison", cell(beside, STEP), ""])
+    device = (
+        f"an {machine['gpu']}"
+        if "ceilings" in run
+        else f"this CPU ({machine['cpu']}, {machine['isa']}, {machine['threads']} threads)"
+    )
+    head = ["512 x 512, forward and backward", "mghf_fast", "times VGG-16's"]
+    return f"{table(head, rows)}\n{judgement(device, ratios)}\n"
+
+
+def on_gpus() -> str:
+    """Of every GPU that has a committed result."""
+    return "\n".join(map(short, gpu_tables.runs())) or gpu_tables.NONE
