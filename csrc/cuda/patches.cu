@@ -525,7 +525,7 @@ __host__ __device__ constexpr int pieces_of(int hidden) {
 // Reads d_e, e and the state, 30 MB, and writes 29 MB: 14 us. R 64 128 = 0.46 G multiply-adds by
 // three products of TF32: 9 us.
 template <bool kPieces>
-__global__ void __launch_bounds__(kThreads, kPieces ? 2 : 1)
+__global__ void __launch_bounds__(kThreads, kPieces && kClusters ? 2 : 1)  // or it spills
     hidden_gradient(Patches p, EmbeddingGradient gradient, Factor weight2, uint32_t* pieces,
                     float* grad_hidden, float* grad_output) {
   __shared__ int64_t state_places[kRows], embedding_places[kRows], grad_places[kRows];
