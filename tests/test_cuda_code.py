@@ -32,7 +32,7 @@ BOUNDS = [
     Bounds("patches", "15hidden_gradientILb1E", 0.21, 46),
     Bounds("patches", "14image_gradientIfE", 0.27, 50),
     Bounds("patches", "13outer_productIfLb1E", 0.16, 26),
-    Bounds("coupling", "13forward_stageIfNS1_12ForwardSizesIfLi64E", 0.21, 84),
+    Bounds("coupling", "13forward_stageIfNS1_12ForwardSizesIfLi64E", 0.21, 84.7),
     Bounds("coupling", "14backward_stageIfNS1_13BackwardSizesIfLi64ELi8E", 0.041, 78),
     Bounds("coupling", "3mixIffNS0_11ExactFloatsELi1E", 0.24, 39),
     Bounds("gram", "16products_of_runsIfLNS0_7ReadingE2E", 0.14, 12.5),

@@ -55,8 +55,9 @@ struct Products {
   __device__ __forceinline__ void fill(const Solver<kWords, kOnChip>& s) const {
     constexpr int kTiles = kTilesOf<kWords>;
     const int fitting = s.p.division.partial() / (kTile * kDepth);
-    multiply_by_keys<kTiles>(s.own_rows(), s.partial, fitting < kTiles ? fitting : kTiles, query,
-                             key, s.map, s.first);
+    multiply_by_keys<kTiles, kOnChip>(s.own_rows(), s.partial,
+                                      fitting < kTiles ? fitting : kTiles, query, key, s.map,
+                                      s.first);
   }
 };
 
@@ -307,7 +308,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   differentiate(s, weights, solution, exact);
   __syncthreads();
-  multiply_area<kTilesOf<kWords>>(s.own_rows(), key, result, s.map, s.first);
+  multiply_area<kTilesOf<kWords>, kOnChip>(s.own_rows(), key, result, s.map, s.first);
   s.sync_all();
 }
 
