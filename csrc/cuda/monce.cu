@@ -43,9 +43,10 @@ struct Terms {
   float slope;                            // 1 / epsilon, or its opposite
 };
 
-// Tiles of rows that a product takes at a time: as many as the warps' column sums have room for.
-template <int kWords>
-constexpr int kTilesOf = kWords == 4 ? 2 : kWords == 8 ? 4 : kWords == 14 ? 7 : 5;
+// Tiles of rows that a product takes at a time: as many as the warps' column sums have room for. Of a
+// matrix in device memory, whose addresses take registers, no more than spill none.
+template <int kWords, bool kOnChip>
+constexpr int kTilesOf = kWords == 4 ? 2 : kWords == 8 || !kOnChip ? 4 : kWords == 14 ? 7 : 5;
 
 // Fills the area with s.
 struct Products {
@@ -53,7 +54,7 @@ struct Products {
 
   template <int kWords, bool kOnChip>
   __device__ __forceinline__ void fill(const Solver<kWords, kOnChip>& s) const {
-    constexpr int kTiles = kTilesOf<kWords>;
+    constexpr int kTiles = kTilesOf<kWords, kOnChip>;
     const int fitting = s.p.division.partial() / (kTile * kDepth);
     multiply_by_keys<kTiles, kOnChip>(s.own_rows(), s.partial,
                                       fitting < kTiles ? fitting : kTiles, query, key, s.map,
@@ -308,7 +309,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   differentiate(s, weights, solution, exact);
   __syncthreads();
-  multiply_area<kTilesOf<kWords>, kOnChip>(s.own_rows(), key, result, s.map, s.first);
+  multiply_area<kTilesOf<kWords, kOnChip>, kOnChip>(s.own_rows(), key, result, s.map, s.first);
   s.sync_all();
 }
 
