@@ -241,7 +241,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   using S = Solver<kWords, kOnChip>;
   S s(p, shared);
   const Products source{query, key};
-  const auto solution = losses != nullptr ? s.solve(source, true) : s.resume(source);
+  const auto solution = s.solve(source, losses != nullptr, losses == nullptr);
   if (losses != nullptr) s.finish_leaving(solution);
   const int depth = static_cast<int>(query.columns);
   const int64_t start = s.map * static_cast<int64_t>(s.n);

@@ -747,13 +747,14 @@ struct Solver {
     }
   }
 
-  // As solve(), from the iterates that were left, if they were.
-  template <class Source>
-  __device__ __forceinline__ Solution resume(const Source& source) {
+  // How many iterates were left; 0 where the iterations must be made again.
+  __device__ __forceinline__ int left() const {
+    const int made = p.kept.of_map(map, n).made();
+    return made < 1 || made > p.kept.slots ? 0 : made;
+  }
+  // What solve() came to, from the iterates that were left.
+  __device__ __forceinline__ Solution resume(int made) {
     const KeptIterates kept = p.kept.of_map(map, n);
-    const int made = kept.made();
-    if (made < 1 || made > kept.slots) return solve(source, false);
-    start(source);
     for (int t = 1; t <= made; ++t) {
       for_rows([&](int r) {
         if (first + r < n) keep_u(kept.vector(t, 0, n)[first + r], t, r);
@@ -790,10 +791,13 @@ struct Solver {
   // Runs the iterations. source.fill(solver) puts the similarities of the block's rows into the
   // area, at which no thread looks any more, and then is a barrier of the block. Those on the
   // diagonal do not matter.
-  // Leaves iterates for a backward if `leaving`.
+  // Leaves iterates for a backward if `leaving`, and takes those that a forward left if `resuming`: the
+  // code of the iterations is long, and stands in a kernel once.
   template <class Source>
-  __device__ __forceinline__ Solution solve(const Source& source, bool leaving) {
+  __device__ __forceinline__ Solution solve(const Source& source, bool leaving,
+                                            bool resuming = false) {
     const Statistics statistics = start(source);
+    if (const int made = resuming ? left() : 0; made > 0) return resume(made);
     int base = 0;
     bool even = false;
     Settling settling;
