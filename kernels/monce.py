@@ -37,7 +37,7 @@ from .sinkhorn_exponents import (
     split_exponent,
     warps,
 )
-from .sinkhorn_potentials import solve
+from .sinkhorn_potentials import LARGE, solve
 
 NEGLIGIBLE = 5e-7
 """Part of the gradient that the recursion may leave out."""
@@ -279,6 +279,9 @@ def query_gradient_kernel(
 SHARE = 16
 LEAST_BUFFER, MOST_BUFFER = 256 << 20, 2 << 30
 """The maps at a time take a part 1 / SHARE of a device's memory, within these bytes."""
+SMALL_BUFFER = 128 << 20
+"""Of maps below `LARGE`, of which so many bytes hold enough to fill a device: a step at 512 x 512
+stays below 450 MiB with it."""
 
 
 @functools.cache
@@ -297,7 +300,9 @@ def _pitch(n: int) -> int:
 def _maps_at_a_time(b: int, n: int, iterates: int, device: torch.device) -> int:
     """As many as the buffer has room for, with their similarities and so many iterates."""
     of_a_map = 4 * n * (_pitch(n) + 6 * iterates + 4)
-    return min(b, max(1, _buffer(device) // of_a_map))
+    room = max(1, (SMALL_BUFFER if n < LARGE else _buffer(device)) // of_a_map)
+    rounds = max(1, -(-b // room))
+    return max(1, -(-b // rounds))  # of one size
 
 
 def _product_precision(dtype: torch.dtype, epsilon: float, temperature: float) -> str:

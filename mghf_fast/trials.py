@@ -29,7 +29,6 @@ PROVEN: Mapping[tuple[str, str], tuple[tuple[int, int], ...]] = {
     ("triton", "gram"): HOPPER,
     ("triton", "content_style"): HOPPER,
     ("triton", "patches"): HOPPER,
-    ("triton", "dec"): HOPPER,
 }
 """(backend, op) -> compute capabilities whose committed result (benchmarks/results) was made by the
 kernels as they are now. ``tests/test_trials.py`` holds the sources to what was run."""

@@ -181,6 +181,7 @@ def whole(result: Result) -> str:
         ]
         for metric, judge in ((quality.PRIMARY, "ST-LPIPS"), (quality.SECOND, "Lite2"))
         for name in (objectives.VGG, objectives.DEFAULT)
+        if name in result["titles"]
     ]  # fmt: skip
     count = sum(facts["pictures"].values())
     return f"{count} pictures, opened on {facts['opened']}:\n\n{table(head, body)}"
