@@ -352,7 +352,7 @@ def test_the_study_end_to_end(
     result = json.loads(file.read_text())
     (added,) = result["test"]["added"]
     assert added["objectives"] == ["vgg"] and result["test"]["opened"] == opened["opened"]
-    assert result["whole"]["pictures"] == dict.fromkeys(opening.SYNTHETIC, 1)
+    assert result["whole"]["pictures"] == dict.fromkeys(opening.WHOLE_SETS, 1)
     assert {row["objective"] for row in result["whole"]["means"]} == {"start", "l1", "vgg"}
     assert {row["objective"] for row in result["grid"]["rows"]} == {
         "gt", "l1", *OBJECTIVES, "vgg",

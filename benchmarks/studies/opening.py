@@ -31,6 +31,8 @@ REAL = ("RealSR", "DRealSR")
 SETS = (*SYNTHETIC, *REAL)
 TEST, WHOLE = "test", "whole"
 """Records: the study's own, and that of whole pictures."""
+WHOLE_SETS = ("Set5", "BSD100")
+"""Those whose pictures are small enough to be judged whole in minutes."""
 
 
 class StillClosed(ValueError):
@@ -141,7 +143,7 @@ def of_whole(study: Study) -> Study:
 
 def open_whole(study: Study, folder: Path) -> list[Opened]:
     """As :func:`open_test`, the default and what it is compared with, on whole pictures."""
-    return open_test(of_whole(study), folder, 0, SYNTHETIC, WHOLE)
+    return open_test(of_whole(study), folder, 0, WHOLE_SETS, WHOLE)
 
 
 def judged(record: dict[str, Any]) -> list[str]:

@@ -14,7 +14,7 @@ parts, each of which goes on where it was stopped:
     grid        a pattern of four pixels in the pictures: seed 0, on the validation pictures
 
 ``--open-test`` judges the networks on the test pictures, once, when all trainings are there;
-``--open-whole`` those of the default and the VGG-16 loss on whole pictures of the synthetic sets.
+``--open-whole`` those of the default and the VGG-16 loss on whole pictures of Set5 and BSD100.
 ``--report`` writes benchmarks/results/<machine>-features.json, docs/features.md and its plot from
 what --out holds; without it they go to --out alone.
 """
