@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 from xml.etree import ElementTree
 
@@ -23,6 +24,7 @@ from benchmarks.studies import (
     runs,
     verdicts,
 )
+from benchmarks.studies.result import GROUPS
 
 # ---- equal PSNR ----
 
@@ -285,3 +287,36 @@ def test_the_committed_page_says_what_its_result_says() -> None:
     assert page.generate(text, result) == text, "python -m benchmarks.studies.study --report"
     if result is not None and (svg := page.plot(result)) is not None:
         assert (ROOT / "docs" / "assets" / page.PLOT).read_text() == svg
+
+
+def test_the_readme_says_what_the_study_found() -> None:
+    """Its figures are the result's."""
+    text = (ROOT / "README.md").read_text()
+    begin = text.index("[The study](docs/features.md)")
+    paragraph = text[begin : text.index("\n## ", begin)]
+    found = page.FROM.search((ROOT / "docs" / "features.md").read_text())
+    assert found is not None
+    result = json.loads((RESULTS / found[1]).read_text())
+    told = set(re.findall(r"\d\.\d\d+", paragraph))
+
+    def rows(**wanted: str) -> list[dict[str, Any]]:
+        return verdicts.select(
+            result, objective=objectives.DEFAULT, metric=quality.PRIMARY, **wanted
+        )
+
+    figures = set()
+    for row in rows(group="synthetic", how="equal"):
+        figures.add(f"{-row['mean']:.3f}")
+        if row["against"] == objectives.VGG:
+            figures |= {f"{-row['low']:.3f}", f"{-row['high']:.3f}"}
+        else:
+            assert max(row["high"] - row["mean"], row["mean"] - row["low"]) < 0.007
+    (first,) = rows(group="real", how="equal", against=objectives.L1, target=0.3)
+    figures.add(f"{-first['mean']:.3f}")
+    (first,) = rows(group="real", how="chosen", against=objectives.VGG, target=0.3)
+    figures |= {f"{-first['mean']:.3f}", f"{-first['psnr']:.2f}", "0.007"}
+    assert told == figures
+    for group, count in (("synthetic", "141"), ("real", "147")):
+        sets = GROUPS[group]
+        assert sum(result["test"]["pictures"][name] for name in sets) == int(count)
+        assert count in paragraph
