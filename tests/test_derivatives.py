@@ -21,7 +21,7 @@ from mghf_fast import (
     use_backend,
 )
 from mghf_fast.nn import InvertibleBlock, PatchProjection
-from mghf_fast.reference import coupling
+from mghf_fast.reference import coupling, monce
 
 F = functional
 Function = Callable[[Tensor], Tensor]
@@ -149,6 +149,25 @@ def test_block_and_inverse_share_weights(chain: str, dtype: torch.dtype) -> None
     scale = max(float(b.norm()) for b in expected)  # some are 0 but for rounding
     for a, b in zip(got, expected, strict=True):
         assert float((a - b).norm()) < tolerance * scale
+
+
+def test_second_derivative_takes_a_detached_plan_as_a_constant() -> None:
+    """As plain autograd through the reference does."""
+    query, key, v = (unit(draws.rand(4, 4, 16, 16, dtype=torch.float64)) for _ in range(3))
+    options = (0.07, 1.0, 7, 1.0, "hard")
+
+    def product(loss: Function) -> Tensor:
+        q = query.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(q), q, create_graph=True)
+        return torch.autograd.grad((gradient * v).sum(), q)[0]
+
+    def reference(q: Tensor) -> Tensor:
+        return monce.monce(q, key, *options, "detach").mean()
+
+    def ours(q: Tensor) -> Tensor:
+        return F.monce_loss(q, key, iterations=7, plan_gradient="detach")
+
+    torch.testing.assert_close(product(ours), product(reference), rtol=1e-9, atol=1e-12)
 
 
 def test_second_derivative_of_the_inverse_reaches_the_weights() -> None:

@@ -79,6 +79,8 @@ def monce_backward(
     if n == 1:
         return query * 0 * grad.unsqueeze(2).to(query.dtype)
     log_weight = log_sinkhorn_plan(s, cost, epsilon, iterations)
+    if plan_gradient == "detach":
+        log_weight = log_weight.detach()  # a constant in the second derivative, too
     log_weight = log_weight + math.log(negative_weight * (n - 1))
     logits = _negative_logits(s, log_weight, temperature)
     negatives = logits.logsumexp(2, keepdim=True)
