@@ -341,8 +341,8 @@ def project_kernel(
         run += padded_patches * PADDED
     s = tl.load(unit + place, mask=mask, other=0.0)
     length = tl.load(norm + row, mask=is_row, other=0.0)
-    along = tl.where(length > norm_floor, tl.sum(s * grad, 1), 0.0)
     floored = tl.where(length < norm_floor, norm_floor, length)
+    along = tl.where(floored > norm_floor, tl.sum(s * grad, 1), 0.0)
     result = (grad - s * along[:, None]) / floored[:, None]
     target = grad_sr + row[:, None] * DEPTH + d[None, :]
     tl.store(target, result.to(grad_sr.dtype.element_ty), mask=mask)
