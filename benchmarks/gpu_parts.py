@@ -36,7 +36,7 @@ SIZES = (PAPER, Shape(1, 256), Shape(1, 1024), Shape(1, 2048))  # the paper's fi
 TRAINING = (Shape(4, 512), Shape(16, 256), LATENTS)
 TINY = Shape(1, 64)
 STEPS = (PAPER, Shape(1, 1024), Shape(16, 256), LATENTS, Shape(4, 512), Shape(1, 256))
-"""Of the losses, what people train with first."""
+"""Where the losses are measured, what people train with first."""
 OPS_AT = (PAPER, Shape(1, 1024), Shape(16, 256), LATENTS)
 WHOLE = ("mghf_c", "mghf_n")
 COMPILED_OPS = ("coupling", "content_style", "gram", "patches", "entropy", "dec")

@@ -24,7 +24,7 @@ SELECTIONS = {
     "reference": "not triton and not cuda",
     "triton": "triton",
 }
-"""Of the tests of an op, in the order in which they run."""
+"""The tests of an op by backend, in the order in which they run."""
 
 QUICK_TESTS = "(triton or cuda) and nan"
 SHARES = {("triton", "coupling"): 5, ("triton", "content_style"): 4, ("triton", "entropy"): 2}
@@ -33,7 +33,7 @@ SHARES = {("triton", "coupling"): 5, ("triton", "content_style"): 4, ("triton", 
 SANITIZER = "compute-sanitizer"
 TOOLS = ("memcheck", "racecheck")
 RACES = "cuda and not triton and (several_blocks or upstream or stops_early or 5-0.02)"
-"""Of Sinkhorn's tests: three failed on an H200 in CUDA, of which one is explained, and these are
+"""Three of Sinkhorn's tests failed on an H200 in CUDA, of which one is explained, and these are
 the likeliest for the others. So they run first, under racecheck."""
 
 NO_PYTEST = "did not run: pytest is not installed (GPU_WHEELS=folder installs wheels)"

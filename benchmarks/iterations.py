@@ -44,7 +44,7 @@ NOISES = (0.0, 1.2e-7, 2.4e-7)
 
 # ---- the rules ----
 
-# Twins: csrc/cpu/sinkhorn_solver.h, csrc/cuda/settling.h, kernels/sinkhorn.py.
+# Twins: csrc/common/sinkhorn_settling.h, kernels/sinkhorn_potentials.py.
 CLEAN, FASTEST, REST = 1e-5, 0.05, 1e-6
 
 

@@ -45,7 +45,7 @@ MIB = 1 << 20
 
 @dataclass
 class Counts:
-    """Of a step. ``kernels``: launches of this project's kernels by op."""
+    """What a step asks for. ``kernels``: launches of this project's kernels by op."""
 
     kernels: dict[str, int]
     pytorch: int = 0

@@ -72,5 +72,5 @@ def short(run: Run) -> str:
 
 
 def on_gpus() -> str:
-    """Of every GPU that has a committed result."""
+    """The same for every GPU that has a committed result."""
     return "\n".join(map(short, gpu_tables.runs())) or gpu_tables.NONE

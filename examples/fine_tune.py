@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 WEIGHT = 0.1
-"""Of MGHF-c with its default extractor, ``perceptual-v1``, and preset, beside L1 of weight 1.
+"""The weight of MGHF-c with its default extractor, ``perceptual-v1``, and preset, beside L1 of 1.
 ``mghf-fast calibrate`` measures it for your network."""
 
 

@@ -280,8 +280,8 @@ SHARE = 16
 LEAST_BUFFER, MOST_BUFFER = 256 << 20, 2 << 30
 """The maps at a time take a part 1 / SHARE of a device's memory, within these bytes."""
 SMALL_BUFFER = 128 << 20
-"""Of maps below `LARGE`, of which so many bytes hold enough to fill a device: a step at 512 x 512
-stays below 450 MiB with it."""
+"""The same for maps of less than `LARGE` patches: so many bytes hold enough of them to fill a
+device, and a step at 512 x 512 stays below 450 MiB."""
 
 
 @functools.cache

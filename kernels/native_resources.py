@@ -77,7 +77,8 @@ SOURCES = "sources"
 def fingerprint(folder: Path) -> str:
     """Of the kernels, their headers and nothing else; words in comments do not count."""
     digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.cu"), *folder.glob("*.h")]):
+    shared = (folder.parent / "common").glob("*.h")  # with the CPU's kernels
+    for path in sorted([*folder.glob("*.cu"), *folder.glob("*.h"), *shared]):
         code = re.sub(r"//.*", "", path.read_text())
         digest.update(f"{path.name} {' '.join(code.split())}".encode())
     return digest.hexdigest()[:16]

@@ -175,8 +175,8 @@ def warps(blocks: dict[str, int]) -> int:
 
 
 def pass_options(n: int, elements: int, stages: int) -> dict[str, Any]:
-    """Of the kernels with one program per matrix. A multiprocessor has one of them to work on, and
-    its threads have registers for many entries."""
+    """Options of the kernels with one program per matrix. A multiprocessor has one of them to work
+    on, and its threads have registers for many entries."""
     blocks = row_blocks(n, elements)
     many = {"num_warps": min(8, warps(blocks)), "maxnreg": launch.MOST_REGISTERS}
     return {**blocks, "STAGES": stages, **many, "num_stages": 2}

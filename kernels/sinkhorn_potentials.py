@@ -35,7 +35,7 @@ TINY = tl.constexpr(5e-20)  # column sums from 2^-64 on have lost nothing to flo
 
 # ---- when to stop ----
 #
-# Twins: csrc/cpu/sinkhorn_settling.h, where the rule is explained, csrc/cuda/sinkhorn_settling.h.
+# Twin: csrc/common/sinkhorn_settling.h, where the rule is explained.
 
 CLEAN = tl.constexpr(1e-5)  # a smaller spread may be rounding
 FASTEST = tl.constexpr(0.05)  # a single fall is trusted that far
@@ -421,8 +421,8 @@ SHARED_REGISTERS = 168
 """With as many registers a thread, three programs of 4 warps share a multiprocessor."""
 
 PROGRAMS = 1024
-"""Of all maps together, about: several for each multiprocessor. A number of its own, so that sums
-are added in the same order on every GPU."""
+"""About so many for all maps together: several for each multiprocessor. A number of its own, so
+that sums are added in the same order on every GPU."""
 
 
 def _programs_of_map(b: int, n: int) -> int:

@@ -15,7 +15,7 @@ class _GatherRows(torch.autograd.Function):
         own = torch.tensor([len(rows)], device=rows.device)
         counts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
         dist.all_gather(counts, own)
-        # Of an epoch's last batch the ranks may have unequal shares; gathered are equal ones.
+        # The ranks may have unequal shares of an epoch's last batch; gathered are equal ones.
         ctx.counts = [int(count) for count in counts]
         padded = rows.new_zeros((max(ctx.counts), *rows.shape[1:]))
         padded[: len(rows)] = rows

@@ -83,13 +83,18 @@ def triton_is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def _triton_version() -> tuple[int, ...]:
+def triton_version() -> str | None:
     """Without importing it. PyTorch's nightly builds bring it under a name of their own."""
     for package in ("triton", "pytorch-triton"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found = re.findall(r"\d+", importlib.metadata.version(package))
-            return tuple(int(number) for number in found[:2])
-    return OLDEST_TRITON
+            return importlib.metadata.version(package)
+    return None
+
+
+def _triton_version() -> tuple[int, ...]:
+    if (version := triton_version()) is None:
+        return OLDEST_TRITON
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
 @functools.cache

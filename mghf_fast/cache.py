@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.metadata
 import json
 import os
 import sys
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from .backends import triton_version
 
 FORMAT = 1
 NAME = "kernels.json"
@@ -42,13 +43,6 @@ def path() -> Path:
     return folder() / NAME
 
 
-def _triton() -> str:
-    for package in ("triton", "pytorch-triton"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            return importlib.metadata.version(package)
-    return "none"
-
-
 @functools.cache
 def identity(device: torch.device) -> str:
     """The GPU and all that what is measured on it depends on."""
@@ -60,7 +54,7 @@ def identity(device: torch.device) -> str:
         with contextlib.suppress(Exception):  # private, and not in every build
             driver = int(getattr(torch._C, "_cuda_getDriverVersion")())  # noqa: B009
     return (
-        f"{name}, driver {driver}, torch {torch.__version__}, triton {_triton()}, "
+        f"{name}, driver {driver}, torch {torch.__version__}, triton {triton_version()}, "
         f"mghf_fast {__version__}"
     )
 

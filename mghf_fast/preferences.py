@@ -37,10 +37,10 @@ class Rule(NamedTuple):
         )
 
 
-# An H200 found CUDA's monce twice as fast for 81 patches a map, Triton's for 441, and of the plans
+# An H200 found CUDA's monce twice as fast for 100 patches a map, Triton's for 441, and of the plans
 # alone in half precision Triton's for 441; bounds are the geometric mean of what was measured. From
 # 641 patches on a matrix is on no cluster's chip, and CUDA's monce streams it through one block.
-MANY = 190
+MANY = 210
 ON_CHIP = 641
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -50,6 +50,8 @@ RULES = (
 )
 
 DEFAULT = ("cuda", "triton")
+DEVICES = ("cuda",)
+"""Types of devices that can be tuned."""
 
 
 def size_of(op: str, shape: Sequence[int]) -> int:
@@ -72,7 +74,7 @@ def preferred_kernels(
 def tuned(device: torch.device) -> tuple[Rule, ...]:
     """The rules that `mghf-fast tune` has found for a GPU, none before or where they do not make
     sense."""
-    if device.type != "cuda":
+    if device.type not in DEVICES:
         return ()
     try:
         found = cache.known(device)["tuned"]["rules"]

@@ -35,13 +35,14 @@ kernels as they are now. ``tests/test_trials.py`` holds the sources to what was 
 
 TRIED = ("cuda", "triton")
 DEVICES = ("cuda",)
+"""Backends, and types of devices, on which a kernel is tried."""
 RESULT, GRADIENT, HALF = 1e-4, 1e-3, 2e-2
 """Largest relative L2 errors of a result and a gradient in float32, and of both in half
 precision: far above any rounding, far below any fault."""
 
 
 class Outcome(NamedTuple):
-    """Of a trial: relative L2 errors of the result and, if there is one, of the gradient; and what
+    """Relative L2 errors of a trial's result and, if there is one, of its gradient; and what
     went wrong, in words, or None."""
 
     errors: tuple[float, ...]

@@ -195,6 +195,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Measures and writes the table, or clears it."""
     if arguments.clear:
         file = cache.clear()
+        preferences.forget()
         trials.forget()
         sys.stdout.write(
             f"There was nothing at {cache.path()}.\n" if file is None else f"Deleted: {file}\n"

@@ -85,7 +85,7 @@ def _triton_files(op: str, text_of: Read) -> dict[str, str]:
 
 
 def digest(backend: str, op: str, text_of: Read = read) -> str:
-    """Of all files that the kernels of an op are made from: 16 hexadecimal digits."""
+    """A digest of all files that an op's kernels are made from, 16 hexadecimal digits."""
     files = _cuda_files(op, text_of) if backend == "cuda" else _triton_files(op, text_of)
     whole = hashlib.sha256()
     for path in sorted(files):

@@ -60,7 +60,7 @@ class Kernel:
         return sum(self.instructions.count(m) for m in mnemonics)
 
     def tensor_share(self) -> float:
-        """Of the instructions in the loops that hold tensor instructions; what is in a loop within
+        """Their share of the instructions in the loops that hold some; what is in a loop within
         belongs to that one."""
         tensor = total = 0
         for first, last in self.loops:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import draws
@@ -178,3 +180,26 @@ def test_pairs_that_are_none(tmp_path: Path) -> None:
     Image.new("RGB", (96, 90)).save(high / "1.png")
     with pytest.raises(ValueError, match="1: HR must be a whole multiple of LR, got 96 x 90 for"):
         calibrate.load(low, high, 48)
+
+
+def test_the_page_says_what_its_result_says() -> None:
+    from benchmarks.report import ROOT
+    from benchmarks.studies import weights
+
+    page = (ROOT / "docs" / "integrations.md").read_text()
+    (name,) = set(re.findall(r"results/([\w.-]+-weights\.json)", page))
+    result = json.loads((ROOT / "benchmarks" / "results" / name).read_text())
+    assert weights.table(result["ratios"]) in page, "python -m benchmarks.studies.weights"
+    # And what the text makes of it: the medians of the network as it ships and 300 steps later.
+    for title, line in re.findall(
+        r"^\| (.+?)(?: \(the defaults\))? \| ([\d.]+ to [\d.]+) times L1", page, re.M
+    ):
+        trained = [
+            row["ratio"]
+            for row in result["ratios"]
+            if row["loss"].startswith(title.split(", of its")[0]) and row["network"] != "untrained"
+        ]
+        low, high = (float(number) for number in line.split(" to "))
+        assert trained, title
+        assert low == pytest.approx(0.1 * min(trained), rel=0.12)
+        assert high == pytest.approx(0.1 * max(trained), rel=0.12)

@@ -231,7 +231,7 @@ def _rank(rank: int, folder: str) -> None:
 
 @pytest.mark.parametrize("batch", [2, 3])
 def test_gather_takes_the_batch_over_all_ranks(batch: int, tmp_path: Path) -> None:
-    """Of 3 images one rank has one, the other two, as in an epoch's last batch."""
+    """One rank has one of 3 images, the other two, as in an epoch's last batch."""
     sr, gt = images(batch, 3, 16, 16)
     torch.save((sr, gt), tmp_path / "pair.pt")
     mp.spawn(_rank, (str(tmp_path),), nprocs=2)

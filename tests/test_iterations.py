@@ -61,8 +61,8 @@ def test_the_rule_of_before_kept_maps_running(loss: MGHFLoss, picture: Tensor) -
 
 @pytest.mark.parametrize("rate", [0.9, 0.5, 0.1, 1e-3])
 def test_what_is_left(rate: float) -> None:
-    """Of changes that fall evenly no more than promised is left, nor are they watched for much
-    longer than that takes, whatever rounding adds to them."""
+    """Where changes fall evenly no more than promised is left, nor are they watched for much longer
+    than that takes, whatever rounding adds to them."""
     changes = 0.3 * rate ** np.arange(200)
     rounded = changes + 2e-6 * (1 + np.random.default_rng(0).random(200)) / 2
     for spreads, most in ((changes, 1.001), (rounded, 2)):  # a fifth of CLEAN is rounding here
@@ -80,13 +80,12 @@ def test_bounds_of_the_rule() -> None:
 
 
 def test_twins() -> None:
-    """The three kernels have the constants of the rule that is tested here."""
+    """The kernels have the constants of the rule that is tested here."""
     wanted = (iterations.CLEAN, iterations.FASTEST, iterations.REST)
-    for file in ("cpu", "cuda"):
-        text = (ROOT / f"csrc/{file}/sinkhorn_settling.h").read_text()
-        names = ("kClean", "kFastest", "kRest")
-        given = [re.search(rf"{name} = ([\de.-]+)f;", text) for name in names]
-        assert tuple(float(x[1]) for x in given if x) == wanted
+    text = (ROOT / "csrc/common/sinkhorn_settling.h").read_text()
+    names = ("kClean", "kFastest", "kRest")
+    given = [re.search(rf"{name} = ([\de.-]+)f;", text) for name in names]
+    assert tuple(float(x[1]) for x in given if x) == wanted
     text = (ROOT / "kernels/sinkhorn_potentials.py").read_text()
     given = [
         re.search(rf"^{name} = tl.constexpr\(([\de.-]+)\)", text, re.M)

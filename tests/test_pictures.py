@@ -114,7 +114,7 @@ def test_sizes_come_from_the_header(tmp_path: Path) -> None:
 
 
 def test_a_crop_reads_a_crop(tmp_path: Path) -> None:
-    """Of a large picture no float copy is made, and no second one of the whole."""
+    """No float copy of a large picture is made, and no second one of the whole."""
     path = tmp_path / "large.png"
     Image.fromarray(np.zeros((3000, 3000, 3), np.uint8)).save(path)
     read_float = []

@@ -260,7 +260,7 @@ def test_bad_input() -> None:
 def test_many_programs_of_a_map_on_triton(
     n: int, epsilon: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of large maps the first iterations are passes of their own: they end where those of a single
+    """The first iterations of large maps are passes of their own: they end where those of a single
     program end, with its potentials; a matrix of NaN is one, and the small epsilon leaves the sums
     that a pass can take."""
     from mghf_fast.kernels import sinkhorn_potentials as kernels

@@ -357,7 +357,7 @@ def test_the_study_end_to_end(
     assert {row["objective"] for row in result["grid"]["rows"]} == {
         "gt", "l1", *OBJECTIVES, "vgg",
     }  # fmt: skip
-    assert f"Judged later, on {added['opened']}" in (out / "features.md").read_text()
+    assert f"Added on {added['opened']}" in (out / "features.md").read_text()
 
     assert study.main([*words, "--steps", "3", "--only", "train"]) == 2
     assert "holds a study with steps 2, here it is 3" in capsys.readouterr().err

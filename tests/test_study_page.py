@@ -80,8 +80,8 @@ def test_what_is_not_reached_is_told() -> None:
 
 
 def test_the_interval_covers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a true difference of 0 between seeds and pictures the interval leaves it out in about one
-    of twenty draws."""
+    """The interval leaves a true difference of 0 between seeds and pictures out in about one of
+    twenty draws."""
     random = np.random.default_rng(0)
     psnr = np.broadcast_to(np.array([25.0, 24.7, 24.5])[None, :, None], (8, 3, 40))
     outside = 0
@@ -259,7 +259,7 @@ def test_the_page_is_a_function_of_the_result() -> None:
     assert "-0.0300 (-0.0350 to -0.0250) |" in text and "middle 256 x 256 pixels" in text
     assert page.generate(source, None).count("Not measured yet.") == len(page.BLOCKS)
     closed = page.generate(source, result | {"test": None, "cost": None})
-    assert "Judged later, on another day, and compared" in text
+    assert "Added on another day, with all that was judged before" in text
     assert (
         "| truth | 1.01 |  |  |" in text and "| + MGHF-c, trained features |  | 2.50 |  |" in text
     )

@@ -170,6 +170,29 @@ def test_it_measures_and_writes(
     assert "There was nothing" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("faster", ["cpu", "reference"])
+def test_the_op_runs_on_what_was_faster(
+    two_kernels: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    faster: str,
+) -> None:
+    """The command, the file and the choice of a later call in one; cleared, it is as before."""
+    x = torch.zeros(1, 128, 12, 12)
+    assert OPS["gram"].preferred(x) == "cpu"
+    backends = iter([backend for *_, backend in tune.works()])
+
+    def seconds(call: Any, device: torch.device) -> float:
+        return 1.0 if next(backends) == faster else 2.0
+
+    monkeypatch.setattr(preferences, "DEVICES", ("cpu",))
+    monkeypatch.setattr(tune, "seconds", seconds)
+    assert main(["tune"]) == 0
+    assert OPS["gram"].preferred(x) == faster
+    assert main(["tune", "--clear"]) == 0
+    assert OPS["gram"].preferred(x) == "cpu"
+
+
 def test_what_fails_is_told_and_the_rest_measured(
     two_kernels: None,
     monkeypatch: pytest.MonkeyPatch,

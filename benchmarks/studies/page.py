@@ -148,7 +148,8 @@ def test_pictures(result: Result) -> str:
             )
     crop = f", the middle {facts['crop']} x {facts['crop']} pixels" if facts["crop"] else ""
     later = "".join(
-        f" Judged later, on {each['opened']}, and compared with nothing before: "
+        f" Added on {each['opened']}, with all that was judged before left as it "
+        + "was: "
         + "; ".join(result["titles"][name] for name in each["objectives"])
         + "."
         for each in facts["added"]

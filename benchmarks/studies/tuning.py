@@ -26,7 +26,7 @@ FIRST_BATCHES = 4
 """On which gradients' lengths are compared."""
 WEIGHT_SEED = 0
 PREPARATION_SEED = 1000
-"""Of the batches from which a term learns before its first use; no training's."""
+"""The seed of the batches from which a term learns before its first use; no training's."""
 
 
 @dataclass(frozen=True)

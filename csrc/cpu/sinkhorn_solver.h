@@ -12,9 +12,9 @@
 // the new a and b. epsilon = 1 never needs that; 0.01 may, on widely spread similarities.
 #pragma once
 
+#include "../common/sinkhorn_settling.h"
 #include "arena.h"
 #include "sinkhorn.h"
-#include "sinkhorn_settling.h"
 #include "vector.h"
 
 namespace mghf {

@@ -1104,7 +1104,7 @@ struct Run {
     return image;
   }
 
-  // Of `rows` of x and of the result.
+  // For `rows` of x and of the result.
   template <class P, int kKernel, class Result>
   const char* mix(const Channels<T>& x, MutableChannels<Result> result, const uint4* weights,
                   const float* bias, int64_t terms, const Rows& rows) const {
@@ -1252,7 +1252,7 @@ struct Run {
     const int64_t c = shape.channels / 2, wide = 2 * half();
     const auto take = [&] { return Features<T>{arena.take<T>(pixels() * wide), wide}; };
     const auto second = [&](const Features<T>& f) { return Features<T>{f.data + half(), wide}; };
-    // Of the rows that a product of a 3x3 mix reaches.
+    // Rows beyond its own that a product of a 3x3 mix reaches.
     const int reach = shape.kernel == 3 ? 1 : 0;
     const Features<T> z = take(), d = take();
     // What comes last takes the place of the gradients of rho and eta.

@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kGradientThreads, 2)
         }
         __syncthreads();
       }
-      // Of a chunk; added to the sums outside of the tensor cores, which cut off at every addition.
+      // The sums of a chunk, added to the sums outside of the tensor cores, which cut off at every addition.
       float parts[2][2][4] = {};
       const int depths_of_chunk = (maps_of_chunk + 7) / 8;
       MGHF_UNROLL(2)

@@ -17,7 +17,7 @@ namespace mghf::cuda {
 
 constexpr unsigned kAllLanes = ~0u;
 
-// Of a TF32 tensor cores read the sign, the exponent and 10 bits after the point; what a register has
+// Tensor cores read the sign of a TF32, its exponent and 10 bits after the point; what a register has
 // below these is not looked at.
 constexpr uint32_t kBitsOfTf32 = ~uint32_t{0x1fff};
 

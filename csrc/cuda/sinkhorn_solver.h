@@ -26,7 +26,8 @@
 
 #include "powers.h"
 #include "sinkhorn.h"
-#include "sinkhorn_settling.h"
+
+#include "../common/sinkhorn_settling.h"  // after what defines __device__
 
 namespace mghf::cuda {
 
@@ -228,7 +229,7 @@ struct Range {
     most = most_of(most, x);
   }
 };
-// Of what the exchange of the column sums gave, and of the changes that came of it.
+// The ranges of what the exchange of the column sums gave, and of the changes that came of it.
 struct Ranges {
   Range numbers{INFINITY, -INFINITY}, changes{INFINITY, -INFINITY};
 };

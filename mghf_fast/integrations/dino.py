@@ -20,7 +20,7 @@ from .._checks import check_choice, check_integer, check_tensor
 __all__ = ["Embedder", "from_hub", "from_timm", "from_transformers"]
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of ImageNet's pictures in [0, 1], with which DINO-v2 was trained."""
+"""Mean and deviation of ImageNet's pictures in [0, 1], with which DINO-v2 was trained."""
 TOKENS = ("class", "patch")
 RANGES = ("0,1", "-1,1")
 

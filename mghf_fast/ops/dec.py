@@ -60,8 +60,8 @@ def _triton_backward(
 
 
 LEAST_TEMPERATURE = 0.013
-"""Of the kernels. They add up exp(cos / t) as it is: at this temperature float32 holds the sums of
-45,000 patches that are all alike. The reference scales every row by its largest term."""
+"""What the kernels take. They add up exp(cos / t) as it is: at this temperature float32 holds the
+sums of 45,000 patches that are all alike. The reference scales every row by its largest term."""
 
 
 def _for_temperatures(can_run: Callable[..., str | None]) -> Callable[..., str | None]:

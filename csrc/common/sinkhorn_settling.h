@@ -1,6 +1,13 @@
-// When Sinkhorn's iterations have nothing left to do. Twins: csrc/cuda/sinkhorn_settling.h and
-// settle() of kernels/sinkhorn_potentials.py; benchmarks/iterations.py shows what they come to.
+// When Sinkhorn's iterations have nothing left to do, on the CPU and on CUDA. Twin: settle() of
+// kernels/sinkhorn_potentials.py; benchmarks/iterations.py shows what it comes to.
 #pragma once
+
+// CUDA's sources have included what defines __device__, their host build too.
+#if defined(__CUDACC__) || defined(__device__)
+#define MGHF_ALSO_ON_DEVICE __device__ __forceinline__
+#else
+#define MGHF_ALSO_ON_DEVICE
+#endif
 
 namespace mghf {
 namespace {
@@ -18,8 +25,8 @@ struct Settling {
 
   float previous = 1, rest = 1, rate = 1;
 
-  // Of iterations 1, 2, ...; not true of the first. NaN never settles.
-  bool settled(int t, float spread) {
+  // To be asked after iterations 1, 2, ...; false after the first. NaN never settles.
+  MGHF_ALSO_ON_DEVICE bool settled(int t, float spread) {
     if (previous > kClean) {
       rate = spread / previous;
       rate = rate < kFastest ? kFastest : rate;
@@ -34,3 +41,5 @@ struct Settling {
 
 }  // namespace
 }  // namespace mghf
+
+#undef MGHF_ALSO_ON_DEVICE
