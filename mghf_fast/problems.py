@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,8 @@ from torch import Tensor
 Run = Callable[[tuple[Tensor, ...], str | None], Tensor]
 
 CHANNELS, PATCH_SIZE, STRIDE = 128, 32, 24
+DRAWN: Any = {"device": "cpu", "dtype": torch.float32}
+"""Whatever the defaults of the program that asks."""
 
 
 @dataclass(frozen=True)
@@ -53,15 +56,15 @@ def _generator() -> torch.Generator:
 def _features(batch: int, side: int, count: int = 1, channels: int = CHANNELS) -> list[Tensor]:
     """Stacks that resemble each other."""
     shape = (batch, channels, side, side)
-    first = torch.randn(shape, generator=_generator(), device="cpu")
+    first = torch.randn(shape, generator=_generator(), **DRAWN)
     if count == 1:
         return [first]
-    other = torch.randn(shape, generator=_generator().manual_seed(1), device="cpu")
+    other = torch.randn(shape, generator=_generator().manual_seed(1), **DRAWN)
     return [first, 0.8 * first + 0.6 * other]
 
 
 def _embeddings(maps: int, patches: int) -> tuple[Tensor, Tensor]:
-    query, noise = torch.randn(2, maps, patches, 64, generator=_generator(), device="cpu")
+    query, noise = torch.randn(2, maps, patches, 64, generator=_generator(), **DRAWN)
     return F.normalize(query, dim=2), F.normalize(query + 0.5 * noise, dim=2)
 
 
@@ -70,10 +73,10 @@ def _coupling_tensors(batch: int, side: int) -> tuple[Tensor, ...]:
 
     def kernel(*shape: int) -> Tensor:
         fan_in = shape[1] * shape[2] * shape[3]
-        return torch.randn(shape, generator=generator, device="cpu") / fan_in**0.5
+        return torch.randn(shape, generator=generator, **DRAWN) / fan_in**0.5
 
-    mix = torch.linalg.qr(torch.randn(CHANNELS, CHANNELS, generator=generator, device="cpu"))[0]
-    weights = [mix[..., None, None], torch.zeros(CHANNELS, device="cpu")]
+    mix = torch.linalg.qr(torch.randn(CHANNELS, CHANNELS, generator=generator, **DRAWN))[0]
+    weights = [mix[..., None, None], torch.zeros(CHANNELS, **DRAWN)]
     for _ in range(3):
         weights += [kernel(CHANNELS, half, 1, 1), kernel(CHANNELS, 1, 3, 3)]
         weights += [0.3 * kernel(half, CHANNELS, 1, 1)]
@@ -134,9 +137,9 @@ def patches(batch: int, side: int) -> Problem:
         )
 
     generator = _generator()
-    first = torch.randn(128, PATCH_SIZE**2, generator=generator, device="cpu") / PATCH_SIZE
-    second = torch.randn(64, 128, generator=generator, device="cpu") / 128**0.5
-    zeros = torch.zeros(128, device="cpu"), torch.zeros(64, device="cpu")
+    first = torch.randn(128, PATCH_SIZE**2, generator=generator, **DRAWN) / PATCH_SIZE
+    second = torch.randn(64, 128, generator=generator, **DRAWN) / 128**0.5
+    zeros = torch.zeros(128, **DRAWN), torch.zeros(64, **DRAWN)
     return Problem(
         "patches", run, (*_features(batch, side, channels=32), first, zeros[0], second, zeros[1])
     )
@@ -167,7 +170,7 @@ def dec(batch: int, side: int) -> Problem:
     def run(tensors: tuple[Tensor, ...], backend: str | None) -> Tensor:
         return functional.dec_loss(*tensors, backend=backend)
 
-    gt = torch.rand(batch, 3, side, side, generator=_generator(), device="cpu")
+    gt = torch.rand(batch, 3, side, side, generator=_generator(), **DRAWN)
     sr = (0.9 * gt + 0.1 * gt.flip(3)).clone()
     return Problem("dec", run, (sr, gt), exact=torch.float32)
 

@@ -247,6 +247,20 @@ def test_a_trial_in_the_middle_of_anything(on_trial: Path) -> None:
         assert on_trial.exists()
 
 
+def test_a_trial_under_another_default_type(on_trial: Path) -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            training_step()
+    finally:
+        torch.set_default_dtype(before)
+    (machine,) = json.loads(on_trial.read_text())["machines"].values()
+    assert "cpu coupling bfloat16" in machine["trials"]
+    assert all(row["failure"] is None for row in machine["trials"].values())
+
+
 def test_the_doctor_lists_them(on_trial: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     training_step()
     facts = {
