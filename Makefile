@@ -106,7 +106,7 @@ triton-resources: $(STAMPS)/dev  ## compile the Triton kernels ahead of time: th
 	test -d build/triton-$(OLD_TRITON) || $(BIN)/python -m pip install --quiet --no-deps \
 	    --target build/triton-$(OLD_TRITON) triton==$(OLD_TRITON)
 	for path in "" build/triton-$(OLD_TRITON); do \
-	    PYTHONPATH=$$path $(BIN)/python -W ignore -m mghf_fast.kernels.resources $(ARGS) || failed=1; \
+	    PYTHONPATH=$$path $(BIN)/python -W ignore -m tools.resources $(ARGS) || failed=1; \
 	done; test -z "$$failed"
 
 # CUDA's compilers come complete as Python packages from version 13 on; nothing here needs a GPU or a
@@ -129,7 +129,7 @@ cuda: $(STAMPS)/dev build/toolkits/$(CUDA_TOOLKIT)/installed  ## compile the CUD
 	    -DCMAKE_CUDA_COMPILER=$(call toolkit,$(CUDA_TOOLKIT))/bin/nvcc \
 	    -DMGHF_WERROR=$(or $(MGHF_WERROR),0) -DMGHF_TORCH_DIRECTORY=$$torch
 	$(BIN)/cmake --build build/cuda --target mghf_fast_cuda
-	$(BIN)/python -W ignore -m mghf_fast.kernels.native_resources build/cuda/libmghf_fast_cuda.so $(ARGS)
+	$(BIN)/python -W ignore -m tools.native_resources build/cuda/libmghf_fast_cuda.so $(ARGS)
 
 # The CUDA sources as C++ for the host: as they are, for the tests of every backend too, and under the
 # thread and address sanitizers.
@@ -153,7 +153,7 @@ gpu:  ## test and measure on this machine's NVIDIA GPU: ARGS="--quick --baseline
 	rm -rf $(GPU_SITE) && mkdir -p $(GPU_SITE)/mghf_fast
 	ln -s $(CURDIR)/mghf_fast/* $(GPU_SITE)/mghf_fast/
 	ln -sfn $(CURDIR)/kernels $(GPU_SITE)/mghf_fast/kernels
-	ln -s $(CURDIR)/benchmarks $(GPU_SITE)/
+	ln -s $(CURDIR)/benchmarks $(CURDIR)/tools $(GPU_SITE)/
 	cp -r tests pyproject.toml $(GPU_SITE)/
 	$(if $(GPU_WHEELS),$(PYTHON) -m pip install --quiet --no-index --no-deps --target $(GPU_SITE) $(GPU_WHEELS)/*.whl)
 	cd $(GPU_SITE) && PYTHONPATH=$(abspath $(GPU_SITE)) $(PYTHON) -m benchmarks.gpu_setup $(ARGS)
@@ -186,7 +186,7 @@ wheels: $(STAMPS)/dev $(if $(MGHF_CUDA_HOME),,$(CUDA:%=build/toolkits/%/installe
 	    MGHF_NATIVE=1 MGHF_CUDA=1 MGHF_CUDA_HOME=$$home $(make_wheel) build/wheels . || exit 1; \
 	done
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair --exclude 'libtorch*' --wheel-dir dist build/wheels/*.whl
-	$(BIN)/python tests/audit_wheels.py dist/mghf_fast-$$($(BIN)/python -c 'import mghf_fast; print(mghf_fast.__version__)')*.whl
+	$(BIN)/python tools/audit_wheels.py dist/mghf_fast-$$($(BIN)/python -c 'import mghf_fast; print(mghf_fast.__version__)')*.whl
 
 # A wheel made with kernels, in an environment of its own and away from the source tree.
 wheel-check: $(STAMPS)/venv  ## build the wheel, install it in an empty environment, try it there
@@ -195,7 +195,7 @@ wheel-check: $(STAMPS)/venv  ## build the wheel, install it in an empty environm
 	    --wheel-dir build/wheel-check .
 	$(BIN)/python -m venv build/wheel-check/venv
 	build/wheel-check/venv/bin/python -m pip install --quiet "$(TORCH)" build/wheel-check/*.whl
-	cp tests/smoke_test.py build/wheel-check/
+	cp tools/smoke_test.py build/wheel-check/
 	cd / && $(abspath build/wheel-check/venv/bin/python) -I $(abspath build/wheel-check/smoke_test.py) kernels
 	rm -rf build/wheel-check/venv
 
@@ -204,7 +204,7 @@ wheel-check: $(STAMPS)/venv  ## build the wheel, install it in an empty environm
 PYTHONS ?= $(PYTHON)
 TORCHES ?= $(TORCH:torch==%=%)
 wheel-matrix:  ## try the wheels in dist/: PYTHONS="python3.11 python3.12" TORCHES="2.11.0 2.13.0"
-	$(PYTHON) tests/wheel_matrix.py dist/*.whl --python $(PYTHONS) --torch $(TORCHES)
+	$(PYTHON) tools/wheel_matrix.py dist/*.whl --python $(PYTHONS) --torch $(TORCHES)
 
 clean:  ## remove what was built (not $(VENV), not dist/)
 	rm -rf build mghf_fast/lib mghf_fast.egg-info

@@ -5,9 +5,9 @@ from torch import Tensor
 
 from benchmarks.cases import Shape, features, measured, standard_forms
 from mghf_fast import functional
+from mghf_fast.commands.table5.workloads import CHANNELS
 from mghf_fast.losses import PRESETS
 from mghf_fast.reference import content_style
-from mghf_fast.workloads import CHANNELS
 
 OPTIONS = (CHANNELS // 2, PRESETS["2026"].alpha, PRESETS["2026"].gamma, 256, "channel")
 

@@ -4,8 +4,8 @@ from torch import Tensor
 
 from benchmarks.cases import features, measured, standard_forms
 from mghf_fast import functional
+from mghf_fast.commands.table5.workloads import CHANNELS, paper_extractor
 from mghf_fast.reference import coupling
-from mghf_fast.workloads import CHANNELS, paper_extractor
 
 (BLOCK,) = paper_extractor().blocks
 WEIGHTS = BLOCK.weights()  # type: ignore[operator]

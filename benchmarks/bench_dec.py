@@ -5,8 +5,8 @@ from torch import Tensor
 
 from benchmarks.cases import SIZES, TRAINING, Shape, measured, standard_forms
 from mghf_fast import functional
+from mghf_fast.commands.table5.workloads import image_pair
 from mghf_fast.reference import dec
-from mghf_fast.workloads import image_pair
 
 LARGE = Shape(2, 512)
 

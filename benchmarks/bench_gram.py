@@ -4,8 +4,8 @@ from torch import Tensor
 
 from benchmarks.cases import features, measured, standard_forms
 from mghf_fast import functional
+from mghf_fast.commands.table5.workloads import CHANNELS
 from mghf_fast.reference import gram
-from mghf_fast.workloads import CHANNELS
 
 
 def reference(x: Tensor) -> Tensor:

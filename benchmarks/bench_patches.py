@@ -4,8 +4,8 @@ from torch import Tensor
 
 from benchmarks.cases import features, measured, standard_forms
 from mghf_fast import functional
+from mghf_fast.commands.table5.workloads import CHANNELS, PATCH_SIZE, STRIDE, projection_weights
 from mghf_fast.reference import patches
-from mghf_fast.workloads import CHANNELS, PATCH_SIZE, STRIDE, projection_weights
 
 WEIGHTS = projection_weights()
 

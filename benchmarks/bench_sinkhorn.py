@@ -12,8 +12,8 @@ from torch import Tensor
 
 from benchmarks.cases import PAPER, QUICK, Form, Shape, embeddings, measured, standard_forms
 from mghf_fast import functional
+from mghf_fast.commands.table5.workloads import CHANNELS
 from mghf_fast.reference import sinkhorn
-from mghf_fast.workloads import CHANNELS
 
 ITERATIONS = 50
 

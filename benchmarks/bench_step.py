@@ -6,7 +6,12 @@ import torch
 
 from benchmarks.cases import COMPILED, PAPER, QUICK, SIZES, TRAINING, Form, Shape, measured
 from mghf_fast import MGHFLoss
-from mghf_fast.workloads import VGG16Perceptual, image_pair, paper_extractor, reference_mghf
+from mghf_fast.commands.table5.workloads import (
+    VGG16Perceptual,
+    image_pair,
+    paper_extractor,
+    reference_mghf,
+)
 
 HALF = (QUICK, PAPER, TRAINING)
 

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import cases, report, results
 from benchmarks.cases import Case, Shape
-from mghf_fast.measure import Measurement
+from mghf_fast.commands.table5.measure import Measurement
 
 EXPECTED = ("out of memory", "over ", "is not installed")
 TRIALS = report.ROOT / "build" / "bench"

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from mghf_fast.workloads import CHANNELS, PATCH_SIZE
+from mghf_fast.commands.table5.workloads import CHANNELS, PATCH_SIZE
 
 from .cases import Shape
 

@@ -22,9 +22,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mghf_fast import cost, workloads
 from mghf_fast.backends import current_backend, use_backend
-from mghf_fast.measure import Measurement
+from mghf_fast.commands.table5 import cost, workloads
+from mghf_fast.commands.table5.measure import Measurement
 from mghf_fast.ops import OPS, _dispatch
 
 from . import cases, gpu_profile, gpu_variants, results

@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mghf_fast import MGHFLoss
-from mghf_fast.demo import photographs
-from mghf_fast.demo.settings import DemoError
+from mghf_fast.commands.demo import photographs
+from mghf_fast.commands.demo.settings import DemoError
 
 Array = npt.NDArray[Any]
 Spreads = npt.NDArray[np.float64]

@@ -3,7 +3,7 @@
     python -m benchmarks.launches [--backend triton] [--shape 1x3x512x512] [--write]
 
 A whole step, forward and backward, runs on tensors of the device "meta", which have shapes and no
-memory. Triton's launches are noted in place of being compiled, as for `kernels/cases.py`; those of
+memory. Triton's launches are noted in place of being compiled, as for `tools/cases.py`; those of
 the CUDA kernels are counted by their host build (`make cuda-host`), which then runs nothing. Each
 operation of PyTorch that computes counts as one launch, which it is or is not by a few. Memory is
 that of all tensors alive, and of an op's workspace, above the two images. What Triton's `monce`
@@ -32,9 +32,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mghf_fast import backends, native
+from mghf_fast.commands.table5.workloads import paper_extractor
 from mghf_fast.losses import MGHFLoss
 from mghf_fast.ops import Op
-from mghf_fast.workloads import paper_extractor
 
 SHAPES = ((1, 3, 512, 512), (1, 3, 1024, 1024), (16, 3, 256, 256), (32, 3, 64, 64))
 EXTRACTORS = ("perceptual-v1", "paper")
@@ -184,7 +184,7 @@ def _backend(name: str, counter: _Counter, module: Any) -> Iterator[None]:
             import triton
             from triton import knobs
 
-            from mghf_fast.kernels.cases import _NoDevice
+            from tools.cases import _NoDevice
 
             def note(**_: Any) -> bool:
                 counter.note()

@@ -9,7 +9,6 @@ those of CUDA. They must fit this torch.
 from __future__ import annotations
 
 import functools
-import importlib.resources
 import importlib.util
 import json
 import os
@@ -151,21 +150,3 @@ def build_facts(library: Path | None = None) -> dict[str, Any]:
         return {}
     facts: dict[str, Any] = json.loads(file.read_text())
     return facts
-
-
-def cuda_resources() -> dict[str, Any] | None:
-    """Registers a thread, shared memory and spills of the CUDA kernels, the most of all kernels and
-    architectures, as measured when they were released; ``None`` for another compiler's."""
-    facts = build_facts(cuda_library()).get("cuda") or {}
-    version = ".".join(facts.get("version", "").split(".")[:2])
-    if is_bare_source_tree():
-        return None
-    package = importlib.resources.files("mghf_fast.kernels")
-    file = package / "resources" / f"nvcc-{version}.json"
-    if not version or not file.is_file():
-        return None
-    table: dict[str, dict[str, Any]] = json.loads(file.read_text())
-    table.pop("sources", None)
-    found = [row for kernel in table.values() for row in kernel.values()]
-    most = {key: max(row[key] for row in found) for key in found[0]}
-    return {"kernels": len(table), **most}

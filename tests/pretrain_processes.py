@@ -25,8 +25,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch._dynamo  # noqa: F401  a first step would import it, in every process
 
-from mghf_fast import cli
-from mghf_fast.pretrain import batches, card, checkpoint, train
+from mghf_fast.commands import cli
+from mghf_fast.commands.pretrain import batches, card, checkpoint, train
 
 SMALL = "--size 16 --batch 4 --channels 4 --stages 4 --held-out 8 --workers 0 --threads 1"
 OFTEN = "--log-every 4 --evaluate-every 10 --checkpoint-every 3"

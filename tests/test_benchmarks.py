@@ -19,7 +19,7 @@ from contract import relative_error
 
 from benchmarks import cases, report, results, short, text
 from benchmarks.cases import Shape
-from mghf_fast.measure import Measurement
+from mghf_fast.commands.table5.measure import Measurement
 
 CASES = cases.load_all()
 TINY = cases.WARM_UP

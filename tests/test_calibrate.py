@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mghf_fast import MGHFLoss, calibrate, cli
+from mghf_fast import MGHFLoss
+from mghf_fast.commands import cli
+from mghf_fast.commands.calibrate import command as calibrate
 from mghf_fast.integrations.calibrate import measure, weight_for
 
 

@@ -8,7 +8,7 @@ import types
 
 import pytest
 
-from mghf_fast import cli
+from mghf_fast.commands import cli
 
 
 def _command(monkeypatch: pytest.MonkeyPatch, run: object) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mghf_fast import cost
-from mghf_fast.cost import Setting
+from mghf_fast.commands.table5 import cost
+from mghf_fast.commands.table5.cost import Setting
 
 PAPER = Setting()
 ROWS = {row.key: row for row in cost.table5()}

@@ -18,8 +18,9 @@ pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
 Image = pytest.importorskip("PIL.Image")
 
-from mghf_fast import MGHFLoss, cli, weights  # noqa: E402
-from mghf_fast.demo import (  # noqa: E402
+from mghf_fast import MGHFLoss, weights  # noqa: E402
+from mghf_fast.commands import cli  # noqa: E402
+from mghf_fast.commands.demo import (  # noqa: E402
     DemoError,
     DemoSettings,
     losses,
@@ -28,17 +29,17 @@ from mghf_fast.demo import (  # noqa: E402
     run,
     train,
 )
-from mghf_fast.demo.degradation import blur, degrade, gaussian_kernel, reduce  # noqa: E402
-from mghf_fast.demo.memory import PeakMemory, resident_bytes  # noqa: E402
-from mghf_fast.demo.metrics import Quality, measure, radial_power  # noqa: E402
-from mghf_fast.demo.network import (  # noqa: E402
+from mghf_fast.commands.demo.degradation import blur, degrade, gaussian_kernel, reduce  # noqa: E402
+from mghf_fast.commands.demo.memory import PeakMemory, resident_bytes  # noqa: E402
+from mghf_fast.commands.demo.metrics import Quality, measure, radial_power  # noqa: E402
+from mghf_fast.commands.demo.network import (  # noqa: E402
     START_NAME,
     CompactEDSR,
     shipped_start,
     upsample_bicubic,
 )
-from mghf_fast.demo.settings import random_source  # noqa: E402
-from mghf_fast.evaluate.stlpips import unavailable_reason  # noqa: E402
+from mghf_fast.commands.demo.settings import random_source  # noqa: E402
+from mghf_fast.commands.evaluate.stlpips import unavailable_reason  # noqa: E402
 
 
 def picture(height: int = 128, width: int = 144, seed: int = 0) -> photographs.Pixels:
@@ -401,7 +402,7 @@ def test_a_run_writes_its_report_and_repeats(
 def test_a_run_without_the_judge_says_so(
     album: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("mghf_fast.demo.pipeline.find_judge", lambda: None)
+    monkeypatch.setattr("mghf_fast.commands.demo.pipeline.find_judge", lambda: None)
     result = run(tiny(tmp_path, album, steps=1))
     assert result["decided_by"] == "hf_error"
     assert result["quality"]["L1"]["mean"]["stlpips"] is None
@@ -497,8 +498,8 @@ def test_a_failed_write_leaves_the_earlier_file(
 def test_a_missing_package_names_the_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in [n for n in sys.modules if n.startswith(("mghf_fast.demo.", "skimage"))]:
-        if name not in ("mghf_fast.demo.command", "mghf_fast.demo.settings"):
+    for name in [n for n in sys.modules if n.startswith(("mghf_fast.commands.demo.", "skimage"))]:
+        if name not in ("mghf_fast.commands.demo.command", "mghf_fast.commands.demo.settings"):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "skimage", None)
     monkeypatch.setitem(sys.modules, "skimage.metrics", None)

@@ -15,11 +15,12 @@ pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
 Image = pytest.importorskip("PIL.Image")
 
-from mghf_fast import MGHFLoss, cli  # noqa: E402
-from mghf_fast.demo import DemoError, DemoSettings, ablation, losses, objectives  # noqa: E402
-from mghf_fast.demo import run_ablation as run  # noqa: E402
-from mghf_fast.demo.network import upsample_bicubic  # noqa: E402
-from mghf_fast.evaluate.stlpips import ShiftTolerantLPIPS, unavailable_reason  # noqa: E402
+from mghf_fast import MGHFLoss  # noqa: E402
+from mghf_fast.commands import cli  # noqa: E402
+from mghf_fast.commands.demo import DemoError, DemoSettings, ablation, losses, objectives  # noqa: E402
+from mghf_fast.commands.demo import run_ablation as run  # noqa: E402
+from mghf_fast.commands.demo.network import upsample_bicubic  # noqa: E402
+from mghf_fast.commands.evaluate.stlpips import ShiftTolerantLPIPS, unavailable_reason  # noqa: E402
 
 needs_vgg = pytest.mark.skipif(unavailable_reason() is not None, reason=str(unavailable_reason()))
 
@@ -160,7 +161,7 @@ def test_without_the_package_its_rows_are_left_out_and_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(ablation, "unavailable_reason", lambda: "the package is not installed")
-    monkeypatch.setattr("mghf_fast.demo.pipeline.find_judge", lambda: None)
+    monkeypatch.setattr("mghf_fast.commands.demo.pipeline.find_judge", lambda: None)
     kept = [r for r in ablation.ROWS if r.name in (ablation.BASE, ablation.NAIVE, ablation.VGG)]
     monkeypatch.setattr(ablation, "ROWS", tuple(kept))
     result = run(tiny(tmp_path / "out", tmp_path))

@@ -12,8 +12,8 @@ pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
 pytest.importorskip("PIL.Image")
 
-from mghf_fast.demo import charts, photographs, summary, train
-from mghf_fast.demo.metrics import Quality
+from mghf_fast.commands.demo import charts, photographs, summary, train
+from mghf_fast.commands.demo.metrics import Quality
 
 # --- the headline --------------------------------------------------------------------------------
 

@@ -15,11 +15,26 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from mghf_fast import DetailFeatureExtractor, cli
-from mghf_fast.demo.network import CompactEDSR
-from mghf_fast.pretrain import distances, distortions, guards, networks, pairs, teachers, train
-from mghf_fast.pretrain.settings import DEFAULTS, OBJECTIVES, PretrainError, Settings
-from mghf_fast.pretrain.sources import MARGIN, NO_LABEL, ProceduralSource, Source, open_source
+from mghf_fast import DetailFeatureExtractor
+from mghf_fast.commands import cli
+from mghf_fast.commands.demo.network import CompactEDSR
+from mghf_fast.commands.pretrain import (
+    distances,
+    distortions,
+    guards,
+    networks,
+    pairs,
+    teachers,
+    train,
+)
+from mghf_fast.commands.pretrain.settings import DEFAULTS, OBJECTIVES, PretrainError, Settings
+from mghf_fast.commands.pretrain.sources import (
+    MARGIN,
+    NO_LABEL,
+    ProceduralSource,
+    Source,
+    open_source,
+)
 
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("stlpips_pytorch")

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from mghf_fast import doctor, native
 from mghf_fast.backends import BACKENDS
-from mghf_fast.cli import main
+from mghf_fast.commands.cli import main
+from mghf_fast.commands.doctor import examination as doctor
 
 
 def test_text(capsys: pytest.CaptureFixture[str]) -> None:
@@ -29,22 +29,6 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
         assert backend["available"] == (backend["reason"] is None), name
     assert set(facts["ops"]["sinkhorn"]) == set(BACKENDS)
     assert facts["self_check"]["reference"]["error"] <= doctor.TOLERANCE
-
-
-def test_what_the_cuda_kernels_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the table that comes with the package, of the compiler that made them."""
-    for version in ("13.0.88", "12.8.1"):
-        facts = {"cuda": {"version": version, "architectures": ["9.0"]}}
-        monkeypatch.setattr(native, "build_facts", lambda *_, facts=facts: facts)
-        found = doctor.examine()
-        text = doctor.report(found)
-        if version == "12.8.1":
-            assert found["cuda_resources"] is None and "CUDA kernels, with" not in text
-        else:
-            assert found["cuda_resources"]["kernels"] >= 38
-            assert 32 < found["cuda_resources"]["registers"] <= 255
-            assert found["cuda_resources"]["spilled_bytes"] == 0
-            assert "CUDA kernels, with at most" in text
 
 
 def test_every_op_has_the_reference() -> None:

@@ -20,9 +20,9 @@ Image = pytest.importorskip("PIL.Image")
 import skimage  # noqa: E402
 from skimage.metrics import peak_signal_noise_ratio  # noqa: E402
 
-from mghf_fast import cli  # noqa: E402
-from mghf_fast.evaluate import command, measures, metrics, niqe, pictures, stlpips  # noqa: E402
-from mghf_fast.evaluate.detail import detail  # noqa: E402
+from mghf_fast.commands import cli  # noqa: E402
+from mghf_fast.commands.evaluate import command, measures, metrics, niqe, pictures, stlpips  # noqa: E402
+from mghf_fast.commands.evaluate.detail import detail  # noqa: E402
 
 TEST_PICTURES = os.environ.get("MGHF_TEST_PICTURES")
 """A folder of test pictures: RealSR/HR and LR, and for more tests OSEDiff's outputs as
@@ -409,10 +409,10 @@ def test_a_missing_package_leaves_its_measures_out_or_is_named(
 def test_without_scikit_image_the_extra_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in [n for n in sys.modules if n.startswith("mghf_fast.evaluate.")]:
+    for name in [n for n in sys.modules if n.startswith("mghf_fast.commands.evaluate.")]:
         if not name.endswith(".command"):
             monkeypatch.delitem(sys.modules, name)
-    package = sys.modules["mghf_fast.evaluate"]
+    package = sys.modules["mghf_fast.commands.evaluate"]
     for name in ("metrics", "measures", "detail"):
         if hasattr(package, name):
             monkeypatch.delattr(package, name)

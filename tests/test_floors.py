@@ -7,7 +7,7 @@ import pytest
 from benchmarks import floors
 from benchmarks.cases import Shape
 from benchmarks.floors import Work
-from mghf_fast import cost
+from mghf_fast.commands.table5 import cost
 
 TINY = Shape(1, 64)  # 128 maps of 4096 pixels, four patches of each; 64 patches of DECLoss
 CEILINGS = {

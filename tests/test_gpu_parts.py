@@ -16,8 +16,9 @@ from gpu_runs import CASES, CEILINGS, OPS
 from benchmarks import cases, floors, gpu_parts
 from benchmarks.cases import Form, Shape
 from benchmarks.gpu_parts import AUTOTUNED, CAPTURED, LATENTS, PAPER
-from mghf_fast import backends, ops, workloads
-from mghf_fast.measure import Measurement
+from mghf_fast import backends, ops
+from mghf_fast.commands.table5 import workloads
+from mghf_fast.commands.table5.measure import Measurement
 
 
 @pytest.fixture

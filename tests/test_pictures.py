@@ -15,11 +15,11 @@ import pytest
 
 Image = pytest.importorskip("PIL.Image")
 
-from mghf_fast import rasters  # noqa: E402
-from mghf_fast.demo import photographs  # noqa: E402
-from mghf_fast.evaluate import pictures as evaluated  # noqa: E402
-from mghf_fast.pretrain import pictures as trained  # noqa: E402
-from mghf_fast.visualize import pictures as visualized  # noqa: E402
+from mghf_fast.commands import rasters  # noqa: E402
+from mghf_fast.commands.demo import photographs  # noqa: E402
+from mghf_fast.commands.evaluate import pictures as evaluated  # noqa: E402
+from mghf_fast.commands.pretrain import pictures as trained  # noqa: E402
+from mghf_fast.commands.visualize import pictures as visualized  # noqa: E402
 
 Reader = Callable[[Path], np.ndarray]
 
@@ -162,7 +162,7 @@ def test_a_closed_stdout_is_no_failure(picture: Path) -> None:
 
 
 def test_streams_of_other_kinds_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mghf_fast import cli
+    from mghf_fast.commands import cli
 
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stdout", stream)

@@ -12,10 +12,20 @@ import draws
 import pytest
 import torch
 
-from mghf_fast import DetailFeatureExtractor, cli, cost
-from mghf_fast.pretrain import batches, checkpoint, classes, distributed, network, scale, train
-from mghf_fast.pretrain.settings import PretrainError, Settings
-from mghf_fast.pretrain.sources import ProceduralSource
+from mghf_fast import DetailFeatureExtractor
+from mghf_fast.commands import cli
+from mghf_fast.commands.pretrain import (
+    batches,
+    checkpoint,
+    classes,
+    distributed,
+    network,
+    scale,
+    train,
+)
+from mghf_fast.commands.pretrain.settings import PretrainError, Settings
+from mghf_fast.commands.pretrain.sources import ProceduralSource
+from mghf_fast.commands.table5 import cost
 
 SMALL = "--size 16 --batch 4 --channels 4 --stages 4 --held-out 8 --workers 0"
 TINY = ["pretrain", *f"{SMALL} --log-every 2 --evaluate-every 4 --checkpoint-every 2".split()]

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mghf_fast import cli
-from mghf_fast.pretrain.settings import PretrainError, Settings
-from mghf_fast.pretrain.sources import Source, open_source
+from mghf_fast.commands import cli
+from mghf_fast.commands.pretrain.settings import PretrainError, Settings
+from mghf_fast.commands.pretrain.sources import Source, open_source
 
 Image = pytest.importorskip("PIL.Image")
 
-from mghf_fast.pretrain import pictures  # noqa: E402
+from mghf_fast.commands.pretrain import pictures  # noqa: E402
 
 SMALL = "--size 16 --batch 4 --channels 4 --stages 4 --held-out 4 --workers 0"
 

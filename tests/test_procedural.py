@@ -6,8 +6,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mghf_fast.pretrain import procedural, statistics
-from mghf_fast.pretrain.procedural import CLASSES, render
+from mghf_fast.commands.pretrain import procedural, statistics
+from mghf_fast.commands.pretrain.procedural import CLASSES, render
 
 
 def test_a_picture_is_a_function_of_seed_index_and_size() -> None:

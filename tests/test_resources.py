@@ -17,13 +17,13 @@ import pytest
 
 pytest.importorskip("triton")
 from mghf_fast import kernels
-from mghf_fast.kernels import native_resources, resources
-from mghf_fast.kernels.cases import CASES, Launch
+from tools import native_resources, resources
+from tools.cases import CASES, Launch
 
 OF_ALL_OPS = """
 import json
-from mghf_fast.kernels.cases import CASES
-from mghf_fast.kernels.resources import rows
+from tools.cases import CASES
+from tools.resources import rows
 found = {name: launch.kernel.__name__ for op in CASES for name, launch in rows(op, 90).items()}
 print(json.dumps(found))
 """

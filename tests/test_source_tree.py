@@ -52,7 +52,7 @@ def test_it_works_and_says_what_it_lacks(checkout: Path, interpreted: str) -> No
 
 
 def test_doctor_ends_without_a_traceback(checkout: Path) -> None:
-    code = PRELUDE + "from mghf_fast.cli import main; sys.exit(main(['doctor']))"
+    code = PRELUDE + "from mghf_fast.commands.cli import main; sys.exit(main(['doctor']))"
     ran = run(checkout, "-c", code)
     assert ran.returncode == 0 and "Traceback" not in ran.stderr
     assert "comes from a source tree" in ran.stdout + ran.stderr

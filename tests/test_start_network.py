@@ -16,7 +16,7 @@ pytest.importorskip("tqdm")
 Image = pytest.importorskip("PIL.Image")
 
 from benchmarks.studies import start_network  # noqa: E402
-from mghf_fast.demo.network import CompactEDSR  # noqa: E402
+from mghf_fast.commands.demo.network import CompactEDSR  # noqa: E402
 
 
 @pytest.fixture

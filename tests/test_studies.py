@@ -38,10 +38,10 @@ from benchmarks.studies import (
     terms,
     tuning,
 )
-from mghf_fast.demo.network import CompactEDSR
-from mghf_fast.demo.photographs import bundled
-from mghf_fast.demo.train import to_tensor
-from mghf_fast.evaluate import stlpips
+from mghf_fast.commands.demo.network import CompactEDSR
+from mghf_fast.commands.demo.photographs import bundled
+from mghf_fast.commands.demo.train import to_tensor
+from mghf_fast.commands.evaluate import stlpips
 from mghf_fast.losses.mghf import PRESETS
 
 judged = pytest.mark.skipif(

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mghf_fast import cost, measure, table5, workloads
-from mghf_fast.cli import main
+from mghf_fast.commands.cli import main
+from mghf_fast.commands.table5 import cost, measure, workloads
+from mghf_fast.commands.table5 import table as table5
 
 MIB = measure.MIB
 

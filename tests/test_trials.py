@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 import mghf_fast
-from mghf_fast import cache, doctor, problems, trials
+from mghf_fast import cache, problems, trials
 from mghf_fast.backends import unavailable_reasons
+from mghf_fast.commands.doctor import examination as doctor
 from mghf_fast.ops import OPS, _dispatch
 
 H200 = {

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from mghf_fast import cache, doctor, preferences, trials, tune
+from mghf_fast import cache, preferences, trials
 from mghf_fast.backends import BACKENDS
-from mghf_fast.cli import main
+from mghf_fast.commands.cli import main
+from mghf_fast.commands.doctor import examination as doctor
+from mghf_fast.commands.tune import measurement as tune
 from mghf_fast.ops import OPS
 
 CPU = torch.device("cpu")

@@ -12,9 +12,10 @@ from torch import Tensor
 
 Image = pytest.importorskip("PIL.Image")
 
-from mghf_fast import DetailFeatureExtractor, MGHFLoss, cli  # noqa: E402
+from mghf_fast import DetailFeatureExtractor, MGHFLoss  # noqa: E402
+from mghf_fast.commands import cli  # noqa: E402
+from mghf_fast.commands.visualize import analysis, canvas, colours, figure, pictures, shares  # noqa: E402
 from mghf_fast.losses import Preset  # noqa: E402
-from mghf_fast.visualize import analysis, canvas, colours, figure, pictures, shares  # noqa: E402
 
 
 def scene(height: int, width: int, seed: int = 0) -> Tensor:

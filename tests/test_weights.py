@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from mghf_fast import DetailFeatureExtractor, MGHFLoss, weights
+from mghf_fast.commands.pretrain import procedural, scale
 from mghf_fast.losses.mghf import random_extractor
-from mghf_fast.pretrain import procedural, scale
 
 NAMES = sorted(weights.SHA256)
 

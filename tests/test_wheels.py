@@ -7,10 +7,10 @@ import shutil
 import zipfile
 from pathlib import Path
 
-import audit_wheels
 import pytest
 
 from mghf_fast import native
+from tools import audit_wheels
 
 LIBRARY = native.cpu_library()
 CPU, CUDA, PURE = (

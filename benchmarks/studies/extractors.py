@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mghf_fast import DetailFeatureExtractor, weights
-from mghf_fast.evaluate.stlpips import ShiftTolerantLPIPS
+from mghf_fast.commands.evaluate.stlpips import ShiftTolerantLPIPS
 
 UNTRAINED: dict[str, dict[str, Any]] = {
     "linear": {"init": "linear", "clamp": None},

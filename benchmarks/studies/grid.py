@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mghf_fast.demo.train import super_resolve, to_tensor
+from mghf_fast.commands.demo.train import super_resolve, to_tensor
 
 from . import objectives
 from .runs import TARGETS, Study

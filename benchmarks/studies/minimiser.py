@@ -35,9 +35,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mghf_fast.demo.metrics import BAND
-from mghf_fast.demo.photographs import SUFFIXES, Pixels, load
-from mghf_fast.demo.train import busiest_window
+from mghf_fast.commands.demo.metrics import BAND
+from mghf_fast.commands.demo.photographs import SUFFIXES, Pixels, load
+from mghf_fast.commands.demo.train import busiest_window
 
 from . import extractors
 from .extractors import Features

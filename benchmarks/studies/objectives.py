@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mghf_fast import ContentStyleLoss, DECLoss, LocalInformationLoss, MGHFLoss
-from mghf_fast.evaluate.stlpips import ShiftTolerantLPIPS
+from mghf_fast.commands.evaluate.stlpips import ShiftTolerantLPIPS
 from mghf_fast.losses.mghf import PRESETS, Preset
 
 from . import extractors

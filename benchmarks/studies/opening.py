@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from mghf_fast.demo.network import CompactEDSR
+from mghf_fast.commands.demo.network import CompactEDSR
 
 from . import extractors, objectives, quality
 from .pictures import Pair, degraded, real

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from scipy.optimize import brentq
 
-from mghf_fast.demo.network import CompactEDSR
-from mghf_fast.pretrain.checkpoint import write_whole
+from mghf_fast.commands.demo.network import CompactEDSR
+from mghf_fast.commands.pretrain.checkpoint import write_whole
 
 from . import objectives, quality
 from .probe import Setup, l1_run

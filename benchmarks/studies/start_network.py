@@ -35,11 +35,11 @@ from safetensors.torch import save
 
 import mghf_fast
 from mghf_fast import weights
-from mghf_fast.demo.network import START_NAME, CompactEDSR
-from mghf_fast.demo.photographs import SUFFIXES, Photograph, load
-from mghf_fast.demo.settings import random_source
-from mghf_fast.demo.train import batches
-from mghf_fast.pretrain.checkpoint import write_whole
+from mghf_fast.commands.demo.network import START_NAME, CompactEDSR
+from mghf_fast.commands.demo.photographs import SUFFIXES, Photograph, load
+from mghf_fast.commands.demo.settings import random_source
+from mghf_fast.commands.demo.train import batches
+from mghf_fast.commands.pretrain.checkpoint import write_whole
 
 LEARNING_RATE, LAST_RATE = 1e-3, 1e-5
 CHECKPOINT_EVERY = 500
@@ -206,11 +206,11 @@ def ship(out: Path, data: str) -> None:
         "file": f"{START_NAME}.safetensors",
         "sha256": sha256,
         "bytes": len(content),
-        "network": "mghf_fast.demo.network.CompactEDSR",
+        "network": "mghf_fast.commands.demo.network.CompactEDSR",
         "parameters": sum(p.numel() for p in network.parameters()),
         "input": "RGB, 0 to 1",
         "data": data,
-        "degradation": "mghf_fast.demo.degradation: blur, x4, noise, JPEG",
+        "degradation": "mghf_fast.commands.demo.degradation: blur, x4, noise, JPEG",
         "objective": "L1",
         "optimizer": f"Adam, {LEARNING_RATE:g} down a cosine to {LAST_RATE:g}",
         **described,

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mghf_fast.demo.network import CompactEDSR
-from mghf_fast.demo.photographs import Photograph
-from mghf_fast.demo.settings import random_source
-from mghf_fast.demo.train import batches, train
+from mghf_fast.commands.demo.network import CompactEDSR
+from mghf_fast.commands.demo.photographs import Photograph
+from mghf_fast.commands.demo.settings import random_source
+from mghf_fast.commands.demo.train import batches, train
 
 Term = Callable[[Tensor, Tensor], Tensor]
 """(sr, gt), both (B, 3, H, W) of 0 to 1 -> a scalar."""
@@ -62,7 +62,7 @@ def load_network(path: Path) -> CompactEDSR:
 def save_network(path: Path, network: CompactEDSR) -> None:
     from safetensors.torch import save
 
-    from mghf_fast.pretrain.checkpoint import write_whole
+    from mghf_fast.commands.pretrain.checkpoint import write_whole
 
     write_whole(path, save({k: v.contiguous() for k, v in network.state_dict().items()}))
 

@@ -23,11 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mghf_fast
-from mghf_fast.calibrate import draw
-from mghf_fast.demo import photographs
-from mghf_fast.demo.degradation import degrade
-from mghf_fast.demo.network import CompactEDSR, shipped_start
-from mghf_fast.demo.settings import SCALE
+from mghf_fast.commands.calibrate.command import draw
+from mghf_fast.commands.demo import photographs
+from mghf_fast.commands.demo.degradation import degrade
+from mghf_fast.commands.demo.network import CompactEDSR, shipped_start
+from mghf_fast.commands.demo.settings import SCALE
 from mghf_fast.integrations.calibrate import measure
 from mghf_fast.losses.mghf import DEFAULT_EXTRACTOR, DEFAULT_PRESET
 

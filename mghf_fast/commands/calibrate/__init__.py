@@ -1,0 +1,1 @@
+"""The weight of the loss beside a pixel loss."""

@@ -1,0 +1,323 @@
+"""Time and true peak memory of a function, in this process or in a fresh one."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import gc
+import importlib
+import json
+import math
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ... import __version__
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What :func:`measure` found, or why it found nothing.
+
+    Attributes:
+        seconds: duration of each timed call, in order; empty if the measurement failed.
+        peak_bytes: how far the resident memory of the process rose above its level before a call
+            (so above the call's inputs), or ``None`` if not measured.
+        failure: one line such as ``"timed out after 60 s"``, or ``None``.
+    """
+
+    seconds: tuple[float, ...] = ()
+    peak_bytes: int | None = None
+    failure: str | None = None
+
+    @property
+    def median(self) -> float:
+        """Median duration of a call in seconds; NaN if there is none."""
+        return statistics.median(self.seconds) if self.seconds else math.nan
+
+    @property
+    def spread(self) -> float:
+        """(longest - shortest) / median; 0 for a single call, NaN for none."""
+        return (max(self.seconds) - min(self.seconds)) / self.median if self.seconds else math.nan
+
+
+def _resident_bytes(field: str) -> int:
+    """``VmRSS`` (now) or ``VmHWM`` (highest since the last reset) of this process; Linux."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def _return_freed_memory() -> None:
+    """Hands what the allocator keeps for reuse back to the system, or a later peak would hide in
+    it."""
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError):  # not glibc
+        return
+
+
+def peak_memory(function: Callable[[], object]) -> int | None:
+    """Calls ``function`` once and returns by how many bytes the resident memory peaked above its
+    level before the call. ``None`` where the system does not tell.
+
+    On Linux the peak is the kernel's high-water mark, reset before the call, so a short-lived
+    buffer counts as much as a lasting one. Elsewhere the mark cannot be reset: the result is then
+    right only in a process that has not used more memory before (see :func:`measure_apart`).
+    """
+    _return_freed_memory()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # 5: reset the high-water mark
+        before = _resident_bytes("VmRSS")
+        function()
+        return max(_resident_bytes("VmHWM") - before, 0)
+    except OSError:
+        pass
+    try:
+        import resource
+    except ImportError:  # Windows
+        function()
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    function()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
+
+
+def measure(
+    function: Callable[[], object], *, rounds: int = 5, budget: float = 5.0, memory: bool = True
+) -> Measurement:
+    """Times ``function`` and measures the peak memory of one call.
+
+    The memory is taken in the first call; that call is also the timing when it alone used up the
+    budget, so that nothing slow runs twice. Warm up (compile, load libraries) before.
+
+    Args:
+        function: what to measure, without arguments.
+        rounds: timed calls at most, at least 1.
+        budget: seconds after which no further call is started.
+        memory: whether to measure memory.
+
+    Returns:
+        The measurement; ``failure`` is never set.
+
+    Raises:
+        ValueError: ``rounds`` is less than 1.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds is {rounds}; it must be at least 1")
+    seconds: list[float] = []
+
+    def timed() -> None:
+        start = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - start)
+
+    peak = peak_memory(timed) if memory else None
+    if memory and seconds[0] < budget:
+        seconds.clear()  # the call under the memory measurement paid for a trimmed allocator
+    while not seconds or (len(seconds) < rounds and sum(seconds) < budget):
+        timed()
+    return Measurement(tuple(seconds), peak)
+
+
+def measure_apart(
+    target: str,
+    arguments: dict[str, Any],
+    *,
+    timeout: float,
+    threads: int | None = None,
+    rounds: int = 5,
+    budget: float = 5.0,
+    memory: bool = True,
+) -> Measurement:
+    """Like :func:`measure`, in a fresh process, where nothing measured before leaves a trace.
+
+    Args:
+        target: ``"module:function"``. Called with ``arguments`` it returns the warmed-up function
+            to measure.
+        arguments: keyword arguments of the target; they travel as JSON.
+        timeout: seconds after which the process, with its children, is ended.
+        threads: PyTorch's CPU threads; ``None`` for its default.
+        rounds: timed calls at most.
+        budget: seconds after which no further call is started.
+        memory: whether to measure memory.
+
+    Returns:
+        The measurement. Running out of time or memory, and any error, is told in ``failure``.
+    """
+    (found,) = _measure_in_child(
+        target, [arguments], timeout=timeout, threads=threads, rounds=rounds, budget=budget,
+        memory=memory,
+    )  # fmt: skip
+    return found
+
+
+def measure_parts_apart(
+    target: str, arguments: dict[str, Any], parts: Sequence[str], **options: Any
+) -> dict[str, Measurement]:
+    """Like :func:`measure_apart` for several functions, one after the other in one fresh process.
+
+    Args:
+        target, arguments: as there; the target is called once for each part, with ``part=`` its
+            name.
+        parts: names. What one of them fails with does not keep the next from running, but the
+            time limit is for all of them together.
+        options: as in :func:`measure_apart`.
+
+    Returns:
+        The measurement of each part.
+    """
+    calls = [arguments | {"part": part} for part in parts]
+    return dict(zip(parts, _measure_in_child(target, calls, **options), strict=True))
+
+
+def _measure_in_child(
+    target: str, calls: list[dict[str, Any]], *, timeout: float, **options: Any
+) -> list[Measurement]:
+    defaults = {"threads": None, "rounds": 5, "budget": 5.0, "memory": True}
+    with tempfile.TemporaryDirectory() as folder:
+        results, log = Path(folder, "results"), Path(folder, "log.txt")
+        results.touch()
+        job = {"target": target, "calls": calls, "results": str(results)} | defaults | options
+        # The child finds the modules that this process finds.
+        paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
+        environment = {**os.environ, "PYTHONPATH": paths}
+        failure = None
+        with log.open("w") as output:
+            child = subprocess.Popen(
+                [sys.executable, "-m", "mghf_fast.commands.table5.measure", json.dumps(job)],
+                stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment,
+                start_new_session=True,  # its own group, to end compiler processes with it
+            )  # fmt: skip
+            try:
+                child.wait(timeout)
+            except subprocess.TimeoutExpired:
+                failure = f"timed out after {timeout:g} s"
+            finally:
+                _end_group(child)
+        if failure is None and child.returncode == -signal.SIGKILL:
+            failure = "killed, out of memory"
+        elif failure is None:
+            last = (log.read_text(errors="replace").strip().splitlines() or ["no message"])[-1]
+            failure = f"exit code {child.returncode}: {last[:160]}"
+        # One line for each call that ended; a line cut short by the end of the process has no \n.
+        lines = [line for line in results.read_text().splitlines(True) if line.endswith("\n")]
+        found = [Measurement(**json.loads(line)) for line in lines]
+    found = [dataclasses.replace(m, seconds=tuple(m.seconds)) for m in found]
+    return found + [Measurement(failure=failure)] * (len(calls) - len(found))
+
+
+def _end_group(child: subprocess.Popen[bytes]) -> None:
+    """Ends the child and what it started."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+
+
+def available_memory() -> int | None:
+    """Bytes a new allocation may take without swapping; ``None`` where the system is silent."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
+def _limit_to_available_memory() -> None:
+    """Lets an allocation beyond the machine's memory fail as an error in this process, instead of
+    sending the machine into swap or the system after another process."""
+    if (available := available_memory()) is not None:
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        limit = available if hard == resource.RLIM_INFINITY else min(available, hard)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+
+
+def _failure_text(error: BaseException) -> str:
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return "out of memory"
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}"[:200]
+
+
+def _child(job: dict[str, Any]) -> None:
+    _limit_to_available_memory()
+    if job["threads"] is not None:
+        torch.set_num_threads(job["threads"])
+    module, _, name = job["target"].partition(":")
+    options = {key: job[key] for key in ("rounds", "budget", "memory")}
+    for arguments in job["calls"]:
+        try:
+            function = getattr(importlib.import_module(module), name)(**arguments)
+            found = measure(function, **options)
+        except Exception as error:
+            found = Measurement(failure=_failure_text(error))
+        function = None  # frees its tensors before the next is made
+        with Path(job["results"]).open("a") as results:
+            results.write(json.dumps(dataclasses.asdict(found)) + "\n")
+
+
+def cpu_model() -> str:
+    """The processor's name as the system gives it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def machine_facts(threads: int | None = None) -> dict[str, Any]:
+    """What a reader must know of the machine to judge a measurement.
+
+    Args:
+        threads: PyTorch's CPU threads; ``None`` for those of this process.
+
+    Returns:
+        ``cpu`` (name), ``cores``, ``threads``, ``isa`` (PyTorch's CPU capability), ``memory_gib``,
+        ``load`` (processes that wanted a core in the last minute), ``gpu`` (name or ``None``),
+        ``os``, ``python``, ``torch``, ``mghf_fast``.
+    """
+    try:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    except (AttributeError, ValueError, OSError):
+        memory = math.nan
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    return {
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads() if threads is None else threads,
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "memory_gib": round(memory, 1),
+        "load": None if load is None else round(load, 2),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "os": f"{platform.system()} {'.'.join(platform.release().split('.')[:2])}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "mghf_fast": __version__,
+    }
+
+
+if __name__ == "__main__":
+    _child(json.loads(sys.argv[1]))

@@ -1,0 +1,1 @@
+"""Which kernels are fastest on this machine's GPU."""

@@ -1,0 +1,1 @@
+"""What developers alone run: compiled resources of the kernels, checks of wheels."""
