@@ -27,14 +27,9 @@ from mghf_fast.commands.pretrain import (
     teachers,
     train,
 )
+from mghf_fast.commands.pretrain.items import MARGIN, NO_LABEL, Source
 from mghf_fast.commands.pretrain.settings import DEFAULTS, OBJECTIVES, PretrainError, Settings
-from mghf_fast.commands.pretrain.sources import (
-    MARGIN,
-    NO_LABEL,
-    ProceduralSource,
-    Source,
-    open_source,
-)
+from mghf_fast.commands.pretrain.sources import ProceduralSource, open_source
 
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("stlpips_pytorch")

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from mghf_fast.commands import cli
+from mghf_fast.commands.pretrain.items import Source
 from mghf_fast.commands.pretrain.settings import PretrainError, Settings
-from mghf_fast.commands.pretrain.sources import Source, open_source
+from mghf_fast.commands.pretrain.sources import open_source
 
 Image = pytest.importorskip("PIL.Image")
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .sources import NO_LABEL, Item, Source
+from .items import NO_LABEL, Item, Source
 
 
 class Batch(NamedTuple):

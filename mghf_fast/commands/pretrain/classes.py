@@ -13,11 +13,11 @@ from torch import Tensor
 from ...nn import DetailFeatureExtractor
 from .batches import Batch, held_out_batches, scaled, training_batches
 from .distributed import Ranks
+from .items import Source
 from .network import Classifier
 from .run import INVERTIBILITY_IMAGES, Run
 from .scale import power_of_two, response, scale_features
 from .settings import Settings
-from .sources import Source
 
 SCALE_IMAGES = 64
 """Held-out images on which the features' scale is found."""

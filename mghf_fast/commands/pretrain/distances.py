@@ -28,10 +28,10 @@ from torch import Tensor
 from ...nn import DetailFeatureExtractor
 from . import guards, networks
 from .distributed import Ranks
+from .items import Source
 from .pairs import OCTAVES, PairBatch, Pairs, held_out_pairs, training_pairs
 from .run import INVERTIBILITY_IMAGES, Run, TrainedNetwork
 from .settings import PROCEDURAL, Settings
-from .sources import Source
 from .teachers import differences, distance, make_teacher, on_grid
 
 AVERAGED = 0.98

@@ -26,7 +26,7 @@ from .distortions import (
     noise,
     random_shift,
 )
-from .sources import MARGIN, NO_LABEL, Item, Source
+from .items import MARGIN, NO_LABEL, Item, Source
 
 OCTAVES = tuple((2.0**-n, 2.0 ** (1 - n)) for n in range(6, 1, -1))
 """Bands of frequency, cycles a pixel, the finest last."""

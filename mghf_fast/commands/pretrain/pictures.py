@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import rasters
+from .items import NO_LABEL, Item
 from .procedural import Pixels
 from .settings import PretrainError
-from .sources import NO_LABEL, Item
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm"})
 

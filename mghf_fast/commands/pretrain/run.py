@@ -13,8 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ...nn import DetailFeatureExtractor
 from .distributed import Ranks
+from .items import Source
 from .settings import PretrainError, Settings
-from .sources import Source
 
 AMP_TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 INVERTIBILITY_IMAGES = 8

@@ -1,4 +1,4 @@
-"""Where training images come from.
+"""Where training images come from: the sources that ``--data`` can name.
 
 A source numbers its training images without end and says what image stands at a position, as a
 function of the position and the seed alone. To go on exactly after an interruption, or to split a
@@ -8,48 +8,14 @@ batch over processes, it is therefore enough to know the next position.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 from . import procedural
-from .procedural import Pixels
+from .folders import Folders, PlainFolders
+from .items import MARGIN, Item, Source
+from .pictures import CropSource, PictureSource, Reader
 from .settings import PROCEDURAL, PretrainError, Settings
-
-MARGIN = 32
-"""Pixels by which the pictures of distances are larger than what is learned from: distortions and
-networks do not see beyond a border, which is therefore cut off, half on each side."""
-NO_LABEL = -1
-"""Of an item that stands for no image, as no file could be read."""
-
-
-class Item(NamedTuple):
-    """One image with its label, and the files that could not be read on the way to it."""
-
-    pixels: Pixels
-    label: int
-    skipped: tuple[str, ...] = ()
-
-
-class Source(Protocol):
-    """Labelled images, (size, size, 3) of 8 bits.
-
-    Attributes:
-        classes: the names of the labels.
-        epoch_images: training images in an epoch, a multiple of the batch for files.
-        held_out_images: images that :meth:`training` never gives.
-    """
-
-    classes: tuple[str, ...]
-    epoch_images: int
-    held_out_images: int
-
-    def training(self, position: int) -> Item:
-        """The image at a position, 0 or more, in the endless order of training."""
-
-    def held_out(self, index: int) -> Item:
-        """Held-out image ``index``, below ``held_out_images``."""
-
-    def description(self) -> dict[str, Any]:
-        """What data these are, for JSON; equal for equal data."""
+from .shards import Shards
 
 
 class ProceduralSource:
@@ -85,10 +51,6 @@ def open_source(settings: Settings) -> Source:
     if settings.data == (PROCEDURAL,):
         size = settings.size + (MARGIN if distances else 0)
         return ProceduralSource(settings.seed, size, settings.epoch_images, settings.held_out)
-    from .folders import Folders, PlainFolders
-    from .pictures import CropSource, PictureSource, Reader
-    from .shards import Shards
-
     paths = [Path(name) for name in settings.data]
     if distances:
         return CropSource(

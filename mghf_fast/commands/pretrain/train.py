@@ -17,10 +17,11 @@ import torch
 
 from . import checkpoint
 from .distributed import Ranks, check_agreement, started, world_size
+from .items import Source
 from .progress import Board, Progress
 from .run import Run
 from .settings import PretrainError, Settings
-from .sources import Source, open_source
+from .sources import open_source
 
 LARGEST_INVERTIBILITY_ERROR = 1e-3
 
