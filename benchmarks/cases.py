@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mghf_fast.commands.table5.measure import Measurement, available_memory, measure_parts_apart
+from mghf_fast.commands.memory import available_memory
+from mghf_fast.commands.table5.measure import Measurement, measure_parts_apart
 from mghf_fast.commands.table5.workloads import CHANNELS, PATCH_SIZE, STRIDE
 
 LIMITS = {"ours": 300.0, "eager": 100.0, "compile": 360.0, "peer": 100.0}  # seconds for a row

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from mghf_fast.commands.table5.measure import machine_facts
+from mghf_fast.commands.machine import machine_facts
 
 from . import (
     floors,

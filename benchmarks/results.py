@@ -19,7 +19,8 @@ import torch
 
 from mghf_fast import native
 from mghf_fast.backends import current_backend
-from mghf_fast.commands.table5.measure import MIB, Measurement, cpu_model, machine_facts
+from mghf_fast.commands.machine import cpu_model, machine_facts
+from mghf_fast.commands.table5.measure import MIB, Measurement
 from mghf_fast.ops import OPS
 
 from .cases import CASES, Shape, package_version

@@ -14,6 +14,7 @@ pytest.importorskip("PIL.Image")
 
 from mghf_fast.commands.demo import charts, photographs, summary, train
 from mghf_fast.commands.demo.metrics import Quality
+from mghf_fast.commands.pixels import Pixels
 
 # --- the headline --------------------------------------------------------------------------------
 
@@ -87,7 +88,7 @@ def test_without_a_judge_the_spectrum_decides(
 # --- crops and charts ----------------------------------------------------------------------------
 
 
-def picture(height: int, width: int) -> photographs.Pixels:
+def picture(height: int, width: int) -> Pixels:
     """Waves of several lengths."""
     y, x = np.mgrid[:height, :width]
     base = np.sin(x / 2) * np.cos(y / 3) + np.sin(x / 7 + y / 5)

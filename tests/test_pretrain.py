@@ -400,7 +400,7 @@ def test_tensorboard(
 
 def test_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
-    checkpoint.write_whole(path, b"old")
+    checkpoint.write(path, b"old")
 
     def refuse(*_: Sequence[object]) -> None:
         raise OSError(28, "No space left on device")
@@ -409,5 +409,5 @@ def test_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(
         PretrainError, match=r"No space left on device \(the earlier one is whole\)"
     ):
-        checkpoint.write_whole(path, b"new")
+        checkpoint.write(path, b"new")
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from mghf_fast.commands.pixels import luminance
 from mghf_fast.commands.pretrain import procedural, statistics
 from mghf_fast.commands.pretrain.procedural import CLASSES, render
 
@@ -41,7 +42,7 @@ def test_the_camera_blurs_and_adds_noise(monkeypatch: pytest.MonkeyPatch) -> Non
     def finest(lens: float, noise: float) -> float:
         monkeypatch.setattr(procedural, "LENS", (lens, lens))
         monkeypatch.setattr(procedural, "NOISE", (noise, noise))
-        greys = [statistics.luminance(render(0, i, 48)[0]) for i in range(8)]
+        greys = [luminance(render(0, i, 48)[0]) for i in range(8)]
         return float(np.mean([np.abs(np.diff(g, 2)).mean() for g in greys]))
 
     sharp = finest(0.1, 0)
@@ -50,7 +51,7 @@ def test_the_camera_blurs_and_adds_noise(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def _angular_energy(pixels: np.ndarray, degrees: int) -> float:
     """Share of the spectral power above 0.1 cycles a pixel within 15 degrees of a direction."""
-    grey = statistics.luminance(pixels)
+    grey = luminance(pixels)
     power = np.abs(np.fft.fft2(grey - grey.mean())) ** 2
     frequency = np.fft.fftfreq(len(grey))
     fy, fx = frequency[:, None], frequency[None, :]
@@ -96,7 +97,7 @@ def test_the_label_tells_the_band() -> None:
     for band in ("fine", "middle", "coarse"):
         values = []
         for pixels in _of_class({"family": "speckle", "band": band}, 6):
-            grey = statistics.luminance(pixels)
+            grey = luminance(pixels)
             power = np.abs(np.fft.fft2(grey - grey.mean())) ** 2
             radius = np.hypot(np.fft.fftfreq(48)[:, None], np.fft.fftfreq(48)[None, :])
             high = radius > 0.08
@@ -110,7 +111,7 @@ def test_petals_have_softer_edges() -> None:
     def steepness(law: str) -> float:
         """What one of a hundred differences is above, of the picture's deviation."""
         pictures = _of_class({"law": law, "family": "cloud", "band": "coarse"}, 24)
-        greys = [statistics.luminance(p) for p in pictures]
+        greys = [luminance(p) for p in pictures]
         steep = [np.percentile(np.abs(np.diff(g, axis=0)), 99) / g.std() for g in greys]
         return float(np.mean(steep))
 

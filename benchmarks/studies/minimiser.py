@@ -36,8 +36,10 @@ import torch
 from torch import Tensor
 
 from mghf_fast.commands.demo.metrics import BAND
-from mghf_fast.commands.demo.photographs import SUFFIXES, Pixels, load
+from mghf_fast.commands.demo.photographs import load
 from mghf_fast.commands.demo.train import busiest_window
+from mghf_fast.commands.pixels import Pixels
+from mghf_fast.commands.rasters import SUFFIXES
 
 from . import extractors
 from .extractors import Features

@@ -9,8 +9,10 @@ from typing import NamedTuple
 import numpy as np
 
 from mghf_fast.commands.demo.degradation import degrade
-from mghf_fast.commands.demo.photographs import SUFFIXES, Photograph, Pixels, decode
+from mghf_fast.commands.demo.photographs import Photograph, decode
 from mghf_fast.commands.demo.settings import SCALE, random_source
+from mghf_fast.commands.pixels import Pixels
+from mghf_fast.commands.rasters import SUFFIXES
 
 SEED = 0
 """Seed of the degradation of pictures to judge by; the same for every network."""

@@ -36,7 +36,7 @@ import torch
 
 from mghf_fast.commands.demo.network import CompactEDSR
 from mghf_fast.commands.demo.photographs import Photograph
-from mghf_fast.commands.pretrain.checkpoint import write_whole
+from mghf_fast.commands.files import write_whole
 
 from . import objectives, quality
 from .pictures import Pair, degraded, training

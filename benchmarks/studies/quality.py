@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mghf_fast.commands.demo.photographs import Pixels
 from mghf_fast.commands.demo.train import super_resolve, to_tensor
 from mghf_fast.commands.evaluate.metrics import psnr_y, ssim_y
 from mghf_fast.commands.evaluate.stlpips import ShiftTolerantLPIPS
+from mghf_fast.commands.pixels import Pixels
 
 from .pictures import Pair
 

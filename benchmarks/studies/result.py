@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from benchmarks.results import this_machine
-from mghf_fast.commands.table5.measure import machine_facts
+from mghf_fast.commands.machine import machine_facts
 
 from . import equal, extractors, objectives, opening, quality
 from .runs import TARGETS, Study, read_json

@@ -21,7 +21,7 @@ import torch
 from scipy.optimize import brentq
 
 from mghf_fast.commands.demo.network import CompactEDSR
-from mghf_fast.commands.pretrain.checkpoint import write_whole
+from mghf_fast.commands.files import write_whole
 
 from . import objectives, quality
 from .probe import Setup, l1_run

@@ -36,10 +36,11 @@ from safetensors.torch import save
 import mghf_fast
 from mghf_fast import weights
 from mghf_fast.commands.demo.network import START_NAME, CompactEDSR
-from mghf_fast.commands.demo.photographs import SUFFIXES, Photograph, load
+from mghf_fast.commands.demo.photographs import Photograph, load
 from mghf_fast.commands.demo.settings import random_source
 from mghf_fast.commands.demo.train import batches
-from mghf_fast.commands.pretrain.checkpoint import write_whole
+from mghf_fast.commands.files import write_whole
+from mghf_fast.commands.rasters import SUFFIXES
 
 LEARNING_RATE, LAST_RATE = 1e-3, 1e-5
 CHECKPOINT_EVERY = 500

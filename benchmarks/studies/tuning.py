@@ -62,7 +62,7 @@ def load_network(path: Path) -> CompactEDSR:
 def save_network(path: Path, network: CompactEDSR) -> None:
     from safetensors.torch import save
 
-    from mghf_fast.commands.pretrain.checkpoint import write_whole
+    from mghf_fast.commands.files import write_whole
 
     write_whole(path, save({k: v.contiguous() for k, v in network.state_dict().items()}))
 

@@ -28,6 +28,7 @@ from mghf_fast.commands.demo import photographs
 from mghf_fast.commands.demo.degradation import degrade
 from mghf_fast.commands.demo.network import CompactEDSR, shipped_start
 from mghf_fast.commands.demo.settings import SCALE
+from mghf_fast.commands.pixels import Pixels
 from mghf_fast.integrations.calibrate import measure
 from mghf_fast.losses.mghf import DEFAULT_EXTRACTOR, DEFAULT_PRESET
 
@@ -63,7 +64,7 @@ def pictures() -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def _tensor(pixels: photographs.Pixels) -> Tensor:
+def _tensor(pixels: Pixels) -> Tensor:
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
 
 

@@ -11,8 +11,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from PIL import Image
 
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
+"""Of the files in a folder that are taken for pictures."""
 _TURNED = (5, 6, 7, 8)
 """Values of EXIF's orientation that exchange width and height."""
+
+
+def printable(text: str) -> str:
+    """``text`` with whatever a terminal or UTF-8 cannot show written as an escape."""
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _source(file: Path | bytes) -> Path | io.BytesIO:

@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
+from ..pixels import Pixels
 from .output import GENERATOR
-from .photographs import Pixels
 from .pipeline import GROUND_TRUTH, L1, MGHF, START, Result
 
 COLUMNS = {

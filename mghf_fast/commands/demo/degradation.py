@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from .photographs import Pixels
+from ..pixels import Pixels
 from .settings import SCALE
 
 Plane = npt.NDArray[np.float64]

@@ -8,22 +8,13 @@ from dataclasses import asdict, dataclass, fields
 import numpy as np
 
 from ..evaluate.detail import RADIAL_BINS, detail, gradient_magnitude, radial_power
-from ..evaluate.metrics import (
-    Judge,
-    Pixels,
-    Plane,
-    check_pair,
-    judge,
-    luminance,
-    psnr_y,
-    ssim_y,
-    without_border,
-)
+from ..evaluate.metrics import Judge, check_pair, judge, psnr_y, ssim_y, without_border
+from ..pixels import Pixels
 from .settings import SCALE
 
 __all__ = [
-    "BAND", "RADIAL_BINS", "Judge", "Plane", "Quality", "gradient_magnitude", "judge",
-    "luminance", "measure", "radial_power",
+    "BAND", "RADIAL_BINS", "Judge", "Quality", "gradient_magnitude", "judge", "measure",
+    "radial_power",
 ]  # fmt: skip
 
 BAND = 0.5 / SCALE

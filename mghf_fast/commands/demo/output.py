@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..files import refusal, temporary, write_whole
 from .settings import DemoError
 
 GENERATOR = "mghf-fast demo"
@@ -29,7 +29,7 @@ def prepare(out: Path, names: Sequence[str] = (REPORT, METRICS, COMPARISON)) -> 
         raise DemoError(f"--out {out}: this is a file; a directory is needed")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        probe = _temporary(out, "probe")
+        probe = temporary(out / "probe")
         probe.touch()
         probe.unlink()
         for name in names:
@@ -45,23 +45,15 @@ def _is_ours(path: Path) -> bool:
         return GENERATOR.encode() in file.read(1024)
 
 
-def _temporary(out: Path, name: str) -> Path:
-    return out / f".{name}.{os.getpid()}.tmp"
-
-
 def write(out: Path, name: str, content: bytes) -> Path:
     """Writes ``out / name`` by renaming a complete file into place.
 
     Raises:
         DemoError: the system refuses; an earlier file of that name is then untouched.
     """
-    path, temporary = out / name, _temporary(out, name)
+    path = out / name
     try:
-        try:
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(path, content)
     except OSError as error:
-        raise DemoError(f"{path}: cannot be written ({error.strerror})") from error
+        raise DemoError(refusal(path, error)) from error
     return path

@@ -10,21 +10,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 from .. import rasters
+from ..pixels import Pixels
+from ..rasters import SUFFIXES, printable
 from .settings import SCALE, SMALLEST_SIDE, DemoError, random_source
-
-Pixels = npt.NDArray[np.uint8]
-"""An RGB picture, ``(H, W, 3)``, 0 to 255."""
 
 LONGEST_SIDE = 1024
 """Larger pictures are reduced to this (pixels): time and memory stay bounded."""
 
 MOST_PICTURES = 64
 HELD_OUT = 3
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 
 # The files are opened by path: skimage.data may download what a wheel does not carry.
 # The held-out three are in the public domain, so crops of them may be shown anywhere.
@@ -62,12 +59,6 @@ class Collection:
     """Name and reason of each file that was not used."""
     unread: int = 0
     """Files left alone because there were already enough pictures."""
-
-
-def printable(text: str) -> str:
-    """``text`` with whatever a terminal or UTF-8 cannot show written as an escape."""
-    text = text.encode("utf-8", "backslashreplace").decode()
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def decode(path: Path) -> Image.Image:

@@ -19,11 +19,13 @@ from torch import Tensor
 import mghf_fast
 
 from ... import weights
+from ..machine import cpu_model
+from ..pixels import Pixels, luminance
 from . import losses, objectives
-from .metrics import Judge, Quality, luminance, measure, radial_power
+from .metrics import Judge, Quality, measure, radial_power
 from .metrics import judge as find_judge
 from .network import START_NAME, CompactEDSR, shipped_start, upsample_bicubic
-from .photographs import Collection, Pixels, bundled, from_directory
+from .photographs import Collection, bundled, from_directory
 from .settings import DemoSettings, random_source
 from .train import HeldOut, Training, batches, hold_out, super_resolve, train
 
@@ -112,21 +114,10 @@ class Result:
         return Quality.mean(self.quality[method])
 
 
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
 def describe_machine() -> dict[str, str]:
     """Processor, threads, versions: what the numbers may depend on."""
     machine = {
-        "processor": f"{_processor()}, {os.cpu_count()} logical cores",
+        "processor": f"{cpu_model()}, {os.cpu_count()} logical cores",
         "system": f"{platform.system()} {platform.machine()}",
         "PyTorch threads": str(torch.get_num_threads()),
         "mghf_fast backends": ", ".join(mghf_fast.available_backends()),

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..memory import PeakMemory
+from ..pixels import Pixels, luminance
 from .degradation import degrade
-from .memory import PeakMemory
-from .metrics import Judge, Quality, luminance, measure
+from .metrics import Judge, Quality, measure
 from .objectives import Objective
-from .photographs import Photograph, Pixels
+from .photographs import Photograph
 from .settings import SCALE, DemoError, random_source
 
 MARGIN = 16

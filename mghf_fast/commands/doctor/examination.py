@@ -19,7 +19,7 @@ from ...backends import (
 )
 from ...ops import OPS
 from ...reference.sinkhorn import sinkhorn_plan
-from ..table5.measure import machine_facts
+from ..machine import machine_facts
 
 TOLERANCE = 1e-5
 """Largest relative L2 error of a float32 plan against the float64 reference."""

@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     if not (args.scale > 1 and math.isfinite(args.scale)):
         raise ValueError(f"--scale is {args.scale:g}; it must be above 1")
 
-    from ..demo.output import write
+    from ..files import refusal, write_whole
     from . import measures, pictures, report
 
     target = None if args.json in (None, "-") else Path(args.json)
@@ -108,7 +108,10 @@ def run(args: argparse.Namespace) -> int:
         if target is None:
             sys.stdout.write(text)
         else:
-            write(target.parent, target.name, text.encode())
+            try:
+                write_whole(target, text.encode())
+            except OSError as error:
+                raise OSError(refusal(target, error)) from error
             show(f"Written: {target}")
     return 0
 

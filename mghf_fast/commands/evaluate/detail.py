@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .metrics import Pixels, Plane, check_pair, luminance
+from ..pixels import Pixels, Plane, luminance
+from .metrics import check_pair
 
 SCALE = 4
 RADIAL_BINS = 48

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from ..pixels import Pixels
 from . import niqe as natural
 from . import stlpips
 from .detail import detail
 from .metrics import (
     SSIM_WINDOW,
-    Pixels,
     judge,
     psnr_rgb,
     psnr_y,

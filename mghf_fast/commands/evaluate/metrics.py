@@ -14,10 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from skimage.metrics import structural_similarity
 
-Pixels = npt.NDArray[np.uint8]
-"""An RGB picture, ``(H, W, 3)``, 0 to 255."""
-Plane = npt.NDArray[np.float64]
-"""One number a pixel, ``(H, W)``."""
+from ..pixels import Pixels, luma, luminance
+
 Judge = Callable[[Pixels, Pixels], float]
 
 EQUAL = 100.0
@@ -45,20 +43,6 @@ def check_pair(sr: Pixels, gt: Pixels) -> None:
 def without_border(picture: Pixels, border: int) -> Pixels:
     """The picture less ``border`` pixels on each side."""
     return picture[border : picture.shape[0] - border, border : picture.shape[1] - border]
-
-
-def luma(pixels: Pixels) -> Plane:
-    """Y of BT.601 within 16 to 235: ``(H, W, 3)`` of 0 to 255 -> ``(H, W)``, not rounded."""
-    weights = np.array([65.481, 128.553, 24.966]) / 255
-    plane: Plane = 16 + pixels.astype(np.float64) @ weights
-    return plane
-
-
-def luminance(pixels: Pixels) -> Plane:
-    """Y of BT.601 in full range, here 0 to 1: ``(H, W, 3)`` of 0 to 255 -> ``(H, W)``."""
-    weights = np.array([0.299, 0.587, 0.114])
-    plane: Plane = pixels.astype(np.float64) @ weights / 255
-    return plane
 
 
 def _psnr(sr: npt.NDArray[np.float64], gt: npt.NDArray[np.float64]) -> float:

@@ -22,7 +22,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from scipy.special import gamma
 
-from .metrics import Pixels, Plane, luma
+from ..pixels import Pixels, Plane, luma
 
 PACKAGE = "basicsr"
 BLOCK = 96

@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 
 from .. import rasters
-from ..demo.photographs import SUFFIXES, printable
-from .metrics import Pixels
+from ..pixels import Pixels
+from ..rasters import SUFFIXES, printable
 
 SHOWN_NAMES = 8
 """How many names an error lists; of the others it says how many there are."""

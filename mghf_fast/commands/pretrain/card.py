@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ... import __version__
-from ..table5.measure import machine_facts
+from ..machine import machine_facts
 from . import checkpoint
 from .run import Run
 
@@ -55,6 +55,6 @@ def export(run: Run, described: dict[str, Any]) -> None:
     out = run.settings.out
     extractor, factor = run.exported()
     weights = extractor.to_safetensors()
-    checkpoint.write_whole(out / WEIGHTS, weights)
+    checkpoint.write(out / WEIGHTS, weights)
     text = json.dumps(card(run, described, weights, factor), indent=1) + "\n"
-    checkpoint.write_whole(out / CARD, text.encode())
+    checkpoint.write(out / CARD, text.encode())

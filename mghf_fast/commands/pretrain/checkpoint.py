@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..files import write_whole
 from .distributed import differences
 from .settings import PretrainError
 
@@ -24,44 +24,18 @@ UNSAID = {"objective": "classes", "init": "linear"}
 """What a checkpoint means by leaving it out: before 0.2 there was nothing else."""
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file by renaming a complete one into place.
+def write(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all (:func:`mghf_fast.commands.files.write_whole`).
 
     Raises:
         PretrainError: the system refuses (a full disk, for one); the earlier file of that name is
             then untouched, and nothing else is left behind.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        try:
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        _sync_folder(path.parent)
+        write_whole(path, content)
     except OSError as error:
         kept = " (the earlier one is whole)" if path.exists() else ""
         raise PretrainError(f"{path} cannot be written: {error.strerror}{kept}") from error
-
-
-def _sync_folder(folder: Path) -> None:
-    """The renaming itself to the disk, where the system knows folders as files."""
-    if not hasattr(os, "O_DIRECTORY"):
-        return
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Unfinished files of a process that was killed while it wrote."""
-    for path in folder.glob(".*.tmp"):
-        path.unlink(missing_ok=True)
 
 
 def encode(configuration: dict[str, Any], state: dict[str, Any]) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, Protocol
 
-from .procedural import Pixels
+from ..pixels import Pixels
 
 MARGIN = 32
 """Pixels by which the pictures of distances are larger than what is learned from: distortions and

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import rasters
+from ..pixels import Pixels
 from .items import NO_LABEL, Item
-from .procedural import Pixels
 from .settings import PretrainError
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm"})

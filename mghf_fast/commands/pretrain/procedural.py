@@ -21,9 +21,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ..pixels import Pixels
+
 Plane = npt.NDArray[np.float32]
-Pixels = npt.NDArray[np.uint8]
-"""An RGB picture, ``(H, W, 3)``, 0 to 255."""
 
 VERSION = 2
 """Goes up with every change after which the same seed gives other pictures."""

@@ -13,8 +13,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
+from ..pixels import Pixels, Plane, luminance
 from . import procedural
 
 CROP = 128
@@ -32,16 +32,8 @@ PHOTOGRAPHS = (
 )
 """Inside the installed scikit-image and scikit-learn: package, file."""
 
-Grey = npt.NDArray[np.float64]
 
-
-def luminance(pixels: procedural.Pixels) -> Grey:
-    """(H, W, 3) of 8 bits -> (H, W), 0 to 1, by the weights of Rec. 601."""
-    grey: Grey = pixels @ np.array([0.299, 0.587, 0.114]) / 255
-    return grey
-
-
-def spectrum_slope(grey: Grey) -> float:
+def spectrum_slope(grey: Plane) -> float:
     """The exponent of the power spectrum: the slope of log power over log frequency, from 4 periods
     in the picture up to 0.35 cycles a pixel, in rings of equal width in log frequency.
 
@@ -61,7 +53,7 @@ def spectrum_slope(grey: Grey) -> float:
     return float(np.polyfit(places, levels, 1)[0])
 
 
-def gradient_kurtosis(grey: Grey) -> float:
+def gradient_kurtosis(grey: Plane) -> float:
     """E[d^4] / E[d^2]^2 of the differences d of neighbouring pixels, both ways; 3 for a normal
     distribution."""
     differences = np.concatenate([np.diff(grey, axis=axis).ravel() for axis in (0, 1)])
@@ -80,7 +72,7 @@ class Statistics:
     """Of the gradient, likewise."""
 
 
-def measure(crops: Iterable[procedural.Pixels]) -> Statistics:
+def measure(crops: Iterable[Pixels]) -> Statistics:
     """Both statistics of crops, (S, S, 3) of 8 bits each; flat ones have none and are left out."""
     greys = [luminance(crop) for crop in crops]
     greys = [grey for grey in greys if grey.std() > 0.01]
@@ -96,7 +88,7 @@ def measure(crops: Iterable[procedural.Pixels]) -> Statistics:
     )
 
 
-def photograph_crops(side: int = CROP) -> dict[str, list[procedural.Pixels]]:
+def photograph_crops(side: int = CROP) -> dict[str, list[Pixels]]:
     """Crops that tile each of ``PHOTOGRAPHS``, by the photograph's name; never downloads.
 
     Raises:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ..files import remove_leftovers
 from . import checkpoint
 from .distributed import Ranks, check_agreement, started, world_size
 from .items import Source
@@ -121,7 +122,7 @@ def _prepare(out: Path) -> str | None:
     """Makes the directory; what is wrong with it."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        checkpoint.remove_leftovers(out)
+        remove_leftovers(out)
     except OSError as error:
         return f"--out {out} cannot be written to: {error.strerror}"
     return None
@@ -199,7 +200,7 @@ def _save(run: Run, path: Path, described: dict[str, Any]) -> None:
         )
     state = run.state()
     if run.ranks.first:
-        checkpoint.write_whole(path, checkpoint.encode(described, state))
+        checkpoint.write(path, checkpoint.encode(described, state))
 
 
 def pretrain(

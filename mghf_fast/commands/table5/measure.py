@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
-import gc
 import importlib
 import json
 import math
 import os
-import platform
 import signal
 import statistics
 import subprocess
@@ -24,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ... import __version__
+from ..memory import available_memory, peak_memory
 
 MIB = 2**20
 
@@ -53,51 +50,6 @@ class Measurement:
     def spread(self) -> float:
         """(longest - shortest) / median; 0 for a single call, NaN for none."""
         return (max(self.seconds) - min(self.seconds)) / self.median if self.seconds else math.nan
-
-
-def _resident_bytes(field: str) -> int:
-    """``VmRSS`` (now) or ``VmHWM`` (highest since the last reset) of this process; Linux."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}")
-
-
-def _return_freed_memory() -> None:
-    """Hands what the allocator keeps for reuse back to the system, or a later peak would hide in
-    it."""
-    gc.collect()
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError):  # not glibc
-        return
-
-
-def peak_memory(function: Callable[[], object]) -> int | None:
-    """Calls ``function`` once and returns by how many bytes the resident memory peaked above its
-    level before the call. ``None`` where the system does not tell.
-
-    On Linux the peak is the kernel's high-water mark, reset before the call, so a short-lived
-    buffer counts as much as a lasting one. Elsewhere the mark cannot be reset: the result is then
-    right only in a process that has not used more memory before (see :func:`measure_apart`).
-    """
-    _return_freed_memory()
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # 5: reset the high-water mark
-        before = _resident_bytes("VmRSS")
-        function()
-        return max(_resident_bytes("VmHWM") - before, 0)
-    except OSError:
-        pass
-    try:
-        import resource
-    except ImportError:  # Windows
-        function()
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    function()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
 
 
 def measure(
@@ -202,7 +154,7 @@ def _measure_in_child(
         failure = None
         with log.open("w") as output:
             child = subprocess.Popen(
-                [sys.executable, "-m", "mghf_fast.commands.table5.measure", json.dumps(job)],
+                [sys.executable, "-m", __name__, json.dumps(job)],
                 stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment,
                 start_new_session=True,  # its own group, to end compiler processes with it
             )  # fmt: skip
@@ -229,17 +181,6 @@ def _end_group(child: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
-
-
-def available_memory() -> int | None:
-    """Bytes a new allocation may take without swapping; ``None`` where the system is silent."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None
 
 
 def _limit_to_available_memory() -> None:
@@ -275,48 +216,6 @@ def _child(job: dict[str, Any]) -> None:
         function = None  # frees its tensors before the next is made
         with Path(job["results"]).open("a") as results:
             results.write(json.dumps(dataclasses.asdict(found)) + "\n")
-
-
-def cpu_model() -> str:
-    """The processor's name as the system gives it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def machine_facts(threads: int | None = None) -> dict[str, Any]:
-    """What a reader must know of the machine to judge a measurement.
-
-    Args:
-        threads: PyTorch's CPU threads; ``None`` for those of this process.
-
-    Returns:
-        ``cpu`` (name), ``cores``, ``threads``, ``isa`` (PyTorch's CPU capability), ``memory_gib``,
-        ``load`` (processes that wanted a core in the last minute), ``gpu`` (name or ``None``),
-        ``os``, ``python``, ``torch``, ``mghf_fast``.
-    """
-    try:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    except (AttributeError, ValueError, OSError):
-        memory = math.nan
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    return {
-        "cpu": cpu_model(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads() if threads is None else threads,
-        "isa": torch.backends.cpu.get_cpu_capability(),
-        "memory_gib": round(memory, 1),
-        "load": None if load is None else round(load, 2),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "os": f"{platform.system()} {'.'.join(platform.release().split('.')[:2])}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "mghf_fast": __version__,
-    }
 
 
 if __name__ == "__main__":

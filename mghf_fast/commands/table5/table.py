@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ...ops import OPS
+from ..machine import machine_facts
 from . import cost
-from .measure import MIB, Measurement, machine_facts, measure_apart
+from .measure import MIB, Measurement, measure_apart
 from .workloads import CHANNELS, ROW_OPS, VARIANTS
 
 ROUNDS = 5

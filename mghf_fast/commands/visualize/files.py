@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
-from ..demo.output import write
+from ..files import refusal, write_whole
 from . import canvas
 from .figure import GAP, Panel, Section
 
@@ -55,10 +55,13 @@ class Document:
         """Writes the picture or the page, whole or not at all.
 
         Raises:
-            DemoError: the system refuses.
+            OSError: the system refuses.
         """
         content = page(self) if path.suffix.lower() == ".html" else picture(self)
-        write(path.parent, path.name, content)
+        try:
+            write_whole(path, content)
+        except OSError as error:
+            raise OSError(refusal(path, error)) from error
 
 
 def _png(image: Image.Image, small: bool) -> bytes:

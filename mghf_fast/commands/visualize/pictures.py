@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from .. import rasters
-from ..demo.photographs import printable
+from ..rasters import printable
 
 LONGEST_SIDE = 512
 """Of a larger picture the centre is taken; the features of 512 x 512 are 128 MiB."""
