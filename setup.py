@@ -196,7 +196,7 @@ class PlatformDistribution(Distribution):
         return True  # installs into the platform's directory, not the pure one
 
 
-release = re.search(r'^__version__ = "(.+)"', (ROOT / "mghf_fast/__init__.py").read_text(), re.M)
+release = re.search(r'^__version__ = "(.+)"', (ROOT / "mghf_fast/_version.py").read_text(), re.M)
 assert release is not None
 native = native_wanted()
 cuda_compiler = wanted_nvcc() if native else None

@@ -12,7 +12,7 @@ from types import TracebackType
 
 import torch
 
-from . import native
+from . import native, source_tree
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 """Every backend; ``"auto"`` prefers them in this order, but see preferences.py for GPUs."""
@@ -108,8 +108,8 @@ def _cuda_unavailable_reason() -> str | None:
 def _triton_unavailable_reason() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
-    if native.is_bare_source_tree():
-        return native.BARE_SOURCE_TREE
+    if source_tree.is_bare_source_tree():
+        return source_tree.BARE_SOURCE_TREE
     if (version := _triton_version()) < OLDEST_TRITON:
         needed, found = (".".join(map(str, v)) for v in (OLDEST_TRITON, version))
         return f"its kernels need Triton {needed} or newer, and {found} is installed"

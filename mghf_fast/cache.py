@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from . import _version
 from .backends import triton_version
 
 FORMAT = 1
@@ -46,8 +47,6 @@ def path() -> Path:
 @functools.cache
 def identity(device: torch.device) -> str:
     """The GPU and all that what is measured on it depends on."""
-    from . import __version__  # of the package that imports this module
-
     name = "cpu" if device.type != "cuda" else torch.cuda.get_device_name(device)
     driver = 0
     if device.type == "cuda":
@@ -55,7 +54,7 @@ def identity(device: torch.device) -> str:
             driver = int(getattr(torch._C, "_cuda_getDriverVersion")())  # noqa: B009
     return (
         f"{name}, driver {driver}, torch {torch.__version__}, triton {triton_version()}, "
-        f"mghf_fast {__version__}"
+        f"mghf_fast {_version.__version__}"
     )
 
 

@@ -9,7 +9,6 @@ those of CUDA. They must fit this torch.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 import os
 from pathlib import Path
@@ -17,21 +16,9 @@ from typing import Any
 
 import torch
 
+from .source_tree import BARE_SOURCE_TREE, is_bare_source_tree
+
 LIBRARY_DIRECTORY = Path(__file__).parent / "lib"
-
-
-BARE_SOURCE_TREE = (
-    f"mghf_fast comes from a source tree, {str(Path(__file__).parent.parent)!r}, which has no "
-    "kernels in place and hides an installed package: start Python in another folder, or install "
-    "the tree in place with `pip install -e .`"
-)
-
-
-@functools.cache
-def is_bare_source_tree() -> bool:
-    """Whether this is the package's folder in a checkout, found because Python was started beside
-    it: the Triton kernels lie outside of it, and compiled ones only in an installation."""
-    return importlib.util.find_spec("mghf_fast.kernels") is None
 
 
 def _library(variable: str, name: str) -> Path:

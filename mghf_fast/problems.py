@@ -1,5 +1,7 @@
 """A problem of each op at a chosen size, for trying and timing kernels where no data are at hand.
 
+The ops are called by their registered names, which needs no import: whoever asks for a problem runs
+one of them already, and the ops themselves try their kernels on these (:mod:`mghf_fast.trials`).
 Numbers are drawn on the CPU, the same ones for every device. The reference's float64 result is the
 measure, but where an op's decisions (bins, the maps kept) are float32 always: there its float32.
 """
@@ -14,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Run = Callable[[tuple[Tensor, ...], str | None], Tensor]
+Run = Callable[[tuple[Tensor, ...], str], Tensor]
 
-CHANNELS, PATCH_SIZE, STRIDE = 128, 32, 24
+CHANNELS, PATCH_SIZE, STRIDE, BINS = 128, 32, 24, 256
+NORM_FLOOR = 0.02 * 192**0.5
 DRAWN: Any = {"device": "cpu", "dtype": torch.float32}
 """Whatever the defaults of the program that asks."""
 
@@ -36,7 +39,7 @@ class Problem:
         moved = tuple(x.to(device, dtype) for x in self.tensors)
         return Problem(self.op, self.run, moved, self.differentiable, self.exact)
 
-    def results(self, backend: str | None) -> list[Tensor]:
+    def results(self, backend: str) -> list[Tensor]:
         """The op's result and, if it has one, its gradient for an upstream gradient of 1, 2, 3, 1,
         2, 3, ..., both detached."""
         leaf = self.tensors[0].detach().clone().requires_grad_(self.differentiable)
@@ -84,57 +87,52 @@ def _coupling_tensors(batch: int, side: int) -> tuple[Tensor, ...]:
 
 
 def coupling(batch: int, side: int, inverse: bool = False) -> Problem:
-    from . import functional
-
-    block = functional.invertible_block_inverse if inverse else functional.invertible_block
-
-    def run(tensors: tuple[Tensor, ...], backend: str | None) -> Tensor:
-        x, *weights = tensors
-        packed = functional.BlockWeights.from_tensors(weights, "relu6", "bottleneck", 2.0)
-        return block(x, packed, backend=backend)
-
     name = "coupling_inverse" if inverse else "coupling"
+
+    def run(tensors: tuple[Tensor, ...], backend: str) -> Tensor:
+        x, *weights = tensors
+        block = getattr(torch.ops.mghf_fast, name)
+        result: Tensor = block(x, weights, "relu6", "bottleneck", 2.0, backend)
+        return result
+
     return Problem(name, run, _coupling_tensors(batch, side), differentiable=not inverse)
 
 
 def entropy(batch: int, side: int) -> Problem:
-    from . import functional
-
-    def run(tensors: tuple[Tensor, ...], backend: str | None) -> Tensor:
-        return functional.channel_entropy(tensors[0], backend=backend)
+    def run(tensors: tuple[Tensor, ...], backend: str) -> Tensor:
+        result: Tensor = torch.ops.mghf_fast.entropy(tensors[0], BINS, backend)
+        return result
 
     tensors = tuple(_features(batch, side))
     return Problem("entropy", run, tensors, differentiable=False, exact=torch.float32)
 
 
 def gram(batch: int, side: int) -> Problem:
-    from . import functional
-
-    def run(tensors: tuple[Tensor, ...], backend: str | None) -> Tensor:
-        return functional.gram_matrix(tensors[0], backend=backend)
+    def run(tensors: tuple[Tensor, ...], backend: str) -> Tensor:
+        (x,) = tensors
+        result: Tensor = torch.ops.mghf_fast.gram(x, 1 / x[0].numel(), backend)
+        return result
 
     return Problem("gram", run, tuple(_features(batch, side)))
 
 
 def content_style(batch: int, side: int) -> Problem:
-    from . import functional
-
-    def run(tensors: tuple[Tensor, ...], backend: str | None) -> Tensor:
+    def run(tensors: tuple[Tensor, ...], backend: str) -> Tensor:
         sr, gt = tensors
-        terms = functional.content_style_terms(gt=gt, sr=sr, backend=backend)
-        return torch.stack([terms.naive, terms.mse, terms.correlation, terms.gram])
+        terms = torch.ops.mghf_fast.content_style(
+            gt, sr, CHANNELS // 2, 1.1, 2**0.5, BINS, "channel", backend
+        )
+        return torch.stack(terms[:4])
 
     tensors = tuple(_features(batch, side, 2))
     return Problem("content_style", run, tensors, exact=torch.float32)
 
 
 def patches(batch: int, side: int) -> Problem:
-    from . import functional
-
-    def run(tensors: tuple[Tensor, ...], backend: str | None) -> Tensor:
-        return functional.patch_projection(
-            *tensors, patch_size=PATCH_SIZE, stride=STRIDE, backend=backend
-        )
+    def run(tensors: tuple[Tensor, ...], backend: str) -> Tensor:
+        embedding: Tensor
+        embedding, _ = torch.ops.mghf_fast.patches(*tensors, PATCH_SIZE, STRIDE, backend)
+        return embedding
 
     generator = _generator()
     first = torch.randn(128, PATCH_SIZE**2, generator=generator, **DRAWN) / PATCH_SIZE
@@ -146,33 +144,39 @@ def patches(batch: int, side: int) -> Problem:
 
 
 def sinkhorn(maps: int, count: int) -> Problem:
-    from . import functional
-
-    def run(tensors: tuple[Tensor, ...], backend: str | None) -> Tensor:
-        return functional.sinkhorn_plan(tensors[0], epsilon=0.1, iterations=20, backend=backend)
+    def run(tensors: tuple[Tensor, ...], backend: str) -> Tensor:
+        plan: Tensor = torch.ops.mghf_fast.sinkhorn(tensors[0], "hard", 0.1, 20, None, backend)
+        return plan
 
     query, key = _embeddings(maps, count)
     return Problem("sinkhorn", run, (query @ key.mT,))
 
 
 def monce(maps: int, count: int) -> Problem:
-    from . import functional
-
-    def run(tensors: tuple[Tensor, ...], backend: str | None) -> Tensor:
-        return functional.monce_loss(*tensors, reduction="none", backend=backend)
+    def run(tensors: tuple[Tensor, ...], backend: str) -> Tensor:
+        losses: Tensor
+        losses, _ = torch.ops.mghf_fast.monce(
+            *tensors, 0.07, 1.0, 50, 1.0, "hard", "exact", backend
+        )
+        return losses
 
     return Problem("monce", run, _embeddings(maps, count))
 
 
 def dec(batch: int, side: int) -> Problem:
-    from . import functional
+    """Of images, as patches of 8 x 8 pixels with their colours, (N, 192)."""
 
-    def run(tensors: tuple[Tensor, ...], backend: str | None) -> Tensor:
-        return functional.dec_loss(*tensors, backend=backend)
+    def run(tensors: tuple[Tensor, ...], backend: str) -> Tensor:
+        loss: Tensor
+        loss, _ = torch.ops.mghf_fast.dec(
+            *tensors, 34.0, 0.5, 1.5, "inside", "rmse", 1.0, NORM_FLOOR, backend
+        )
+        return loss
 
     gt = torch.rand(batch, 3, side, side, generator=_generator(), **DRAWN)
     sr = (0.9 * gt + 0.1 * gt.flip(3)).clone()
-    return Problem("dec", run, (sr, gt), exact=torch.float32)
+    tiles = (x.unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 1, 4, 5) for x in (sr, gt))
+    return Problem("dec", run, tuple(x.reshape(-1, 192) for x in tiles), exact=torch.float32)
 
 
 PROBLEMS: Mapping[str, Callable[..., Problem]] = {

@@ -405,7 +405,7 @@ def test_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def refuse(*_: Sequence[object]) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.os, "fsync", refuse)
+    monkeypatch.setattr("os.fsync", refuse)
     with pytest.raises(
         PretrainError, match=r"No space left on device \(the earlier one is whole\)"
     ):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import mghf_fast
+from mghf_fast.source_tree import is_bare_source_tree
 
 # An editable installation finds the kernels of its own tree for whatever mghf_fast is imported.
 PRELUDE = (
@@ -59,4 +60,4 @@ def test_doctor_ends_without_a_traceback(checkout: Path) -> None:
 
 
 def test_an_installed_package_says_nothing() -> None:
-    assert not mghf_fast.native.is_bare_source_tree()
+    assert not is_bare_source_tree()

@@ -121,7 +121,7 @@ def test_a_table_of_another_version_is_not_read(
 ) -> None:
     cache.write(CPU, "tuned", {"when": "now", "rules": []})
     cache.identity.cache_clear()
-    monkeypatch.setattr("mghf_fast.__version__", "99.0")
+    monkeypatch.setattr("mghf_fast._version.__version__", "99.0")
     assert cache.known(CPU) == {}
     cache.write(CPU, "tuned", {"when": "later", "rules": []})
     cache.identity.cache_clear()

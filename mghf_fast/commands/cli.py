@@ -34,7 +34,7 @@ COMMANDS = {
         "the loss's weight beside a pixel loss, from gradients in a network's parameters",
     ),
     "table5": (
-        "mghf_fast.commands.table5.table",
+        "mghf_fast.commands.table5.command",
         "the paper's Table 5: counts by formula, time and memory measured on this machine",
     ),
     "pretrain": (
@@ -42,11 +42,11 @@ COMMANDS = {
         "train a detail feature extractor on your pictures or on built-in procedural ones",
     ),
     "tune": (
-        "mghf_fast.commands.tune.measurement",
+        "mghf_fast.commands.tune.command",
         "measure the kernels on this machine's GPU, so that each op takes the fastest there",
     ),
     "doctor": (
-        "mghf_fast.commands.doctor.examination",
+        "mghf_fast.commands.doctor.command",
         "versions, backends and why one is missing, build facts, a numerical self-check",
     ),
 }

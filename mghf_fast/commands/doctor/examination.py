@@ -1,10 +1,8 @@
-"""What this installation can do on this machine and why not the rest: `mghf-fast doctor`."""
+"""What this installation can do on this machine and why not the rest."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -165,16 +163,3 @@ def report(facts: dict[str, Any]) -> str:
         lines.append(f"  {name:10} {'ok' if check['passed'] else 'FAILED'}, {result}")
     lines += ["", "Usable." if facts["usable"] else "NOT usable: see the self-check above."]
     return "\n".join(lines)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `mghf-fast doctor`."""
-    parser.add_argument("--json", action="store_true", help="print everything as JSON")
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Prints the report; 0 when every backend that is there computes correctly, 1 otherwise."""
-    facts = examine()
-    json_text = json.dumps(facts, indent=2) if arguments.json else report(facts)
-    sys.stdout.write(json_text + "\n")
-    return 0 if facts["usable"] else 1

@@ -267,6 +267,10 @@ def vgg16_features(setting: Setting) -> Cost:
     return Cost(2 * setting.batch * macs, parameters * FLOAT32_BYTES, parameters)
 
 
+ROWS = ("lip", "gram", "correlation", "awdfe_mse", "dfe_mse", "dfe", "total", "vgg16")
+"""The keys of the rows of :func:`table5`, in the table's order."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One row of Table 5.

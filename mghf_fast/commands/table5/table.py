@@ -16,8 +16,6 @@ from . import cost
 from .measure import MIB, Measurement, measure_apart
 from .workloads import CHANNELS, ROW_OPS, VARIANTS
 
-ROUNDS = 5
-LIMIT = 90.0
 BUDGET = 2.0  # seconds after which a step is not run again
 WIDTH = 110
 
@@ -171,35 +169,12 @@ def show_progress(text: str) -> None:
         sys.stderr.flush()
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `mghf-fast table5`."""
-    add = parser.add_argument
-    rows = ", ".join(ROW_OPS)
-    add("--size", type=int, default=512, help="image side in pixels (default 512)")
-    add("--rows", nargs="+", metavar="ROW", choices=list(ROW_OPS), help=f"of {rows} (default all)")
-    add("--rounds", type=int, default=ROUNDS, help=f"timed steps at most (default {ROUNDS})")
-    add("--threads", type=int, help="PyTorch's CPU threads (default: its own choice)")
-    add("--limit", type=float, default=LIMIT, metavar="S",
-        help=f"seconds a variant may take, compilation included (default {LIMIT:.0f})")  # fmt: skip
-    add("--skip-memory", action="store_true", help="measure time alone")
-    add("--skip-compile", action="store_true", help="leave torch.compile out")
-    add("--json", metavar="FILE", help="write everything as JSON; - prints it instead of the table")
-
-
-def _check(arguments: argparse.Namespace) -> None:
-    for name, least in (("size", 32), ("rounds", 1), ("threads", 1)):
-        value = getattr(arguments, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name} is {value}; it must be at least {least}")
-    if not arguments.limit > 0:
-        raise ValueError(f"--limit is {arguments.limit}; it must be above 0 seconds")
-    if arguments.json not in (None, "-") and not Path(arguments.json).resolve().parent.is_dir():
-        raise ValueError(f"--json is {arguments.json!r}; its folder does not exist")
-
-
 def run(arguments: argparse.Namespace) -> int:
-    """Counts, measures, prints row by row and writes the JSON. Failures of a row are entries."""
-    _check(arguments)
+    """Counts, measures, prints row by row and writes the JSON. Failures of a row are entries.
+
+    Args:
+        arguments: those of :mod:`.command`, checked.
+    """
     table = arguments.json != "-"
 
     def show(*lines: str) -> None:

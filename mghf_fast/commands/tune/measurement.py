@@ -7,7 +7,6 @@ kernels that can run it; ``"auto"`` then follows the faster one, by rules as tho
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import functools
 import itertools
@@ -182,18 +181,9 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `mghf-fast tune`."""
-    parser.add_argument(
-        "--clear",
-        action="store_true",
-        help="forget what was measured and tried on this machine's GPUs",
-    )
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Measures and writes the table, or clears it."""
-    if arguments.clear:
+def run(clear: bool) -> int:
+    """Measures and writes the table, or with ``clear`` forgets it; the exit code."""
+    if clear:
         file = cache.clear()
         preferences.forget()
         trials.forget()

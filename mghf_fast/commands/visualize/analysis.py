@@ -88,7 +88,9 @@ def make_loss(extractor: DetailFeatureExtractor | None, preset: str) -> MGHFLoss
 
 @torch.no_grad()
 def _features(loss: MGHFLoss, image: Tensor) -> Tensor:
-    features = loss._features(image[None])[0]
+    """(3, H, W) in [0, 1] -> (C, H, W), as the loss has them."""
+    assert isinstance(loss.extractor, DetailFeatureExtractor)  # make_loss takes no other
+    features = loss.extractor(2 * image[None] - 1, backend=loss.backend)[0]
     broken = int((~torch.isfinite(features)).flatten(1).any(1).sum())
     if broken:
         raise ValueError(

@@ -1,0 +1,20 @@
+"""Whether the package is a folder of a checkout that is not installed, and what is then said."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from pathlib import Path
+
+BARE_SOURCE_TREE = (
+    f"mghf_fast comes from a source tree, {str(Path(__file__).parent.parent)!r}, which has no "
+    "kernels in place and hides an installed package: start Python in another folder, or install "
+    "the tree in place with `pip install -e .`"
+)
+
+
+@functools.cache
+def is_bare_source_tree() -> bool:
+    """Whether this is the package's folder in a checkout, found because Python was started beside
+    it: the Triton kernels lie outside of it, and compiled ones only in an installation."""
+    return importlib.util.find_spec("mghf_fast.kernels") is None
