@@ -184,13 +184,13 @@ def _backend(name: str, counter: _Counter, module: Any) -> Iterator[None]:
             import triton
             from triton import knobs
 
-            from tools.cases import _NoDevice
+            from tools.cases import NoDevice
 
             def note(**_: Any) -> bool:
                 counter.note()
                 return True  # no need to compile
 
-            triton.runtime.driver.set_active(_NoDevice(ARCHITECTURE))
+            triton.runtime.driver.set_active(NoDevice(ARCHITECTURE))
             stack.enter_context(mock.patch.object(knobs.runtime, "jit_cache_hook", note))
         yield
 

@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 
 import mghf_fast
+from mghf_fast.commands import choices, cli
+from mghf_fast.losses import mghf, settings
+from mghf_fast.nn import detail_feature_extractor, start, stems
+from mghf_fast.reference import coupling
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(mghf_fast.__file__).parent
@@ -164,8 +168,7 @@ def test_the_ops_alone_register_the_operators() -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [["--help"], ["--version"], []]
-    + [[c, "--help"] for c in ("demo", "doctor", "evaluate", "table5", "tune")],
+    [["--help"], ["--version"], []] + [[command, "--help"] for command in cli.COMMANDS],
     ids=" ".join,
 )
 def test_help_waits_for_no_torch(words: list[str]) -> None:
@@ -176,3 +179,27 @@ try:
 except SystemExit:
     pass"""
     assert "torch" not in loaded(code)
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs"),
+    [
+        ("VARIANTS", mghf.VARIANTS),
+        ("PRESETS", tuple(settings.PRESETS)),
+        ("DEFAULT_PRESET", settings.DEFAULT_PRESET),
+        ("DEFAULT_EXTRACTOR", settings.DEFAULT_EXTRACTOR),
+        ("STEMS", stems.STEMS),
+        ("SQUEEZES", detail_feature_extractor.SQUEEZES),
+        ("SUBNETS", coupling.SUBNETS),
+        ("ACTIVATIONS", coupling.ACTIVATIONS),
+        ("STARTS", start.STARTS),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_choices_are_the_library_s(name: str, theirs: object) -> None:
+    assert getattr(choices, name) == theirs
+
+
+def test_no_choice_is_left_out() -> None:
+    (mark,) = (m for m in test_choices_are_the_library_s.pytestmark if m.name == "parametrize")
+    assert {name for name, _ in mark.args[1]} == {n for n in vars(choices) if n.isupper()}

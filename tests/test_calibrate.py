@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mghf_fast import MGHFLoss
 from mghf_fast.commands import cli
-from mghf_fast.commands.calibrate import command as calibrate
+from mghf_fast.commands.calibrate import pairs
 from mghf_fast.integrations.calibrate import measure, weight_for
 
 
@@ -181,7 +181,7 @@ def test_pairs_that_are_none(tmp_path: Path) -> None:
     low, high = map(Path, folder(tmp_path, 2))
     Image.new("RGB", (96, 90)).save(high / "1.png")
     with pytest.raises(ValueError, match="1: HR must be a whole multiple of LR, got 96 x 90 for"):
-        calibrate.load(low, high, 48)
+        pairs.load(low, high, 48)
 
 
 def test_the_page_says_what_its_result_says() -> None:

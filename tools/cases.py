@@ -49,7 +49,7 @@ class Launch:
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 
 
-class _NoDevice:
+class NoDevice:
     """As much of a driver as finding out what to compile takes."""
 
     def __init__(self, architecture: int) -> None:
@@ -86,7 +86,7 @@ def launches(op: str, architecture: int) -> list[Launch]:
         return True  # no need to compile
 
     knobs.runtime.jit_cache_hook = note
-    triton.runtime.driver.set_active(_NoDevice(architecture))
+    triton.runtime.driver.set_active(NoDevice(architecture))
     for case, run, arguments in CASES[op]():  # noqa: B007
         run(*arguments)
     return list(found.values())

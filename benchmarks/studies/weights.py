@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mghf_fast
-from mghf_fast.commands.calibrate.command import draw
+from mghf_fast.commands.calibrate.pairs import draw
 from mghf_fast.commands.demo import photographs
 from mghf_fast.commands.demo.degradation import degrade
 from mghf_fast.commands.demo.network import CompactEDSR, shipped_start

@@ -7,9 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from ...nn.detail_feature_extractor import SQUEEZES, STEMS
-from ...nn.start import STARTS
-from ...reference.coupling import ACTIVATIONS, SUBNETS
+from ..choices import ACTIVATIONS, SQUEEZES, STARTS, STEMS, SUBNETS
 from .settings import (
     AMP,
     DEFAULTS,

@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...nn.detail_feature_extractor import SQUEEZES, STEMS
-from ...nn.start import STARTS
-from ...reference.coupling import ACTIVATIONS, SUBNETS
+from ..choices import ACTIVATIONS, SQUEEZES, STARTS, STEMS, SUBNETS
 
 PROCEDURAL = "procedural"
 """The name of the built-in source in ``--data``."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ...losses.mghf import DEFAULT_PRESET, PRESETS, downscale_of
+from ..choices import DEFAULT_PRESET, PRESETS
 
 MAPS, LINKS, WIDTH = 8, 30, 1040
 
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--preset",
-        choices=tuple(PRESETS),
+        choices=PRESETS,
         default=DEFAULT_PRESET,
         help="weights (default: %(default)s)",
     )
@@ -88,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
         if not least <= value <= most:
             raise ValueError(f"{name} is {value}; allowed are {least} to {most}")
 
+    from ...losses.mghf import downscale_of
     from ...nn import DetailFeatureExtractor
     from . import analysis, figure, files, pictures
 
