@@ -13,7 +13,7 @@ from ..pixels import Pixels
 from .items import NO_LABEL, Item
 from .settings import PretrainError
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm"})
+SUFFIXES = rasters.SUFFIXES | {".ppm"}
 
 LARGEST_CROP = 2.0
 """A crop is at most this many times as large as the training image. Detail is to be learned, so
