@@ -22,12 +22,9 @@ from . import _checks as check
 from . import ops
 from ._gather import gather_rows
 from .backends import current_backend
+from .ops import vocabulary
+from .ops.vocabulary import BlockWeights
 from .precision import accumulation_dtype
-from .reference import coupling as _coupling
-from .reference import dec as _dec
-from .reference import monce as _monce
-from .reference import sinkhorn as _sinkhorn
-from .reference.coupling import BlockWeights
 
 __all__ = [
     "BlockWeights",
@@ -60,18 +57,18 @@ def _check_block(name: str, x: Tensor, weights: BlockWeights, kernels: tuple[int
     check.check_tensor(name, x, "(B, C, H, W)")
     if not isinstance(weights, BlockWeights):
         raise TypeError(f"weights must be BlockWeights, got {type(weights).__name__}")
-    check.check_choice("weights.activation", weights.activation, _coupling.ACTIVATIONS)
-    check.check_choice("weights.subnet", weights.subnet, _coupling.SUBNETS)
+    check.check_choice("weights.activation", weights.activation, vocabulary.ACTIVATIONS)
+    check.check_choice("weights.subnet", weights.subnet, vocabulary.SUBNETS)
     if weights.clamp is not None:
         check.check_number("weights.clamp", weights.clamp, positive=True)
     channels = x.shape[1]
     mix = tuple(weights.mix_weight.shape)
     if len(mix) == 4 and mix[2] == 3 and 3 in kernels:
-        expected = _coupling.weight_shapes(mix[0], weights.subnet, channels, 3)
+        expected = vocabulary.weight_shapes(mix[0], weights.subnet, channels, 3)
         check.check_even_channels("weights.mix_weight", mix[0])
     else:
         check.check_even_channels(name, channels)
-        expected = _coupling.weight_shapes(channels, weights.subnet)
+        expected = vocabulary.weight_shapes(channels, weights.subnet)
     got = [tuple(w.shape) for w in weights.tensors()]
     if got != expected:
         raise ValueError(
@@ -345,7 +342,7 @@ def sinkhorn_plan(
     check.check_tensor("similarity", similarity, "(B, N, N)")
     if similarity.shape[1] != similarity.shape[2]:
         raise ValueError(f"similarity must have shape (B, N, N), got {tuple(similarity.shape)}")
-    check.check_choice("cost", cost, _sinkhorn.COSTS)
+    check.check_choice("cost", cost, vocabulary.COSTS)
     epsilon = check.check_number("epsilon", epsilon, positive=True)
     iterations = check.check_integer("iterations", iterations, 1)
     if tolerance is not None:
@@ -417,8 +414,8 @@ def monce_loss(
     epsilon = check.check_number("epsilon", epsilon, positive=True)
     iterations = check.check_integer("iterations", iterations, 1)
     negative_weight = check.check_number("negative_weight", negative_weight, positive=True)
-    check.check_choice("cost", cost, _sinkhorn.COSTS)
-    check.check_choice("plan_gradient", plan_gradient, _monce.PLAN_GRADIENTS)
+    check.check_choice("cost", cost, vocabulary.COSTS)
+    check.check_choice("plan_gradient", plan_gradient, vocabulary.PLAN_GRADIENTS)
     losses, _ = ops.monce.monce(
         query,
         key,
@@ -450,7 +447,7 @@ def patch_nce_loss(
     check.check_number("temperature", temperature, positive=True)
     check.check_choice("reduction", reduction, REDUCTIONS)
     current_backend(backend)
-    return _reduce(_monce.patch_nce(query, key, float(temperature)), reduction)
+    return _reduce(ops.monce.patch_nce(query, key, float(temperature)), reduction)
 
 
 def dec_loss(
@@ -503,13 +500,13 @@ def dec_loss(
         )
     threshold_db = check.check_number("threshold_db", threshold_db)
     of_positives, of_negatives = check.check_numbers("temperatures", temperatures, 2, positive=True)
-    check.check_choice("temperature", temperature, _dec.TEMPERATURES)
-    check.check_choice("similarity", similarity, _dec.SIMILARITIES)
+    check.check_choice("temperature", temperature, vocabulary.TEMPERATURES)
+    check.check_choice("similarity", similarity, vocabulary.SIMILARITIES)
     max_value = check.check_number("max_value", max_value, positive=True)
     sr_patches, gt_patches = _flat_patches(sr, patch_size), _flat_patches(gt, patch_size)
     if norm_floor is None:
         depth = check.check_integer("sr", sr_patches.shape[1], 1)
-        norm_floor = _dec.RMS_FLOOR * max_value * depth**0.5
+        norm_floor = vocabulary.RMS_FLOOR * max_value * depth**0.5
     norm_floor = check.check_number("norm_floor", norm_floor, positive=True)
     norm_floor = max(norm_floor, torch.finfo(torch.float32).tiny)
     if gather:

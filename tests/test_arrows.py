@@ -14,7 +14,7 @@ import mghf_fast
 from mghf_fast.commands import choices, cli
 from mghf_fast.losses import mghf, settings
 from mghf_fast.nn import detail_feature_extractor, start, stems
-from mghf_fast.reference import coupling
+from mghf_fast.ops import vocabulary
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(mghf_fast.__file__).parent
@@ -190,8 +190,8 @@ except SystemExit:
         ("DEFAULT_EXTRACTOR", settings.DEFAULT_EXTRACTOR),
         ("STEMS", stems.STEMS),
         ("SQUEEZES", detail_feature_extractor.SQUEEZES),
-        ("SUBNETS", coupling.SUBNETS),
-        ("ACTIVATIONS", coupling.ACTIVATIONS),
+        ("SUBNETS", vocabulary.SUBNETS),
+        ("ACTIVATIONS", vocabulary.ACTIVATIONS),
         ("STARTS", start.STARTS),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

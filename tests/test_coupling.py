@@ -22,13 +22,13 @@ from torch import Tensor
 from mghf_fast import functional, ops
 from mghf_fast.backends import triton_is_interpreted
 from mghf_fast.nn import InvertibleBlock
+from mghf_fast.ops.vocabulary import ACTIVATIONS, SUBNETS, BlockWeights
 from mghf_fast.reference import coupling as reference
-from mghf_fast.reference.coupling import BlockWeights
 
 VARIANTS = [
     (subnet, activation, clamp)
-    for subnet in reference.SUBNETS
-    for activation in reference.ACTIVATIONS
+    for subnet in SUBNETS
+    for activation in ACTIVATIONS
     for clamp in (None, 1.5)
 ]
 
@@ -306,7 +306,7 @@ def same_precision(x: Tensor, weights: BlockWeights, upstream: Tensor) -> list[T
 
 # 64 and 128 channels have products of bfloat16 where the CPU has instructions for them.
 @pytest.mark.parametrize("channels", [34, 64, 128])
-@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("size", [(1, 1), (17, 70)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_layers_in_half_precision(

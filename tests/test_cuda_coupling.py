@@ -13,8 +13,8 @@ from emulated import KINDS, Call, needs_modules, results, strided
 from torch import Tensor
 
 from mghf_fast.nn import InvertibleBlock
+from mghf_fast.ops.vocabulary import ACTIVATIONS, BlockWeights
 from mghf_fast.reference import coupling as reference
-from mghf_fast.reference.coupling import BlockWeights
 
 pytestmark = needs_modules
 
@@ -119,7 +119,7 @@ def options() -> list[Problem]:
     """With larger weights, so that the clamp and both sides of the activations come into play."""
     return [
         problem(8, (1, 9, 11), scale=scale, activation=activation, clamp=clamp)
-        for activation in reference.ACTIVATIONS
+        for activation in ACTIVATIONS
         for scale, clamp in ((1.5, None), (3.0, 1.5))
     ]
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from emulated import KINDS, Call, needs_modules, results, strided
 from torch import Tensor
 
-from mghf_fast.ops.monce import kept_iterations
+from mghf_fast.ops.vocabulary import PLAN_GRADIENTS, kept_iterations
 from mghf_fast.reference import monce as reference
 
 pytestmark = needs_modules
@@ -168,7 +168,7 @@ def test_broken_maps(gpu: tuple[int, bool], tmp_path: Path) -> None:
     for n in (1, 2, 20):
         query, key = pair(4, n)
         query[1, n - 1, 3], key[3, 0, 2] = torch.nan, torch.inf
-        for mode in reference.PLAN_GRADIENTS:
+        for mode in PLAN_GRADIENTS:
             options = (0.07, 1.0, 50, 1.0, "hard", mode)
             losses, grad = run("plain", gpu, [problem(query, key, *options)], tmp_path)
             for index in (0, 2):

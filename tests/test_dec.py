@@ -19,6 +19,7 @@ from instruction_sets import CAPABILITIES, in_parent, run_file_under
 from torch import Tensor
 
 from mghf_fast import DECLoss, available_backends, functional, ops
+from mghf_fast.ops.vocabulary import SIMILARITIES, TEMPERATURES
 from mghf_fast.reference import dec as reference
 
 OPTIONS = (34.0, 0.5, 1.5, "inside", "rmse", 1.0, 1e-8)
@@ -64,8 +65,8 @@ def by_hand(sr: Tensor, gt: Tensor, outside: bool, l2: bool) -> float:
     return -sum(rows) / len(rows)
 
 
-@pytest.mark.parametrize("temperature", reference.TEMPERATURES)
-@pytest.mark.parametrize("similarity", reference.SIMILARITIES)
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("similarity", SIMILARITIES)
 def test_definition(temperature: str, similarity: str) -> None:
     sr, gt = images(2, 3, 16, 24)
     sr, gt = sr.double(), gt.double()
@@ -94,7 +95,7 @@ def test_positive_pairs_are_decided_exactly() -> None:
         assert reference.positive_pairs(2 * gt, 34.0, "rmse", 2.0)[0, 1].item() is expected
 
 
-@pytest.mark.parametrize("temperature", reference.TEMPERATURES)
+@pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_reference_gradient(temperature: str) -> None:
     sr, gt = patches(9, 12, torch.float64)
     sr[4] = 0  # a black patch
@@ -256,7 +257,7 @@ def test_gather_without_processes_is_the_plain_loss() -> None:
     p=st.integers(2, 20),
     d=st.integers(3, 30),
     threshold=st.floats(5, 60),
-    temperature=st.sampled_from(reference.TEMPERATURES),
+    temperature=st.sampled_from(TEMPERATURES),
     seed=st.integers(0, 10**6),
 )
 def test_any_patches(p: int, d: int, threshold: float, temperature: str, seed: int) -> None:
@@ -320,8 +321,8 @@ def test_runs_of_triton(p: int, programs: int, monkeypatch: pytest.MonkeyPatch) 
     contract.check_against_reference(loss_on("triton", gt), exact_loss(gt), [sr])
 
 
-@pytest.mark.parametrize("temperature", reference.TEMPERATURES)
-@pytest.mark.parametrize("similarity", reference.SIMILARITIES)
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("similarity", SIMILARITIES)
 @pytest.mark.parametrize("threshold", [-10.0, 20.0, 200.0])
 def test_options(backend: str, temperature: str, similarity: str, threshold: float) -> None:
     sr, gt = patches(70, 20)

@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mghf_fast import backends, functional, ops
+from mghf_fast.ops.vocabulary import COSTS
 from mghf_fast.reference import sinkhorn as reference
-
-COSTS = reference.COSTS
 
 
 def cosines(b: int, n: int, d: int = 8, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -1,11 +1,14 @@
-"""The package's folder in a checkout, found because Python was started beside it."""
+"""What imports what; and the package's folder in a checkout, found because Python was started
+beside it."""
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -61,3 +64,47 @@ def test_doctor_ends_without_a_traceback(checkout: Path) -> None:
 
 def test_an_installed_package_says_nothing() -> None:
     assert not is_bare_source_tree()
+
+
+# ---- imports run one way ----
+
+PACKAGE = Path(mghf_fast.__file__).parent
+MEASURED = {"commands/table5/workloads.py"}
+"""What measures the reference as a variant of its own, and so imports it."""
+
+
+def imports(file: Path) -> Iterator[str]:
+    """The full names of all modules, and of the names out of them, that a file of the package
+    imports, wherever in it."""
+    package = ("mghf_fast", *file.relative_to(PACKAGE).parts[:-1])
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join((*above, *filter(None, [node.module])))
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def importers(name: str) -> set[str]:
+    """The files of the package that import a module, or something of it."""
+    return {
+        file.relative_to(PACKAGE).as_posix()
+        for file in PACKAGE.rglob("*.py")
+        if any(f"{found}.".startswith(f"{name}.") for found in imports(file))
+    }
+
+
+def test_nothing_above_the_ops_imports_the_reference() -> None:
+    found = importers("mghf_fast.reference")
+    assert any(file.startswith("ops/") for file in found)  # the test sees what it looks for
+    assert {f for f in found if not f.startswith(("ops/", "reference/"))} == MEASURED
+
+
+def test_the_vocabulary_and_the_reference_need_no_backend() -> None:
+    assert not [name for name in imports(PACKAGE / "ops/vocabulary.py") if "mghf_fast" in name]
+    allowed = ("mghf_fast.ops.vocabulary", "mghf_fast.precision", "mghf_fast.reference")
+    for file in (PACKAGE / "reference").glob("*.py"):
+        ours = [name for name in imports(file) if name.startswith("mghf_fast")]
+        assert all(name.startswith(allowed) for name in ours), (file.name, ours)

@@ -23,8 +23,7 @@ from triton.backends.compiler import GPUTarget
 
 from mghf_fast.commands.table5.workloads import CHANNELS, PATCH_SIZE, STRIDE
 from mghf_fast.ops import OPS, coupling
-from mghf_fast.ops.monce import KEPT
-from mghf_fast.reference.coupling import BlockWeights
+from mghf_fast.ops.vocabulary import KEPT, BlockWeights
 
 SIZE, TOP_M, BINS, HIDDEN, DIMENSION = 512, 64, 256, 128, 64
 PATCHES = ((SIZE - PATCH_SIZE) // STRIDE + 1) ** 2

@@ -7,8 +7,7 @@ from torch import Tensor, nn
 from .. import _checks as check
 from .. import functional
 from ..nn import PatchProjection
-from ..reference.monce import PLAN_GRADIENTS
-from ..reference.sinkhorn import COSTS
+from ..ops.vocabulary import COSTS, PLAN_GRADIENTS
 from .frozen import HoldsFrozen, freeze
 
 AUTO_PATCH_SIZES = (32, 16, 8)

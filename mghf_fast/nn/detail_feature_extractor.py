@@ -12,14 +12,9 @@ from torch import Tensor, nn
 from .. import _checks as check
 from .. import functional, weights
 from ..backends import current_backend
+from ..ops import coupling
+from ..ops.vocabulary import ACTIVATIONS, SUBNETS, BlockWeights
 from ..precision import without_autocast
-from ..reference.coupling import (
-    ACTIVATIONS,
-    SUBNETS,
-    BlockWeights,
-    invertible_block,
-    invertible_block_log_det,
-)
 from .initial import orthogonal, reproducibly
 from .start import BLOCK_OUTPUT_RMS, STARTS, curve_block, curve_stem
 from .stems import STEMS as STEMS
@@ -126,7 +121,7 @@ class InvertibleBlock(nn.Module):
                     f"backend {chosen!r} cannot run coupling with memory='store': only 'reference' "
                     "stores its activations"
                 )
-            return invertible_block(x, weights)
+            return coupling.plain_block(x, weights)
         return functional.invertible_block(x, weights, backend=backend)
 
     def inverse(self, y: Tensor, *, backend: str | None = None) -> Tensor:
@@ -163,7 +158,7 @@ class InvertibleBlock(nn.Module):
         check.check_device("x", x, "the block", weights.mix_weight)
         _check_regular(weights.mix_weight.detach().flatten(1).cpu().double())
         with without_autocast(x.device.type):
-            return invertible_block_log_det(x, weights)
+            return coupling.log_det(x, weights)
 
 
 def _check_regular(mix: Tensor) -> None:

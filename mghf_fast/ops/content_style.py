@@ -12,6 +12,7 @@ from .. import native
 from ..precision import accumulation_dtype
 from ..reference.content_style import content_style as reference_forward
 from ..reference.content_style import content_style_backward as reference_backward
+from ..reference.content_style import importance_weights as reference_importance_weights
 from ._dispatch import (
     Op,
     can_run_cpu,
@@ -23,6 +24,9 @@ from ._dispatch import (
     readable_on_cpu,
     register_float32_autocast,
 )
+
+importance_weights = reference_importance_weights
+"""Indices and weights of the kept maps, both (B, M), in plain PyTorch."""
 
 # naive, mse, correlation, gram: (B,) each; kept, weights: (B, M); moments: (B, 6, M);
 # difference: (B, M, M), or (B, 0, 0) for gram="map". The last two are the statistics with which the

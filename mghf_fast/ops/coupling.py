@@ -9,10 +9,10 @@ from torch import Tensor
 
 from .. import native
 from ..reference.coupling import (
-    BlockWeights,
     invertible_block,
     invertible_block_backward,
     invertible_block_inverse,
+    invertible_block_log_det,
 )
 from ._batching import is_batched
 from ._dispatch import (
@@ -26,6 +26,12 @@ from ._dispatch import (
     readable_on_cpu,
     register_float32_autocast,
 )
+from .vocabulary import BlockWeights
+
+plain_block, plain_inverse = invertible_block, invertible_block_inverse
+"""The block and its inverse of (x, BlockWeights) in plain PyTorch, which autograd walks through."""
+log_det = invertible_block_log_det
+"""log |det| of the block's Jacobian at every image, (B,), likewise: no backend has a kernel."""
 
 
 def _flat(tensors: list[Tensor]) -> Tensor:

@@ -18,6 +18,7 @@ from ._dispatch import (
     double_backward_requested,
     register_float32_autocast,
 )
+from .vocabulary import LEAST_TEMPERATURE
 
 
 def _reference_forward(sr: Tensor, gt: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
@@ -57,11 +58,6 @@ def _triton_backward(
     from ..kernels import dec as kernels
 
     return kernels.backward(grad, sr, gt, statistics, *options)
-
-
-LEAST_TEMPERATURE = 0.013
-"""What the kernels take. They add up exp(cos / t) as it is: at this temperature float32 holds the
-sums of 45,000 patches that are all alike. The reference scales every row by its largest term."""
 
 
 def _for_temperatures(can_run: Callable[..., str | None]) -> Callable[..., str | None]:

@@ -11,6 +11,7 @@ from .. import native
 from ..precision import accumulation_dtype
 from ..reference.monce import monce as reference_forward
 from ..reference.monce import monce_backward as reference_backward
+from ..reference.monce import patch_nce as reference_patch_nce
 from ._dispatch import (
     Op,
     can_run_cpu,
@@ -19,23 +20,16 @@ from ._dispatch import (
     double_backward_requested,
     register_float32_autocast,
 )
+from .vocabulary import MOST_PATCHES, kept_iterations, monce_state_shape
 
-KEPT = 6
-"""Sinkhorn iterations that the forward leaves for the backward: as many as epsilon 1 takes."""
-
-
-def kept_iterations(iterations: int) -> int:
-    return min(iterations, KEPT)
-
-
-def _state(query: Tensor, iterations: int) -> tuple[int, ...]:
-    """The shape of what the forward leaves: a row with the number of iterations made, 0 if the
-    backward is to find out itself, and four rows for each iteration kept, as the backend likes."""
-    return (query.shape[0], 1 + 4 * kept_iterations(iterations), query.shape[1])
+patch_nce = reference_patch_nce
+"""(B, N, D) x 2 -> (B, N), every negative weighs one, in plain PyTorch."""
 
 
 def _reference_forward(query: Tensor, key: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    state = torch.zeros(_state(query, options[2]), dtype=torch.int32, device=query.device)
+    state = torch.zeros(
+        monce_state_shape(query, options[2]), dtype=torch.int32, device=query.device
+    )
     return reference_forward(query, key, *options), state
 
 
@@ -72,9 +66,6 @@ def _cpu_backward(grad: Tensor, query: Tensor, key: Tensor, state: Tensor, *opti
         grad.float(), query.float(), key.float(), state, *options
     )
     return grad_query.to(query.dtype)
-
-
-MOST_PATCHES = 1 << 20
 
 
 def _cuda_forward(query: Tensor, key: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
@@ -148,7 +139,7 @@ def monce_backward(
 @monce.register_fake
 def _(query: Tensor, key: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     losses = query.new_empty(query.shape[:2], dtype=accumulation_dtype(query.dtype))
-    return losses, query.new_empty(_state(query, options[2]), dtype=torch.int32)
+    return losses, query.new_empty(monce_state_shape(query, options[2]), dtype=torch.int32)
 
 
 @monce_backward.register_fake

@@ -32,15 +32,7 @@ from ._dispatch import (
     readable_on_cpu,
     register_float32_autocast,
 )
-
-
-def _result_shapes(
-    x: Tensor, weight1: Tensor, weight2: Tensor, patch_size: int, stride: int
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of the embeddings and the state."""
-    b, c, h, w = x.shape
-    n = ((h - patch_size) // stride + 1) * ((w - patch_size) // stride + 1)
-    return (b * c, n, weight2.shape[0]), (n, 1 + (weight1.shape[0] + 31) // 32, b * c)
+from .vocabulary import patches_shapes
 
 
 def _reference_forward(
@@ -53,7 +45,7 @@ def _reference_forward(
     stride: int,
 ) -> tuple[Tensor, Tensor]:
     embedding = patch_projection(x, weight1, bias1, weight2, bias2, patch_size, stride)
-    _, shape = _result_shapes(x, weight1, weight2, patch_size, stride)
+    _, shape = patches_shapes(x, weight1, weight2, patch_size, stride)
     return embedding, x.new_zeros(shape, dtype=torch.int32)
 
 
@@ -274,7 +266,7 @@ def _(
     stride: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    embedding, state = _result_shapes(x, weight1, weight2, patch_size, stride)
+    embedding, state = patches_shapes(x, weight1, weight2, patch_size, stride)
     return (
         x.new_empty(embedding, dtype=accumulation_dtype(x.dtype)),
         x.new_empty(state, dtype=torch.int32),

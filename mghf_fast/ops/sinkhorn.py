@@ -17,6 +17,7 @@ from ._dispatch import (
     double_backward_requested,
     register_float32_autocast,
 )
+from .vocabulary import MOST_PATCHES
 
 # Of the implementations the options are cost, epsilon, iterations and tolerance.
 
@@ -53,9 +54,6 @@ def _cuda_forward(similarity: Tensor, *options: Any) -> Tensor:
 def _cuda_backward(grad: Tensor, similarity: Tensor, *options: Any) -> Tensor:
     grad_similarity: Tensor = native.cuda_ops().sinkhorn_backward(grad, similarity, *options)
     return grad_similarity
-
-
-MOST_PATCHES = 1 << 20
 
 
 def _can_run_cuda(*tensors: Tensor) -> str | None:

@@ -28,10 +28,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..ops.vocabulary import VARIANCE_FLOOR
 from ..precision import accumulation_dtype
 from .entropy import precise_entropy
-
-VARIANCE_FLOOR = 1e-8
 
 
 def importance_weights(

@@ -28,64 +28,13 @@ shears (phi, eta) it is 1, whatever they are, and the scale multiplies each z1 b
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
+from ..ops.vocabulary import BlockWeights
 from ..precision import accumulation_dtype
-
-ACTIVATIONS = ("relu6", "softplus", "leaky_relu")
-SUBNETS = ("bottleneck", "conv2")
-
-
-class BlockWeights(NamedTuple):
-    """The weights of an invertible block, kernels in PyTorch's (out, in, kh, kw) layout.
-
-    ``mix_weight`` is (C, C, 1, 1); or (C, any, 3, 3), a convolution with zero padding, for a block
-    whose mix has swallowed the linear layer before it (such a block has no inverse).
-
-    ``phi``, ``rho`` and ``eta`` hold (expand, depthwise, project) for ``subnet="bottleneck"``,
-    (expand, project) for ``"conv2"``.
-    """
-
-    mix_weight: Tensor
-    mix_bias: Tensor
-    phi: tuple[Tensor, ...]
-    rho: tuple[Tensor, ...]
-    eta: tuple[Tensor, ...]
-    activation: str = "relu6"
-    subnet: str = "bottleneck"
-    clamp: float | None = None
-
-    def tensors(self) -> list[Tensor]:
-        """All tensors in one fixed order: mix, then phi, rho and eta."""
-        return [self.mix_weight, self.mix_bias, *self.phi, *self.rho, *self.eta]
-
-    @classmethod
-    def from_tensors(
-        cls, tensors: list[Tensor], activation: str, subnet: str, clamp: float | None
-    ) -> BlockWeights:
-        """The inverse of :meth:`tensors`."""
-        mix_weight, mix_bias, *rest = tensors
-        n = len(rest) // 3
-        phi, rho, eta = (tuple(rest[i * n : (i + 1) * n]) for i in range(3))
-        return cls(mix_weight, mix_bias, phi, rho, eta, activation, subnet, clamp)
-
-
-def weight_shapes(
-    channels: int, subnet: str, inputs: int | None = None, kernel: int = 1
-) -> list[tuple[int, ...]]:
-    """The shapes of ``BlockWeights.tensors()`` for C channels and a mix of ``inputs`` channels (C
-    by default) with a kernel of 1 or 3."""
-    c = channels // 2
-    if subnet == "conv2":
-        kernels: list[tuple[int, ...]] = [(c, c, 3, 3), (c, c, 3, 3)]
-    else:
-        kernels = [(2 * c, c, 1, 1), (2 * c, 1, 3, 3), (c, 2 * c, 1, 1)]
-    return [(channels, inputs or channels, kernel, kernel), (channels,), *kernels * 3]
 
 
 def _activate(x: Tensor, activation: str) -> Tensor:

@@ -22,12 +22,6 @@ from torch import Tensor
 
 from ..precision import accumulation_dtype
 
-RMS_FLOOR = 0.02
-"""The default floor of norms: a patch's root mean square, in units of ``max_value``. The gradient
-of a patch is inverse to its norm; at this floor a black patch's is of the size of a dark one's."""
-SIMILARITIES = ("rmse", "l2")
-TEMPERATURES = ("inside", "outside")
-
 
 def positive_pairs(gt: Tensor, threshold_db: float, similarity: str, max_value: float) -> Tensor:
     """(P, D) GT patches -> (P, P), true where j is positive for i."""

@@ -25,8 +25,6 @@ from torch import Tensor
 from ..precision import accumulation_dtype
 from .sinkhorn import log_sinkhorn_plan, log_sinkhorn_plan_backward
 
-PLAN_GRADIENTS = ("exact", "detach")
-
 
 def _similarity(query: Tensor, key: Tensor) -> Tensor:
     dtype = accumulation_dtype(query.dtype)

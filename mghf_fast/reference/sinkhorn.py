@@ -19,8 +19,6 @@ from torch import Tensor
 
 from ..precision import accumulation_dtype
 
-COSTS = ("hard", "easy", "exp")
-
 
 def transport_score(similarity: Tensor, cost: str) -> Tensor:
     """What the plan maximises: ``"hard"`` favours similar pairs, the others unlike ones."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...nn import DetailFeatureExtractor
 from ...nn.detail_feature_extractor import InvertibleBlock
-from ...reference.coupling import invertible_block_inverse
+from ...ops.coupling import plain_inverse
 from .pairs import OCTAVES
 
 OCTAVE_FREE = 2.0
@@ -68,7 +68,7 @@ def inverse_growth(
     both = torch.stack([features, features + error]).contiguous(memory_format=torch.channels_last)
     for block in reversed(extractor.blocks):
         assert isinstance(block, InvertibleBlock)
-        both = invertible_block_inverse(both, block.weights())
+        both = plain_inverse(both, block.weights())
     undone, moved = both
     relative = torch.linalg.vector_norm(moved - undone) / torch.linalg.vector_norm(undone)
     return relative / INVERSE_ERROR

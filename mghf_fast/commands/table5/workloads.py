@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ... import functional
 from ...losses import PRESETS, LocalInformationLoss, MGHFLoss
 from ...nn import DetailFeatureExtractor, InvertibleBlock, PatchProjection
+from ...ops.vocabulary import VARIANCE_FLOOR
 from ...reference import content_style, coupling, monce, patches
 from .cost import VGG16_STAGES
 
@@ -238,7 +239,7 @@ def _correlation_term(s: Tensor, g: Tensor, weights: Tensor) -> Tensor:
     del weights  # Pearson's correlation ignores them
     s, g = s - s.mean((2, 3), keepdim=True), g - g.mean((2, 3), keepdim=True)
     variance_s, variance_g = s.square().mean((2, 3)), g.square().mean((2, 3))
-    floor = content_style.VARIANCE_FLOOR
+    floor = VARIANCE_FLOOR
     root = (variance_s.clamp_min(floor) * variance_g.clamp_min(floor)).sqrt()
     return 1 - ((s * g).mean((2, 3)) / root).mean()
 

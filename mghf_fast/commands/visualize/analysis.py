@@ -13,7 +13,7 @@ from ... import functional
 from ...losses import MGHFLoss
 from ...losses.mghf import Preset, downscale_of
 from ...nn import DetailFeatureExtractor, PatchProjection
-from ...reference.content_style import importance_weights
+from ...ops.content_style import importance_weights
 from . import shares
 
 PATCH = 32

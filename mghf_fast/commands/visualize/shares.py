@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...reference.content_style import VARIANCE_FLOOR
+from ...ops.vocabulary import VARIANCE_FLOOR
 
 
 def naive(gt: Tensor, sr: Tensor) -> Tensor:

@@ -1,0 +1,119 @@
+"""The ops' vocabulary: the strings that their options allow, their limits, the weights of a block,
+and the shapes of what a forward leaves for its backward.
+
+Everything that speaks of an op takes it from here. The module imports nothing of the package, so
+contracts and backends alike may import it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+# ---- coupling ----
+
+ACTIVATIONS = ("relu6", "softplus", "leaky_relu")
+SUBNETS = ("bottleneck", "conv2")
+
+
+class BlockWeights(NamedTuple):
+    """The weights of an invertible block, kernels in PyTorch's (out, in, kh, kw) layout.
+
+    ``mix_weight`` is (C, C, 1, 1); or (C, any, 3, 3), a convolution with zero padding, for a block
+    whose mix has swallowed the linear layer before it (such a block has no inverse).
+
+    ``phi``, ``rho`` and ``eta`` hold (expand, depthwise, project) for ``subnet="bottleneck"``,
+    (expand, project) for ``"conv2"``.
+    """
+
+    mix_weight: Tensor
+    mix_bias: Tensor
+    phi: tuple[Tensor, ...]
+    rho: tuple[Tensor, ...]
+    eta: tuple[Tensor, ...]
+    activation: str = "relu6"
+    subnet: str = "bottleneck"
+    clamp: float | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors in one fixed order: mix, then phi, rho and eta."""
+        return [self.mix_weight, self.mix_bias, *self.phi, *self.rho, *self.eta]
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: list[Tensor], activation: str, subnet: str, clamp: float | None
+    ) -> BlockWeights:
+        """The inverse of :meth:`tensors`."""
+        mix_weight, mix_bias, *rest = tensors
+        n = len(rest) // 3
+        phi, rho, eta = (tuple(rest[i * n : (i + 1) * n]) for i in range(3))
+        return cls(mix_weight, mix_bias, phi, rho, eta, activation, subnet, clamp)
+
+
+def weight_shapes(
+    channels: int, subnet: str, inputs: int | None = None, kernel: int = 1
+) -> list[tuple[int, ...]]:
+    """The shapes of ``BlockWeights.tensors()`` for C channels and a mix of ``inputs`` channels (C
+    by default) with a kernel of 1 or 3."""
+    c = channels // 2
+    if subnet == "conv2":
+        kernels: list[tuple[int, ...]] = [(c, c, 3, 3), (c, c, 3, 3)]
+    else:
+        kernels = [(2 * c, c, 1, 1), (2 * c, 1, 3, 3), (c, 2 * c, 1, 1)]
+    return [(channels, inputs or channels, kernel, kernel), (channels,), *kernels * 3]
+
+
+# ---- content_style ----
+
+VARIANCE_FLOOR = 1e-8
+"""The least variance of a map in its correlation."""
+
+
+# ---- patches ----
+
+
+def patches_shapes(
+    x: Tensor, weight1: Tensor, weight2: Tensor, patch_size: int, stride: int
+) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """The shapes of the embeddings, (B C, N, D), and of the state, (N, 1 + words, B C)."""
+    b, c, h, w = x.shape
+    n = ((h - patch_size) // stride + 1) * ((w - patch_size) // stride + 1)
+    return (b * c, n, weight2.shape[0]), (n, 1 + (weight1.shape[0] + 31) // 32, b * c)
+
+
+# ---- sinkhorn and monce ----
+
+COSTS = ("hard", "easy", "exp")
+PLAN_GRADIENTS = ("exact", "detach")
+
+MOST_PATCHES = 1 << 20
+"""Patches of a map that the compiled CUDA kernels take."""
+
+KEPT = 6
+"""Sinkhorn iterations that the forward of `monce` leaves for its backward: as many as epsilon 1
+takes."""
+
+
+def kept_iterations(iterations: int) -> int:
+    return min(iterations, KEPT)
+
+
+def monce_state_shape(query: Tensor, iterations: int) -> tuple[int, int, int]:
+    """The shape of what the forward of `monce` leaves, int32: a row with the number of iterations
+    made, 0 if the backward is to find out itself, and four rows for each iteration kept, as the
+    backend likes."""
+    return (query.shape[0], 1 + 4 * kept_iterations(iterations), query.shape[1])
+
+
+# ---- dec ----
+
+RMS_FLOOR = 0.02
+"""The default floor of norms: a patch's root mean square, in units of ``max_value``. The gradient
+of a patch is inverse to its norm; at this floor a black patch's is of the size of a dark one's."""
+SIMILARITIES = ("rmse", "l2")
+TEMPERATURES = ("inside", "outside")
+
+LEAST_TEMPERATURE = 0.013
+"""What the kernels take. They add up exp(cos / t) as it is: at this temperature float32 holds the
+sums of 45,000 patches that are all alike. The reference scales every row by its largest term."""
