@@ -27,10 +27,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
-from .entropy import counts_of, entropies_of
-from .image import Layout, layout_of, pixel_offsets, place_of, power_of_two, runs_of
-from .selection import gram_difference, select
+from mghf_fast.backends import can_run_triton
+from mghf_fast.kernels import launch
+from mghf_fast.kernels.entropy import counts_of, entropies_of
+from mghf_fast.kernels.image import (
+    Layout,
+    layout_of,
+    pixel_offsets,
+    place_of,
+    power_of_two,
+    runs_of,
+)
+from mghf_fast.kernels.selection import gram_difference, select
+from mghf_fast.ops.layout import empty_like_laid_out
+from mghf_fast.ops.limits import only_channel_gram
+from mghf_fast.ops.vocabulary import ContentStyleOutputs
 
 SWEEP_PROGRAMS = 4096
 PRODUCT_PROGRAMS = 256
@@ -702,21 +713,21 @@ def _products(gt: Tensor, sr: Tensor, kept: Tensor) -> Tensor:
     return partial
 
 
-def content_style(
-    gt: Tensor, sr: Tensor, top_m: int, alpha: float, gamma: float, bins: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def forward(
+    gt: Tensor, sr: Tensor, top_m: int, alpha: float, gamma: float, bins: int, gram: str
+) -> ContentStyleOutputs:
     """The op's outputs: terms, kept maps, weights and what the backward needs."""
     batch, channels, height, width = sr.shape
     pixels = height * width
     with launch.on_device_of(sr):
         if top_m == 0:
             naive = _naive(gt, sr)
-            mse, correlation, gram = (torch.zeros_like(naive) for _ in range(3))
+            mse, correlation, style = (torch.zeros_like(naive) for _ in range(3))
             kept = torch.empty(batch, 0, dtype=torch.int64, device=sr.device)
             weights, moments, difference = (
                 naive.new_empty(batch, *shape) for shape in ((0,), (MOMENTS.value, 0), (0, 0))
             )
-            return naive, mse, correlation, gram, kept, weights, moments, difference
+            return naive, mse, correlation, style, kept, weights, moments, difference
 
         statistics, ranges = _statistics(gt, sr)
         counts = torch.zeros(2, batch, channels, bins, dtype=torch.int32, device=sr.device)
@@ -733,26 +744,31 @@ def content_style(
             distance=DISTANCE.value,
             square=SQUARE.value,
         )
-        difference, gram = gram_difference(_products(gt, sr, kept), weights, pixels)
-    return naive, mse, correlation, gram, kept, weights, moments, difference
+        difference, style = gram_difference(_products(gt, sr, kept), weights, pixels)
+    return naive, mse, correlation, style, kept, weights, moments, difference
 
 
-def content_style_backward(
-    grads: tuple[Tensor, Tensor, Tensor, Tensor],
+def backward(
+    grad_naive: Tensor,
+    grad_mse: Tensor,
+    grad_correlation: Tensor,
+    grad_gram: Tensor,
     gt: Tensor,
     sr: Tensor,
     kept: Tensor,
     weights: Tensor,
     moments: Tensor,
     difference: Tensor,
-    grad_sr: Tensor,
-) -> None:
-    """Writes the gradient of ``sr`` for the (B,) gradients of the four terms into ``grad_sr``, of
-    the shape and type of ``sr``."""
+    gram: str,
+) -> Tensor:
+    """The gradient of ``sr``, of its shape, type and layout, for the (B,) gradients of the four
+    terms."""
+    grad_sr = empty_like_laid_out(sr)
     batch, channels, height, width = sr.shape
     pixels, maps = height * width, kept.shape[1]
     of_gt, of_sr, of_grad = layout_of(gt), layout_of(sr), layout_of(grad_sr)
-    naive, mse, correlation, gram = (grad.float().contiguous() for grad in grads)
+    grads = (grad_naive, grad_mse, grad_correlation, grad_gram)
+    naive, mse, correlation, style = (grad.float().contiguous() for grad in grads)
     kept = kept.contiguous()
     options = _gradient_options(channels, maps)
     tiles = launch.blocks(pixels, options["BLOCK_P"])
@@ -764,7 +780,7 @@ def content_style_backward(
             _coefficients_kernel[(batch * maps,)](
                 mse,
                 correlation,
-                gram,
+                style,
                 kept,
                 weights.contiguous(),
                 moments.contiguous(),
@@ -804,3 +820,8 @@ def content_style_backward(
             num_warps=8,
             num_stages=3,
         )
+    return grad_sr
+
+
+def can_run(*tensors: Tensor, gram: str = "channel", **options: Any) -> str | None:
+    return only_channel_gram(gram) or can_run_triton(*tensors)

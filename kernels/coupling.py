@@ -45,8 +45,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
-from .coupling_backward import (
+from mghf_fast.backends import can_run_triton
+from mghf_fast.kernels import launch
+from mghf_fast.kernels.coupling_backward import (
     depthwise_weights_kernel,
     gather_kernel,
     grad_hidden2_kernel,
@@ -54,7 +55,7 @@ from .coupling_backward import (
     grad_z2_kernel,
     weights_kernel,
 )
-from .coupling_forward import (
+from mghf_fast.kernels.coupling_forward import (
     couple_kernel,
     expand_kernel,
     mix_expand_kernel,
@@ -62,12 +63,16 @@ from .coupling_forward import (
     uncouple_kernel,
     unmix_kernel,
 )
+from mghf_fast.ops.layout import empty_like_laid_out
+from mghf_fast.ops.limits import block_channels, only_bottleneck
+from mghf_fast.ops.vocabulary import inverted_mix
 
 WORKSPACE_BYTES = 192 << 20
 """What the hidden layers may take of memory at a time: a twelfth of what the gradient of the
 reference keeps for one image of 512 x 512. Pixels of a band times channels also stay within 32 bits
 of pixel indices."""
 
+MOST_CHANNELS = 512
 TILE_COLUMNS = 16  # 16 neighbours of a row of NCHW are whole sectors of memory
 MULTIPLE_OF_HIDDEN = 32  # to which the channels of hidden layers are padded
 BLOCK_EXACT, BLOCK_HALF = 16, 32  # channels at a time: float32, and of half precision
@@ -272,11 +277,12 @@ def _shape(
 
 
 def forward(
-    x: Tensor, y: Tensor, weights: list[Tensor], activation: str, clamp: float | None
-) -> None:
-    """Writes the block's value at x (B, inputs, H, W) into y (B, C, H, W), any strides. Beside them
-    it needs 8 C values of the type of x for every pixel of a band (16 C bytes in float32 for c a
-    power of 2 from 16 up)."""
+    x: Tensor, weights: list[Tensor], activation: str, subnet: str, clamp: float | None
+) -> Tensor:
+    """The block's value, (B, C, H, W), at x (B, inputs, H, W) of any strides, laid out as x. Beside
+    the two it needs 8 C values of the type of x for every pixel of a band (16 C bytes in float32
+    for c a power of 2 from 16 up)."""
+    y = empty_like_laid_out(x, channels=weights[0].shape[0])
     with launch.on_device_of(x):
         shape = _shape(weights, activation, clamp, x.dtype)
         hidden = shape.padded_hidden
@@ -288,15 +294,17 @@ def forward(
             run.start(mix_expand_kernel, band)
             run.start(phi_expand_kernel, band, FOR_GRADIENT=False)
             run.start(couple_kernel, band)
+    return y
 
 
 def inverse(
-    y: Tensor, x: Tensor, weights: list[Tensor], activation: str, clamp: float | None
-) -> None:
-    """Writes the x whose value is y into x, both (B, C, H, W), any strides. ``weights`` begin with
-    the inverse of the mix and minus its product with the bias. Layers are kept in float32."""
+    y: Tensor, weights: list[Tensor], activation: str, subnet: str, clamp: float | None
+) -> Tensor:
+    """The x whose value is y, both (B, C, H, W), laid out as y. Layers are kept in float32. A
+    singular mix gives NaN or infinities."""
+    x = empty_like_laid_out(y)
     with launch.on_device_of(y):
-        matrix, bias, *rest = weights
+        matrix, bias, *rest = inverted_mix(weights, check=False)
         shape = _shape([matrix[:, :, None, None]], activation, clamp, torch.float32)
         hidden = shape.padded_hidden
         layers = {"z": shape.block_half, "hidden1": hidden, "hidden2": 2 * hidden}
@@ -309,19 +317,21 @@ def inverse(
             run.start(expand_kernel, band)
             run.start(uncouple_kernel, band)
             run.start(unmix_kernel, band)
+    return x
 
 
 def backward(
     grad: Tensor,
     x: Tensor,
-    grad_x: Tensor,
     weights: list[Tensor],
     activation: str,
+    subnet: str,
     clamp: float | None,
     need_weights: bool,
 ) -> list[Tensor]:
-    """Writes the gradient of x into grad_x, any strides; returns the float32 gradients of
-    ``weights`` if they are needed, and keeps the layers in float32 then."""
+    """The gradient of x, laid out as x, and if they are needed those of ``weights``; the layers are
+    in float32 then."""
+    grad_x = empty_like_laid_out(x)
     with launch.on_device_of(x):
         shape = _shape(weights, activation, clamp, torch.float32 if need_weights else x.dtype)
         hidden, half = shape.padded_hidden, shape.block_half
@@ -360,8 +370,22 @@ def backward(
             if need_weights:
                 _add_weight_gradients(sums, run, band, grad, x)
         if not need_weights:
-            return []
-        return [t.reshape(w.shape) for t, w in zip(sums.in_order(), weights, strict=True)]
+            return [grad_x]
+        found = zip(sums.in_order(), weights, strict=True)
+        return [grad_x, *(t.reshape(w.shape).to(w.dtype) for t, w in found)]
+
+
+def can_run(
+    *tensors: Tensor, subnet: str = "bottleneck", need_weights: bool = False, **options: Any
+) -> str | None:
+    if (reason := only_bottleneck(subnet)) is not None:
+        return reason
+    if (channels := block_channels(tensors)) > MOST_CHANNELS:
+        return (
+            f"its kernels keep half of a pixel's channels on chip, which goes up to "
+            f"{MOST_CHANNELS} channels, and this block has {channels}"
+        )
+    return can_run_triton(*tensors)
 
 
 def _pixel_major(image: Tensor, band: Band) -> Tensor:
@@ -418,8 +442,9 @@ class _Sums:
     def add_products(self, name: str, a: Tensor, b: Tensor) -> None:
         """a^T b for [pixel][channel] float32 with contiguous channels."""
         parts, pixels = _parts(a.shape[0])
-        across = launch.blocks(a.shape[1], BLOCK_WEIGHTS), launch.blocks(b.shape[1], BLOCK_WEIGHTS)
-        weights_kernel[(parts, *across)](
+        across = [launch.blocks(layer.shape[1], BLOCK_WEIGHTS) for layer in (a, b)]
+        grid = (parts, *across)
+        weights_kernel[grid](
             a,
             b,
             self._partial(name, parts, a.shape[1], b.shape[1]),

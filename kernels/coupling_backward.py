@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .coupling_layers import (
+from mghf_fast.kernels.coupling_layers import (
     BAND,
     activated,
     depthwise,

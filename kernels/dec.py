@@ -12,8 +12,6 @@ rounding error of the limit takes that sum of differences.
 Sizes in the floors below: P = 4096 patches (512 x 512, B = 1) of D = 192 values, P^2 D = 3.2 G
 multiply-adds. The patches are 3 MB each way, so nothing here is bound by memory.
 """
-# mypy: allow-untyped-defs, allow-incomplete-defs
-# (the arguments of kernels have no Python types)
 
 from __future__ import annotations
 
@@ -28,7 +26,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import blocks, on_device_of
+from mghf_fast.backends import can_run_triton
+from mghf_fast.kernels.launch import blocks, on_device_of
+from mghf_fast.ops.limits import temperature_too_low
 
 # ---- patches as the products need them ----
 
@@ -590,11 +590,22 @@ class _Packed:
         self.values = self.patch.t().contiguous()
 
 
-def forward(sr: Tensor, gt: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+def forward(
+    sr: Tensor,
+    gt: Tensor,
+    threshold_db: float,
+    positive_temperature: float,
+    negative_temperature: float,
+    temperature: str,
+    similarity: str,
+    max_value: float,
+    norm_floor: float,
+) -> tuple[Tensor, Tensor]:
     """The loss, and of every row the sum of exp(cos(S_i, S_j)/t) + 2 exp(cos(G_i, S_j)/t) over its
     positives and over its negatives, (2, P), the latter -1 where there are none. For the
     temperature outside, exp(cos) stands for exp(cos/t)."""
-    o = _Options(*options)
+    temperatures = (positive_temperature, negative_temperature, temperature)
+    o = _Options(threshold_db, *temperatures, similarity, max_value, norm_floor)
     if sr.numel() == 0:
         return sr.new_zeros((), dtype=torch.float32), sr.new_zeros(
             (2, sr.shape[0]), dtype=torch.float32
@@ -641,9 +652,22 @@ def forward(sr: Tensor, gt: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     return loss, statistics
 
 
-def backward(grad: Tensor, sr: Tensor, gt: Tensor, statistics: Tensor, *options: Any) -> Tensor:
+def backward(
+    grad: Tensor,
+    sr: Tensor,
+    gt: Tensor,
+    statistics: Tensor,
+    threshold_db: float,
+    positive_temperature: float,
+    negative_temperature: float,
+    temperature: str,
+    similarity: str,
+    max_value: float,
+    norm_floor: float,
+) -> Tensor:
     """The gradient of sr, contiguous."""
-    o = _Options(*options)
+    temperatures = (positive_temperature, negative_temperature, temperature)
+    o = _Options(threshold_db, *temperatures, similarity, max_value, norm_floor)
     grad_sr = torch.empty_like(sr, memory_format=torch.contiguous_format)
     if sr.numel() == 0:
         return grad_sr
@@ -699,3 +723,9 @@ def backward(grad: Tensor, sr: Tensor, gt: Tensor, statistics: Tensor, *options:
             **PROJECT,
         )
     return grad_sr
+
+
+def can_run(
+    *tensors: Tensor, temperatures: tuple[float, float, str] = (1, 1, ""), **options: Any
+) -> str | None:
+    return temperature_too_low(temperatures) or can_run_triton(*tensors)

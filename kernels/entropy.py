@@ -18,8 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
-from .image import (
+from mghf_fast.backends import can_run_triton
+from mghf_fast.kernels import launch
+from mghf_fast.kernels.image import (
     Runs,
     layout_of,
     pixel_offsets,
@@ -371,10 +372,13 @@ def entropies_of(
     return entropy
 
 
-def channel_entropy(x: Tensor, bins: int) -> Tensor:
+def forward(x: Tensor, bins: int) -> Tensor:
     """(B, C, H, W) -> (B, C) float32."""
     with launch.on_device_of(x):
         low, high = ranges(x)
         counts = torch.zeros(*x.shape[:2], bins, dtype=torch.int32, device=x.device)
         counts_of(x, low, high, bins, counts)
         return entropies_of(counts, low, high, x.shape[2] * x.shape[3], torch.float32)
+
+
+can_run = can_run_triton

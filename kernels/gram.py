@@ -15,8 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
-from .image import layout_of, pixel_offsets, power_of_two, runs_of
+from mghf_fast.backends import can_run_triton
+from mghf_fast.kernels import launch
+from mghf_fast.kernels.image import layout_of, pixel_offsets, power_of_two, runs_of
+from mghf_fast.ops.layout import empty_like_laid_out
 
 PROGRAMS = 512
 SUM_PRODUCTS = {"BLOCK_S": 16, "BLOCK": 64}
@@ -170,7 +172,7 @@ def _backward_options(channels: int) -> dict[str, Any]:
     }
 
 
-def gram_matrix(x: Tensor, scale: float) -> Tensor:
+def forward(x: Tensor, scale: float) -> Tensor:
     """(B, C, H, W) -> (B, C, C) float32."""
     batch, channels, height, width = x.shape
     layout, pixels = layout_of(x), height * width
@@ -211,8 +213,9 @@ def gram_matrix(x: Tensor, scale: float) -> Tensor:
     return result
 
 
-def gram_matrix_backward(grad: Tensor, x: Tensor, scale: float, grad_x: Tensor) -> None:
-    """Writes the gradient of ``x`` into ``grad_x``, of the shape and type of ``x``."""
+def backward(grad: Tensor, x: Tensor, scale: float) -> Tensor:
+    """The gradient of ``x``, of its shape, type and layout."""
+    grad_x = empty_like_laid_out(x)
     batch, channels, height, width = x.shape
     layout, target = layout_of(x), layout_of(grad_x)
     options = _backward_options(channels)
@@ -241,3 +244,7 @@ def gram_matrix_backward(grad: Tensor, x: Tensor, scale: float, grad_x: Tensor) 
             num_warps=8,
             num_stages=3,
         )
+    return grad_x
+
+
+can_run = can_run_triton

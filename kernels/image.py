@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
+from mghf_fast.kernels import launch
 
 
 class Layout(NamedTuple):

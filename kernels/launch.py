@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backends import triton_is_interpreted
+from mghf_fast.backends import triton_is_interpreted
 
 GRADIENT_PRECISION = tl.constexpr("ieee" if triton_is_interpreted() else "bf16x3")
 """Of products of a gradient's float32 factors; the interpreter does not know the latter."""

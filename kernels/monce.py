@@ -19,9 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
-from .sinkhorn import recur
-from .sinkhorn_exponents import (
+from mghf_fast.backends import can_run_triton
+from mghf_fast.kernels import launch
+from mghf_fast.kernels.sinkhorn import recur
+from mghf_fast.kernels.sinkhorn_exponents import (
     FAR,
     LN2,
     corrections,
@@ -37,7 +38,8 @@ from .sinkhorn_exponents import (
     split_exponent,
     warps,
 )
-from .sinkhorn_potentials import LARGE, solve
+from mghf_fast.kernels.sinkhorn_potentials import LARGE, solve
+from mghf_fast.ops.vocabulary import kept_iterations, monce_state_shape
 
 NEGLIGIBLE = 5e-7
 """Part of the gradient that the recursion may leave out."""
@@ -376,7 +378,7 @@ def _weigh(
     return out
 
 
-def monce(
+def forward(
     query: Tensor,
     key: Tensor,
     temperature: float,
@@ -385,18 +387,17 @@ def monce(
     negative_weight: float,
     cost: str,
     plan_gradient: str,
-    kept: int,
 ) -> tuple[Tensor, Tensor]:
     """The losses (B, N), float32, and the state for the backward, (B, 1 + 4 kept, N)."""
     b, n, _ = query.shape
-    shape = (b, 1 + 4 * kept, n)
+    shape = monce_state_shape(query, iterations)
     if n == 1:  # no negatives, no loss
         losses = (query.float() * key.float()).sum(2) * 0
         return losses, torch.zeros(shape, dtype=torch.int32, device=query.device)
     state = torch.empty(shape, dtype=torch.int32, device=query.device)
     losses = torch.empty((b, n), dtype=torch.float32, device=query.device)
     with launch.on_device_of(query):
-        size = _maps_at_a_time(b, n, kept + 2, query.device)
+        size = _maps_at_a_time(b, n, kept_iterations(iterations) + 2, query.device)
         for start in range(0, b, size):
             chosen = slice(start, min(b, start + size))
             s = _similarities(query[chosen], key[chosen], epsilon, temperature)
@@ -417,7 +418,7 @@ def monce(
     return losses, state
 
 
-def monce_backward(
+def backward(
     grad: Tensor,
     query: Tensor,
     key: Tensor,
@@ -494,3 +495,6 @@ def monce_backward(
                 **options,
             )
     return out
+
+
+can_run = can_run_triton

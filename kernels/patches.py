@@ -9,8 +9,6 @@ tile of patch pixels is gathered from the image when its turn comes.
 Sizes in the floors below: B = 1, C = 128 maps of 512 x 512, N = 441 patches of K = 1024 pixels, 128
 hidden units, D = 64, so R = 56,448 rows.
 """
-# mypy: allow-untyped-defs, allow-incomplete-defs
-# (the arguments of kernels have no Python types)
 
 from __future__ import annotations
 
@@ -21,7 +19,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import GRADIENT_PRECISION, MOST_REGISTERS, architecture_of, blocks, on_device_of
+from mghf_fast.backends import can_run_triton
+from mghf_fast.kernels.launch import (
+    GRADIENT_PRECISION,
+    MOST_REGISTERS,
+    architecture_of,
+    blocks,
+    on_device_of,
+)
+from mghf_fast.ops.layout import empty_like_laid_out
 
 NORM_FLOOR = tl.constexpr(1e-7)
 TINY = tl.constexpr(1.1754943508222875e-38)  # float32's least normal number
@@ -788,7 +794,7 @@ def _image_gradient(
         )
 
 
-def backward_x(
+def _backward_x(
     grad_x: Tensor,
     grad: Tensor,
     embedding: Tensor,
@@ -828,8 +834,9 @@ def _outer_product(
     run = blocks(blocks(g.rows, splits), constants["BLOCK_K"]) * constants["BLOCK_K"]
     splits = blocks(g.rows, run)
     partial = left.new_empty((splits, m, n), dtype=torch.float32)
+    grid = (splits, *tiles)
     with on_device_of(left):
-        outer_product_kernel[(splits, *tiles)](
+        outer_product_kernel[grid](
             left,
             right,
             partial,
@@ -846,7 +853,7 @@ def _outer_product(
     return partial.sum(0)
 
 
-def backward(
+def add_backward(
     grad_x: Tensor,
     grad: Tensor,
     embedding: Tensor,
@@ -858,24 +865,60 @@ def backward(
     bias2: Tensor,
     patch_size: int,
     stride: int,
+) -> None:
+    """Adds the gradient of x to ``grad_x``."""
+    saved = (grad, embedding, state)
+    _backward_x(grad_x, *saved, weight1, weight2, patch_size, stride, add=True)
+
+
+def backward(
+    grad: Tensor,
+    embedding: Tensor,
+    state: Tensor,
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    patch_size: int,
+    stride: int,
+    need_weights: bool,
 ) -> list[Tensor]:
-    """Writes the gradient of x to ``grad_x``; returns those of the weights and biases, float32."""
+    """The gradient of x, laid out as x, and if they are needed those of the weights and biases."""
+    grad_x, saved, sizes = empty_like_laid_out(x), (grad, embedding, state), (patch_size, stride)
+    if not need_weights:
+        _backward_x(grad_x, *saved, weight1, weight2, *sizes, add=False)
+        return [grad_x]
     parameters = (weight1, bias1, weight2, bias2)
     if x.numel() == 0:
-        return [p.new_zeros(p.shape, dtype=torch.float32) for p in parameters]
+        return [
+            grad_x,
+            *(p.new_zeros(p.shape) for p in parameters),
+        ]
     g, maps_fastest = _Geometry(x, patch_size, stride), _maps_fastest(x)
     units, dimension = weight1.shape[0], weight2.shape[0]
     hidden = x.new_empty((g.rows, units), dtype=torch.float32)
-    _forward(x, *parameters, patch_size, stride, hidden)
+    _forward(x, *parameters, *sizes, hidden)
     grad_y = x.new_empty((g.rows, dimension), dtype=torch.float32)
     grad_hidden = _hidden_gradient(
         grad, embedding, state, weight1, weight2, g, maps_fastest, grad_y
     )
     _image_gradient(grad_x, grad_hidden, weight1, patch_size, stride, g, maps_fastest, False)
-    options = (patch_size, stride)
-    return [
-        _outer_product(grad_hidden, x, weight1.shape[1], g, *options, True, maps_fastest),
+    grads = (
+        _outer_product(grad_hidden, x, weight1.shape[1], g, *sizes, True, maps_fastest),
         grad_hidden.sum(0),
-        _outer_product(grad_y, hidden, units, g, *options, False, maps_fastest),
+        _outer_product(grad_y, hidden, units, g, *sizes, False, maps_fastest),
         grad_y.sum(0),
-    ]
+    )
+    return [grad_x, *(g.to(p.dtype) for g, p in zip(grads, parameters, strict=True))]
+
+
+def can_run(*tensors: Tensor, **options: Any) -> str | None:
+    if (reason := can_run_triton(*tensors)) is not None or len(tensors) < 5:
+        return reason
+    if (dimension := tensors[3].shape[0]) > LARGEST_DIMENSION:
+        return (
+            "one of its programs holds all dimensions of an embedding, at most "
+            f"{LARGEST_DIMENSION}, and weight2 has {dimension}"
+        )
+    return None

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
-from .image import power_of_two
+from mghf_fast.kernels import launch
+from mghf_fast.kernels.image import power_of_two
 
 
 @triton.jit
@@ -149,7 +149,7 @@ DIFFERENCE_BLOCKS = {"BLOCK": 8, "BLOCK_R": 16}
 def _kind(exponent: float) -> str:
     if exponent == 0:
         return "zero"
-    return {0: "even", 1: "odd"}.get(exponent % 2, "fraction")
+    return {0.0: "even", 1.0: "odd"}.get(exponent % 2, "fraction")
 
 
 def select(

@@ -19,8 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
-from .sinkhorn_exponents import (
+from mghf_fast.backends import can_run_triton
+from mghf_fast.kernels import launch
+from mghf_fast.kernels.sinkhorn_exponents import (
     LN2,
     corrections,
     exponent_scale,
@@ -32,7 +33,7 @@ from .sinkhorn_exponents import (
     score_of,
     split_exponent,
 )
-from .sinkhorn_potentials import solve
+from mghf_fast.kernels.sinkhorn_potentials import solve
 
 NEGLIGIBLE = 1e-7
 """Part of the sum of |dlog plan| that the recursion may leave out."""
@@ -333,7 +334,7 @@ def _tiles(b: int, n: int) -> tuple[int]:
     return (b * launch.blocks(n, TILE["BLOCK_M"]) * launch.blocks(n, TILE["BLOCK_N"]),)
 
 
-def sinkhorn(
+def forward(
     similarity: Tensor, cost: str, epsilon: float, iterations: int, tolerance: float | None
 ) -> Tensor:
     """The plans (B, N, N)."""
@@ -360,7 +361,7 @@ def sinkhorn(
     return plan
 
 
-def sinkhorn_backward(
+def backward(
     grad: Tensor,
     similarity: Tensor,
     cost: str,
@@ -395,3 +396,6 @@ def sinkhorn_backward(
             num_stages=1,
         )
     return out
+
+
+can_run = can_run_triton

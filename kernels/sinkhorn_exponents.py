@@ -14,7 +14,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from . import launch
+from mghf_fast.kernels import launch
 
 FAR = tl.constexpr(-1e30)  # an exponent below all others
 LN2 = tl.constexpr(0.6931471805599453)

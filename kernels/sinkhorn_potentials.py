@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
-from .sinkhorn_exponents import (
+from mghf_fast.kernels import launch
+from mghf_fast.kernels.sinkhorn_exponents import (
     FAR,
     LN2,
     exponent_scale,

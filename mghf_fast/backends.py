@@ -9,8 +9,10 @@ import importlib.util
 import os
 import re
 from types import TracebackType
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import native, source_tree
 
@@ -137,3 +139,60 @@ def available_backends() -> tuple[str, ...]:
     """
     missing = unavailable_reasons()
     return tuple(b for b in BACKENDS if b not in missing)
+
+
+# ---- what the kernels of a backend take, whatever the op: `can_run` of the dialect ----
+
+
+def can_run_reference(*tensors: Tensor, **options: Any) -> str | None:
+    """Plain PyTorch takes everything."""
+    return None
+
+
+def _cannot_take(tensors: tuple[Tensor, ...], device: str) -> str | None:
+    """Why kernels for this type of device cannot take these tensors, or None."""
+    for tensor in tensors:
+        if tensor.device.type != device:
+            return f"it runs on {device} tensors here, and one is on {tensor.device}"
+        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return f"it takes float32, float16 or bfloat16, and one tensor is {tensor.dtype}"
+    return None
+
+
+def can_run_cpu(*tensors: Tensor, **options: Any) -> str | None:
+    """Why the compiled CPU kernels cannot take these tensors, or None."""
+    return _cannot_take(tensors, "cpu")
+
+
+@functools.cache
+def _triton_lacks(device: torch.device) -> str | None:
+    """What the Triton kernels miss in a GPU, or None."""
+    if torch.version.hip is not None:
+        return "its kernels are made for NVIDIA GPUs"
+    if (capability := torch.cuda.get_device_capability(device)) < (8, 0):
+        return (
+            "its kernels need compute capability 8.0 or higher (Ampere and later), and "
+            f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}"
+        )
+    return None
+
+
+def can_run_triton(*tensors: Tensor, **options: Any) -> str | None:
+    """Why the Triton kernels cannot take these tensors, or None."""
+    if triton_is_interpreted():
+        return _cannot_take(tensors, "cpu")
+    if (reason := _cannot_take(tensors, "cuda")) is not None or not tensors:
+        return reason
+    return _triton_lacks(tensors[0].device)
+
+
+@functools.cache
+def _cuda_lacks(device: torch.device) -> str | None:
+    return native.cuda_lacks(torch.cuda.get_device_capability(device))
+
+
+def can_run_cuda(*tensors: Tensor, **options: Any) -> str | None:
+    """Why the compiled CUDA kernels cannot take these tensors, or None."""
+    if (reason := _cannot_take(tensors, "cuda")) is not None or not tensors:
+        return reason
+    return _cuda_lacks(tensors[0].device)

@@ -21,7 +21,6 @@ from cuda_host import Strided, load
 from torch import Tensor
 
 from mghf_fast import backends, native
-from mghf_fast.ops import _dispatch
 
 FOLDER = os.environ.get("MGHF_CUDA_HOST")
 needs_modules = pytest.mark.skipif(FOLDER is None, reason="MGHF_CUDA_HOST names no folder")
@@ -109,8 +108,8 @@ def install() -> None:
     """Makes tensors on the CPU those of the backend "cuda", if the module is built."""
     if FOLDER is None:
         return
-    ops, refuse = EmulatedOps(), _dispatch._cannot_take
+    ops, refuse = EmulatedOps(), backends._cannot_take
     native.cuda_ops = lambda: ops
     backends._cuda_unavailable_reason = lambda: None  # type: ignore[assignment]
-    _dispatch._cuda_lacks = lambda device: None  # type: ignore[assignment]
-    _dispatch._cannot_take = lambda tensors, device: refuse(tensors, "cpu")
+    backends._cuda_lacks = lambda device: None  # type: ignore[assignment]
+    backends._cannot_take = lambda tensors, device: refuse(tensors, "cpu")

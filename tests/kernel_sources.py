@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 Read = Callable[[str], str]
 """The text of a file by its path in the repository."""
 
+PACKAGE = "mghf_fast.kernels"
 INCLUDE = re.compile(r'^\s*#include "([^"]+)"', re.M)
 COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
 # Host code of the package that a Triton kernel's result does not depend on.
@@ -79,8 +80,12 @@ def _triton_files(op: str, text_of: Read) -> dict[str, str]:
             continue  # a name out of the package itself
         found[path] = _without_docstrings(text)
         for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.ImportFrom) and node.level == 1:
-                waiting += [node.module] if node.module else [alias.name for alias in node.names]
+            if not isinstance(node, ast.ImportFrom):
+                continue
+            if node.module == PACKAGE:
+                waiting += [alias.name for alias in node.names]
+            elif (node.module or "").startswith(f"{PACKAGE}."):
+                waiting.append(str(node.module).removeprefix(f"{PACKAGE}."))
     return found
 
 

@@ -7,6 +7,7 @@ import logging
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import draws
 import pytest
@@ -15,6 +16,11 @@ import torch
 from mghf_fast import available_backends, backends, functional, native, use_backend
 from mghf_fast.backends import BACKENDS, current_backend, unavailable_reasons
 from mghf_fast.ops import OPS, Op, _dispatch
+
+IDENTITY = SimpleNamespace(
+    forward=lambda x: x, backward=lambda grad: grad, can_run=lambda *tensors, **options: None
+)
+"""A backend's module."""
 
 
 def test_the_reference_is_always_there_and_runs_everything() -> None:
@@ -54,14 +60,14 @@ def test_a_forced_backend_that_cannot_run_says_why() -> None:
 @pytest.mark.skipif("cpu" not in available_backends(), reason="no compiled CPU kernels here")
 def test_a_backend_without_a_kernel_for_the_op_names_those_with_one() -> None:
     op = Op("example")
-    op.implement("reference", lambda x: x)
+    op.implement("reference", IDENTITY)
     with pytest.raises(RuntimeError, match=r"no kernel for this op yet \(which has: 'reference'\)"):
         op.choose("cpu", draws.rand(2))
 
 
 def test_auto_logs_each_reason_once(caplog: pytest.LogCaptureFixture) -> None:
     op = Op("example")
-    op.implement("reference", lambda x: x)
+    op.implement("reference", IDENTITY)
     with caplog.at_level(logging.DEBUG, "mghf_fast"):
         op.choose("auto", draws.rand(2))
         op.choose("auto", draws.rand(2))
@@ -121,7 +127,7 @@ def test_auto_leaves_the_interpreter_of_triton_alone(monkeypatch: pytest.MonkeyP
     pytest.importorskip("triton")
     op, x = Op("example"), draws.rand(2)
     for backend in ("reference", "triton"):
-        op.implement(backend, lambda x: x)
+        op.implement(backend, IDENTITY)
     monkeypatch.setattr(_dispatch, "unavailable_reasons", dict)
     assert op.preferred(x) == "triton"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -147,9 +153,9 @@ def test_which_gpus_the_triton_kernels_are_for(
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
-    _dispatch._triton_lacks.cache_clear()
-    found = _dispatch._triton_lacks(torch.device("cuda", 0))
-    _dispatch._triton_lacks.cache_clear()
+    backends._triton_lacks.cache_clear()
+    found = backends._triton_lacks(torch.device("cuda", 0))
+    backends._triton_lacks.cache_clear()
     assert found is None if reason is None else re.search(reason, found or "")
 
 

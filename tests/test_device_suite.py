@@ -17,7 +17,6 @@ from torch import nn
 
 from benchmarks import floors, gpu_parts
 from mghf_fast import backends
-from mghf_fast.ops import _dispatch
 
 TESTS = Path(__file__).parent
 
@@ -28,7 +27,7 @@ def test_the_backends_of_a_cuda_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's kernels and the reference, as if there were a CUDA device."""
     monkeypatch.setattr(backends, "_triton_unavailable_reason", lambda: None)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    monkeypatch.setattr(_dispatch, "_triton_lacks", lambda device: None)
+    monkeypatch.setattr(backends, "_triton_lacks", lambda device: None)
     probe: Any = SimpleNamespace(
         device=torch.device("cuda"), is_cuda=True, dtype=torch.float32, shape=(1, 2, 2),
         dim=lambda: 3,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -62,9 +63,9 @@ def test_auto_follows_the_table(
     op = _dispatch.Op("gram")
     can = {"cuda": True, "triton": True, "reference": True}
     for backend in can:
-        op.implement(
-            backend, lambda: None, can_run=lambda *_, b=backend: None if can[b] else f"{b} cannot"
-        )
+        module = SimpleNamespace(forward=None, backward=None)
+        module.can_run = lambda *_, b=backend: None if can[b] else f"{b} cannot"
+        op.implement(backend, module)
     monkeypatch.setattr(_dispatch, "unavailable_reasons", dict)
     monkeypatch.setattr(_dispatch, "triton_is_interpreted", lambda: False)
     monkeypatch.setattr(preferences, "RULES", RULES)

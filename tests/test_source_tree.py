@@ -104,7 +104,21 @@ def test_nothing_above_the_ops_imports_the_reference() -> None:
 
 def test_the_vocabulary_and_the_reference_need_no_backend() -> None:
     assert not [name for name in imports(PACKAGE / "ops/vocabulary.py") if "mghf_fast" in name]
-    allowed = ("mghf_fast.ops.vocabulary", "mghf_fast.precision", "mghf_fast.reference")
+    rooms = ("backends", "ops.vocabulary", "precision", "reference")
+    allowed = tuple(f"mghf_fast.{room}" for room in rooms)
     for file in (PACKAGE / "reference").glob("*.py"):
         ours = [name for name in imports(file) if name.startswith("mghf_fast")]
         assert all(name.startswith(allowed) for name in ours), (file.name, ours)
+
+
+def test_the_host_code_of_the_triton_kernels_has_types() -> None:
+    """mypy checks what is annotated; the kernels themselves have no Python types."""
+    for file in (Path(__file__).parents[1] / "kernels").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.FunctionDef) or any(
+                "jit" in ast.unparse(decorator) for decorator in node.decorator_list
+            ):
+                continue
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            untyped = [a.arg for a in arguments if a.annotation is None and a.arg != "self"]
+            assert node.returns is not None and not untyped, (file.name, node.name, untyped)

@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 
 from mghf_fast.commands.table5.workloads import CHANNELS, PATCH_SIZE, STRIDE
 from mghf_fast.ops import OPS, coupling
-from mghf_fast.ops.vocabulary import KEPT, BlockWeights
+from mghf_fast.ops.vocabulary import KEPT, weight_shapes
 
 SIZE, TOP_M, BINS, HIDDEN, DIMENSION = 512, 64, 256, 128, 64
 PATCHES = ((SIZE - PATCH_SIZE) // STRIDE + 1) ** 2
@@ -109,12 +109,9 @@ def _images(channels: int = CHANNELS) -> Iterator[tuple[str, Tensor]]:
         yield f"{name} channels_last", x.to(memory_format=torch.channels_last)
 
 
-def _block(inputs: int, kernel: int) -> BlockWeights:
-    half = CHANNELS // 2
-    subnet = [(CHANNELS, half, 1, 1), (CHANNELS, 1, 3, 3), (half, CHANNELS, 1, 1)]
-    shapes: list[tuple[int, ...]] = [(CHANNELS, inputs, kernel, kernel), (CHANNELS,), *subnet * 3]
-    weights = [_empty(*shape) for shape in shapes]
-    return BlockWeights.from_tensors(weights, "relu6", "bottleneck", None)
+def _block(inputs: int, kernel: int) -> tuple[list[Tensor], str, str, None]:
+    shapes = weight_shapes(CHANNELS, "bottleneck", inputs, kernel)
+    return [_empty(*shape) for shape in shapes], "relu6", "bottleneck", None
 
 
 def _coupling() -> Cases:
@@ -124,13 +121,13 @@ def _coupling() -> Cases:
     )
     block, stem = _block(CHANNELS, 1), _block(3, 3)
     for (label, x), (_, image) in zip(_images(), _images(3), strict=True):
-        yield f"forward, {label}", op.forward, (x, block)
-        yield f"forward of the stem, {label}", op.forward, (image, stem)
-        yield f"backward, {label}", op.differentiate, (x, x, block, False)
-        yield f"backward of the stem, {label}", op.differentiate, (x, image, stem, False)
-        yield f"inverse, {label}", inverse.forward, (x, block)
-        yield f"weights, {label}", op.differentiate, (x, x, block, True)
-        yield f"weights of the stem, {label}", op.differentiate, (x, image, stem, True)
+        yield f"forward, {label}", op.forward, (x, *block)
+        yield f"forward of the stem, {label}", op.forward, (image, *stem)
+        yield f"backward, {label}", op.backward, (x, x, *block, False)
+        yield f"backward of the stem, {label}", op.backward, (x, image, *stem, False)
+        yield f"inverse, {label}", inverse.forward, (x, *block)
+        yield f"weights, {label}", op.backward, (x, x, *block, True)
+        yield f"weights of the stem, {label}", op.backward, (x, image, *stem, True)
 
 
 def _entropy() -> Cases:
@@ -144,7 +141,7 @@ def _gram() -> Cases:
     op, grad = OPS["gram"].implementation("triton"), _empty(1, CHANNELS, CHANNELS)
     for label, x in _images():
         yield f"forward, {label}", op.forward, (x, 1.0)
-        yield f"backward, {label}", op.differentiate, (grad, x, 1.0)
+        yield f"backward, {label}", op.backward, (grad, x, 1.0)
 
 
 def _content_style() -> Cases:
@@ -157,14 +154,12 @@ def _content_style() -> Cases:
             yield f"{name}forward, {label}", op.forward, (x, x, *options)
             yield (
                 f"{name}backward, {label}",
-                op.differentiate,
+                op.backward,
                 (*terms, x, x, kept, *saved, "channel"),
             )
 
 
 def _patches() -> Cases:
-    from mghf_fast.ops.patches import _triton_add_backward as add_backward
-
     op, sizes = OPS["patches"].implementation("triton"), (PATCH_SIZE, STRIDE)
     weights = (_empty(HIDDEN, PATCH_SIZE**2), _empty(HIDDEN), _empty(DIMENSION, HIDDEN))
     parameters = (*weights, _empty(DIMENSION))
@@ -173,9 +168,9 @@ def _patches() -> Cases:
     for label, x in _images():
         rest = (y, y, state, x, *parameters, *sizes)
         yield f"forward, {label}", op.forward, (x, *parameters, *sizes)
-        yield f"backward, {label}", op.differentiate, (*rest, False)
-        yield f"added to a gradient, {label}", add_backward, (x, *rest)
-        yield f"weights, {label}", op.differentiate, (*rest, True)
+        yield f"backward, {label}", op.backward, (*rest, False)
+        yield f"added to a gradient, {label}", op.add_backward, (x, *rest)
+        yield f"weights, {label}", op.backward, (*rest, True)
 
 
 def _sinkhorn() -> Cases:
@@ -186,7 +181,7 @@ def _sinkhorn() -> Cases:
             label = f"{str(dtype).removeprefix('torch.')} {cost}{' tolerance' if tolerance else ''}"
             options = (cost, 0.05, 50, tolerance)
             yield f"forward, {label}", op.forward, (s, *options)
-            yield f"backward, {label}", op.differentiate, (s, s, *options)
+            yield f"backward, {label}", op.backward, (s, s, *options)
 
 
 def _monce() -> Cases:
@@ -204,7 +199,7 @@ def _monce() -> Cases:
             options = (0.07, epsilon, 50, 1.0, cost, gradient)
             label = f"{str(dtype).removeprefix('torch.')} {cost} {gradient} epsilon {epsilon:g}"
             yield f"forward, {label}", op.forward, (q, q, *options)
-            yield f"backward, {label}", op.differentiate, (grad, q, q, state, *options)
+            yield f"backward, {label}", op.backward, (grad, q, q, state, *options)
     q, options = _empty(TOP_M, MANY_PATCHES, DIMENSION), (0.07, 1.0, 50, 1.0, "hard", "exact")
     yield f"forward, {MANY_PATCHES} patches", op.forward, (q, q, *options)
 
@@ -217,7 +212,7 @@ def _dec() -> Cases:
         label = str(dtype).removeprefix("torch.")
         options = (20.0, 0.1, 0.1, "inside", "psnr", 1.0, 0.3)
         yield f"forward, {label}", op.forward, (x, x, *options)
-        yield f"backward, {label}", op.differentiate, (grad, x, x, statistics, *options)
+        yield f"backward, {label}", op.backward, (grad, x, x, statistics, *options)
 
 
 CASES: Mapping[str, Callable[[], Cases]] = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 # ---- coupling ----
@@ -64,7 +65,23 @@ def weight_shapes(
     return [(channels, inputs or channels, kernel, kernel), (channels,), *kernels * 3]
 
 
+def inverted_mix(weights: list[Tensor], *, check: bool) -> list[Tensor]:
+    """The weights of a block's inverse, float32 its mix: the mix's inverse (C, C), minus its
+    product with the bias, and the rest as it is. With ``check`` a singular mix raises
+    ``torch.linalg.LinAlgError``; without, the inverse has NaN or infinities, and no device is
+    waited for."""
+    mix, bias, *rest = weights
+    matrix = mix.detach().flatten(1).double()
+    inverse = torch.linalg.inv(matrix) if check else torch.linalg.inv_ex(matrix).inverse
+    return [inverse.float(), (-inverse @ bias.detach().double()).float(), *rest]
+
+
 # ---- content_style ----
+
+# naive, mse, correlation, gram: (B,) each; kept, weights: (B, M); moments: (B, 6, M);
+# difference: (B, M, M), or (B, 0, 0) for gram="map". The last two are the statistics with which the
+# backward is one sweep.
+ContentStyleOutputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 VARIANCE_FLOOR = 1e-8
 """The least variance of a map in its correlation."""

@@ -28,7 +28,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops.vocabulary import VARIANCE_FLOOR
+from ..backends import can_run_reference
+from ..ops.vocabulary import VARIANCE_FLOOR, ContentStyleOutputs
 from ..precision import accumulation_dtype
 from .entropy import precise_entropy
 
@@ -68,7 +69,7 @@ def _gram_difference(gt: Tensor, sr: Tensor, height: int, gram: str) -> Tensor:
 
 def content_style(
     gt: Tensor, sr: Tensor, top_m: int, alpha: float, gamma: float, bins: int, gram: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> ContentStyleOutputs:
     """(B, C, H, W) x 2 -> naive, mse, correlation, gram, each (B,); kept and weights, (B, M);
     moments, (B, 6, M); difference, (B, M, M) or (B, 0, 0). M = 0 is MGHF-n alone, the rest 0."""
     dtype = accumulation_dtype(sr.dtype)
@@ -134,3 +135,27 @@ def content_style_backward(
     grad = grad + grad_gram.view(-1, 1, 1) * w * product
     index = kept.unsqueeze(2).expand(-1, -1, n)
     return grad_sr.flatten(2).scatter_add(1, index, grad).view(sr.shape).to(sr.dtype)
+
+
+# ---- as a backend ----
+
+
+def backward(
+    grad_naive: Tensor,
+    grad_mse: Tensor,
+    grad_correlation: Tensor,
+    grad_gram: Tensor,
+    gt: Tensor,
+    sr: Tensor,
+    kept: Tensor,
+    weights: Tensor,
+    moments: Tensor,
+    difference: Tensor,
+    gram: str,
+) -> Tensor:
+    """The statistics are computed again: they depend on ``sr``, and this may be differentiated."""
+    grads = (grad_naive, grad_mse, grad_correlation, grad_gram)
+    return content_style_backward(*grads, gt, sr, kept, weights, gram)
+
+
+forward, can_run = content_style, can_run_reference

@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
+from ..backends import can_run_reference
 from ..ops.vocabulary import BlockWeights
 from ..precision import accumulation_dtype
 
@@ -203,3 +204,36 @@ def invertible_block_backward(
         *weights_eta,
     ]
     return grad_x, [g.to(t.dtype) for g, t in zip(grad_weights, weights.tensors(), strict=True)]
+
+
+# ---- as a backend ----
+
+
+def forward(
+    x: Tensor, weights: list[Tensor], activation: str, subnet: str, clamp: float | None
+) -> Tensor:
+    return invertible_block(x, BlockWeights.from_tensors(weights, activation, subnet, clamp))
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    activation: str,
+    subnet: str,
+    clamp: float | None,
+    need_weights: bool,
+) -> list[Tensor]:
+    block = BlockWeights.from_tensors(weights, activation, subnet, clamp)
+    grad_x, grad_weights = invertible_block_backward(grad, x, block, need_weights)
+    return [grad_x, *grad_weights]
+
+
+def inverse(
+    y: Tensor, weights: list[Tensor], activation: str, subnet: str, clamp: float | None
+) -> Tensor:
+    block = BlockWeights.from_tensors(weights, activation, subnet, clamp)
+    return invertible_block_inverse(y, block)
+
+
+can_run = can_run_reference

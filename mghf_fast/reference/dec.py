@@ -20,6 +20,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..backends import can_run_reference
 from ..precision import accumulation_dtype
 
 
@@ -130,3 +131,43 @@ def dec_backward(
     # Below the floor a patch is divided by a constant and nothing is projected out.
     projected = grad_unit - torch.where(norm > norm_floor, s * along, 0)
     return (projected / norm.clamp_min(norm_floor)).to(sr.dtype)
+
+
+# ---- as a backend: it keeps no statistics for the backward ----
+
+
+def forward(
+    sr: Tensor,
+    gt: Tensor,
+    threshold_db: float,
+    positive_temperature: float,
+    negative_temperature: float,
+    temperature: str,
+    similarity: str,
+    max_value: float,
+    norm_floor: float,
+) -> tuple[Tensor, Tensor]:
+    temperatures = (positive_temperature, negative_temperature, temperature)
+    loss = dec(sr, gt, threshold_db, *temperatures, similarity, max_value, norm_floor)
+    return loss, loss.new_zeros((2, sr.shape[0]))
+
+
+def backward(
+    grad: Tensor,
+    sr: Tensor,
+    gt: Tensor,
+    statistics: Tensor,
+    threshold_db: float,
+    positive_temperature: float,
+    negative_temperature: float,
+    temperature: str,
+    similarity: str,
+    max_value: float,
+    norm_floor: float,
+) -> Tensor:
+    temperatures = (positive_temperature, negative_temperature, temperature)
+    options = (threshold_db, *temperatures, similarity, max_value, norm_floor)
+    return dec_backward(grad, sr, gt, *options)
+
+
+can_run = can_run_reference

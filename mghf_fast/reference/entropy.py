@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..backends import can_run_reference
 from ..precision import accumulation_dtype
 
 
@@ -40,3 +41,6 @@ def precise_entropy(x: Tensor, bins: int) -> Tensor:
 def channel_entropy(x: Tensor, bins: int) -> Tensor:
     """(B, C, H, W) -> (B, C), in float32 (float64 for float64)."""
     return precise_entropy(x, bins).to(accumulation_dtype(x.dtype))
+
+
+forward, can_run = channel_entropy, can_run_reference

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..backends import can_run_reference
 from ..precision import accumulation_dtype
 
 
@@ -20,3 +21,6 @@ def gram_matrix(x: Tensor, scale: float) -> Tensor:
 def gram_matrix_backward(grad: Tensor, x: Tensor, scale: float) -> Tensor:
     features = x.flatten(2).to(grad.dtype)
     return ((grad + grad.mT) @ features * scale).view(x.shape).to(x.dtype)
+
+
+forward, backward, can_run = gram_matrix, gram_matrix_backward, can_run_reference

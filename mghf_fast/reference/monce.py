@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..backends import can_run_reference
+from ..ops.vocabulary import monce_state_shape
 from ..precision import accumulation_dtype
 from .sinkhorn import log_sinkhorn_plan, log_sinkhorn_plan_backward
 
@@ -100,3 +102,40 @@ def patch_nce(query: Tensor, key: Tensor, temperature: float) -> Tensor:
         return s.squeeze(2) * 0
     negatives = _negative_logits(s, torch.zeros_like(s), temperature).logsumexp(2)
     return -F.logsigmoid(s.diagonal(dim1=1, dim2=2) / temperature - negatives)
+
+
+# ---- as a backend: the state for the backward is left at 0, and unused ----
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    temperature: float,
+    epsilon: float,
+    iterations: int,
+    negative_weight: float,
+    cost: str,
+    plan_gradient: str,
+) -> tuple[Tensor, Tensor]:
+    options = (temperature, epsilon, iterations, negative_weight, cost, plan_gradient)
+    shape = monce_state_shape(query, iterations)
+    return monce(query, key, *options), query.new_zeros(shape, dtype=torch.int32)
+
+
+def backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    state: Tensor,
+    temperature: float,
+    epsilon: float,
+    iterations: int,
+    negative_weight: float,
+    cost: str,
+    plan_gradient: str,
+) -> Tensor:
+    options = (temperature, epsilon, iterations, negative_weight, cost, plan_gradient)
+    return monce_backward(grad, query, key, *options)
+
+
+can_run = can_run_reference

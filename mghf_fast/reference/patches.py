@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
+from ..backends import can_run_reference
+from ..ops.vocabulary import patches_shapes
 from ..precision import accumulation_dtype
 
 NORM_FLOOR = 1e-7
@@ -81,3 +83,60 @@ def patch_projection_backward(
     ]
     parameters = (weight1, bias1, weight2, bias2)
     return grad_x, [g.to(p.dtype) for g, p in zip(grad_weights, parameters, strict=True)]
+
+
+# ---- as a backend: the state for the backward is left at 0, which starts from the image ----
+
+
+def forward(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    patch_size: int,
+    stride: int,
+) -> tuple[Tensor, Tensor]:
+    embedding = patch_projection(x, weight1, bias1, weight2, bias2, patch_size, stride)
+    _, shape = patches_shapes(x, weight1, weight2, patch_size, stride)
+    return embedding, x.new_zeros(shape, dtype=torch.int32)
+
+
+def backward(
+    grad: Tensor,
+    embedding: Tensor,
+    state: Tensor,
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    patch_size: int,
+    stride: int,
+    need_weights: bool,
+) -> list[Tensor]:
+    parameters = (weight1, bias1, weight2, bias2)
+    grad_x, grads = patch_projection_backward(
+        grad, x, *parameters, patch_size, stride, need_weights
+    )
+    return [grad_x, *grads]
+
+
+def add_backward(
+    grad_x: Tensor,
+    grad: Tensor,
+    embedding: Tensor,
+    state: Tensor,
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    patch_size: int,
+    stride: int,
+) -> None:
+    parameters = (weight1, bias1, weight2, bias2)
+    grad_x += patch_projection_backward(grad, x, *parameters, patch_size, stride, False)[0]
+
+
+can_run = can_run_reference

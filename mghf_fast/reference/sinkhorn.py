@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..backends import can_run_reference
 from ..precision import accumulation_dtype
 
 
@@ -122,3 +123,6 @@ def sinkhorn_plan_backward(
     return log_sinkhorn_plan_backward(
         grad_log_plan, similarity, cost, epsilon, iterations, tolerance
     )
+
+
+forward, backward, can_run = sinkhorn_plan, sinkhorn_plan_backward, can_run_reference

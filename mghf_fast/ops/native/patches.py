@@ -1,0 +1,72 @@
+"""`patches` in C++."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .binding import Binding
+
+
+def _dense(parameters: tuple[Tensor, ...]) -> list[Tensor]:
+    return [p.float().contiguous() for p in parameters]
+
+
+class Patches(Binding):
+    def forward(
+        self,
+        x: Tensor,
+        weight1: Tensor,
+        bias1: Tensor,
+        weight2: Tensor,
+        bias2: Tensor,
+        patch_size: int,
+        stride: int,
+    ) -> tuple[Tensor, Tensor]:
+        parameters = _dense((weight1, bias1, weight2, bias2))
+        return self.ops.patches(self.image(x), *parameters, patch_size, stride)
+
+    def backward(
+        self,
+        grad: Tensor,
+        embedding: Tensor,
+        state: Tensor,
+        x: Tensor,
+        weight1: Tensor,
+        bias1: Tensor,
+        weight2: Tensor,
+        bias2: Tensor,
+        patch_size: int,
+        stride: int,
+        need_weights: bool,
+    ) -> list[Tensor]:
+        parameters, sizes = (weight1, bias1, weight2, bias2), (patch_size, stride)
+        saved, image = (grad.float(), embedding, state), self.image(x)
+        w1, b1, w2, _ = _dense(parameters)
+        grad_x = self.ops.patches_backward(*saved, image, w1, w2, *sizes).to(x.dtype)
+        if not need_weights:
+            return [grad_x]
+        grads = self.ops.patches_backward_weights(*saved, image, w1, b1, w2, *sizes)
+        return [grad_x, *(g.to(p.dtype) for g, p in zip(grads, parameters, strict=True))]
+
+    def add_backward(
+        self,
+        grad_x: Tensor,
+        grad: Tensor,
+        embedding: Tensor,
+        state: Tensor,
+        x: Tensor,
+        weight1: Tensor,
+        bias1: Tensor,
+        weight2: Tensor,
+        bias2: Tensor,
+        patch_size: int,
+        stride: int,
+    ) -> None:
+        saved, sizes = (grad.float(), embedding, state), (patch_size, stride)
+        w1, w2 = _dense((weight1, weight2))
+        if self.on_cpu and grad_x.dtype == torch.float16:
+            # The kernels of the CPU give a float32 gradient, which is rounded once it is added.
+            grad_x += self.ops.patches_backward(*saved, self.image(x), w1, w2, *sizes)
+        else:
+            self.ops.patches_backward_add_(grad_x, *saved, w1, w2, *sizes)
