@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import importlib.util
 import itertools
 import json
 import math
 import sys
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mghf_fast import backends, native
 from mghf_fast.commands.table5.workloads import paper_extractor
-from mghf_fast.losses import MGHFLoss
+from mghf_fast.losses import MGHFLoss, step
 from mghf_fast.ops import Op
 
 SHAPES = ((1, 3, 512, 512), (1, 3, 1024, 1024), (16, 3, 256, 256), (32, 3, 64, 64))
@@ -57,8 +58,7 @@ class Counts:
 
 
 class _Counter(TorchDispatchMode):
-    """Counts operations and the memory of what they return; runs an op of this project as its
-    backend would, and not its fake."""
+    """Counts operations and the memory of what they return."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,6 +66,17 @@ class _Counter(TorchDispatchMode):
         self.op = ""
         self._alive = 0
         self._known: set[int] = set()
+
+    def named(self, op: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function``, whose launches are those of ``op``."""
+
+        def call(*arguments: Any) -> Any:
+            before, self.op = self.op, op
+            result = function(*arguments)
+            self.op = before
+            return result
+
+        return call
 
     def note(self, launches: int = 1) -> None:
         self.counts.kernels[self.op] = self.counts.kernels.get(self.op, 0) + launches
@@ -95,12 +106,6 @@ class _Counter(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = func._schema.name
-        if name.startswith("mghf_fast::"):
-            before, self.op = self.op, name.removeprefix("mghf_fast::")
-            with self:
-                result = torch._library.custom_ops.OPDEFS[name]._init_fn(*args, **(kwargs or {}))
-            self.op = before
-            return result
         result = func(*args, **(kwargs or {}))
         views = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
         if not views and not name.split("::")[1].startswith(("empty", "new_empty", "detach")):
@@ -168,10 +173,21 @@ def _backend(name: str, counter: _Counter, module: Any) -> Iterator[None]:
     """Tensors of the device "meta" are the backend's."""
 
     def choose(op: Op, backend: str, *tensors: Tensor, **options: Any) -> Any:
-        return op.implementation(name)
+        found = op.implementation(name)
+        functions = {
+            field: counter.named(op.name + suffix, getattr(found, field))
+            for field, suffix in (
+                ("forward", ""),
+                ("backward", "_backward"),
+                ("add_backward", "_backward"),
+            )
+        }
+        return dataclasses.replace(found, **functions)
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(Op, "choose", choose))
+        # As for a call that nothing looks on to.
+        stack.enter_context(mock.patch.object(step, "applies", lambda sr, gt: True))
         # Which knows no such device.
         stack.enter_context(mock.patch.object(torch, "autocast", _no_autocast))
         off = mock.patch.object(torch, "is_autocast_enabled", lambda device: False)

@@ -297,22 +297,6 @@ def patch_projection(
     return result
 
 
-def _patch_projection_and_input(
-    x: Tensor,
-    parameters: tuple[Tensor, Tensor, Tensor, Tensor],
-    patch_size: int,
-    stride: int,
-    backend: str | None,
-) -> tuple[Tensor, Tensor]:
-    """:func:`patch_projection`, and ``x`` for exactly one more use, an op of this library, with
-    which it then shares the memory of its gradient."""
-    sizes = _check_patches(x, parameters, patch_size, stride)
-    result: tuple[Tensor, Tensor] = ops.patches.ProjectAndPass.apply(
-        x, *parameters, *sizes, current_backend(backend)
-    )
-    return result
-
-
 def sinkhorn_plan(
     similarity: Tensor,
     *,

@@ -92,8 +92,14 @@ def tuned(device: torch.device) -> tuple[Rule, ...]:
         return ()
 
 
+forgotten = 0
+"""How often :func:`forget` was called: what was chosen before may have to be chosen again."""
+
+
 def forget() -> None:
     """Lets the user's table be read again."""
+    global forgotten
+    forgotten += 1
     tuned.cache_clear()
 
 

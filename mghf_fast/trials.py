@@ -159,9 +159,15 @@ def _decide(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> 
     return f"it failed its trial on this device: {failure}"
 
 
+forgotten = 0
+"""How often :func:`forget` was called: what was chosen before may have to be chosen again."""
+
+
 def forget() -> None:
     """Forgets what this process has tried, not what the cache holds."""
+    global forgotten
     with _lock:
+        forgotten += 1
         _known.clear()
 
 

@@ -290,7 +290,8 @@ def test_adds_to_a_gradient(backend: str, layout: str, dtype: torch.dtype) -> No
         grad.double(), *(t.double() for t in (x, *w)), 6, 4, False
     )
     expected = total.double() + exact
-    ops.patches.patches_backward_add_(total, grad, embedding, state, x, *w, 6, 4, backend)
+    add_backward = ops.OPS["patches"].choose(backend, x, *w).add_backward
+    add_backward(total, grad, embedding, state, x, *w, 6, 4)
     rounding = contract.relative_error(expected.to(dtype), expected)
     # What is added has the error of a gradient, the sum its own rounding.
     allowed = (2 * rounding + 1e-6) * expected.norm() + 1e-5 * exact.norm()

@@ -139,25 +139,14 @@ class LocalInformationLoss(HoldsFrozen):
         Raises:
             ValueError: H or W times ``downscale`` is below a patch's side.
         """
-        return self._compare(sr, gt, self._projection_of(sr, gt)(sr, backend=self.backend))
-
-    def compare_and_pass(self, sr: Tensor, gt: Tensor) -> tuple[Tensor, Tensor]:
-        """:meth:`forward`, and ``sr`` for exactly one more use by an op of this library: both uses
-        then share the memory of its gradient."""
-        query, sr = self._projection_of(sr, gt).project_and_pass(sr, backend=self.backend)
-        return self._compare(sr, gt, query), sr
-
-    def _projection_of(self, sr: Tensor, gt: Tensor) -> PatchProjection:
         check.check_tensor("sr", sr, "(B, C, H, W)")
         check.check_tensor("gt", gt, "(B, C, H, W)")
         check.check_pair("sr", sr, "gt", gt)
         check.check_order("sr", sr, "gt", gt)
-        return self._projection(sr)
-
-    def _compare(self, sr: Tensor, gt: Tensor, query: Tensor) -> Tensor:
+        project = self._projection(sr)
         losses = functional.monce_loss(
-            query,
-            self._projection(gt)(gt.detach(), backend=self.backend),
+            project(sr, backend=self.backend),
+            project(gt.detach(), backend=self.backend),
             temperature=self.temperature,
             epsilon=self.epsilon,
             iterations=self.iterations,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import operator
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +17,8 @@ from .. import _checks as check
 from .. import functional
 from ..backends import check_backend
 from ..nn import DetailFeatureExtractor
-from ..precision import accumulation_dtype, without_autocast
+from ..precision import accumulation_dtype, autocasting, without_autocast
+from . import step
 from .content_style import ContentStyleLoss
 from .frozen import HoldsFrozen, digest, floating_type, freeze
 from .local_information import LocalInformationLoss
@@ -158,6 +162,7 @@ class MGHFLoss(HoldsFrozen):
         gamma1, gamma2, gamma3 = map(float, self.preset.gammas)
         self._gammas = (gamma1, gamma2, gamma3)
         self._active = self._weighted()
+        self._steps = step.Steps()
         # The same for compiled code, to which a Python number is a constant.
         gammas = torch.tensor(self._gammas, dtype=torch.float64, device=self._likeness.device)
         self.register_buffer("_gamma_tensor", gammas, persistent=False)
@@ -259,8 +264,8 @@ class MGHFLoss(HoldsFrozen):
                 stacklevel=2,
             )
 
-    def _terms(self, sr: Tensor, gt: Tensor) -> dict[str, Tensor]:
-        """The total and every term that has a weight, (B,) each."""
+    def _outputs(self, sr: Tensor, gt: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The total, reduced, and the terms that were computed, (B,) each."""
         for name, image in (("sr", sr), ("gt", gt)):
             check.check_tensor(name, image, "(B, 3, H, W)", tangents=True)
         check.check_pair("sr", sr, "gt", gt)
@@ -269,54 +274,54 @@ class MGHFLoss(HoldsFrozen):
         check.check_device("sr", sr, "the loss (move it with .to(device))", self._likeness)
         if not torch.compiler.is_compiling():
             self._check_range(gt)
-        weighted = list(self._active)  # compiled code depends on these names, not on the numbers
-        if "lip" in weighted and self._downscale > 1:
+        if "lip" in self._active and self._downscale > 1:
             self.local_information.check_size(sr.shape[2], sr.shape[3])  # before it is padded
-        with without_autocast(sr.device.type):
+        weighted = self._active
+        # The projection sees only pixels that a patch covers, so alone it is checked for NaN.
+        eager = weighted and weighted != ["lip"] and step.applies(sr, gt)
+        autocast = autocasting(sr.device.type)
+        with without_autocast(sr.device.type) if autocast else contextlib.nullcontext():
+            gt = gt.detach()
+            if eager:
+                return step.compare(self, *step.extract(self, sr, gt))
             dtype = self._likeness.dtype
-            sr, gt = sr.to(dtype), gt.detach().to(dtype)
+            sr, gt = sr.to(dtype), gt.to(dtype)
             if not weighted:
-                return {"total": _nothing(sr, gt)}
+                return self._reduced(_nothing(sr, gt)), {}
             with torch.no_grad():
                 gt_features = self._features(gt)
-            sr_features = self._features(sr)
-            if self.variant == "n":
-                naive = functional.naive_term(gt=gt_features, sr=sr_features, backend=self.backend)
-                return {"total": naive, "naive": naive}
-            terms: dict[str, Tensor] = {}
-            if "lip" in weighted and len(weighted) > 1:
-                # Two uses of the features differentiate into one gradient. What comes later in the
-                # forward is differentiated first, so gt's features are released before the rest.
-                terms["lip"], sr_features = self.local_information.compare_and_pass(
-                    sr_features, gt_features
-                )
-            elif "lip" in weighted:
-                terms["lip"] = self.local_information(sr_features, gt_features)
-            if any(name.startswith("csc") for name in weighted):
-                style = self.content_style.terms(sr_features, gt_features)
-                terms["naive"], terms["csc"] = style.naive, self.content_style.combine(style)
-                terms["csc_mse"], terms["csc_correlation"] = style.mse, style.correlation
-                terms["csc_gram"] = style.gram
-            elif "naive" in weighted:
-                terms["naive"] = functional.naive_term(
-                    gt=gt_features, sr=sr_features, backend=self.backend
-                )
-            else:
-                terms["naive"] = _nothing(sr, gt)  # LIP sees only pixels that a patch covers
-        gamma1: Tensor | float
-        gamma2: Tensor | float
-        gamma3: Tensor | float
+            total, terms = self._compare(self._features(sr), gt_features)
+            if weighted == ["lip"]:
+                total = total + self._reduced(_nothing(sr, gt))
+            return total, terms
+
+    def _compare(self, sr: Tensor, gt: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The total of two stacks of features, reduced, and the terms that have a weight, (B,)
+        each, put together from operators."""
+        terms: dict[str, Tensor] = {}
+        parts: list[Tensor] = []
+        gammas: Sequence[Tensor | float] = self._gammas
         if torch.compiler.is_compiling():
-            gamma1, gamma2, gamma3 = self._gamma_tensor.unbind()
-        else:
-            gamma1, gamma2, gamma3 = self._gammas
-        total = gamma1 * terms["naive"]  # NaN if the images hold one, without a weight too
-        if "csc" in terms:
-            total = total + gamma2 * terms["csc"]
-            weighted.append("csc")
-        if "lip" in terms:
-            total = total + gamma3 * terms["lip"]
-        return {"total": total, **{name: terms[name] for name in TERMS if name in weighted}}
+            gammas = self._gamma_tensor.unbind()
+        if self.variant == "n":
+            naive = functional.naive_term(gt=gt, sr=sr, backend=self.backend)
+            return self._reduced(naive), {"naive": naive}
+        if any(name.startswith("csc") for name in self._active):
+            style = self.content_style.terms(sr, gt)
+            terms["naive"], terms["csc_mse"] = style.naive, style.mse
+            terms["csc_correlation"], terms["csc_gram"] = style.correlation, style.gram
+            parts.append(gammas[1] * self.content_style.combine(style))
+        elif self._active != ["lip"]:
+            terms["naive"] = functional.naive_term(gt=gt, sr=sr, backend=self.backend)
+        if "naive" in terms:  # without a weight too: NaN if the images hold one
+            parts.insert(0, gammas[0] * terms["naive"])
+        if "lip" in self._active:
+            terms["lip"] = self.local_information(sr, gt)
+            parts.append(gammas[2] * terms["lip"])
+        return self._reduced(functools.reduce(operator.add, parts)), terms
+
+    def _reduced(self, x: Tensor) -> Tensor:
+        return x.mean() if self.reduction == "mean" else x
 
     def terms(self, sr: Tensor, gt: Tensor) -> dict[str, Tensor]:
         """Every term by name, reduced like the loss and not yet weighted by the preset.
@@ -326,10 +331,13 @@ class MGHFLoss(HoldsFrozen):
         them a weight that is not 0 (``csc`` if it does to one of the three); for ``"n"``:
         ``naive``.
         """
-        terms = self._terms(sr, gt)
-        if self.reduction == "none":
-            return terms
-        return {name: term.mean() for name, term in terms.items()}
+        total, found = self._outputs(sr, gt)
+        weighted = {*self._active, "csc"}
+        of_style = zip(self.content_style.betas, TERMS[2:5], strict=True)
+        if parts := [beta * found[name] for beta, name in of_style if beta and name in found]:
+            found["csc"] = functools.reduce(operator.add, parts)
+        terms = {name: self._reduced(found[name]) for name in TERMS if name in found and name in weighted}
+        return {"total": total, **terms}
 
     def forward(self, sr: Tensor, gt: Tensor) -> Tensor:
         """Super-resolved image and ground truth, (B, 3, H, W) each -> scalar or (B,).
@@ -340,7 +348,7 @@ class MGHFLoss(HoldsFrozen):
                 its features are smaller than a patch, or ``gt`` asks for a gradient and ``sr`` does
                 not: the two are swapped.
         """
-        return self.terms(sr, gt)["total"]
+        return self._outputs(sr, gt)[0]
 
     def __repr__(self) -> str:
         """One line: with the extractor's weights' digest, by which two losses can be told apart."""

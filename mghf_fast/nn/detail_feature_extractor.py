@@ -95,15 +95,16 @@ class InvertibleBlock(nn.Module):
         )
 
     def weights_after(self, stem: nn.Conv2d) -> BlockWeights:
-        """The weights with ``stem``, a 3x3 convolution in front of the block, drawn into the mix:
+        """The weights with ``stem``, a 3x3 convolution in front of the block, folded into the mix:
         of two linear layers one is left, which takes the image itself."""
         weights = self.weights()
         assert stem.bias is not None
         with without_autocast(weights.mix_bias.device.type):
-            mix = weights.mix_weight.flatten(1)
-            kernel = (mix @ stem.weight.flatten(1)).view(-1, *stem.weight.shape[1:])
-            bias = mix @ stem.bias + weights.mix_bias
-        return weights._replace(mix_weight=kernel, mix_bias=bias)
+            # In float64, so that rounding the product hides in which order threads add it up.
+            mix, dtype = weights.mix_weight.flatten(1).double(), weights.mix_weight.dtype
+            kernel = (mix @ stem.weight.flatten(1).double()).view(-1, *stem.weight.shape[1:])
+            bias = mix @ stem.bias.double() + weights.mix_bias.double()
+        return weights._replace(mix_weight=kernel.to(dtype), mix_bias=bias.to(dtype))
 
     def forward(
         self, x: Tensor, *, stem: nn.Conv2d | None = None, backend: str | None = None

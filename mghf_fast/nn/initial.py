@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @contextmanager
@@ -27,9 +27,12 @@ def reproducibly(seed: int | None = None) -> Iterator[None]:
 
 @torch.no_grad()
 def orthogonal(weight: Tensor, gain: float = 1.0) -> None:
-    """:func:`torch.nn.init.orthogonal_` for half precision too, in which PyTorch has no QR."""
-    if weight.dtype in (torch.float32, torch.float64):
-        nn.init.orthogonal_(weight, gain=gain)
-    else:
-        drawn = torch.empty_like(weight, dtype=torch.float32)
-        weight.copy_(nn.init.orthogonal_(drawn, gain=gain))
+    """:func:`torch.nn.init.orthogonal_` of the same random numbers, for half precision too, in which
+    PyTorch has no QR, and with the same bits on any number of threads: a float64 QR, rounded."""
+    rows = weight.shape[0]
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    drawn = torch.empty(rows, weight.numel() // rows, dtype=dtype, device=weight.device).normal_()
+    wide = drawn.shape[1] > rows
+    q, r = torch.linalg.qr((drawn.T if wide else drawn).double())
+    q = q * r.diagonal().sign()
+    weight.copy_(gain * (q.T if wide else q).reshape(weight.shape))

@@ -63,13 +63,5 @@ class PatchProjection(nn.Module):
             backend=backend,
         )
 
-    def project_and_pass(self, x: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
-        """:meth:`forward`, and ``x`` for exactly one more use by an op of this library: both uses
-        then share the memory of its gradient."""
-        parameters = (self.hidden.weight, self.hidden.bias, self.output.weight, self.output.bias)
-        return functional._patch_projection_and_input(
-            x, parameters, self.patch_size, self.stride, backend
-        )
-
     def extra_repr(self) -> str:
         return f"patch_size={self.patch_size}, stride={self.stride}"

@@ -38,6 +38,16 @@ def reflected(x: Tensor, dim: int, count: int) -> Tensor:
     return torch.cat((x, x.narrow(dim, x.shape[dim] - 1 - count, count).flip(dim)), dim)
 
 
+def unreflected(grad: Tensor, dim: int, size: int) -> Tensor:
+    """The gradient in ``x`` of ``size`` along ``dim``, from that in ``reflected(x, dim, ...)``."""
+    count = grad.shape[dim] - size
+    if not count:
+        return grad
+    own = grad.narrow(dim, 0, size).clone()
+    own.narrow(dim, size - 1 - count, count).add_(grad.narrow(dim, size, count).flip(dim))
+    return own
+
+
 class SqueezeStem(nn.Module):
     """Space to depth, then an orthogonal lift to more channels: at 1/r of the resolution, and
     invertible.
@@ -72,16 +82,34 @@ class SqueezeStem(nn.Module):
                 f"{x.shape[2]} x {x.shape[3]}"
             )
         # Autocast leaves the blocks' arithmetic in float32, and so this.
-        autocast = autocasting(x.device.type)
-        weight, given = self.lift.weight, x.dtype
-        dtype = torch.promote_types(given, weight.dtype)
+        dtype = torch.promote_types(x.dtype, self.lift.weight.dtype)
+        if autocasting(x.device.type):
+            with without_autocast(x.device.type):
+                return self.lifted(x.to(dtype))
+        return self.lifted(x.to(dtype)).to(x.dtype)
+
+    def lifted(self, x: Tensor) -> Tensor:
+        """:meth:`forward` of an image that is checked and of the weights' type or a wider one."""
+        r = self.squeeze
         x = reflected(reflected(x, 2, -x.shape[2] % r), 3, -x.shape[3] % r)
         batch, colours, height, width = x.shape
         x = x.reshape(batch, colours, height // r, r, width // r, r).permute(0, 2, 4, 1, 3, 5)
         x = x.reshape(batch, height // r, width // r, colours * r * r)
-        with without_autocast(x.device.type):
-            lifted = F.linear(x.to(dtype), weight.to(dtype)).permute(0, 3, 1, 2)
-        return lifted if autocast else lifted.to(given)
+        return F.linear(x, self.lift.weight.to(x.dtype)).permute(0, 3, 1, 2)
+
+    @torch.no_grad()
+    def pull_back(self, grad: Tensor, height: int, width: int) -> Tensor:
+        """The gradient in an image of ``height`` x ``width``, from that in its features."""
+        r = self.squeeze
+        batch, _, rows, columns = grad.shape
+        # Autocast would round the product, where the backward runs under it.
+        if autocasting(grad.device.type):
+            with without_autocast(grad.device.type):
+                return self.pull_back(grad, height, width)
+        x = F.linear(grad.permute(0, 2, 3, 1), self.lift.weight.t().to(grad.dtype))
+        x = x.reshape(batch, rows, columns, self.in_channels, r, r).permute(0, 3, 1, 4, 2, 5)
+        x = x.reshape(batch, self.in_channels, rows * r, columns * r)
+        return unreflected(unreflected(x, 3, width), 2, height)
 
     @torch.no_grad()
     def inverse(self, y: Tensor) -> Tensor:

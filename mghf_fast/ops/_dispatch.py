@@ -22,6 +22,12 @@ from ..backends import BACKENDS, triton_is_interpreted, unavailable_reasons
 logger = logging.getLogger("mghf_fast")
 
 
+def epoch() -> tuple[int, int]:
+    """Within one, :meth:`Op.choose` of equal arguments gives the same; a trial's result or a tuned
+    table that is forgotten begins another."""
+    return trials.forgotten, preferences.forgotten
+
+
 def _no_gradient(*_: Any) -> Any:
     raise NotImplementedError("this op has no such gradient")
 
@@ -107,13 +113,6 @@ class Op:
                 self._logged.add(message)
                 logger.debug(message)
         raise AssertionError(f"{self.name} has no reference")  # the reference runs everything
-
-
-def register_float32_autocast(op: Any) -> None:
-    """Under autocast the op's float16 and bfloat16 inputs are cast to float32 first: its sums and
-    exponentials are taken in float32 anyway, and half-precision inputs would only lose digits."""
-    for device in ("cpu", "cuda"):
-        op.register_autocast(device, torch.float32)
 
 
 def double_backward_requested() -> bool:

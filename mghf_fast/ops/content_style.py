@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..precision import accumulation_dtype
 from ..reference import content_style as reference
-from ._dispatch import Op, double_backward_requested, register_float32_autocast
+from ._dispatch import Op, double_backward_requested
+from ._registration import Operator
 from .layout import empty_like_laid_out, laid_out_as
 from .native.content_style import ContentStyle
 from .vocabulary import ContentStyleOutputs
@@ -24,7 +25,7 @@ OP.implement("triton", "mghf_fast.kernels.content_style")
 OP.implement("cpu", ContentStyle("cpu"))
 
 
-@torch.library.custom_op("mghf_fast::content_style", mutates_args=())
+@Operator
 def content_style(
     gt: Tensor,
     sr: Tensor,
@@ -40,7 +41,7 @@ def content_style(
     return run(gt, sr, top_m, alpha, gamma, bins, gram)
 
 
-@torch.library.custom_op("mghf_fast::content_style_backward", mutates_args=())
+@Operator
 def content_style_backward(
     grad_naive: Tensor,
     grad_mse: Tensor,
@@ -61,7 +62,7 @@ def content_style_backward(
     return laid_out_as(sr, run(*grads, gt, sr, *statistics, gram))
 
 
-@content_style.register_fake
+@content_style.fake
 def _(
     gt: Tensor,
     sr: Tensor,
@@ -82,7 +83,7 @@ def _(
     return naive, mse, correlation, style, kept, weights, moments, difference
 
 
-@content_style_backward.register_fake
+@content_style_backward.fake
 def _(
     grad_naive: Tensor,
     grad_mse: Tensor,
@@ -111,5 +112,5 @@ def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     return None, grad_sr, None, None, None, None, None, None
 
 
-content_style.register_autograd(_backward, setup_context=_setup_context)
-register_float32_autocast(content_style)
+content_style.differentiate(_backward, _setup_context)
+content_style.in_float32_under_autocast()

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..reference import coupling as reference
 from ._batching import is_batched
-from ._dispatch import Op, double_backward_requested, register_float32_autocast
+from ._dispatch import Op, double_backward_requested
+from ._registration import Operator
 from .layout import empty_like_laid_out, laid_out_as
 from .native.coupling import Coupling
 
@@ -31,7 +32,7 @@ INVERSE.implement("triton", "mghf_fast.kernels.coupling")
 INVERSE.implement("cpu", Coupling("cpu"))
 
 
-@torch.library.custom_op("mghf_fast::coupling", mutates_args=())
+@Operator
 def coupling(
     x: Tensor,
     weights: list[Tensor],
@@ -44,7 +45,7 @@ def coupling(
     return laid_out_as(x, run(x, weights, activation, subnet, clamp))
 
 
-@torch.library.custom_op("mghf_fast::coupling_inverse", mutates_args=())
+@Operator
 def coupling_inverse(
     y: Tensor,
     weights: list[Tensor],
@@ -57,7 +58,7 @@ def coupling_inverse(
     return laid_out_as(y, run(y, weights, activation, subnet, clamp))
 
 
-@torch.library.custom_op("mghf_fast::coupling_backward", mutates_args=())
+@Operator
 def coupling_backward(
     grad: Tensor,
     x: Tensor,
@@ -75,17 +76,17 @@ def coupling_backward(
     return [laid_out_as(x, grad_x), *(g.contiguous() for g in grads)]
 
 
-@coupling.register_fake
+@coupling.fake
 def _(x: Tensor, weights: list[Tensor], *_: Any) -> Tensor:
     return empty_like_laid_out(x, channels=weights[0].shape[0])
 
 
-@coupling_inverse.register_fake
+@coupling_inverse.fake
 def _(y: Tensor, weights: list[Tensor], *_: Any) -> Tensor:
     return empty_like_laid_out(y)
 
 
-@coupling_backward.register_fake
+@coupling_backward.fake
 def _(
     grad: Tensor,
     x: Tensor,
@@ -133,7 +134,7 @@ def _inverse_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return grads[0], list(grads[1:]), None, None, None, None
 
 
-coupling.register_autograd(_backward, setup_context=_setup_context)
-coupling_inverse.register_autograd(_inverse_backward, setup_context=_setup_context)
-register_float32_autocast(coupling)
-register_float32_autocast(coupling_inverse)
+coupling.differentiate(_backward, _setup_context)
+coupling_inverse.differentiate(_inverse_backward, _setup_context)
+coupling.in_float32_under_autocast()
+coupling_inverse.in_float32_under_autocast()

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..precision import accumulation_dtype
 from ..reference import dec as reference
-from ._dispatch import Op, double_backward_requested, register_float32_autocast
+from ._dispatch import Op, double_backward_requested
+from ._registration import Operator
 from .native.dec import Dec
 
 OP = Op("dec")
@@ -18,7 +19,7 @@ OP.implement("triton", "mghf_fast.kernels.dec")
 OP.implement("cpu", Dec("cpu"))
 
 
-@torch.library.custom_op("mghf_fast::dec", mutates_args=())
+@Operator
 def dec(
     sr: Tensor,
     gt: Tensor,
@@ -37,7 +38,7 @@ def dec(
     return run(sr, gt, threshold_db, *temperatures, similarity, max_value, norm_floor)
 
 
-@torch.library.custom_op("mghf_fast::dec_backward", mutates_args=())
+@Operator
 def dec_backward(
     grad: Tensor,
     sr: Tensor,
@@ -58,13 +59,13 @@ def dec_backward(
     return run(grad, sr, gt, statistics, *options).contiguous()
 
 
-@dec.register_fake
+@dec.fake
 def _(sr: Tensor, gt: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     dtype = accumulation_dtype(sr.dtype)
     return sr.new_empty((), dtype=dtype), sr.new_empty((2, sr.shape[0]), dtype=dtype)
 
 
-@dec_backward.register_fake
+@dec_backward.fake
 def _(grad: Tensor, sr: Tensor, gt: Tensor, *_: Any) -> Tensor:
     return sr.new_empty(sr.shape)
 
@@ -85,5 +86,5 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     return grad_sr, *[None] * 9
 
 
-dec.register_autograd(_backward, setup_context=_setup_context)
-register_float32_autocast(dec)
+dec.differentiate(_backward, _setup_context)
+dec.in_float32_under_autocast()

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ..precision import accumulation_dtype
 from ..reference import entropy as reference
-from ._dispatch import Op, register_float32_autocast
+from ._dispatch import Op
+from ._registration import Operator
 from .native.entropy import Entropy
 
 OP = Op("entropy", backward=None)
@@ -17,14 +18,14 @@ OP.implement("triton", "mghf_fast.kernels.entropy")
 OP.implement("cpu", Entropy("cpu"))
 
 
-@torch.library.custom_op("mghf_fast::entropy", mutates_args=())
+@Operator
 def entropy(x: Tensor, bins: int, backend: str) -> Tensor:
     return OP.choose(backend, x).forward(x, bins)
 
 
-@entropy.register_fake
+@entropy.fake
 def _(x: Tensor, bins: int, backend: str) -> Tensor:
     return x.new_empty(x.shape[:2], dtype=accumulation_dtype(x.dtype))
 
 
-register_float32_autocast(entropy)
+entropy.in_float32_under_autocast()

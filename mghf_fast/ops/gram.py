@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..precision import accumulation_dtype
 from ..reference import gram as reference
-from ._dispatch import Op, double_backward_requested, register_float32_autocast
+from ._dispatch import Op, double_backward_requested
+from ._registration import Operator
 from .layout import empty_like_laid_out, laid_out_as
 from .native.gram import Gram
 
@@ -20,23 +21,23 @@ OP.implement("triton", "mghf_fast.kernels.gram")
 OP.implement("cpu", Gram("cpu"))
 
 
-@torch.library.custom_op("mghf_fast::gram", mutates_args=())
+@Operator
 def gram(x: Tensor, scale: float, backend: str) -> Tensor:
     return OP.choose(backend, x).forward(x, scale).contiguous()
 
 
-@torch.library.custom_op("mghf_fast::gram_backward", mutates_args=())
+@Operator
 def gram_backward(grad: Tensor, x: Tensor, scale: float, backend: str) -> Tensor:
     return laid_out_as(x, OP.choose(backend, grad, x).backward(grad, x, scale))
 
 
-@gram.register_fake
+@gram.fake
 def _(x: Tensor, scale: float, backend: str) -> Tensor:
     b, c = x.shape[:2]
     return x.new_empty((b, c, c), dtype=accumulation_dtype(x.dtype))
 
 
-@gram_backward.register_fake
+@gram_backward.fake
 def _(grad: Tensor, x: Tensor, scale: float, backend: str) -> Tensor:
     return empty_like_laid_out(x)
 
@@ -53,5 +54,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return gram_backward(grad, x, ctx.scale, ctx.backend), None, None
 
 
-gram.register_autograd(_backward, setup_context=_setup_context)
-register_float32_autocast(gram)
+gram.differentiate(_backward, _setup_context)
+gram.in_float32_under_autocast()

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..precision import accumulation_dtype
 from ..reference import monce as reference
-from ._dispatch import Op, double_backward_requested, register_float32_autocast
+from ._dispatch import Op, double_backward_requested
+from ._registration import Operator
 from .native.monce import Monce
 from .vocabulary import monce_state_shape
 
@@ -24,7 +25,7 @@ OP.implement("triton", "mghf_fast.kernels.monce")
 OP.implement("cpu", Monce("cpu"))
 
 
-@torch.library.custom_op("mghf_fast::monce", mutates_args=())
+@Operator
 def monce(
     query: Tensor,
     key: Tensor,
@@ -44,7 +45,7 @@ def monce(
     return losses.contiguous(), state
 
 
-@torch.library.custom_op("mghf_fast::monce_backward", mutates_args=())
+@Operator
 def monce_backward(
     grad: Tensor,
     query: Tensor,
@@ -64,13 +65,13 @@ def monce_backward(
     return run(grad, query, key, state, *options).contiguous()
 
 
-@monce.register_fake
+@monce.fake
 def _(query: Tensor, key: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     losses = query.new_empty(query.shape[:2], dtype=accumulation_dtype(query.dtype))
     return losses, query.new_empty(monce_state_shape(query, options[2]), dtype=torch.int32)
 
 
-@monce_backward.register_fake
+@monce_backward.fake
 def _(grad: Tensor, query: Tensor, key: Tensor, state: Tensor, *_: Any) -> Tensor:
     return query.new_empty(query.shape)
 
@@ -89,5 +90,5 @@ def _backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
     return grad_query, None, None, None, None, None, None, None, None
 
 
-monce.register_autograd(_backward, setup_context=_setup_context)
-register_float32_autocast(monce)
+monce.differentiate(_backward, _setup_context)
+monce.in_float32_under_autocast()

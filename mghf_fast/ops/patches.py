@@ -19,7 +19,8 @@ from torch import Tensor
 from ..precision import accumulation_dtype
 from ..reference import patches as reference
 from ._batching import is_batched
-from ._dispatch import Op, double_backward_requested, register_float32_autocast
+from ._dispatch import Op, double_backward_requested
+from ._registration import Operator
 from .layout import empty_like_laid_out, laid_out_as
 from .native.patches import Patches
 from .vocabulary import patches_shapes
@@ -31,7 +32,7 @@ OP.implement("triton", "mghf_fast.kernels.patches")
 OP.implement("cpu", Patches("cpu"))
 
 
-@torch.library.custom_op("mghf_fast::patches", mutates_args=())
+@Operator
 def patches(
     x: Tensor,
     weight1: Tensor,
@@ -49,7 +50,7 @@ def patches(
     return embedding.contiguous(), state
 
 
-@torch.library.custom_op("mghf_fast::patches_backward", mutates_args=())
+@Operator
 def patches_backward(
     grad: Tensor,
     embedding: Tensor,
@@ -73,7 +74,7 @@ def patches_backward(
     return [laid_out_as(x, grad_x), *(g.contiguous() for g in grads)]
 
 
-@patches.register_fake
+@patches.fake
 def _(
     x: Tensor,
     weight1: Tensor,
@@ -91,7 +92,7 @@ def _(
     )
 
 
-@patches_backward.register_fake
+@patches_backward.fake
 def _(
     grad: Tensor,
     embedding: Tensor,
@@ -127,64 +128,5 @@ def _backward(ctx: Any, grad: Tensor, _: None) -> tuple[Any, ...]:
     return grad_x, *(grad_parameters or (None,) * 4), None, None, None
 
 
-patches.register_autograd(_backward, setup_context=_setup_context)
-register_float32_autocast(patches)
-
-
-@torch.library.custom_op("mghf_fast::patches_backward_add_", mutates_args=("grad_x",))
-def patches_backward_add_(
-    grad_x: Tensor,
-    grad: Tensor,
-    embedding: Tensor,
-    state: Tensor,
-    x: Tensor,
-    weight1: Tensor,
-    bias1: Tensor,
-    weight2: Tensor,
-    bias2: Tensor,
-    patch_size: int,
-    stride: int,
-    backend: str,
-) -> None:
-    """Adds the gradient of x to ``grad_x``."""
-    parameters = (weight1, bias1, weight2, bias2)
-    options = (patch_size, stride)
-    run = OP.choose(backend, x, *parameters).add_backward
-    run(grad_x, grad, embedding, state, x, *parameters, *options)
-
-
-@patches_backward_add_.register_fake
-def _(grad_x: Tensor, *_: Any) -> None:
-    return None
-
-
-class ProjectAndPass(torch.autograd.Function):
-    """The embeddings of x, and x for one more use. The gradient that comes back from that use is
-    added to in place, so that two uses of a large x need one gradient of its size. That is right
-    only if nobody else gets hold of that gradient, so the x returned must have exactly one use,
-    which makes its gradient anew: an op of this library."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        *parameters, ctx.patch_size, ctx.stride, ctx.backend = rest
-        embedding, state = patches(x, *parameters, ctx.patch_size, ctx.stride, ctx.backend)
-        ctx.save_for_backward(embedding, state, x, *parameters)
-        return embedding, x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        grad, grad_x = grads
-        options = (ctx.patch_size, ctx.stride)
-        saved = ctx.saved_tensors
-        need_weights = any(ctx.needs_input_grad[1:5])
-        grad_parameters: list[Any] = []
-        if double_backward_requested() or is_batched(grad, grad_x):
-            given: tuple[Any, ...] = (grad, *saved, *options, need_weights)
-            own, *grad_parameters = reference.backward(*given)
-            grad_x = grad_x + own
-        elif need_weights:
-            own, *grad_parameters = patches_backward(grad, *saved, *options, True, ctx.backend)
-            grad_x = grad_x + own
-        else:
-            patches_backward_add_(grad_x, grad, *saved, *options, ctx.backend)
-        return grad_x, *(grad_parameters or [None] * 4), None, None, None
+patches.differentiate(_backward, _setup_context)
+patches.in_float32_under_autocast()

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..reference import sinkhorn as reference
-from ._dispatch import Op, double_backward_requested, register_float32_autocast
+from ._dispatch import Op, double_backward_requested
+from ._registration import Operator
 from .native.sinkhorn import Sinkhorn
 
 OP = Op("sinkhorn")
@@ -18,7 +19,7 @@ OP.implement("triton", "mghf_fast.kernels.sinkhorn")
 OP.implement("cpu", Sinkhorn("cpu"))
 
 
-@torch.library.custom_op("mghf_fast::sinkhorn", mutates_args=())
+@Operator
 def sinkhorn(
     similarity: Tensor,
     cost: str,
@@ -31,7 +32,7 @@ def sinkhorn(
     return run(similarity, cost, epsilon, iterations, tolerance).contiguous()
 
 
-@torch.library.custom_op("mghf_fast::sinkhorn_backward", mutates_args=())
+@Operator
 def sinkhorn_backward(
     grad: Tensor,
     similarity: Tensor,
@@ -45,12 +46,12 @@ def sinkhorn_backward(
     return run(grad, similarity, cost, epsilon, iterations, tolerance).contiguous()
 
 
-@sinkhorn.register_fake
+@sinkhorn.fake
 def _(similarity: Tensor, *_: Any) -> Tensor:
     return similarity.new_empty(similarity.shape)
 
 
-@sinkhorn_backward.register_fake
+@sinkhorn_backward.fake
 def _(grad: Tensor, similarity: Tensor, *_: Any) -> Tensor:
     return similarity.new_empty(similarity.shape)
 
@@ -69,5 +70,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_similarity, None, None, None, None, None
 
 
-sinkhorn.register_autograd(_backward, setup_context=_setup_context)
-register_float32_autocast(sinkhorn)
+sinkhorn.differentiate(_backward, _setup_context)
+sinkhorn.in_float32_under_autocast()

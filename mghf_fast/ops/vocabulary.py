@@ -7,6 +7,7 @@ contracts and backends alike may import it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -50,6 +51,22 @@ class BlockWeights(NamedTuple):
         n = len(rest) // 3
         phi, rho, eta = (tuple(rest[i * n : (i + 1) * n]) for i in range(3))
         return cls(mix_weight, mix_bias, phi, rho, eta, activation, subnet, clamp)
+
+
+class PackedWeights(list[Tensor]):
+    """The tensors of a block whose weights stay as they are, and as ``flat`` all of their numbers in
+    float32, which is what the compiled kernels take."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__(tensors)
+        self.flat = flat(list(self))
+
+
+def flat(tensors: list[Tensor]) -> Tensor:
+    """The numbers of all tensors, one after the other, in float32."""
+    if isinstance(tensors, PackedWeights):
+        return tensors.flat
+    return torch.cat([t.detach().float().flatten() for t in tensors])
 
 
 def weight_shapes(

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..limits import block_channels, only_bottleneck
-from ..vocabulary import inverted_mix
+from ..vocabulary import flat, inverted_mix
 from .binding import Binding
 
 MOST_CHANNELS = 256
 """What CUDA's kernels keep on chip."""
-
-
-def _flat(tensors: list[Tensor]) -> Tensor:
-    return torch.cat([t.detach().float().flatten() for t in tensors])
 
 
 class Coupling(Binding):
@@ -25,7 +20,7 @@ class Coupling(Binding):
     ) -> Tensor:
         channels, _, kernel, _ = weights[0].shape
         options = (channels, kernel, activation, clamp or 0.0)
-        return self.ops.coupling(self.image(x), _flat(weights), *options).to(x.dtype)
+        return self.ops.coupling(self.image(x), flat(weights), *options).to(x.dtype)
 
     def backward(
         self,
@@ -40,10 +35,10 @@ class Coupling(Binding):
         channels, _, kernel, _ = weights[0].shape
         options = (channels, kernel, activation, clamp or 0.0, need_weights)
         images = self.image(grad.to(x.dtype)), self.image(x)
-        grad_x, flat = self.ops.coupling_backward(*images, _flat(weights), *options)
+        grad_x, of_weights = self.ops.coupling_backward(*images, flat(weights), *options)
         if not need_weights:
             return [grad_x.to(x.dtype)]
-        pieces = zip(flat.split([w.numel() for w in weights]), weights, strict=True)
+        pieces = zip(of_weights.split([w.numel() for w in weights]), weights, strict=True)
         # Copies, for the results of an operator must not share memory.
         return [grad_x.to(x.dtype), *(p.view(w.shape).to(w.dtype, copy=True) for p, w in pieces)]
 
@@ -51,7 +46,7 @@ class Coupling(Binding):
         self, y: Tensor, weights: list[Tensor], activation: str, subnet: str, clamp: float | None
     ) -> Tensor:
         # On a GPU without the check for a singular mix, for which the host would have to wait.
-        undone = _flat(inverted_mix(weights, check=self.on_cpu))
+        undone = flat(inverted_mix(weights, check=self.on_cpu))
         options = (weights[0].shape[0], activation, clamp or 0.0)
         return self.ops.coupling_inverse(self.image(y), undone, *options).to(y.dtype)
 

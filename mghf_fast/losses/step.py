@@ -1,0 +1,429 @@
+"""A step of :class:`MGHFLoss` in two autograd nodes, for calls that nothing traces.
+
+Put together from operators a step costs milliseconds of Python, more than a GPU needs for its
+kernels. The nodes here call the chosen backends themselves: :class:`_Extract` goes from the images
+to their features, :class:`_Compare` from the features to the terms and the total. There are two so
+that the features are released before the blocks are differentiated. A node owns the gradient that
+it makes, and may add to it in place.
+
+Backends are chosen, and frozen weights folded and packed, once for a size, type and device. Second
+derivatives and gradients with a batch dimension differentiate the loss that is put together from
+operators, which torch.compile, torch.export, torch.jit.trace and dispatch modes see too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from .. import _checks as check
+from .. import ops
+from ..backends import current_backend
+from ..nn import DetailFeatureExtractor, PatchProjection
+from ..nn.detail_feature_extractor import InvertibleBlock
+from ..nn.stems import SqueezeStem
+from ..ops._batching import is_batched
+from ..ops._dispatch import Implementation, epoch
+from ..ops.vocabulary import PackedWeights
+from ..precision import accumulation_dtype
+from .settings import factors
+
+if TYPE_CHECKING:
+    from .mghf import MGHFLoss
+
+TOGETHER = 1 << 22
+"""Elements of a stack of features up to which both images go through the blocks as one batch: half
+of the launches, at the price of a copy of the images and of keeping the blocks' inputs of gt."""
+
+MOST_PLANS = 16
+
+Again = Callable[..., Sequence[Tensor]]
+"""The outputs of a node, put together from operators."""
+
+
+def applies(sr: Tensor, gt: Tensor) -> bool:
+    """Whether these are plain tensors with memory that nothing traces or transforms."""
+    plain = (Tensor, nn.Parameter)
+    return (
+        not torch.compiler.is_compiling()
+        and type(sr) in plain
+        and type(gt) in plain
+        and sr.device.type in ("cpu", "cuda")
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+        and not check.is_traced()
+    )
+
+
+def _capturing(x: Tensor) -> bool:
+    """Whether a CUDA graph is recorded, in which nothing can be planned: a plan copies numbers to
+    the GPU, and a kernel on trial waits for it."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+class _Weights:
+    """Which tensors a plan was made with: it is for these, as they were then."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._modules = list(modules)
+        self._slots = [
+            (held, name, tensor, tensor._version)
+            for module in self._modules
+            for held in (module._parameters, module._buffers)
+            for name, tensor in held.items()
+            if tensor is not None
+        ]
+        self._hooks = [
+            hooks
+            for module in self._modules
+            for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        ]
+
+    def are_current(self) -> bool:
+        for held, name, tensor, version in self._slots:
+            if held.get(name) is not tensor or tensor._version != version:
+                return False
+        return not any(self._hooks)
+
+
+@dataclasses.dataclass
+class _Extraction:
+    """A frozen extractor for images of one size."""
+
+    weights: _Weights
+    squeeze: SqueezeStem | None
+    blocks: list[tuple[PackedWeights, tuple[Any, ...]]]
+    """Of each block its weights, and activation, sub-network and clamp."""
+    coupling: Implementation
+    together: bool
+    dtype: torch.dtype
+    from_unit_range: bool
+    """Whether images of 0 to 1 are brought to -1 to 1 first."""
+
+    def prepared(self, images: Sequence[Tensor]) -> Tensor:
+        """The images, one after the other, as the stem takes them."""
+        x = images[0].to(self.dtype)
+        if len(images) > 1:
+            x = torch.cat((x, images[1].to(self.dtype)))
+        if self.from_unit_range:
+            x = x * 2 - 1
+        return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
+
+    def features(self, images: Sequence[Tensor], inputs: list[Tensor] | None) -> Tensor:
+        """Of the images one after the other. What the blocks start from goes into ``inputs``."""
+        x = self.prepared(images)
+        if self.squeeze is not None:
+            x = self.squeeze.lifted(x)
+        for weights, options in self.blocks:
+            if inputs is not None:
+                inputs.append(x)
+            x = self.coupling.forward(x, weights, *options)
+        return x
+
+    def gradient(self, grad: Tensor, inputs: Sequence[Tensor], sr: Tensor) -> Tensor:
+        """Of the image, from that of its features."""
+        for x, (weights, options) in zip(reversed(inputs), reversed(self.blocks), strict=True):
+            grad = self.coupling.backward(grad, x, weights, *options, False)[0]
+        if self.squeeze is not None:
+            grad = self.squeeze.pull_back(grad, sr.shape[2], sr.shape[3])
+        return (grad * 2 if self.from_unit_range else grad).to(sr.dtype)
+
+
+class _Extract(torch.autograd.Function):
+    """The features of both images; the gradient of the first."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, sr: Tensor, gt: Tensor, plan: _Extraction, differentiated: bool, again: Again
+    ) -> tuple[Tensor, Tensor]:
+        inputs: list[Tensor] | None = [] if differentiated else None
+        if plan.together:
+            both, count = plan.features((sr, gt), inputs), sr.shape[0]
+            sr_features, gt_features = both[:count], both[count:]
+            inputs = [x[:count] for x in inputs or ()]
+        else:
+            gt_features = plan.features((gt,), None)
+            sr_features = plan.features((sr,), inputs)
+        ctx.mark_non_differentiable(gt_features)
+        if differentiated:
+            ctx.save_for_backward(sr, *(inputs or ()))
+            ctx.plan, ctx.again = plan, again
+        return sr_features, gt_features
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        sr, *inputs = ctx.saved_tensors
+        if torch.is_grad_enabled() or is_batched(grads[0]):
+            grad = _differentiated(ctx.again, (sr,), grads[:1])
+        else:
+            grad = ctx.plan.gradient(grads[0], inputs, sr)
+        return grad, None, None, None, None
+
+
+@dataclasses.dataclass
+class _Comparison:
+    """The terms of two stacks of features of one size, and how the total weighs them."""
+
+    names: tuple[str, ...]
+    """Of the terms that are computed: ``naive`` always, and those with a weight."""
+    mean: bool
+    """Whether the total is the mean over the images."""
+    style: Implementation
+    style_options: tuple[Any, ...]
+    factors: Tensor
+    """(terms, 1): what the total takes each term times."""
+    gradients: Tensor
+    """(terms, 1): the gradients in the terms for a gradient of 1 in the total. Of ``lip``, in each
+    of the losses that it is the mean of."""
+    none: Tensor
+    """(B,) zeros, the gradient in a term without a weight."""
+    weights: _Weights | None = None
+    patches: Implementation | None = None
+    patches_options: tuple[Any, ...] = ()
+    monce: Implementation | None = None
+    monce_options: tuple[Any, ...] = ()
+
+
+class _Compare(torch.autograd.Function):
+    """The total, (B,) or its mean, and the terms, (B,) each, as the comparison names them."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, sr: Tensor, gt: Tensor, plan: _Comparison, differentiated: bool, again: Again
+    ) -> tuple[Tensor, ...]:
+        images = sr.shape[0]
+        naive, mse, correlation, gram, *kept = plan.style.forward(gt, sr, *plan.style_options)
+        found = {"naive": naive, "csc_mse": mse, "csc_correlation": correlation, "csc_gram": gram}
+        if plan.patches is not None and plan.monce is not None:
+            query, state = plan.patches.forward(sr, *plan.patches_options)
+            key, _ = plan.patches.forward(gt, *plan.patches_options)
+            losses, iterates = plan.monce.forward(query, key, *plan.monce_options)
+            found["lip"] = losses.view(images, -1).mean(1)
+            kept += [query, state, key, iterates]
+        terms = [found[name] for name in plan.names]
+        total = (torch.stack(terms) * plan.factors).sum(0)
+        if plan.mean:
+            total = total.mean() if images > 1 else total.view(())
+        if differentiated:
+            ctx.save_for_backward(sr, gt, *kept)
+            ctx.set_materialize_grads(False)
+            ctx.plan, ctx.again = plan, again
+        return total, *terms
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        sr, gt, *kept = ctx.saved_tensors
+        plan: _Comparison = ctx.plan
+        given = [grad for grad in grads if grad is not None]
+        if not given:
+            return None, None, None, None, None
+        if torch.is_grad_enabled() or is_batched(*given):
+            return _differentiated(ctx.again, (sr, gt), grads), None, None, None, None
+        images = sr.shape[0]
+        rows = plan.gradients * grads[0] if grads[0] is not None else 0 * plan.gradients
+        if rows.shape[1] != images:
+            rows = rows.expand(-1, images).contiguous()
+        in_terms = dict(zip(plan.names, rows.unbind(), strict=True))
+        for name, grad in zip(plan.names, grads[1:], strict=True):
+            if grad is not None:
+                share = 1.0 if name != "lip" else sr.shape[0] / kept[-4].shape[:2].numel()
+                in_terms[name] = in_terms[name] + grad * share
+        names = ("naive", "csc_mse", "csc_correlation", "csc_gram")
+        of_style = [in_terms.get(name, plan.none) for name in names]
+        grad_sr = plan.style.backward(*of_style, gt, sr, *kept[:4], plan.style_options[-1])
+        if plan.patches is not None and plan.monce is not None:
+            query, state, key, iterates = kept[4:]
+            of_losses = in_terms["lip"].view(images, 1, 1)
+            maps, patches = query.shape[0] // images, query.shape[1]
+            of_losses = of_losses.expand(-1, maps, patches).reshape(query.shape[:2])
+            grad_query = plan.monce.backward(of_losses, query, key, iterates, *plan.monce_options)
+            saved = (grad_query, query, state, sr)
+            plan.patches.add_backward(grad_sr, *saved, *plan.patches_options)
+        return grad_sr, None, None, None, None
+
+
+def _differentiated(
+    again: Again, inputs: Sequence[Tensor], grads: Sequence[Tensor | None]
+) -> Tensor:
+    """The gradient in the first of a node's inputs, by the operators."""
+    keep = torch.is_grad_enabled()
+    with torch.enable_grad():
+        outputs = again(*inputs)
+    pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
+    return torch.autograd.grad(
+        [output for output, _ in pairs],
+        inputs[:1],
+        [grad for _, grad in pairs],
+        create_graph=keep,
+    )[0]
+
+
+class Steps:
+    """What has been decided for a loss, by size, type and device. Neither copied nor pickled."""
+
+    def __init__(self) -> None:
+        self._plans: dict[Any, tuple[nn.Module, Any]] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Steps:
+        return Steps()
+
+    def __reduce__(self) -> tuple[type[Steps], tuple[()]]:
+        return Steps, ()
+
+    def find(self, key: Any, owner: nn.Module) -> Any:
+        """The plan of that key, if it is ``owner``'s: a replica of DataParallel shares this object,
+        and has an extractor of its own."""
+        known, plan = self._plans.get(key, (None, None))
+        return plan if known is owner else None
+
+    def keep(self, key: Any, owner: nn.Module, plan: Any) -> None:
+        if len(self._plans) >= MOST_PLANS:
+            self._plans.clear()
+        self._plans[key] = owner, plan
+
+
+def extract(loss: MGHFLoss, sr: Tensor, gt: Tensor) -> tuple[Tensor, Tensor]:
+    """The features of checked images."""
+    backend, dtype = current_backend(loss.backend), loss._likeness.dtype
+    key = ("extract", backend, epoch(), sr.shape, sr.device, dtype)
+    plan: _Extraction | None = loss._steps.find(key, loss.extractor)
+    if plan is None or not plan.weights.are_current():
+        plan = None if _capturing(sr) else _plan_extraction(loss, sr, backend)
+        if plan is not None:
+            loss._steps.keep(key, loss.extractor, plan)
+    if plan is None or _has_any_global_hook():
+        sr, gt = sr.to(dtype), gt.to(dtype)
+        with torch.no_grad():
+            gt_features = loss._features(gt)
+        return loss._features(sr), gt_features
+
+    def again(sr: Tensor) -> tuple[Tensor]:
+        return (loss._features(sr.to(dtype)),)
+
+    differentiated = torch.is_grad_enabled() and sr.requires_grad
+    sr_features, gt_features = _Extract.apply(sr, gt, plan, differentiated, again)
+    return sr_features, gt_features
+
+
+def _plan_extraction(loss: MGHFLoss, sr: Tensor, backend: str) -> _Extraction | None:
+    """None where the extractor is not one that this file knows, or refuses the image."""
+    extractor = loss.extractor
+    if type(extractor) is not DetailFeatureExtractor:
+        return None
+    stem = extractor.stem
+    if not isinstance(stem, (nn.Conv2d, SqueezeStem)) or sr.shape[1] != extractor.in_channels:
+        return None
+    if min(sr.shape[2:]) < extractor.downscale:
+        return None
+    weights = _Weights(extractor.modules())
+    blocks = []
+    with torch.no_grad():
+        for i, block in enumerate(extractor.blocks):
+            assert isinstance(block, InvertibleBlock)
+            if block.memory != "recompute":
+                return None
+            folded = i == 0 and isinstance(stem, nn.Conv2d)
+            of_block = block.weights_after(stem) if folded else block.weights()  # type: ignore[arg-type]
+            options = (of_block.activation, of_block.subnet, of_block.clamp)
+            blocks.append((PackedWeights(of_block.tensors()), options))
+    if not weights.are_current():  # hooks
+        return None
+    batch, _, height, width = sr.shape
+    scale = extractor.downscale
+    pixels = -(-height // scale), -(-width // scale)
+    together = batch * extractor.channels * pixels[0] * pixels[1] <= TOGETHER
+    first, (_, subnet, _) = blocks[0]
+    batch = 2 * batch if together else batch
+    x = _of_shape(sr.new_empty(1, dtype=loss._likeness.dtype), batch, first[0].shape[1], *pixels)
+    return _Extraction(
+        weights=weights,
+        squeeze=stem if isinstance(stem, SqueezeStem) else None,
+        blocks=blocks,
+        coupling=ops.OPS["coupling"].choose(backend, x, *first, subnet=subnet),
+        together=together,
+        dtype=loss._likeness.dtype,
+        from_unit_range=loss.input_range == "0,1",
+    )
+
+
+def _of_shape(element: Tensor, *shape: int) -> Tensor:
+    """A tensor to choose a backend by, without memory of that size."""
+    return element.expand(shape)
+
+
+def compare(loss: MGHFLoss, sr: Tensor, gt: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The total, reduced as the loss says, and the terms that it weighs, (B,) each, of features."""
+    backend, style, local = current_backend(loss.backend), loss.content_style, loss.local_information
+    names = ("naive", *(name for name in loss._active if name != "naive"))
+    of_style: tuple[Any, ...] = (0, 1.0, 1.0, 2, "channel")
+    if len(names) > 1 and names != ("naive", "lip"):
+        top_m = max(sr.shape[1] // 2, 1) if style.top_m is None else style.top_m
+        of_style = (top_m, float(style.alpha), float(style.gamma), style.bins, style.gram)
+    of_monce = (
+        *(float(local.temperature), float(local.epsilon), local.iterations),
+        *(float(local.negative_weight), local.cost, local.plan_gradient),
+    )
+    key = ("compare", backend, epoch(), sr.shape, sr.device, sr.dtype, names)
+    key += (loss._gammas, style.betas, loss.reduction, of_style, of_monce)
+    plan: _Comparison | None = loss._steps.find(key, loss.extractor)
+    if plan is None or (plan.weights is not None and not plan.weights.are_current()):
+        if _capturing(sr):
+            return loss._compare(sr, gt)
+        plan = _plan_comparison(loss, sr, names, backend, of_style, of_monce)
+        loss._steps.keep(key, loss.extractor, plan)
+
+    def again(sr: Tensor, gt: Tensor) -> list[Tensor]:
+        total, terms = loss._compare(sr, gt)
+        return [total, *(terms[name] for name in names)]
+
+    differentiated = torch.is_grad_enabled() and sr.requires_grad
+    total, *terms = _Compare.apply(sr, gt, plan, differentiated, again)
+    return total, dict(zip(names, terms, strict=True))
+
+
+def _plan_comparison(
+    loss: MGHFLoss,
+    sr: Tensor,
+    names: tuple[str, ...],
+    backend: str,
+    of_style: tuple[Any, ...],
+    of_monce: tuple[Any, ...],
+) -> _Comparison:
+    images, channels = sr.shape[:2]
+    weighing = factors(loss._gammas, loss.content_style.betas) if loss.variant == "c" else {}
+    weighed = [weighing.get(name, 1.0) for name in names]
+    mean = loss.reduction == "mean"
+    into_terms = [factor / images if mean else factor for factor in weighed]
+    local: dict[str, Any] = {}
+    if "lip" in names:
+        projection: PatchProjection = loss.local_information._projection(sr)
+        side, step = projection.patch_size, projection.stride
+        patches = ((sr.shape[2] - side) // step + 1) * ((sr.shape[3] - side) // step + 1)
+        into_terms[names.index("lip")] /= channels * patches
+        linear = (projection.hidden, projection.output)
+        parameters = tuple(t for layer in linear for t in (layer.weight, layer.bias))
+        embedding = sr.new_empty(1, dtype=accumulation_dtype(sr.dtype))
+        embedding = _of_shape(embedding, images * channels, patches, len(parameters[-1]))
+        local = {
+            "weights": _Weights(projection.modules()),
+            "patches": ops.OPS["patches"].choose(backend, sr, *parameters),
+            "patches_options": (*parameters, side, step),
+            "monce": ops.OPS["monce"].choose(backend, embedding, embedding),
+            "monce_options": of_monce,
+        }
+    exact = {"dtype": accumulation_dtype(sr.dtype), "device": sr.device}
+    return _Comparison(
+        names=names,
+        mean=mean,
+        style=ops.OPS["content_style"].choose(backend, sr, sr, gram=of_style[-1]),
+        style_options=of_style,
+        factors=torch.tensor(weighed, **exact).unsqueeze(1),
+        gradients=torch.tensor(into_terms, **exact).unsqueeze(1),
+        none=torch.zeros(images, **exact),
+        **local,
+    )
