@@ -193,7 +193,7 @@ def check_compiled(fn: Function, *inputs: Tensor) -> None:
 
 def check_opcheck(op: Any, *args: Any) -> None:
     """`torch.library.opcheck`: schema, autograd registration, fake and AOT dispatch."""
-    torch.library.opcheck(op, args)
+    torch.library.opcheck(getattr(op, "overload", op), args)
 
 
 def check_second_derivative(fn: Function, *inputs: Tensor) -> None:

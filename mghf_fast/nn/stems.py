@@ -97,7 +97,6 @@ class SqueezeStem(nn.Module):
         x = x.reshape(batch, height // r, width // r, colours * r * r)
         return F.linear(x, self.lift.weight.to(x.dtype)).permute(0, 3, 1, 2)
 
-    @torch.no_grad()
     def pull_back(self, grad: Tensor, height: int, width: int) -> Tensor:
         """The gradient in an image of ``height`` x ``width``, from that in its features."""
         r = self.squeeze
