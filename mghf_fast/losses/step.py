@@ -36,7 +36,7 @@ from .settings import factors
 if TYPE_CHECKING:
     from .mghf import MGHFLoss
 
-TOGETHER = 1 << 22
+TOGETHER = 1 << 20
 """Elements of a stack of features up to which both images go through the blocks as one batch: half
 of the launches, at the price of a copy of the images and of keeping the blocks' inputs of gt."""
 
@@ -125,13 +125,29 @@ class _Extraction:
             x = self.coupling.forward(x, weights, *options)
         return x
 
-    def gradient(self, grad: Tensor, inputs: Sequence[Tensor], sr: Tensor) -> Tensor:
-        """Of the image, from that of its features."""
-        for x, (weights, options) in zip(reversed(inputs), reversed(self.blocks), strict=True):
-            grad = self.coupling.backward(grad, x, weights, *options, False)[0]
+    def gradient(self, grad: Tensor, inputs: list[Tensor], sr: Tensor) -> Tensor:
+        """Of the image, from that of its features. Empties ``inputs``."""
+        for weights, options in reversed(self.blocks):
+            grad = self.coupling.backward(grad, inputs.pop(), weights, *options, False)[0]
         if self.squeeze is not None:
             grad = self.squeeze.pull_back(grad, sr.shape[2], sr.shape[3])
         return (grad * 2 if self.from_unit_range else grad).to(sr.dtype)
+
+
+def _keeps_graph() -> bool:
+    """Whether the backward that runs may be followed by another one of the same graph."""
+    asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return asked is None or bool(asked())
+
+
+def _taken(ctx: Any) -> list[Tensor]:
+    """What a node has kept of its own, beside what autograd saves. Unless the graph stays the
+    caller alone has it then, and gives memory back as soon as a tensor is done with."""
+    kept: list[Tensor] = ctx.kept
+    if _keeps_graph():
+        return list(kept)
+    ctx.kept = []
+    return kept
 
 
 class _Extract(torch.autograd.Function):
@@ -151,17 +167,17 @@ class _Extract(torch.autograd.Function):
             sr_features = plan.features((sr,), inputs)
         ctx.mark_non_differentiable(gt_features)
         if differentiated:
-            ctx.save_for_backward(sr, *(inputs or ()))
-            ctx.plan, ctx.again = plan, again
+            ctx.save_for_backward(sr)
+            ctx.plan, ctx.again, ctx.kept = plan, again, inputs
         return sr_features, gt_features
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        sr, *inputs = ctx.saved_tensors
+        (sr,) = ctx.saved_tensors
         if torch.is_grad_enabled() or is_batched(grads[0]):
             grad = _differentiated(ctx.again, (sr,), grads[:1])
         else:
-            grad = ctx.plan.gradient(grads[0], inputs, sr)
+            grad = ctx.plan.gradient(grads[0], _taken(ctx), sr)
         return grad, None, None, None, None
 
 
@@ -175,8 +191,8 @@ class _Comparison:
     """Whether the total is the mean over the images."""
     style: Implementation
     style_options: tuple[Any, ...]
-    factors: Tensor
-    """(terms, 1): what the total takes each term times."""
+    factors: Tensor | None
+    """(terms, 1): what the total takes each term times; None if it is ``naive`` itself."""
     gradients: Tensor
     """(terms, 1): the gradients in the terms for a gradient of 1 in the total. Of ``lip``, in each
     of the losses that it is the mean of."""
@@ -206,24 +222,29 @@ class _Compare(torch.autograd.Function):
             found["lip"] = losses.view(images, -1).mean(1)
             kept += [query, state, key, iterates]
         terms = [found[name] for name in plan.names]
-        total = (torch.stack(terms) * plan.factors).sum(0)
+        # A total that is MGHF-n alone is another view of it.
+        total = naive.view(-1)
+        if plan.factors is not None:
+            total = (torch.stack(terms) * plan.factors).sum(0)
         if plan.mean:
             total = total.mean() if images > 1 else total.view(())
         if differentiated:
-            ctx.save_for_backward(sr, gt, *kept)
+            ctx.save_for_backward(sr)
             ctx.set_materialize_grads(False)
-            ctx.plan, ctx.again = plan, again
+            ctx.plan, ctx.again, ctx.kept = plan, again, [gt, *kept]
         return total, *terms
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
-        sr, gt, *kept = ctx.saved_tensors
+        (sr,) = ctx.saved_tensors
         plan: _Comparison = ctx.plan
         given = [grad for grad in grads if grad is not None]
         if not given:
             return None, None, None, None, None
         if torch.is_grad_enabled() or is_batched(*given):
-            return _differentiated(ctx.again, (sr, gt), grads), None, None, None, None
+            again = (sr, _taken(ctx)[0])
+            return _differentiated(ctx.again, again, grads), None, None, None, None
+        gt, *kept = _taken(ctx)
         images = sr.shape[0]
         rows = plan.gradients * grads[0] if grads[0] is not None else 0 * plan.gradients
         if rows.shape[1] != images:
@@ -235,15 +256,20 @@ class _Compare(torch.autograd.Function):
                 in_terms[name] = in_terms[name] + grad * share
         names = ("naive", "csc_mse", "csc_correlation", "csc_gram")
         of_style = [in_terms.get(name, plan.none) for name in names]
-        grad_sr = plan.style.backward(*of_style, gt, sr, *kept[:4], plan.style_options[-1])
-        if plan.patches is not None and plan.monce is not None:
-            query, state, key, iterates = kept[4:]
-            of_losses = in_terms["lip"].view(images, 1, 1)
-            maps, patches = query.shape[0] // images, query.shape[1]
-            of_losses = of_losses.expand(-1, maps, patches).reshape(query.shape[:2])
-            grad_query = plan.monce.backward(of_losses, query, key, iterates, *plan.monce_options)
-            saved = (grad_query, query, state, sr)
-            plan.patches.add_backward(grad_sr, *saved, *plan.patches_options)
+        if plan.patches is None or plan.monce is None:
+            grad_sr = plan.style.backward(*of_style, gt, sr, *kept, plan.style_options[-1])
+            return grad_sr, None, None, None, None
+        *statistics, query, state, key, iterates = kept
+        of_losses = in_terms["lip"].view(images, 1, 1)
+        of_losses = of_losses.expand(-1, query.shape[0] // images, query.shape[1])
+        of_losses = of_losses.reshape(query.shape[:2])
+        # First, as it needs the most memory beside the features. Then memory is given back, unless
+        # the graph stays.
+        grad_query = plan.monce.backward(of_losses, query, key, iterates, *plan.monce_options)
+        del kept, key, iterates, of_losses
+        grad_sr = plan.style.backward(*of_style, gt, sr, *statistics, plan.style_options[-1])
+        del gt
+        plan.patches.add_backward(grad_sr, grad_query, query, state, sr, *plan.patches_options)
         return grad_sr, None, None, None, None
 
 
@@ -422,7 +448,7 @@ def _plan_comparison(
         mean=mean,
         style=ops.OPS["content_style"].choose(backend, sr, sr, gram=of_style[-1]),
         style_options=of_style,
-        factors=torch.tensor(weighed, **exact).unsqueeze(1),
+        factors=None if weighed == [1.0] else torch.tensor(weighed, **exact).unsqueeze(1),
         gradients=torch.tensor(into_terms, **exact).unsqueeze(1),
         none=torch.zeros(images, **exact),
         **local,
