@@ -22,6 +22,10 @@ class Layout(NamedTuple):
     """Whether pixel p lies at p * column, which spares a division per pixel."""
 
     @property
+    def strides(self) -> tuple[int, int, int, int]:
+        return self.batch, self.channel, self.row, self.column
+
+    @property
     def by_maps(self) -> bool:
         """Whether a map's pixels lie side by side, and not a pixel's channels."""
         return self.channel != 1 or self.column == 1

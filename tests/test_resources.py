@@ -104,7 +104,7 @@ def test_a_fingerprint_is_of_the_source_and_the_launch(monkeypatch: pytest.Monke
 
 
 def test_a_fingerprint_is_of_called_functions_and_constants_too() -> None:
-    from mghf_fast.kernels.content_style import _merge_kernel
+    from mghf_fast.kernels.content_style_forward import _merge_kernel
 
     sources = resources._sources(_merge_kernel)
     assert {"_merge_kernel", "_load_double", "VARIANCE_FLOOR"} <= set(sources)
