@@ -59,10 +59,18 @@ demo: $(STAMPS)/install  ## fine-tune a network with MGHF-c on photographs: ARGS
 test: $(STAMPS)/dev  ## run the whole test suite
 	$(BIN)/python -m pytest $(ARGS)
 
+# The package as it is installed, kernels/ in its place, for what cannot follow an editable install:
+# mypy, which looks at files, and a GPU's machine, whose Python is left as it is and may be without the
+# setuptools that an installation needs.
+define copy_package
+rm -rf $(1) && mkdir -p $(1) && cp -rL mghf_fast $(1)/ && mkdir -p $(1)/mghf_fast/kernels && cp -r kernels/. $(1)/mghf_fast/kernels/
+endef
+
 lint: $(STAMPS)/dev  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(call copy_package,build/typed)
+	MYPYPATH=build/typed $(BIN)/mypy
 
 # The reference is plain PyTorch and left out. AMX is emulated, and of its tests only those of
 # bfloat16 run. What the machine lacks is left out. The tests that start a process for each instruction
@@ -143,16 +151,14 @@ cuda-host: $(STAMPS)/dev  ## run the CUDA kernels on the CPU, against the refere
 	    tests/test_cuda_*.py $(OPS:%=tests/test_%.py) tests/test_losses.py $(ARGS)
 
 # On a machine with an NVIDIA GPU: with its own Python, torch and Triton, and without the internet.
-# The package is put together from links, beside copies of the tests, and nothing is installed but
-# the wheels (of pytest and hypothesis, say) in GPU_WHEELS. The CUDA kernels take part if `make cuda`
+# The package and its tests are copied, and nothing is installed but the wheels (of pytest and
+# hypothesis, say) in GPU_WHEELS; results go to benchmarks/ here. The CUDA kernels take part if `make cuda`
 # has built them and mghf_fast/lib has those of the CPU. Build output and logs: build/gpu. Rows name
 # the commit, which MGHF_COMMIT gives where the copy here is no repository.
 GPU_SITE := build/gpu/site
 gpu: export MGHF_CUDA_LIBRARY := $(or $(MGHF_CUDA_LIBRARY),$(wildcard $(CURDIR)/build/cuda/libmghf_fast_cuda.so))
 gpu:  ## test and measure on this machine's NVIDIA GPU: ARGS="--quick --baselines --dry-run" GPU_WHEELS=folder
-	rm -rf $(GPU_SITE) && mkdir -p $(GPU_SITE)/mghf_fast
-	ln -s $(CURDIR)/mghf_fast/* $(GPU_SITE)/mghf_fast/
-	ln -sfn $(CURDIR)/kernels $(GPU_SITE)/mghf_fast/kernels
+	$(call copy_package,$(GPU_SITE))
 	ln -s $(CURDIR)/benchmarks $(CURDIR)/tools $(GPU_SITE)/
 	cp -r tests pyproject.toml $(GPU_SITE)/
 	$(if $(GPU_WHEELS),$(PYTHON) -m pip install --quiet --no-index --no-deps --target $(GPU_SITE) $(GPU_WHEELS)/*.whl)

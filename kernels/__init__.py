@@ -1,6 +1,13 @@
-"""Triton kernels, one file per op; installed as `mghf_fast.kernels`.
+"""Triton kernels, one op per name; installed as `mghf_fast.kernels`.
 
-A file's functions take and return plain tensors; `mghf_fast/ops/<op>.py` registers them as backend
-"triton". Nothing here is imported before a kernel is wanted, so Triton stays optional. Under
+A file named after an op speaks the dialect of all backends (see `mghf_fast/ops/_dispatch.py`):
+`forward`, `backward`, `can_run`; `mghf_fast/ops/<op>.py` registers it by name as backend "triton".
+Nothing here is imported before a kernel is wanted, so Triton stays optional. Under
 TRITON_INTERPRET=1 the same functions run on CPU tensors.
 """
+
+if __name__ != "mghf_fast.kernels":
+    raise ImportError(
+        f"the folder kernels/ was imported as {__name__!r}; it is mghf_fast.kernels, once the tree "
+        "is installed in place with `pip install -e .`"
+    )

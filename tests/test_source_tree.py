@@ -55,6 +55,16 @@ def test_it_works_and_says_what_it_lacks(checkout: Path, interpreted: str) -> No
     assert "comes from a source tree" in ran.stderr and "pip install -e ." in ran.stderr
 
 
+def test_a_checkout_that_is_not_installed_has_no_triton_kernels(checkout: Path) -> None:
+    """However they are asked for, it is said how to get them."""
+    code = PRELUDE + "from mghf_fast.ops import OPS; OPS['gram'].implementation('triton')"
+    ran = run(checkout, "-c", code)
+    assert "ImportError: mghf_fast comes from a source tree" in ran.stderr
+    kernels = Path(__file__).parents[1] / "kernels"
+    ran = run(kernels.parent, "-c", PRELUDE + "import kernels")
+    assert "ImportError: the folder kernels/ was imported as 'kernels'" in ran.stderr
+
+
 def test_doctor_ends_without_a_traceback(checkout: Path) -> None:
     code = PRELUDE + "from mghf_fast.commands.cli import main; sys.exit(main(['doctor']))"
     ran = run(checkout, "-c", code)

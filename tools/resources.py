@@ -21,7 +21,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import CodeType
@@ -207,7 +207,7 @@ def merged(table: Table, more: Table) -> Table:
     }
 
 
-def write(table: Table, path: Path) -> None:
+def write(table: Mapping[str, Any], path: Path) -> None:
     lines = ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in table.items())
     path.parent.mkdir(exist_ok=True)
     path.write_text(f"{{\n{lines}\n}}\n")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import preferences, trials
+from .. import native, preferences, trials
 from ..backends import BACKENDS, triton_is_interpreted, unavailable_reasons
 
 logger = logging.getLogger("mghf_fast")
@@ -43,6 +43,15 @@ class Implementation:
     backward: Callable[..., Any]
     can_run: Callable[..., str | None]
     add_backward: Callable[..., None] = _no_gradient
+
+
+def _imported(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name == "mghf_fast.kernels":
+            raise ImportError(native.BARE_SOURCE_TREE) from error
+        raise
 
 
 class Op:
@@ -72,7 +81,7 @@ class Op:
             return known
         module = self._modules[backend]
         if isinstance(module, str):
-            module = importlib.import_module(module)
+            module = _imported(module)
         forward, backward = self._functions
         found = Implementation(
             getattr(module, forward),
