@@ -75,7 +75,7 @@ lint: $(STAMPS)/dev  ## ruff and mypy
 # The reference is plain PyTorch and left out. AMX is emulated, and of its tests only those of
 # bfloat16 run. What the machine lacks is left out. The tests that start a process for each instruction
 # set are told that they run in one already. Python's own leaks are none of ours.
-OPS := coupling entropy gram content_style patches sinkhorn monce dec
+OPS := $(shell cat csrc/ops/ops.txt)
 ASAN_ENVIRONMENT = MGHF_NATIVE_LIBRARY=$(abspath build/asan/libmghf_fast_cpu.so) \
     MGHF_TEST_CAPABILITY_CHILD=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 asan: $(STAMPS)/dev  ## the ops' tests on kernels built with the address and undefined-behaviour sanitizers

@@ -1,9 +1,10 @@
-"""Runs CUDA kernels on the host, without PyTorch, which no sanitizer needs to watch:
+"""Runs CUDA kernels on the host, for a process of their own that a sanitizer may watch:
 
     python cuda_host.py MODULE.so CALLS.pickle RESULTS.pickle
 
-Calls are pairs of a function of the module and its arguments; a tensor is a `Strided`, for pickled
-arrays lose their strides.
+Calls are pairs of a name and its arguments: a function of the module, or else an op, which the
+library registers in the namespace `mghf_cuda_host`. A tensor is a `Strided`, for pickled arrays lose
+their strides; the bits of bfloat16 are those of uint16.
 """
 
 import importlib.util
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch  # which the module's ops are registered with, so it is loaded first
+from torch import Tensor
 
 
 class Strided(NamedTuple):
@@ -23,12 +26,9 @@ class Strided(NamedTuple):
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
-    def array(self) -> "np.ndarray[Any, Any]":
-        bytes_of = [stride * self.memory.itemsize for stride in self.strides]
-        return np.lib.stride_tricks.as_strided(self.memory[self.first :], self.shape, bytes_of)
-
 
 def load(path: str) -> Any:
+    """The Python module of a library, whose ops are registered by loading it."""
     spec = importlib.util.spec_from_file_location("mghf_fast_cuda_host", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -36,12 +36,34 @@ def load(path: str) -> Any:
     return module
 
 
+def given(argument: Any) -> Any:
+    if isinstance(argument, Strided):
+        memory = torch.from_numpy(argument.memory)
+        tensor = memory.as_strided(argument.shape, argument.strides, argument.first)
+    elif isinstance(argument, np.ndarray):
+        tensor = torch.from_numpy(argument)
+    else:
+        return argument
+    return tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
+
+
+def taken(result: Any) -> Any:
+    if isinstance(result, tuple):
+        return tuple(map(taken, result))
+    if not isinstance(result, Tensor):
+        return result
+    return (result.view(torch.uint16) if result.dtype == torch.bfloat16 else result).numpy()
+
+
+def call(module: Any, name: str, arguments: tuple[Any, ...]) -> Any:
+    if hasattr(module, name):
+        return getattr(module, name)(*arguments)
+    return taken(getattr(torch.ops.mghf_cuda_host, name)(*map(given, arguments)))
+
+
 def main(library: str, calls: str, results: str) -> None:
     module = load(library)
-    found = []
-    for name, arguments in pickle.loads(Path(calls).read_bytes()):
-        given = [a.array() if isinstance(a, Strided) else a for a in arguments]
-        found.append(getattr(module, name)(*given))
+    found = [call(module, *each) for each in pickle.loads(Path(calls).read_bytes())]
     Path(results).write_bytes(pickle.dumps(found))
 
 

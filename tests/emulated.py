@@ -74,42 +74,14 @@ def strided(x: Tensor) -> Strided:
 # ---- as a backend ----
 
 
-class EmulatedOps:
-    """Stands for torch.ops.mghf_native, with tensors on the CPU."""
-
-    def __init__(self) -> None:
-        self._kernels = load(str(module("plain")))
-
-    def __getattr__(self, op: str) -> Any:
-        kernel = getattr(self._kernels, op)
-
-        def call(*arguments: Any) -> Any:
-            result = kernel(*map(given, arguments))
-            return tuple(map(taken, result)) if isinstance(result, tuple) else taken(result)
-
-        return call
-
-
-def given(argument: Any) -> Any:
-    if not isinstance(argument, Tensor):
-        return argument
-    x = argument.detach()
-    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
-
-
-def taken(array: np.ndarray[Any, Any] | None) -> Tensor | None:
-    if array is None:  # of an op that changes an argument
-        return None
-    result = torch.from_numpy(array)
-    return result.view(torch.bfloat16) if result.dtype == torch.uint16 else result
-
-
 def install() -> None:
-    """Makes tensors on the CPU those of the backend "cuda", if the module is built."""
+    """Makes tensors on the CPU those of the backend "cuda", if the library is built: the ops of
+    csrc/cuda/ops, with their checks, and the kernels."""
     if FOLDER is None:
         return
-    ops, refuse = EmulatedOps(), backends._cannot_take
-    native.cuda_ops = lambda: ops
+    load(str(module("plain")))
+    refuse = backends._cannot_take
+    native.cuda_ops = lambda: torch.ops.mghf_cuda_host
     backends._cuda_unavailable_reason = lambda: None  # type: ignore[assignment]
     backends._cuda_lacks = lambda device: None  # type: ignore[assignment]
     backends._cannot_take = lambda tensors, device: refuse(tensors, "cpu")

@@ -23,7 +23,7 @@ from typing import Any
 
 import triton
 
-from mghf_fast.kernels.resources import TABLES, Table, differences, problems, write
+from tools.resources import TABLES, Table, differences, problems, write
 
 FUNCTION = re.compile(
     r"Function (?P<name>\S+):\s+REG:(?P<registers>\d+) STACK:(?P<stack>\d+) "

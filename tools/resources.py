@@ -32,7 +32,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mghf_fast.kernels.cases import CASES, Launch, launches
+from tools.cases import CASES, Launch, launches
 
 ARCHITECTURES = (80, 90, 100)
 # Of a block. Code for sm_80 runs on sm_86 and sm_89 too, which have less of it than sm_80.

@@ -21,10 +21,6 @@
 #include "overlap.h"
 #include "tiles.h"
 
-#ifndef MGHF_KERNELS
-#define MGHF_KERNELS content_style_default
-#endif
-
 namespace mghf {
 namespace {
 

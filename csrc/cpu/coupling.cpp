@@ -25,10 +25,6 @@
 #include "coupling_backward.h"
 #include "coupling_stream.h"
 
-#ifndef MGHF_KERNELS
-#define MGHF_KERNELS coupling_default
-#endif
-
 namespace mghf {
 namespace {
 
@@ -40,7 +36,7 @@ struct Forward : Stream<kind, Operand> {
   BasicRows<Operand> depthwise2;
   Rows out;
 
-  Forward(const CouplingShape& shape, const void* packed, const CouplingTile& tile, Arena& arena)
+  Forward(const CouplingOptions& shape, const void* packed, const CouplingTile& tile, Arena& arena)
       : Base(shape, packed, tile, 2, 3, 3, 1, arena),
         depthwise2(1, kCouplingTileColumns, this->w.padded_hidden, arena),
         out(1, kCouplingTileColumns, 2 * this->w.padded_half, arena) {}
@@ -86,7 +82,7 @@ struct Inverse : Stream<kind, Operand> {
   BasicRows<Operand> depthwise2;
   Rows out;
 
-  Inverse(const CouplingShape& shape, const void* packed, const CouplingTile& tile, Arena& arena)
+  Inverse(const CouplingOptions& shape, const void* packed, const CouplingTile& tile, Arena& arena)
       : Base(shape, packed, tile, 2, 3, 3, 1, arena),
         depthwise2(1, kCouplingTileColumns + 2, this->w.padded_hidden, arena),
         out(1, kCouplingTileColumns, 2 * this->w.padded_half, arena) {}
@@ -155,7 +151,7 @@ struct Inverse : Stream<kind, Operand> {
 
 // Calls run.template operator()<activation, operand>().
 template <class Run>
-inline void instantiate(const CouplingShape& shape, const Run& run) {
+inline void instantiate(const CouplingOptions& shape, const Run& run) {
   const auto with_operand = [&]<class Operand>() {
     switch (shape.activation) {
       case Activation::relu6: run.template operator()<Activation::relu6, Operand>(); break;
@@ -177,19 +173,19 @@ inline void instantiate(const CouplingShape& shape, const Run& run) {
   with_operand.template operator()<float>();
 }
 
-size_t packed_bytes(const CouplingShape& shape) {
+size_t packed_bytes(const CouplingOptions& shape) {
   Arena arena{nullptr};
   const Widths w(shape);
   instantiate(shape, [&]<Activation, class Operand>() { Packed<Operand>(w, arena); });
   return arena.used;
 }
 
-void pack_weights(const CouplingShape& shape, const CouplingWeights& weights, void* packed) {
+void pack_weights(const CouplingOptions& shape, const CouplingWeights& weights, void* packed) {
   instantiate(shape,
               [&]<Activation, class Operand>() { pack_weights<Operand>(shape, weights, packed); });
 }
 
-void forward(const CouplingShape& shape, const void* packed, const CouplingTile& tile, ImageView x,
+void forward(const CouplingOptions& shape, const void* packed, const CouplingTile& tile, ImageView x,
              MutableImageView y, void* workspace) {
   instantiate(shape, [&]<Activation kind, class Operand>() {
     Arena arena{static_cast<char*>(workspace)};
@@ -197,7 +193,7 @@ void forward(const CouplingShape& shape, const void* packed, const CouplingTile&
   });
 }
 
-void inverse(const CouplingShape& shape, const void* packed, const CouplingTile& tile, ImageView y,
+void inverse(const CouplingOptions& shape, const void* packed, const CouplingTile& tile, ImageView y,
              MutableImageView x, void* workspace) {
   instantiate(shape, [&]<Activation kind, class Operand>() {
     Arena arena{static_cast<char*>(workspace)};
@@ -205,7 +201,7 @@ void inverse(const CouplingShape& shape, const void* packed, const CouplingTile&
   });
 }
 
-void backward(const CouplingShape& shape, const void* packed, const CouplingTile& tile,
+void backward(const CouplingOptions& shape, const void* packed, const CouplingTile& tile,
               ImageView grad, ImageView x, MutableImageView grad_x, float* gradients,
               void* workspace) {
   instantiate(shape, [&]<Activation kind, class Operand>() {
@@ -217,7 +213,7 @@ void backward(const CouplingShape& shape, const void* packed, const CouplingTile
   });
 }
 
-size_t forward_workspace(const CouplingShape& shape) {
+size_t forward_workspace(const CouplingOptions& shape) {
   size_t bytes = 0;
   instantiate(shape, [&]<Activation kind, class Operand>() {
     Arena forward{nullptr}, inverse{nullptr};
@@ -228,7 +224,7 @@ size_t forward_workspace(const CouplingShape& shape) {
   return bytes;
 }
 
-size_t backward_workspace(const CouplingShape& shape, bool with_weights) {
+size_t backward_workspace(const CouplingOptions& shape, bool with_weights) {
   Arena arena{nullptr};
   instantiate(shape, [&]<Activation kind, class Operand>() {
     Backward<kind, Operand>(shape, nullptr, {}, with_weights, arena);

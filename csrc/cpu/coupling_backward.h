@@ -123,7 +123,7 @@ struct Backward : Stream<kind, Operand> {
 
   static int64_t room(int64_t reach) { return kCouplingTileColumns + 2 * reach; }
 
-  Backward(const CouplingShape& shape, const void* packed, const CouplingTile& tile,
+  Backward(const CouplingOptions& shape, const void* packed, const CouplingTile& tile,
            bool with_weights, Arena& arena)
       : Base(shape, packed, tile, 4 + shape.kernel / 2, 5, 3, 3, arena),
         radius(shape.kernel / 2),

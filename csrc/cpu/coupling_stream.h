@@ -92,7 +92,7 @@ inline void pad_row(const BlockedRows& rows, int64_t y, Range x, int64_t width) 
 template <Activation kind, class Operand>
 struct Stream {
   using Ops = Operands<Operand>;
-  const CouplingShape& shape;
+  const CouplingOptions& shape;
   const Widths w;
   const Packed<Operand> p;
   const CouplingTile& tile;
@@ -107,7 +107,7 @@ struct Stream {
   int64_t next_z2 = 0, next_hidden1 = 0, next_hidden2 = 0, next_input = 0;
   ImageView x;
 
-  Stream(const CouplingShape& shape, const void* packed, const CouplingTile& tile, int64_t halo,
+  Stream(const CouplingOptions& shape, const void* packed, const CouplingTile& tile, int64_t halo,
          int64_t ring1, int64_t ring2, int64_t ring_depthwise, Arena& arena)
       : shape(shape),
         w(shape),

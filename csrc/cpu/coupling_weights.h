@@ -56,7 +56,7 @@ struct Widths {
   int64_t taps;                        // of the mix
   int64_t inputs;                      // taps x channels of x
 
-  explicit Widths(const CouplingShape& s)
+  explicit Widths(const CouplingOptions& s)
       : half(s.channels / 2),
         hidden(s.channels),
         padded_half(round_up(half, kLanes)),
@@ -105,7 +105,7 @@ inline int64_t channel_of(int64_t n, int64_t padded, int64_t size) {
 }
 
 template <class Operand>
-void pack_weights(const CouplingShape& shape, const CouplingWeights& weights, void* packed) {
+void pack_weights(const CouplingOptions& shape, const CouplingWeights& weights, void* packed) {
   Arena arena{static_cast<char*>(packed)};
   const Widths w(shape);
   const Packed<Operand> p(w, arena);
@@ -182,14 +182,14 @@ struct Gradients {
   }
 };
 
-int64_t gradient_floats(const CouplingShape& shape) {
+int64_t gradient_floats(const CouplingOptions& shape) {
   Arena arena{nullptr};
   const Widths w(shape);
   Gradients(w, arena);
   return static_cast<int64_t>(arena.used / sizeof(float));
 }
 
-void unpack_gradients(const CouplingShape& shape, const float* gradients,
+void unpack_gradients(const CouplingOptions& shape, const float* gradients,
                       const CouplingWeightGradients& out) {
   Arena arena{reinterpret_cast<char*>(const_cast<float*>(gradients))};
   const Widths w(shape);

@@ -30,10 +30,6 @@
 #include "product.h"
 #include "vector.h"
 
-#ifndef MGHF_KERNELS
-#define MGHF_KERNELS dec_default
-#endif
-
 namespace mghf {
 namespace {
 

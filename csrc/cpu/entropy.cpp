@@ -14,10 +14,6 @@
 #include "entropy.h"
 #include "tiles.h"
 
-#ifndef MGHF_KERNELS
-#define MGHF_KERNELS entropy_default
-#endif
-
 namespace mghf {
 namespace {
 

@@ -12,10 +12,6 @@
 #include "gram.h"
 #include "overlap.h"
 
-#ifndef MGHF_KERNELS
-#define MGHF_KERNELS gram_default
-#endif
-
 namespace mghf {
 namespace {
 

@@ -30,10 +30,6 @@
 #include "product.h"
 #include "sinkhorn_solver.h"
 
-#ifndef MGHF_KERNELS
-#define MGHF_KERNELS monce_default
-#endif
-
 namespace mghf {
 namespace {
 

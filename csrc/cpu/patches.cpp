@@ -34,10 +34,6 @@
 #include "product.h"
 #include "vector.h"
 
-#ifndef MGHF_KERNELS
-#define MGHF_KERNELS patches_default
-#endif
-
 namespace mghf {
 namespace {
 

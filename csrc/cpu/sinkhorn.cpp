@@ -7,10 +7,6 @@
 
 #include "sinkhorn_solver.h"
 
-#ifndef MGHF_KERNELS
-#define MGHF_KERNELS sinkhorn_default
-#endif
-
 namespace mghf {
 namespace {
 

@@ -4,17 +4,12 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../common/transport.h"
+
 namespace mghf {
 
-enum class TransportCost { hard, easy, exp };
-
-struct SinkhornOptions {
+struct SinkhornOptions : TransportOptions {
   int64_t size;  // N: the matrices are N x N
-  TransportCost cost;
-  double epsilon;
-  int64_t iterations;
-  bool has_tolerance;
-  float tolerance;  // largest marginal error at which the iterations stop
 };
 
 struct MatrixView {
@@ -23,9 +18,9 @@ struct MatrixView {
   int64_t column_stride;
 };
 
-// What the forward of `monce` leaves for its backward, a map's piece of the op's tensor: rows of N numbers. The first
-// has how many iterations were made, 0 if the backward is to find out itself; of the rest each of the
-// first iterations has four, u and v and room that other backends need.
+// What the forward of `monce` leaves for its backward, a map's piece of the op's tensor: rows of N
+// numbers. The first has how many iterations were made, 0 if the backward is to find out itself. Each
+// of the first iterations has four of the rest: u, v and room that other backends need.
 struct KeptIterates {
   int32_t* rows;
   int64_t slots;

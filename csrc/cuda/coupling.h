@@ -2,26 +2,12 @@
 // mghf_fast/reference/coupling.py.
 #pragma once
 
+#include "../common/coupling.h"
 #include "image.h"
 
 namespace mghf::cuda {
 
-enum class Activation { relu6, softplus, leaky_relu };
-
-struct CouplingShape {
-  int64_t inputs;    // channels of x
-  int64_t channels;  // C of the features, even, at most kMostCouplingChannels
-  int64_t kernel;    // of the mix: 1, or 3 with zero padding
-  Activation activation;
-  float clamp;  // of rho; 0 for none
-};
-
 constexpr int64_t kMostCouplingChannels = 256;
-
-inline int64_t coupling_weight_count(const CouplingShape& s) {
-  const int64_t c = s.channels / 2;
-  return s.channels * (s.inputs * s.kernel * s.kernel + 1) + 3 * (4 * c * c + 18 * c);
-}
 
 // What the ops need beside their results, aligned to 16 bytes: packed weights, and features of as many
 // images at a time as go into coupling_feature_bytes, or else of as many rows of one, with a halo; of
@@ -34,9 +20,8 @@ int64_t coupling_backward_workspace_bytes(const CouplingShape& shape, const Imag
 template <class T>
 int64_t coupling_inverse_workspace_bytes(const CouplingShape& shape, const Image<T>& y);
 
-// The value at x (B, inputs, H, W) into y (B, C, H, W). The weights are float32 and follow each
-// other: mix (C, inputs, k, k), bias (C), then expand (2 c, c), depthwise (2 c, 3, 3) and project
-// (c, 2 c) of phi, rho and eta. Returns what went wrong, or null; as do the others.
+// The value at x (B, inputs, H, W) into y (B, C, H, W). The weights are float32, in the order that
+// common/coupling.h gives. Returns what went wrong, or null; as do the others.
 template <class T>
 const char* coupling(const CouplingShape& shape, const Image<T>& x, const float* weights,
                      const MutableImage<T>& y, void* workspace, Stream stream);

@@ -13,7 +13,6 @@
 
 namespace mghf::cuda {
 
-constexpr int kWarp = 32;
 constexpr int kGroup = 16;  // channels of a block, and pixels
 
 // A thread's part of a block.

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <functional>
 
+#include "../common/warp.h"
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
 #define MGHF_PRAGMA(text) _Pragma(#text)

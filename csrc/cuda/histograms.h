@@ -15,7 +15,6 @@
 namespace mghf::cuda {
 
 constexpr int kSweepThreads = 256;
-constexpr int kWarp = 32;
 constexpr int kSweepWarps = kSweepThreads / kWarp;
 
 // The maps' pixels cut into runs of a multiple of 32; a function of the shape alone.

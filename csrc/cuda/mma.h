@@ -90,8 +90,8 @@ template <int kPacked, class Number>
 void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Number number) {
   const Operands own{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
   const unsigned char* const all = host::exchange(&own, sizeof own);
-  Operands of[host::kWarp];
-  for (int lane = 0; lane < host::kWarp; ++lane) {
+  Operands of[kWarp];
+  for (int lane = 0; lane < kWarp; ++lane) {
     std::memcpy(&of[lane], all + lane * host::kMostExchanged, sizeof own);
   }
   const int g = static_cast<int>(threadIdx.x) % 32 / 4, t = static_cast<int>(threadIdx.x) % 4;

@@ -24,7 +24,6 @@ namespace mghf::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kWarp = 32;
 constexpr float kNormFloor = 1e-7f;
 constexpr float kTiny = 1.1754943508222875e-38f;  // the least normal number
 

@@ -2,19 +2,10 @@
 // mghf_fast/reference/sinkhorn.py.
 #pragma once
 
+#include "../common/transport.h"
 #include "matrix.h"
 
 namespace mghf::cuda {
-
-enum class TransportCost { hard, easy, exp };
-
-struct TransportOptions {
-  TransportCost cost;
-  double epsilon;
-  int64_t iterations;
-  bool has_tolerance;
-  float tolerance;  // largest marginal error at which the iterations stop
-};
 
 // The most rows that the kernels take.
 constexpr int64_t kMostTransported = 1 << 20;

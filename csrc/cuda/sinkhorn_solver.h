@@ -31,7 +31,6 @@
 
 namespace mghf::cuda {
 
-constexpr int kWarp = 32;
 constexpr int kMostWarps = 8;
 constexpr int kGroup = 2;  // rows that a warp takes at a time, where registers allow
 constexpr float kSmallestSum = 1e-14f, kLargestSum = 1e14f;

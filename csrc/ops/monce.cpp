@@ -1,114 +1,7 @@
-// The native op `monce`: schemas, argument checks, the calls of its kernels.
+// The op `monce`: its schemas.
+#include "../common/library.h"
 
-#include <string>
-#include <tuple>
-
-#include <torch/csrc/stable/library.h>
-
-#include "../cpu/monce.h"
-#include "transport.h"
-
-namespace {
-
-using mghf::check_float32;
-using mghf::check_iterations;
-using mghf::check_same_shape;
-using mghf::check_scale;
-using mghf::matrix;
-using mghf::new_tensor;
-using mghf::shape_of;
-using mghf::Tensor;
-
-// ---- argument checks ----
-
-mghf::MonceOptions check_monce(const Tensor& query, const Tensor& key, double temperature,
-                               double epsilon, int64_t iterations, double negative_weight,
-                               const std::string& cost, const std::string& plan_gradient) {
-  check_float32(query, "query", 3);
-  check_float32(key, "key", 3);
-  check_same_shape(key, "key", query, "query");
-  check_scale(temperature, "temperature");
-  check_scale(epsilon, "epsilon");
-  check_scale(negative_weight, "negative_weight");
-  check_iterations(iterations);
-  STD_TORCH_CHECK(plan_gradient == "exact" || plan_gradient == "detach", "plan_gradient is '",
-                  plan_gradient, "'; allowed are 'exact', 'detach'");
-  return {{query.size(1), mghf::check_cost(cost), epsilon, iterations, false, 0},
-          query.size(2),
-          temperature,
-          negative_weight,
-          plan_gradient == "exact"};
-}
-
-// ---- implementations ----
-
-// The number of maps that have patches.
-int64_t count(const Tensor& batch) { return batch.size(1) == 0 ? 0 : batch.size(0); }
-
-mghf::KeptIterates kept_of(int32_t* state, int64_t b, int64_t slots, int64_t patches) {
-  return {state + b * (1 + 4 * slots) * patches, slots};
-}
-
-std::tuple<Tensor, Tensor> monce(const Tensor& query, const Tensor& key, double temperature,
-                                 double epsilon, int64_t iterations, double negative_weight,
-                                 const std::string& cost, const std::string& plan_gradient,
-                                 int64_t kept) {
-  const auto options = check_monce(query, key, temperature, epsilon, iterations, negative_weight,
-                                   cost, plan_gradient);
-  STD_TORCH_CHECK(kept >= 0 && kept <= iterations, "kept is ", kept, "; allowed is 0 to ",
-                  iterations);
-  const auto& kernels = MGHF_KERNELS_OF(monce);
-  const int64_t patches = query.size(1), shape[] = {query.size(0), patches};
-  Tensor losses = new_tensor(query, shape);
-  Tensor state =
-      new_tensor(query, {query.size(0), 1 + 4 * kept, patches}, mghf::ScalarType::Int);
-  float* out = losses.mutable_data_ptr<float>();
-  int32_t* const left = state.mutable_data_ptr<int32_t>();
-  mghf::for_each(count(query), kernels.workspace_bytes(options, false),
-                 [&](int64_t b, void* workspace) {
-                   kernels.forward(options, matrix(query, b), matrix(key, b), out + b * patches,
-                                   kept_of(left, b, kept, patches), workspace);
-                 });
-  return {losses, state};
-}
-
-// `state` as the forward left it for the same arguments.
-Tensor monce_backward(const Tensor& grad, const Tensor& query, const Tensor& key,
-                      const Tensor& state, double temperature, double epsilon, int64_t iterations,
-                      double negative_weight, const std::string& cost,
-                      const std::string& plan_gradient) {
-  const auto options = check_monce(query, key, temperature, epsilon, iterations, negative_weight,
-                                   cost, plan_gradient);
-  check_float32(grad, "grad", 2);
-  STD_TORCH_CHECK(grad.size(0) == query.size(0) && grad.size(1) == query.size(1),
-                  "grad has shape ", shape_of(grad), "; allowed are the first two dimensions of ",
-                  "query, ", shape_of(query));
-  const auto& kernels = MGHF_KERNELS_OF(monce);
-  const int64_t patches = query.size(1), slots = (state.size(1) - 1) / 4;
-  STD_TORCH_CHECK(state.is_cpu() && state.scalar_type() == mghf::ScalarType::Int &&
-                      state.is_contiguous() && state.dim() == 3 &&
-                      state.size(0) == query.size(0) && state.size(1) == 1 + 4 * slots &&
-                      state.size(2) == patches,
-                  "state has shape ", shape_of(state), "; allowed is what the forward left");
-  int32_t* const left = const_cast<int32_t*>(state.const_data_ptr<int32_t>());  // is only read
-  Tensor grad_query = new_tensor(query, query.sizes());
-  float* out = grad_query.mutable_data_ptr<float>();
-  const float* grads = grad.const_data_ptr<float>();
-  mghf::for_each(count(query), kernels.workspace_bytes(options, true),
-                 [&](int64_t b, void* workspace) {
-                   kernels.backward(options, {grads + b * grad.stride(0), grad.stride(1)},
-                                    matrix(query, b), matrix(key, b),
-                                    kept_of(left, b, slots, patches),
-                                    out + b * patches * query.size(2), workspace);
-                 });
-  return grad_query;
-}
-
-}  // namespace
-
-// ---- schemas ----
-
-STABLE_TORCH_LIBRARY_FRAGMENT(mghf_native, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(MGHF_LIBRARY, m) {
   m.def(
       "monce(Tensor query, Tensor key, float temperature, float epsilon, int iterations,"
       " float negative_weight, str cost, str plan_gradient, int kept) -> (Tensor, Tensor)");
@@ -116,9 +9,4 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mghf_native, m) {
       "monce_backward(Tensor grad, Tensor query, Tensor key, Tensor state, float temperature,"
       " float epsilon, int iterations, float negative_weight, str cost, str plan_gradient)"
       " -> Tensor");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(mghf_native, CPU, m) {
-  m.impl("monce", TORCH_BOX(&monce));
-  m.impl("monce_backward", TORCH_BOX(&monce_backward));
 }

@@ -13,6 +13,8 @@
 #include <functional>
 #include <vector>
 
+#include "../../common/warp.h"
+
 #define __global__
 #define __device__
 #define __host__
@@ -27,7 +29,6 @@ struct Index {
   unsigned x = 0;
 };
 
-constexpr int kWarp = 32;
 constexpr size_t kMostExchanged = 64;  // bytes a thread
 
 // The running thread, and the sizes of its launch.

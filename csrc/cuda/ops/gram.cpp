@@ -1,13 +1,12 @@
-// The CUDA implementation of the native op `gram`: argument checks, results, the calls of its
-// kernels.
+// The op `gram` on CUDA: argument checks and the calls of its kernels.
 #include "../gram.h"
 
 #include "arguments.h"
 
 namespace {
 
+using namespace mghf;
 using namespace mghf::cuda;
-using mghf::shape_of;
 
 // Kernels count pixels and channels, rounded up to their tiles, in 32 bits.
 constexpr int64_t kMostSize = (int64_t{1} << 31) - 256;
@@ -29,7 +28,7 @@ Tensor gram_op(const Tensor& x, double scale) {
   const Tensor workspace =
       new_workspace(x, gram_workspace_bytes(batch, channels, x.size(2) * x.size(3)));
   with_image(x, "x", [&](const auto& image) {
-    check_launch(gram(image, scale, static_cast<float*>(result.mutable_data_ptr()),
+    check_launch(gram(image, scale, result.mutable_data_ptr<float>(),
                       workspace.mutable_data_ptr(), launcher.stream()),
                  "gram");
   });
@@ -39,14 +38,15 @@ Tensor gram_op(const Tensor& x, double scale) {
 Tensor gram_backward_op(const Tensor& grad, const Tensor& x, double scale) {
   check_features(x);
   const int64_t batch = x.size(0), channels = x.size(1);
-  check_shape(grad, "grad", ScalarType::Float, {batch, channels, channels});
+  check_float32(grad, "grad", 3);
+  check_shape(grad, "grad", {batch, channels, channels});
   const Launcher launcher(x);
   Tensor grad_x = new_image_like(x, x.size(1));
   if (x.numel() == 0) return grad_x;
-  const Tensor of = torch::stable::contiguous(grad);
+  const Tensor dense = torch::stable::contiguous(grad);
   const Tensor workspace = new_workspace(x, gram_backward_workspace_bytes(batch, channels));
   with_image(x, "x", [&]<class T>(const Image<T>& image) {
-    check_launch(gram_backward(static_cast<const float*>(of.const_data_ptr()), image, scale,
+    check_launch(gram_backward(dense.const_data_ptr<float>(), image, scale,
                                mutable_image_of<T>(grad_x), workspace.mutable_data_ptr(),
                                launcher.stream()),
                  "gram_backward");
@@ -56,7 +56,7 @@ Tensor gram_backward_op(const Tensor& grad, const Tensor& x, double scale) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(mghf_native, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(MGHF_LIBRARY, MGHF_DISPATCH_KEY, m) {
   m.impl("gram", TORCH_BOX(&gram_op));
   m.impl("gram_backward", TORCH_BOX(&gram_backward_op));
 }

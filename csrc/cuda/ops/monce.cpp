@@ -1,15 +1,14 @@
-// The CUDA implementation of the native op `monce`: argument checks, results, the calls of its
-// kernels.
-#include <tuple>
-
+// The op `monce` on CUDA: argument checks and the calls of its kernels.
 #include "../monce.h"
 
-#include "transport.h"
+#include <tuple>
+
+#include "matrices.h"
 
 namespace {
 
+using namespace mghf;
 using namespace mghf::cuda;
-using mghf::shape_of;
 
 struct Arguments {
   Matrices query, key;
@@ -26,17 +25,16 @@ Arguments check_monce(const Tensor& query, const Tensor& key, double temperature
                   "; allowed are up to ", kMostTransported, " columns");
   check_scale(temperature, "temperature");
   check_scale(negative_weight, "negative_weight");
-  STD_TORCH_CHECK(plan_gradient == "exact" || plan_gradient == "detach", "plan_gradient is '",
-                  plan_gradient, "'; allowed are 'exact', 'detach'");
+  const bool differentiate_plan = check_plan_gradient(plan_gradient);
   const TransportOptions transport = check_transport(cost, epsilon, iterations, std::nullopt);
-  return {queries, keys, {transport, temperature, negative_weight, plan_gradient == "exact"}};
+  return {queries, keys, {transport, temperature, negative_weight, differentiate_plan}};
 }
 
 Tensor workspace_for(const Tensor& query, const MonceOptions& options, bool backward) {
   int64_t bytes = 0;
   check_launch(monce_workspace_bytes(query.size(0), query.size(1), options, backward, bytes),
                "monce");
-  return torch::stable::new_empty(query, {bytes}, ScalarType::Byte);
+  return new_workspace(query, bytes);
 }
 
 std::tuple<Tensor, Tensor> monce_op(const Tensor& query, const Tensor& key, double temperature,
@@ -45,8 +43,7 @@ std::tuple<Tensor, Tensor> monce_op(const Tensor& query, const Tensor& key, doub
                                     int64_t kept) {
   const Arguments given = check_monce(query, key, temperature, epsilon, iterations,
                                       negative_weight, cost, plan_gradient);
-  STD_TORCH_CHECK(kept >= 0 && kept <= iterations, "kept is ", kept, "; allowed is 0 to ",
-                  iterations);
+  check_kept(kept, iterations);
   const Launcher launcher(query);
   Tensor losses =
       torch::stable::new_empty(query, {query.size(0), query.size(1)}, ScalarType::Float);
@@ -55,8 +52,8 @@ std::tuple<Tensor, Tensor> monce_op(const Tensor& query, const Tensor& key, doub
   if (losses.numel() == 0) return {losses, state};
   Tensor workspace = workspace_for(query, given.options, false);
   check_launch(monce(given.query, given.key, given.options,
-                     static_cast<float*>(losses.mutable_data_ptr()),
-                     static_cast<int*>(state.mutable_data_ptr()), static_cast<int>(kept),
+                     losses.mutable_data_ptr<float>(),
+                     state.mutable_data_ptr<int32_t>(), static_cast<int>(kept),
                      workspace.mutable_data_ptr(), launcher.stream()),
                "monce");
   return {losses, state};
@@ -73,7 +70,8 @@ Tensor monce_backward_op(const Tensor& grad, const Tensor& query, const Tensor& 
                       grad.size(1) == query.size(1),
                   "grad has shape ", shape_of(grad), "; allowed are the first two dimensions of ",
                   "query, ", shape_of(query));
-  STD_TORCH_CHECK(state.dim() == 3 && state.is_cuda() && state.is_contiguous() &&
+  check_cuda(state, "state");
+  STD_TORCH_CHECK(state.dim() == 3 && state.is_contiguous() &&
                       state.scalar_type() == ScalarType::Int && state.size(0) == query.size(0) &&
                       state.size(1) % 4 == 1 && state.size(2) == query.size(1),
                   "state has shape ", shape_of(state), "; allowed is what the forward left");
@@ -83,7 +81,7 @@ Tensor monce_backward_op(const Tensor& grad, const Tensor& query, const Tensor& 
   if (result.numel() == 0) return result;
   Tensor workspace = workspace_for(query, given.options, true);
   check_launch(monce_backward(upstream, given.query, given.key,
-                              static_cast<const int*>(state.const_data_ptr()),
+                              state.const_data_ptr<int32_t>(),
                               static_cast<int>(state.size(1) / 4), given.options,
                               result.mutable_data_ptr(), workspace.mutable_data_ptr(),
                               launcher.stream()),
@@ -93,7 +91,7 @@ Tensor monce_backward_op(const Tensor& grad, const Tensor& query, const Tensor& 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(mghf_native, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(MGHF_LIBRARY, MGHF_DISPATCH_KEY, m) {
   m.impl("monce", TORCH_BOX(&monce_op));
   m.impl("monce_backward", TORCH_BOX(&monce_backward_op));
 }

@@ -1,5 +1,4 @@
-// The CUDA implementation of the native op `patches`: argument checks, results, the calls of its
-// kernels.
+// The op `patches` on CUDA: argument checks and the calls of its kernels.
 #include "../patches.h"
 
 #include <tuple>
@@ -8,15 +7,8 @@
 
 namespace {
 
+using namespace mghf;
 using namespace mghf::cuda;
-using mghf::shape_of;
-
-void check_float32(const Tensor& tensor, const char* argument, int64_t dimensions) {
-  STD_TORCH_CHECK(tensor.is_cuda(), argument, " is not on a CUDA device");
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, argument, " is not float32");
-  STD_TORCH_CHECK(tensor.dim() == dimensions, argument, " has shape ", shape_of(tensor),
-                  "; allowed are ", dimensions, " dimensions");
-}
 
 const float* check_parameter(const Tensor& tensor, const char* argument, int64_t rows,
                              int64_t columns) {
@@ -24,7 +16,7 @@ const float* check_parameter(const Tensor& tensor, const char* argument, int64_t
   STD_TORCH_CHECK(tensor.is_contiguous(), argument, " is not contiguous");
   STD_TORCH_CHECK(tensor.size(0) == rows && (columns < 0 || tensor.size(1) == columns), argument,
                   " has shape ", shape_of(tensor), ", which does not fit the other weights");
-  return static_cast<const float*>(tensor.const_data_ptr());
+  return tensor.const_data_ptr<float>();
 }
 
 // Without the biases.
@@ -62,21 +54,15 @@ EmbeddingGradient check_gradient(const Projection& p, const Tensor& x, const Ten
   STD_TORCH_CHECK(embedding.size(0) == maps && embedding.size(1) == patches &&
                       embedding.size(2) == p.dimension && embedding.is_contiguous(),
                   "embedding is not what the forward returned");
-  STD_TORCH_CHECK(state.is_cuda() && state.scalar_type() == ScalarType::Int && state.dim() == 3 &&
+  check_cuda(state, "state");
+  STD_TORCH_CHECK(state.scalar_type() == ScalarType::Int && state.dim() == 3 &&
                       state.size(0) == patches && state.size(1) == p.state_words() &&
                       state.size(2) == maps && state.is_contiguous(),
                   "state is not what the forward returned");
-  STD_TORCH_CHECK(grad.size(0) == maps && grad.size(1) == patches && grad.size(2) == p.dimension,
-                  "grad has shape ", shape_of(grad), ", but embedding has ", shape_of(embedding));
-  return {static_cast<const float*>(grad.const_data_ptr()), grad.stride(0), grad.stride(1),
-          grad.stride(2), static_cast<const float*>(embedding.const_data_ptr()),
-          static_cast<const int*>(state.const_data_ptr())};
-}
-
-float* floats(Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
-
-Tensor new_workspace(const Tensor& like, int64_t bytes) {
-  return torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+  check_same_shape(grad, "grad", embedding, "embedding");
+  return {grad.const_data_ptr<float>(), grad.stride(0), grad.stride(1),
+          grad.stride(2), embedding.const_data_ptr<float>(),
+          state.const_data_ptr<int32_t>()};
 }
 
 std::tuple<Tensor, Tensor> patches_op(const Tensor& x, const Tensor& weight1, const Tensor& bias1,
@@ -89,9 +75,9 @@ std::tuple<Tensor, Tensor> patches_op(const Tensor& x, const Tensor& weight1, co
   const Launcher launcher(x);
   Tensor embedding = torch::stable::new_empty(x, {maps, number, p.dimension}, ScalarType::Float);
   Tensor state = torch::stable::new_empty(x, {number, p.state_words(), maps}, ScalarType::Int);
-  Tensor workspace = new_workspace(x, patches_workspace_bytes(p));
+  const Tensor workspace = new_workspace(x, patches_workspace_bytes(p));
   with_image(x, "x", [&](const auto& image) {
-    check_launch(patches(image, p, floats(embedding), static_cast<int*>(state.mutable_data_ptr()),
+    check_launch(patches(image, p, embedding.mutable_data_ptr<float>(), state.mutable_data_ptr<int32_t>(),
                          workspace.mutable_data_ptr(), launcher.stream()),
                  "patches");
   });
@@ -104,7 +90,7 @@ void image_gradient(const Tensor& grad_x, const char* argument, bool add, const 
   const Projection p = check_patches(grad_x, argument, weight1, weight2, patch_size, stride);
   const EmbeddingGradient gradient = check_gradient(p, grad_x, grad, embedding, state);
   const Launcher launcher(grad_x);
-  Tensor workspace = new_workspace(
+  const Tensor workspace = new_workspace(
       grad, patches_backward_workspace_bytes(p, grad_x.size(0) * grad_x.size(1), grad_x.size(2),
                                              grad_x.size(3)));
   with_image(grad_x, argument, [&]<class T>(const Image<T>&) {
@@ -142,12 +128,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> patches_backward_weights_op(
   Tensor bias1_grad = torch::stable::new_empty(weight1, {p.hidden});
   Tensor weight2_grad = torch::stable::new_empty(weight1, {p.dimension, p.hidden});
   Tensor bias2_grad = torch::stable::new_empty(weight1, {p.dimension});
-  Tensor workspace =
+  const Tensor workspace =
       new_workspace(grad, patches_backward_weights_workspace_bytes(p, x.size(0) * x.size(1),
                                                                    x.size(2), x.size(3)));
   with_image(x, "x", [&](const auto& image) {
-    const ParameterGradients result{floats(weight1_grad), floats(bias1_grad), floats(weight2_grad),
-                                    floats(bias2_grad)};
+    const ParameterGradients result{weight1_grad.mutable_data_ptr<float>(), bias1_grad.mutable_data_ptr<float>(), weight2_grad.mutable_data_ptr<float>(),
+                                    bias2_grad.mutable_data_ptr<float>()};
     check_launch(patches_backward_weights(image, p, gradient, result, workspace.mutable_data_ptr(),
                                           launcher.stream()),
                  "patches_backward_weights");
@@ -157,7 +143,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> patches_backward_weights_op(
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(mghf_native, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(MGHF_LIBRARY, MGHF_DISPATCH_KEY, m) {
   m.impl("patches", TORCH_BOX(&patches_op));
   m.impl("patches_backward", TORCH_BOX(&patches_backward_op));
   m.impl("patches_backward_add_", TORCH_BOX(&patches_backward_add_op));

@@ -1,13 +1,12 @@
-// The CUDA implementation of the native op `sinkhorn`: argument checks, results, the calls of its
-// kernels.
+// The op `sinkhorn` on CUDA: argument checks and the calls of its kernels.
 #include "../sinkhorn.h"
 
-#include "transport.h"
+#include "matrices.h"
 
 namespace {
 
+using namespace mghf;
 using namespace mghf::cuda;
-using mghf::shape_of;
 
 Matrices check_similarity(const Tensor& similarity) {
   const Matrices matrices = check_matrices(similarity, "similarity");
@@ -21,7 +20,7 @@ Tensor workspace_for(const Tensor& similarity, int64_t iterations, bool backward
   check_launch(sinkhorn_workspace_bytes(similarity.size(0), similarity.size(1), iterations,
                                         backward, bytes),
                "sinkhorn");
-  return torch::stable::new_empty(similarity, {bytes}, ScalarType::Byte);
+  return new_workspace(similarity, bytes);
 }
 
 Tensor sinkhorn_op(const Tensor& similarity, const std::string& cost, double epsilon,
@@ -58,7 +57,7 @@ Tensor sinkhorn_backward_op(const Tensor& grad, const Tensor& similarity, const 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(mghf_native, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(MGHF_LIBRARY, MGHF_DISPATCH_KEY, m) {
   m.impl("sinkhorn", TORCH_BOX(&sinkhorn_op));
   m.impl("sinkhorn_backward", TORCH_BOX(&sinkhorn_backward_op));
 }

@@ -6,9 +6,9 @@
 
 #include <torch/csrc/stable/tensor.h>
 
-#include "../cpu/dispatch.h"
-#include "../cpu/entropy.h"
-#include "runs.h"
+#include "../dispatch.h"
+#include "../entropy.h"
+#include "pixel_runs.h"
 
 namespace mghf {
 
@@ -18,15 +18,15 @@ inline void check_bins(int64_t bins) {
 }
 
 // Ranges of the maps of a stack that lies pixel by pixel: per image padded_channels() of each.
-struct Ranges {
+struct StackRanges {
   std::vector<float> low, high;
 };
 
 // Entropies of such a stack's maps in float64, (B, C).
 inline void count_entropies(const EntropyKernels& kernels, const ImageView& x,
-                            const Ranges& ranges, int64_t bins, double* entropies) {
+                            const StackRanges& ranges, int64_t bins, double* entropies) {
   const int64_t padded = kernels.padded_channels(x.channels), step = kernels.count_step(bins);
-  const Runs runs(x, 16384, 16);
+  const PixelRuns runs(x, 16384, 16);
   const Buffer<uint32_t> counts(x.batch * runs.count * padded * step);
   const auto counts_of = [&](int64_t b, int64_t run) {
     return counts.get() + (b * runs.count + run) * padded * step;

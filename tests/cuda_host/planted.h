@@ -2,7 +2,7 @@
 // faults. Each takes 64 numbers and returns them, reversed where it says so; fault 0 is none.
 #pragma once
 
-#include "../device.h"
+#include "../../csrc/cuda/device.h"
 
 namespace mghf::cuda {
 

@@ -1,44 +1,34 @@
-// Checks of the native ops' tensors, and their views for the kernels.
+// Checks of the CPU ops' tensors, their views for the kernels, and new tensors.
 #pragma once
 
 #include <optional>
-#include <string>
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include "../cpu/dispatch.h"
-#include "../cpu/image.h"
-#include "shape.h"
+#include "../../common/library.h"
+#include "../../common/options.h"
+#include "../dispatch.h"
+#include "../image.h"
+#include "../sinkhorn.h"
 
 namespace mghf {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+inline void check_cpu(const Tensor& tensor, const char* argument) {
+  STD_TORCH_CHECK(tensor.is_cpu(), argument, " is not on the CPU");
+}
 
 inline void check_float32(const Tensor& tensor, const char* argument, int64_t dimensions) {
-  STD_TORCH_CHECK(tensor.is_cpu(), argument, " is not on the CPU");
+  check_cpu(tensor, argument);
   STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, argument, " is not float32");
-  STD_TORCH_CHECK(tensor.dim() == dimensions, argument, " has shape ", shape_of(tensor),
-                  "; allowed are ", dimensions, " dimensions");
+  check_dimensions(tensor, argument, dimensions);
 }
 
 inline ScalarKind check_image(const Tensor& tensor, const char* argument) {
-  STD_TORCH_CHECK(tensor.is_cpu(), argument, " is not on the CPU");
+  check_cpu(tensor, argument);
   const bool float32 = tensor.scalar_type() == ScalarType::Float;
   STD_TORCH_CHECK(float32 || tensor.scalar_type() == ScalarType::BFloat16, argument,
                   " is neither float32 nor bfloat16");
   STD_TORCH_CHECK(tensor.dim() == 4, argument, " has shape ", shape_of(tensor),
                   "; allowed is (B, C, H, W)");
   return float32 ? ScalarKind::float32 : ScalarKind::bfloat16;
-}
-
-inline void check_same_shape(const Tensor& tensor, const char* argument, const Tensor& other,
-                             const char* other_argument) {
-  bool same = tensor.dim() == other.dim();
-  for (int64_t d = 0; same && d < tensor.dim(); ++d) same = tensor.size(d) == other.size(d);
-  STD_TORCH_CHECK(same, argument, " has shape ", shape_of(tensor), "; allowed is ", other_argument,
-                  "'s, ", shape_of(other));
 }
 
 template <class View, class Data>
@@ -56,6 +46,12 @@ inline MutableImageView write_view(const Tensor& tensor, const char* argument) {
                                       tensor);
 }
 
+// Matrix `index` of a float32 batch.
+inline MatrixView matrix_view(const Tensor& batch, int64_t index) {
+  return {batch.const_data_ptr<float>() + index * batch.stride(0), batch.stride(1),
+          batch.stride(2)};
+}
+
 // Uninitialised tensors on the CPU, contiguous.
 inline Tensor new_tensor(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape,
                          std::optional<ScalarType> type = std::nullopt) {
@@ -65,17 +61,9 @@ inline Tensor new_tensor(const Tensor& like, torch::headeronly::IntHeaderOnlyArr
   return result;
 }
 
-// Of the size, type and layout of an image, with `channels`; contiguous unless it is channels_last.
 inline Tensor new_image_like(const Tensor& image, int64_t channels) {
-  const int64_t b = image.size(0), c = image.size(1), h = image.size(2), w = image.size(3);
-  const auto lies_at = [](const Tensor& t, int64_t d, int64_t stride) {
-    return t.size(d) == 1 || t.stride(d) == stride;
-  };
-  const bool channels_last = lies_at(image, 1, 1) && lies_at(image, 3, c) &&
-                             lies_at(image, 2, c * w) && lies_at(image, 0, c * w * h);
-  if (!channels_last || image.is_contiguous()) return new_tensor(image, {b, channels, h, w});
-  const Tensor rows = new_tensor(image, {b, h, w, channels});
-  return torch::stable::transpose(torch::stable::transpose(rows, 1, 3), 2, 3);
+  return new_image_like(image, channels,
+                        [&](const auto& shape) { return new_tensor(image, shape); });
 }
 
 }  // namespace mghf

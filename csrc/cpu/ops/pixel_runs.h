@@ -6,7 +6,7 @@
 #include <memory>
 #include <new>
 
-#include "../cpu/image.h"
+#include "../image.h"
 
 namespace mghf {
 
@@ -27,11 +27,11 @@ class Buffer {
 };
 
 // How a stack's pixels are cut into runs that threads work on: by its shape alone.
-struct Runs {
+struct PixelRuns {
   int64_t pixels, count, length;
 
-  // Of about `target` pixels, at most `most` of all images together, but at least one each.
-  Runs(const ImageView& x, int64_t target, int64_t most) : pixels(x.height * x.width) {
+  // Runs of about `target` pixels, at most `most` in all images together, but at least one in each.
+  PixelRuns(const ImageView& x, int64_t target, int64_t most) : pixels(x.height * x.width) {
     const int64_t limit = std::max<int64_t>(1, most / std::max<int64_t>(1, x.batch));
     count = std::clamp<int64_t>(pixels / target, 1, limit);
     length = (pixels + count - 1) / count;

@@ -1,0 +1,33 @@
+// The stand-in of ../ops/launcher.h for the host: the ops take tensors of any device, those of the CPU,
+// which the emulator runs on, and those of the device "meta", whose launches are only counted.
+#pragma once
+
+#include <cstring>
+
+#include "../../common/checks.h"
+#include "emulator.h"
+
+#define MGHF_DISPATCH_KEY CompositeExplicitAutograd
+
+namespace mghf::cuda {
+
+inline void check_cuda(const Tensor&, const char*) {}
+
+class Launcher {
+ public:
+  explicit Launcher(const Tensor&) {}
+  void* stream() const { return nullptr; }
+};
+
+// Full of NaN, so that what is read before it is written shows.
+inline Tensor new_workspace(const Tensor& like, int64_t bytes) {
+  const Tensor workspace = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+  if (host::counting.on) {
+    host::counting.workspace_bytes += bytes;
+  } else if (bytes > 0) {
+    std::memset(workspace.mutable_data_ptr(), 0xff, static_cast<size_t>(bytes));
+  }
+  return workspace;
+}
+
+}  // namespace mghf::cuda

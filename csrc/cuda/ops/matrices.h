@@ -1,0 +1,32 @@
+// Batches of matrices as `sinkhorn` and `monce` take them.
+#pragma once
+
+#include "../sinkhorn.h"
+#include "arguments.h"
+
+namespace mghf::cuda {
+
+// A batch (B, rows, columns) of any size that the kernels take.
+inline Matrices check_matrices(const Tensor& tensor, const char* argument) {
+  check_cuda(tensor, argument);
+  check_dimensions(tensor, argument, 3);
+  STD_TORCH_CHECK(tensor.size(1) <= kMostTransported, argument, " has shape ", shape_of(tensor),
+                  "; allowed are up to ", kMostTransported, " rows");
+  Element element = Element::float32;
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      break;
+    case ScalarType::Half:
+      element = Element::float16;
+      break;
+    case ScalarType::BFloat16:
+      element = Element::bfloat16;
+      break;
+    default:
+      STD_TORCH_CHECK(false, argument, " is none of float32, float16 and bfloat16");
+  }
+  return {tensor.const_data_ptr(), element,          tensor.size(0),   tensor.size(1),
+          tensor.size(2),          tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+
+}  // namespace mghf::cuda

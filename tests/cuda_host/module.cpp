@@ -1,0 +1,62 @@
+// What tests ask of the emulator, and the planted faults, for Python. The ops themselves are not here:
+// this library registers them with PyTorch as csrc/ops and csrc/cuda/ops do everywhere, in the
+// namespace `mghf_cuda_host`.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <stdexcept>
+#include <vector>
+
+#include "../../csrc/cuda/coupling.h"
+#include "../../csrc/cuda/mma.h"
+#include "planted.h"
+
+namespace py = pybind11;
+using namespace mghf::cuda;
+
+namespace {
+
+using Planted = const char* (*)(const int* x, int* result, int fault, Stream);
+
+template <Planted kKernel>
+py::array_t<int> run(const py::array_t<int>& x, int fault) {
+  py::array_t<int> result(64);
+  const char* const error = kKernel(x.data(), result.mutable_data(), fault, nullptr);
+  if (error != nullptr) throw std::runtime_error(error);
+  return result;
+}
+
+// Whether a kernel, known by its number, had to be allowed so many bytes; None if that failed.
+std::optional<bool> was_asked(uintptr_t kernel, int device, size_t bytes, bool fails) {
+  bool asked = false;
+  const char* const error =
+      allow_once(reinterpret_cast<const void*>(kernel), device, bytes, [&] {
+        asked = true;
+        return fails ? "no" : nullptr;
+      });
+  if (error != nullptr) return std::nullopt;
+  return asked;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(mghf_fast_cuda_host, m) {
+  m.def("set_gpu", [](int64_t shared_bytes, bool clusters) {
+    mghf::host::gpu = {shared_bytes, clusters};
+  });
+  m.def("set_coupling_feature_bytes", [](int64_t bytes) { coupling_feature_bytes = bytes; });
+  m.def("tensor_core_sum", [](float before, const std::vector<double>& products) {
+    return host_mma::add_up(before, products.data(), static_cast<int>(products.size()));
+  });
+  m.def("count", [](bool on) { mghf::host::counting = {on}; });
+  m.def("counted", [] {
+    return py::make_tuple(mghf::host::counting.launches, mghf::host::counting.workspace_bytes);
+  });
+  m.def("allow_once", &was_asked);
+  m.def("planted_barrier", &run<planted_barrier>);
+  m.def("planted_index", &run<planted_index>);
+  m.def("planted_cluster", &run<planted_cluster>);
+  m.def("planted_copy", &run<planted_copy>);
+}
