@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kSweepThreads)
     range_of_maps(Image<T> x, float* lows, float* highs, Runs runs) {
   __shared__ float low_of[kSweepWarps], high_of[kSweepWarps];
   constexpr int kStep = pixels_of(kReading);
-  const Place place(blockIdx.x, runs.number, x.channels, 1);
+  const RunPlace place(blockIdx.x, runs.number, x.channels, 1);
   const T* const map = x.map(place.b, place.channel);
   const int64_t end = runs.end(place.run, x.pixels());
   float low = INFINITY, high = -INFINITY;
@@ -63,7 +63,7 @@ template <class T, Reading kReading>
 __global__ void __launch_bounds__(kSweepThreads)
     range_of_pixels(Image<T> x, float* lows, float* highs, Runs runs) {
   __shared__ float low_of[kSweepWarps][kWarp], high_of[kSweepWarps][kWarp];
-  const Place place(blockIdx.x, runs.number, x.channels, kWarp);
+  const RunPlace place(blockIdx.x, runs.number, x.channels, kWarp);
   const int lane = threadIdx.x % kWarp, row = threadIdx.x / kWarp;
   const int64_t channel = place.channel + lane;
   const int64_t end = runs.end(place.run, x.pixels());

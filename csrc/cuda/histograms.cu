@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kSweepThreads)
   constexpr int kStep = pixels_of(kReading);
   const auto [x, ranges, counts] = counted.own();
   const int bins = counts.bins;
-  const Place place(counted.block(), runs.number, x.channels, 1);
+  const RunPlace place(counted.block(), runs.number, x.channels, 1);
   const int64_t map_index = place.b * x.channels + place.channel;
   int* const target = counts.data + map_index * bins;
   if (kShared) {
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kSweepThreads)
   MGHF_DYNAMIC_SHARED(int, histograms);
   const auto [x, ranges, counts] = counted.own();
   const int bins = counts.bins;
-  const Place place(counted.block(), runs.number, x.channels, kWarp);
+  const RunPlace place(counted.block(), runs.number, x.channels, kWarp);
   const int lane = threadIdx.x % kWarp, row = threadIdx.x / kWarp;
   const int64_t channel = place.channel + lane;
   int* const target = counts.group(place.b, place.channel, x.channels);

@@ -34,10 +34,10 @@ struct Runs {
 };
 
 // A block's place: a run of one map, or of the 32 maps from `channel` on, a lane of the warp each.
-struct Place {
+struct RunPlace {
   int64_t b, channel, run;
 
-  __device__ Place(int64_t block, int64_t runs, int64_t channels, int64_t channels_of_block) {
+  __device__ RunPlace(int64_t block, int64_t runs, int64_t channels, int64_t channels_of_block) {
     const int64_t groups = (channels + channels_of_block - 1) / channels_of_block;
     channel = block % groups * channels_of_block;
     run = block / groups % runs;

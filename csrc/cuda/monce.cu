@@ -26,7 +26,7 @@
 #include "monce.h"
 
 #include "patch_product.h"
-#include "sinkhorn_solver.h"
+#include "sinkhorn_gradient.h"
 
 namespace mghf::cuda {
 

@@ -17,7 +17,7 @@
 // Backward: some 8 more sweeps, the gradient read twice, the entries in 70 us: about 0.65 ms.
 #include "sinkhorn.h"
 
-#include "sinkhorn_solver.h"
+#include "sinkhorn_gradient.h"
 
 namespace mghf::cuda {
 

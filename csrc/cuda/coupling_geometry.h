@@ -1,0 +1,118 @@
+// Where the kernels of `coupling` work: rows of images cut into tiles, and features and channels in
+// memory.
+#pragma once
+
+#include "coupling.h"
+#include "coupling_products.h"
+
+namespace mghf::cuda {
+
+namespace {
+
+constexpr int kColumns = 16;  // of a tile: a block of pixels is a row of it
+
+// Rows of an image: `first` to `end` - 1.
+struct Rows {
+  int first, end;
+
+  __host__ __device__ int count() const { return end - first; }
+  // With so many more on either side, within an image of that height.
+  Rows wider(int halo, int64_t height) const {
+    return {first > halo ? first - halo : 0,
+            end + halo < height ? end + halo : static_cast<int>(height)};
+  }
+};
+
+// Images, of which rows the features are kept, and how those that are computed are cut into tiles. Of
+// several images these are all rows.
+struct Tiling {
+  int batch, height, width, rows;
+  Rows kept, computed;
+
+  __host__ __device__ int down() const { return (computed.count() + rows - 1) / rows; }
+  __host__ __device__ int across() const { return (width + kColumns - 1) / kColumns; }
+  __host__ __device__ int64_t count() const { return int64_t{batch} * down() * across(); }
+  // Where a pixel of the kept rows has its features.
+  __device__ int64_t pixel(int b, int y, int x) const {
+    return (static_cast<int64_t>(b) * kept.count() + y - kept.first) * width + x;
+  }
+  __device__ bool holds(int y, int x) const { return y >= 0 && y < height && x >= 0 && x < width; }
+  __device__ bool computes(int y, int x) const { return y < computed.end && x < width; }
+};
+
+// A tile's image and first pixel.
+struct TileOrigin {
+  int b, y, x;
+
+  __device__ __forceinline__ TileOrigin(const Tiling& tiling, unsigned tile)
+      : b(static_cast<int>(tile) / tiling.across() / tiling.down()),
+        y(tiling.computed.first +
+          static_cast<int>(tile) / tiling.across() % tiling.down() * tiling.rows),
+        x(static_cast<int>(tile) % tiling.across() * kColumns) {}
+};
+
+// Reflection by one, a side of length one is repeated; within the image for any i.
+__device__ __forceinline__ int reflected(int i, int n) {
+  i = i < 0 ? -i : i;
+  i = i < n ? i : 2 * (n - 1) - i;
+  return i < 0 ? 0 : i;
+}
+
+// Features in memory: [pixel][channel].
+template <class T>
+struct Features {
+  T* data;  // the first of those meant here
+  int64_t width;
+
+  __device__ T* quad(int64_t pixel, int group) const {
+    return data + pixel * width + group * kGroup + threadIdx.x % 4 * 4;
+  }
+};
+
+// Channels of an image from `first` on, `count` of them, by quads; zeros beyond.
+template <class T>
+struct Channels {
+  Image<T> image;
+  int first, count;
+  bool by_quads;  // whether a quad lies together and aligned
+
+  __device__ void read(int64_t b, int y, int x, int group, float (&to)[4]) const {
+    read(image.map(b, first) + y * image.row_stride + x * image.column_stride, group, to);
+  }
+  // `pixel`: where its first channel lies.
+  __device__ void read(const T* pixel, int group, float (&to)[4]) const {
+    const int c = group * kGroup + static_cast<int>(threadIdx.x) % 4 * 4;
+    const T* const from = pixel + c * image.channel_stride;
+    if (by_quads && c + 4 <= count) {
+      read_quad(from, to);
+      return;
+    }
+    MGHF_UNROLL_ALL
+    for (int i = 0; i < 4; ++i) {
+      to[i] = c + i < count ? to_float(from[i * image.channel_stride]) : 0.0f;
+    }
+  }
+};
+template <class T>
+struct MutableChannels {
+  MutableImage<T> image;
+  int first, count;
+  bool by_quads;
+
+  __device__ void write(int64_t b, int y, int x, int group, const float (&from)[4]) const {
+    const int c = group * kGroup + static_cast<int>(threadIdx.x) % 4 * 4;
+    T* const to = image.pixel(b, y, x) + (first + c) * image.channel_stride;
+    if (by_quads && c + 4 <= count) {
+      write_quad(to, from);
+      return;
+    }
+    MGHF_UNROLL_ALL
+    for (int i = 0; i < 4; ++i) {
+      if (c + i < count) to[i * image.channel_stride] = from_float<T>(from[i]);
+    }
+  }
+};
+
+}  // namespace
+
+}  // namespace mghf::cuda

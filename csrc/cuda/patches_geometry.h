@@ -1,0 +1,169 @@
+// What the kernels of `patches` share: the rows and columns of their products, where a thread stands in
+// them, and weights as factors.
+#pragma once
+
+#include "patches.h"
+
+#include <math.h>
+
+#include "mma.h"
+
+namespace mghf::cuda {
+
+namespace {
+
+constexpr int kThreads = 256;
+constexpr float kNormFloor = 1e-7f;
+constexpr float kTiny = 1.1754943508222875e-38f;  // the least normal number
+
+// A block's result is 128 rows x 128 columns: that of a warp 32 x 64, in 2 x 8 tiles of 16 x 8.
+constexpr int kRows = 128;
+constexpr int kColumns = 128;
+constexpr int kRowTiles = 2;
+constexpr int kColumnTiles = 8;
+// Tiles of columns that a warp skips together if none of their columns exists.
+constexpr int kRun = 4;
+static_assert(kRun == 4, "as add_four_tiles takes them");
+
+__host__ __device__ constexpr int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// The patches of all maps, and what of a projection's shape the kernels need.
+struct Patches {
+  int64_t maps, channels;
+  int rows, columns;  // of patches in a map
+  int size, stride, hidden, dimension;
+  bool maps_fastest;
+
+  template <class AnyImage>
+  Patches(const AnyImage& x, const Projection& p)
+      : maps(x.batch * x.channels),
+        channels(x.channels),
+        rows(static_cast<int>((x.height - p.patch_size) / p.stride + 1)),
+        columns(static_cast<int>((x.width - p.patch_size) / p.stride + 1)),
+        size(static_cast<int>(p.patch_size)),
+        // One beyond the image has no further patch either.
+        stride(static_cast<int>(
+            smaller(p.stride, x.height > x.width ? x.height : x.width))),
+        hidden(static_cast<int>(p.hidden)),
+        dimension(static_cast<int>(p.dimension)),
+        maps_fastest(x.channel_stride < x.column_stride) {}
+
+  __host__ __device__ int64_t of_map() const { return static_cast<int64_t>(rows) * columns; }
+  __host__ __device__ int64_t number() const { return maps * of_map(); }
+  __host__ __device__ int pixels() const { return size * size; }
+  __host__ __device__ int state_words() const { return 1 + (hidden + 31) / 32; }
+};
+
+// A row of the matrices: the pair of an item of `items` and a map.
+struct Row {
+  int64_t item, map;
+
+  __device__ __forceinline__ Row(int64_t row, int64_t maps, int64_t items, bool maps_fastest)
+      : item(maps_fastest ? row / maps : row % items),
+        map(maps_fastest ? row % maps : row / items) {}
+};
+
+// Where a thread stands in the block's result: rows + 8 i, columns + 8 j and the one after it.
+struct ThreadPlace {
+  int warp, g, t;
+  int row, column;  // its first ones
+  int warp_column;
+
+  __device__ __forceinline__ ThreadPlace()
+      : warp(static_cast<int>(threadIdx.x) / kWarp),
+        g(static_cast<int>(threadIdx.x) % kWarp / 4),
+        t(static_cast<int>(threadIdx.x) % 4),
+        row(warp % 4 * 32 + g),
+        column(warp / 4 * 64 + 2 * t),
+        warp_column(warp / 4 * 64) {}
+};
+
+// The image's place of a patch's or a cell's first pixel.
+template <class AnyImage>
+__device__ __forceinline__ int64_t first_pixel(const AnyImage& x, int64_t channels, int64_t map,
+                                               int64_t item, int columns, int stride) {
+  return map / channels * x.batch_stride + map % channels * x.channel_stride +
+         item / columns * stride * x.row_stride + item % columns * stride * x.column_stride;
+}
+
+// ---- weights as factors ----
+
+// A matrix of columns by depths, as two TF32 each, in the order in which tensor cores take them:
+// [128 columns][8 depths][8 columns][lane]. Split once a call, and not by every block again.
+constexpr int kTilesOfGroup = kColumns / 8;
+constexpr int kStepsOfSlice = 2;  // of 8 depths; whole slices, with zeros
+
+struct Factor {
+  const float* from;
+  int64_t columns, depths, column_stride, depth_stride;
+  uint4* to;
+  int steps;  // of 8 depths
+
+  Factor() = default;
+  Factor(const float* from, int64_t columns, int64_t depths, int64_t column_stride,
+         int64_t depth_stride)
+      : from(from),
+        columns(columns),
+        depths(depths),
+        column_stride(column_stride),
+        depth_stride(depth_stride),
+        to(nullptr),
+        steps(static_cast<int>(up(depths, 8 * kStepsOfSlice) * kStepsOfSlice)) {}
+
+  __host__ __device__ int64_t size() const {
+    return up(columns, kColumns) * steps * kTilesOfGroup * kWarp;
+  }
+  // From 8 depths of a lane's column on, a tile of columns after the other kWarp apart.
+  __device__ __forceinline__ const uint4* at(int column, int depth) const {
+    const int step = column / kColumns * steps + depth / 8;
+    return to + (int64_t{step} * kTilesOfGroup + column % kColumns / 8) * kWarp +
+           threadIdx.x % kWarp;
+  }
+  __device__ void pack(int64_t i) const {
+    const int64_t lane = i % kWarp, tile = i / kWarp % kTilesOfGroup;
+    const int64_t step = i / (kWarp * kTilesOfGroup) % steps;
+    const int64_t column = i / (kWarp * kTilesOfGroup) / steps * kColumns + tile * 8 + lane / 4;
+    const auto number = [&](int64_t depth) {
+      return column < columns && depth < depths
+                 ? from[column * column_stride + depth * depth_stride]
+                 : 0.0f;
+    };
+    const SplitTf32 first(number(step * 8 + lane % 4)), second(number(step * 8 + lane % 4 + 4));
+    to[i] = {first.big, second.big, first.small, second.small};
+  }
+};
+
+__global__ void __launch_bounds__(kThreads) pack(Factor one, Factor other) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i < one.size()) {
+    one.pack(i);
+  } else if (i - one.size() < other.size()) {
+    other.pack(i - one.size());
+  }
+}
+
+__device__ __forceinline__ SplitB factor_of(const uint4& packed) {
+  return {{packed.x, packed.y}, {packed.z, packed.w}};
+}
+
+// Four of a factor's tiles, one after the other: there are no registers for more.
+template <bool kExactA, int kAll>
+__device__ __forceinline__ void add_four_tiles(float (&sums)[kRowTiles][kAll][4], int first,
+                                               const SplitA (&a)[kRowTiles], const uint4* packed) {
+  MGHF_UNROLL_ALL
+  for (int j = 0; j < 4; ++j) {
+    const SplitB b[1] = {factor_of(packed[j * kWarp])};
+    add_products<TripleTf32, kExactA>(sums, first + j, a, b);
+  }
+}
+
+__device__ __forceinline__ void put(SplitA& a, int part, float x) {
+  const SplitTf32 split(x);
+  a.big[part] = split.big;
+  a.small[part] = split.small;
+}
+
+}  // namespace
+
+}  // namespace mghf::cuda

@@ -1,0 +1,326 @@
+// What the kernels of `sinkhorn` and `monce` solve: how a matrix is divided among blocks, what is in
+// memory, and the steps that a block's threads take together. See sinkhorn_solver.h.
+#pragma once
+
+#include "powers.h"
+#include "sinkhorn.h"
+
+namespace mghf::cuda {
+
+constexpr int kMostWarps = 8;
+constexpr int kGroup = 2;  // rows that a warp takes at a time, where registers allow
+constexpr float kSmallestSum = 1e-14f, kLargestSum = 1e14f;
+constexpr float kLargestExponent = 4194304.0f;  // 2^22: round_to_integer() is right up to there
+constexpr float kNoExponent = -1e9f;
+
+// Numbers that products stage where the warps' column sums are at other times, at least.
+constexpr int kStaged = 512;
+
+// How a matrix is divided among the blocks, warps and lanes that solve it.
+struct Division {
+  int words;    // columns of a lane at a time
+  bool on_chip;
+  int blocks;   // of a cluster
+  int rows;     // of a block, whole groups
+  int warps;
+  int chunks;   // of 32 * words columns
+  __host__ __device__ int pitch() const { return chunks * words * kWarp; }
+  // Numbers that lie beside K: vectors of rows and of columns.
+  __host__ __device__ int64_t vectors() const { return 6 * pitch() + 10 * rows; }
+  // Those of which the warps' column sums and the statistics are made, always in shared memory.
+  __host__ __device__ int exchanged() const { return partial() + 24 + 16 * warps; }
+  __host__ __device__ int partial() const {
+    const int sums = warps * words * kWarp;
+    return sums > kStaged ? sums : kStaged;
+  }
+  __host__ __device__ int64_t area() const { return static_cast<int64_t>(rows) * pitch(); }
+
+  size_t shared_bytes() const {
+    const int64_t numbers = exchanged() + (on_chip ? vectors() + area() : 0);
+    return static_cast<size_t>(numbers) * sizeof(float);
+  }
+  __host__ __device__ int64_t streamed() const { return on_chip ? 0 : vectors() + area(); }
+};
+
+inline Division divided(int64_t n, int words, bool on_chip, int blocks) {
+  Division d{words, on_chip, blocks, 0, 0, 0};
+  const int64_t rows = (n + blocks - 1) / blocks, width = words * kWarp;
+  d.rows = static_cast<int>((rows + kGroup - 1) / kGroup * kGroup);
+  d.warps = d.rows / kGroup < kMostWarps ? d.rows / kGroup : kMostWarps;
+  d.chunks = static_cast<int>((n + width - 1) / width);
+  return d;
+}
+
+// A matrix of more columns fits no single block's shared memory.
+constexpr int kWordsOfBlock = 8;
+
+inline const char* divide(int64_t n, Division& division) {
+  Gpu gpu;
+  const char* const error = current_gpu(gpu);
+  if (error != nullptr) return error;
+  for (const int words : {4, 8, 14, 20}) {
+    if (n > words * kWarp) continue;
+    if (words > kWordsOfBlock && !gpu.clusters) break;
+    for (int blocks = 1; blocks <= (gpu.clusters ? 8 : 1); blocks *= 2) {
+      division = divided(n, words, true, blocks);
+      if (static_cast<int64_t>(division.shared_bytes()) <= gpu.shared_bytes) return nullptr;
+    }
+    break;
+  }
+  division = divided(n, 14, false, 1);
+  return nullptr;
+}
+
+// What the iterations of one matrix leave in the device's memory, for the gradient.
+struct History {
+  float* numbers;
+  int* counts;
+  int64_t n, slots;  // slots: iterations + 2
+
+  static int64_t floats(int64_t n, int64_t iterations) {
+    return (iterations + 2) * (6 * n + 1) + 4;
+  }
+  __device__ History(float* memory, int64_t n, int64_t iterations)
+      : numbers(memory),
+        counts(reinterpret_cast<int*>(memory + (iterations + 2) * 6 * n)),
+        n(n),
+        slots(iterations + 2) {}
+
+  // After iteration t.
+  __device__ float* u(int t) const { return numbers + t * n; }
+  __device__ float* v(int t) const { return numbers + (slots + t) * n; }
+  __device__ int& base(int t) const { return counts[4 + t]; }
+  // The exponents of a base, on which K stood.
+  __device__ float* a(int base) const { return numbers + (2 * slots + base) * n; }
+  __device__ float* b(int base) const { return numbers + (3 * slots + base) * n; }
+  // Per term of the gradient: v dg, with which the columns are weighted, and u df, the rows. The
+  // term of an iteration has its number, the sum of those after the last one made the next.
+  __device__ float* columns(int term) const { return numbers + (4 * slots + term) * n; }
+  __device__ float* rows(int term) const { return numbers + (5 * slots + term) * n; }
+  // Iterations made (-1: none can be); the first and the last term.
+  __device__ int& made() const { return counts[0]; }
+  __device__ int& first() const { return counts[1]; }
+  __device__ int& last() const { return counts[2]; }
+};
+
+// What the forward of `monce` leaves for its backward, the op's tensor: rows of n numbers for each map.
+// The first has how many iterations were made, 0 if the backward is to make them itself; of the rest
+// each of the first iterations has four, u and v and room that other backends need.
+struct KeptIterates {
+  int* rows = nullptr;
+  int slots = 0;
+
+  __host__ __device__ int64_t numbers(int64_t n) const { return (1 + 4 * int64_t{slots}) * n; }
+  __device__ KeptIterates of_map(int64_t map, int64_t n) const {
+    return {rows + map * numbers(n), slots};
+  }
+  __device__ int& made() const { return rows[0]; }
+  __device__ float* vector(int t, int which, int64_t n) const {
+    return reinterpret_cast<float*>(rows + (1 + 4 * (t - 1) + which) * n);
+  }
+};
+
+struct Problem {
+  int n, iterations;
+  TransportCost cost;
+  float tolerance;  // below 0: none
+  bool settle;      // leave out iterations that would change nothing that counts
+  Factor factor;    // score to exponent of two
+  Division division;
+  float* streamed;  // K and vectors of each matrix, where they are not on chip
+  float* history;   // null unless the gradient is wanted
+  int64_t history_floats;
+  KeptIterates kept;  // of all maps; none for plans
+};
+
+inline Problem problem_of(int64_t n, const TransportOptions& options, const Division& division,
+                          int64_t batch, bool settle, bool backward, void* workspace,
+                          KeptIterates kept = {}) {
+  float* const memory = static_cast<float*>(workspace);
+  return {static_cast<int>(n),
+          static_cast<int>(options.iterations),
+          options.cost,
+          options.has_tolerance ? options.tolerance : -1,
+          settle,
+          Factor((options.cost == TransportCost::easy ? -1 : 1) * 1.4426950408889634 /
+                 options.epsilon),
+          division,
+          memory,
+          backward ? memory + batch * division.streamed() : nullptr,
+          backward ? History::floats(n, options.iterations) : 0,
+          kept};
+}
+
+inline int64_t solver_bytes(int64_t batch, int64_t n, int64_t iterations, bool backward,
+                            const Division& division) {
+  const int64_t numbers =
+      division.streamed() + (backward ? History::floats(n, iterations) : 0);
+  return batch * numbers * static_cast<int64_t>(sizeof(float));
+}
+
+// The block's rows, of which K and what it is made from take turns. Four columns trade places by row,
+// so that neither lanes with a row and its columns nor those of a tensor core's operands, 8 rows and
+// 4 columns, meet in a bank.
+struct Area {
+  float* numbers;
+  int pitch, rows;
+
+  __device__ __forceinline__ float& at(int r, int j) const {
+    return numbers[static_cast<int64_t>(r) * pitch + (j ^ (r & 7) * 4)];
+  }
+};
+
+// Calls f(r) for the warp's rows of so many.
+template <class F>
+__device__ __forceinline__ void for_rows_of_warp(int rows, const F& f) {
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int warps = static_cast<int>(blockDim.x) / kWarp;
+  MGHF_UNROLL(1)
+  for (int r = warp * kGroup; r < rows; r += warps * kGroup) {
+    MGHF_UNROLL(1)
+    for (int g = 0; g < kGroup; ++g) f(r + g);
+  }
+}
+
+// What the plan maximises, up to a constant and a sign, which are u's and the factor's.
+__device__ __forceinline__ float score_of(float similarity, TransportCost cost) {
+  return cost == TransportCost::exp ? -exponential(similarity) : similarity;
+}
+
+__device__ __forceinline__ float least_of(float x, float y) { return y < x ? y : x; }
+__device__ __forceinline__ float most_of(float x, float y) { return y > x ? y : x; }
+
+// Over the rows: the least and the most row sum, the lowest and the highest change of u, and a sum.
+constexpr int kStatistics = 5;
+struct Statistics {
+  float least = 1, most = 1, low = INFINITY, high = -INFINITY, total = 0;
+};
+struct Range {
+  float least, most;
+
+  // Drops NaN.
+  __device__ __forceinline__ void take(float x) {
+    least = least_of(least, x);
+    most = most_of(most, x);
+  }
+};
+// The ranges of what the exchange of the column sums gave, and of the changes that came of it.
+struct Ranges {
+  Range numbers{INFINITY, -INFINITY}, changes{INFINITY, -INFINITY};
+};
+
+__device__ __forceinline__ float combined(int statistic, float x, float y) {
+  return statistic == 4 ? x + y : statistic % 2 == 0 ? least_of(x, y) : most_of(x, y);
+}
+
+struct Add {
+  static constexpr float kNothing = 0;
+  __device__ __forceinline__ float operator()(float x, float y) const { return x + y; }
+};
+struct Most {
+  static constexpr float kNothing = 2 * kNoExponent;
+  __device__ __forceinline__ float operator()(float x, float y) const { return most_of(x, y); }
+};
+
+// Functions of their own, because kernels need them in several places: K of the similarities in the
+// area, whose first row is the matrix's row `first`, on the exponents a of the area's rows and b;
+inline __device__ MGHF_NOINLINE void build_kernel(Area area, int first, int n, const float* a,
+                                                  const float* b, TransportCost cost,
+                                                  float factor, float factor_low) {
+  for_rows_of_warp(area.rows, [&](int r) {
+    const int i = first + r;
+    const float exponent = i < n ? a[r] : 0;
+    MGHF_UNROLL(4)
+    for (int j = static_cast<int>(threadIdx.x) % kWarp; j < area.pitch; j += kWarp) {
+      float entry = 0;
+      if (i < n && j < n && j != i) {
+        const Power power = power_of_two(score_of(area.at(r, j), cost), factor, factor_low);
+        entry = power.power * scale(power.exponent - exponent - b[j]);
+      }
+      area.at(r, j) = entry;
+    }
+  });
+}
+// and the power that an entry is before the exponents are taken out, for the iterations of which few
+// matrices need any.
+inline __device__ MGHF_NOINLINE Power power_of_entry(float similarity, TransportCost cost,
+                                                     float factor, float factor_low) {
+  return power_of_two(score_of(similarity, cost), factor, factor_low);
+}
+
+// Combines the lanes' numbers, for all of them.
+template <class Combine>
+__device__ __forceinline__ float across_lanes(float x, const Combine& combine) {
+  MGHF_UNROLL_ALL
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) x = combine(x, __shfl_xor_sync(~0u, x, mask));
+  return x;
+}
+
+// A block's column sums from those of its warps, which lie one after the other.
+template <class Combine>
+__device__ MGHF_NOINLINE void join_warps_of_block(const float* of_warps, int width, float* sums) {
+  const int threads = static_cast<int>(blockDim.x);
+  __syncthreads();
+  for (int j = static_cast<int>(threadIdx.x); j < width; j += threads) {
+    float total = of_warps[j];
+    for (int w = 1; w < threads / kWarp; ++w) total = Combine{}(total, of_warps[w * width + j]);
+    sums[j] = total;
+  }
+}
+
+// What the blocks of a cluster, each of its warps, have found: statistics, 8 numbers apart, and column
+// sums. Joins them in their order, statistics into `all`; returns where each thread finds the sums of
+// its own columns, which may be `joined`.
+template <class Combine>
+__device__ MGHF_NOINLINE const float* join_blocks(const float* of_warps, float* own, float* all,
+                                                  float* sums, float* joined, int pitch,
+                                                  int blocks) {
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  if (thread < kStatistics) {
+    float x = of_warps[thread];
+    for (int w = 1; w < threads / kWarp; ++w) x = combined(thread, x, of_warps[8 * w + thread]);
+    own[thread] = x;
+    if (blocks == 1) all[thread] = x;
+  }
+  if (blocks == 1) return sums;
+  sync_cluster();
+  const auto rank = [](int r) { return static_cast<unsigned>(r); };
+  if (thread < kStatistics) {
+    float x = *of_block(own + thread, 0);
+    for (int r = 1; r < blocks; ++r) x = combined(thread, x, *of_block(own + thread, rank(r)));
+    all[thread] = x;
+  }
+  MGHF_UNROLL(2)
+  for (int j = thread; j < pitch; j += threads) {
+    float total = *of_block(sums + j, 0);
+    for (int r = 1; r < blocks; ++r) total = Combine{}(total, *of_block(sums + j, rank(r)));
+    joined[j] = total;
+  }
+  return joined;
+}
+
+// The ranges of all threads' numbers. A barrier of the block.
+inline __device__ MGHF_NOINLINE Ranges ranges_of_block(Ranges own, float* of_warps) {
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const auto least = [](float x) {
+    return across_lanes(x, [](float a, float b) { return least_of(a, b); });
+  };
+  own = {{least(own.numbers.least), across_lanes(own.numbers.most, Most{})},
+         {least(own.changes.least), across_lanes(own.changes.most, Most{})}};
+  if (threadIdx.x % kWarp == 0) {
+    float* const to = of_warps + 8 * warp;
+    to[0] = own.numbers.least;
+    to[1] = own.numbers.most;
+    to[2] = own.changes.least;
+    to[3] = own.changes.most;
+  }
+  __syncthreads();
+  for (int w = 0; w < static_cast<int>(blockDim.x) / kWarp; ++w) {
+    const float* const from = of_warps + 8 * w;
+    own.numbers = {least_of(own.numbers.least, from[0]), most_of(own.numbers.most, from[1])};
+    own.changes = {least_of(own.changes.least, from[2]), most_of(own.changes.most, from[3])};
+  }
+  return own;
+}
+
+}  // namespace mghf::cuda
