@@ -14,7 +14,10 @@ from pathlib import Path
 import pytest
 
 import mghf_fast
+from mghf_fast.ops import OPS
 from mghf_fast.source_tree import is_bare_source_tree
+
+ROOT = Path(__file__).parents[1]
 
 # An editable installation finds the kernels of its own tree for whatever mghf_fast is imported.
 PRELUDE = (
@@ -132,3 +135,11 @@ def test_the_host_code_of_the_triton_kernels_has_types() -> None:
             arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
             untyped = [a.arg for a in arguments if a.annotation is None and a.arg != "self"]
             assert node.returns is not None and not untyped, (file.name, node.name, untyped)
+
+
+def test_the_build_and_the_package_list_the_same_ops() -> None:
+    listed = (ROOT / "csrc" / "ops" / "ops.txt").read_text().split()
+    assert listed == [*OPS]
+    for folder, without in (("ops", ()), ("cpu/ops", ()), ("cuda/ops", ("dec",))):
+        there = {path.stem for path in (ROOT / "csrc" / folder).glob("*.cpp")}
+        assert there - {"cpu_capability"} == {*OPS} - {*without}

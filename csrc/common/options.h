@@ -20,7 +20,7 @@ inline Activation check_activation(const std::string& activation) {
   return Activation::leaky_relu;
 }
 
-// Of a block that is applied to `x`; `most_channels` is 0 for any number of them.
+// Checks the options of a block for `x`; `most_channels` is 0 where any number of them is allowed.
 inline CouplingShape check_coupling(const Tensor& x, int64_t channels, int64_t kernel,
                                     const std::string& activation, double clamp,
                                     int64_t most_channels = 0) {

@@ -12,7 +12,7 @@
 namespace mghf {
 namespace {
 
-// Told of each iteration the spread of its changes of v, largest less smallest: a factor that u and v
+// Takes the spread of each iteration's changes of v, largest less smallest: a factor that u and v
 // exchange is no change of the plan. What is still to come adds up to rate / (1 - rate) times the
 // last spread, if spreads fall at that rate. Rounding alone spreads the changes by 3e-7 to 3e-6, the
 // more the larger the matrix, so a spread below kClean says nothing of the rate, and may be no
@@ -25,7 +25,7 @@ struct Settling {
 
   float previous = 1, rest = 1, rate = 1;
 
-  // To be asked after iterations 1, 2, ...; false after the first. NaN never settles.
+  // Called after iterations 1, 2, ...; false after the first. NaN never settles.
   MGHF_ALSO_ON_DEVICE bool settled(int t, float spread) {
     if (previous > kClean) {
       rate = spread / previous;

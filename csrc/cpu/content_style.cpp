@@ -276,7 +276,7 @@ struct Lanes {
   int64_t count;
 };
 
-// Of all vectors of channels.
+// Plans every vector of channels.
 Lanes* plan_lanes(const KeptChannels& kept, int64_t channels, Arena& arena) {
   const int64_t vectors = channels / kLanes;
   constexpr int64_t kFloats = sizeof(Lanes) / sizeof(float);

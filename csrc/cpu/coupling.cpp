@@ -17,7 +17,7 @@
 // float32 altogether, and so do weight gradients.
 //
 // Floor at C = 128: 3 x 17,536 multiply-adds a pixel forward and the mix's, 16,384 of its own or
-// 3,456 with the stem drawn into it; about twice that backward. Memory traffic, 1 KiB a pixel
+// 3,456 with the stem folded into it; about twice that backward. Memory traffic, 1 KiB a pixel
 // forward, is far below.
 
 #include "coupling.h"
@@ -185,16 +185,16 @@ void pack_weights(const CouplingOptions& shape, const CouplingWeights& weights, 
               [&]<Activation, class Operand>() { pack_weights<Operand>(shape, weights, packed); });
 }
 
-void forward(const CouplingOptions& shape, const void* packed, const CouplingTile& tile, ImageView x,
-             MutableImageView y, void* workspace) {
+void forward(const CouplingOptions& shape, const void* packed, const CouplingTile& tile,
+             ImageView x, MutableImageView y, void* workspace) {
   instantiate(shape, [&]<Activation kind, class Operand>() {
     Arena arena{static_cast<char*>(workspace)};
     Forward<kind, Operand>(shape, packed, tile, arena).run(x, y);
   });
 }
 
-void inverse(const CouplingOptions& shape, const void* packed, const CouplingTile& tile, ImageView y,
-             MutableImageView x, void* workspace) {
+void inverse(const CouplingOptions& shape, const void* packed, const CouplingTile& tile,
+             ImageView y, MutableImageView x, void* workspace) {
   instantiate(shape, [&]<Activation kind, class Operand>() {
     Arena arena{static_cast<char*>(workspace)};
     Inverse<kind, Operand>(shape, packed, tile, arena).run(y, x);

@@ -11,7 +11,7 @@ struct DecOptions {
   float positive_exponent;  // log2(e) / temperature: exp(s / t) = 2^(s * exponent)
   float negative_exponent;
   float limit;  // a pair is positive up to this squared distance; below 0: no pair is
-  float norm_floor;  // the least norm that a patch is divided by
+  float norm_floor;  // the minimum norm that a patch is divided by
 };
 
 // (P, D) patches, strides in elements.
@@ -20,7 +20,7 @@ struct PatchesView {
   int64_t patch_stride, value_stride;
 };
 
-// Of every row i the sums of exp(cos(S_i, S_j)/t) + 2 exp(cos(G_i, S_j)/t) over its positives and
+// For every row i, the sums of exp(cos(S_i, S_j)/t) + 2 exp(cos(G_i, S_j)/t) over its positives and
 // over its negatives, and whether it has negatives.
 struct DecSums {
   double *positive, *negative;

@@ -142,7 +142,7 @@ struct Bins {
 #pragma GCC unroll 4
       for (int64_t k = 0; k < kGroupVectors; ++k) {
         const Vec position = (load(x + i * step + k * kLanes) - low[k]) / range[k] * bins;
-        // As unsigned numbers, what came of NaN is beyond the last bin too.
+        // As an unsigned number, a NaN's position is beyond the last bin too.
         const CountVec bin = reinterpret_cast<CountVec>(__builtin_convertvector(position, IntVec));
         *reinterpret_cast<CountVec*>(index + i * kGroup + k * kLanes) =
             (bin < last ? bin : last) + table[k];

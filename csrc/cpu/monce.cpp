@@ -221,7 +221,7 @@ struct Map {
     return options.sinkhorn.cost == TransportCost::exp ? -exponential(s) : s;
   }
 
-  // Solves for the plan; returns how many iterations that took, -1 if nothing can be told.
+  // Solves for the plan; returns how many iterations that took, -1 if the similarities cannot be handled.
   int64_t solve(const KeptIterates& kept) const {
     pack_key(false);
     return solver.solve([&](int64_t i) { return compare(i); }, &kept);
@@ -280,7 +280,7 @@ struct Map {
     }
   }
 
-  // The same, times 2^-exponents[k]: with K anew, as 2^y and without the rows' exponents a.
+  // The same, times 2^-exponents[k]: with K computed again, as 2^y and without the rows' exponents a.
   Vec weigh_widely(int64_t i, float* rows, float (&exponents)[kLanes]) const {
     Vec result = splat(1);
     solver.split_scores(i);

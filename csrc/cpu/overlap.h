@@ -28,7 +28,7 @@ struct Stream {
   Stream(const ImageView& v, int64_t b, int64_t first, int64_t pixels)
       : Stream(v, b, first, pixels, nullptr, v.channels) {}
 
-  // Of these channels at least.
+  // These channels at least.
   Stream(const ImageView& v, int64_t b, int64_t first, int64_t pixels, const int64_t* channels,
          int64_t count) {
     if (v.height > 1 || first >= v.width) return;
@@ -60,7 +60,7 @@ struct Stream {
   }
 };
 
-// Of one image or two.
+// Fetches what tiles need of one image or of two.
 struct Streams {
   Stream first, second;
   int64_t share = 0;  // lines of each at a time

@@ -259,7 +259,7 @@ void image_with(const PatchesOptions& o, const float* grad_hidden, const Mutable
     const int64_t pixels = left < kN * gather.cell ? left : kN * gather.cell;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t y = i * o.stride + r;
-      Ahead ahead(grad_x, group, y, j * o.stride, 1, pixels);
+      Prefetch ahead(grad_x, group, y, j * o.stride, 1, pixels);
       const int64_t requests =
           (ahead.size() * kUnits + gather.cell - 1) / gather.cell;
       gather.row<Factors, kN>(grad_hidden, i, j, r, [&] { ahead.request<true>(requests); });

@@ -66,13 +66,13 @@ struct Layers {
     }
   }
 
-  Ahead next_chunk(const ImageView& x, const Strip& strip, int64_t j, int64_t first,
+  Prefetch next_chunk(const ImageView& x, const Strip& strip, int64_t j, int64_t first,
                    int64_t patches) const {
     if (first >= o.patch_size) {
       j += patches;
       first = 0;
     }
-    if (j >= o.columns || o.stride > o.patch_size) return Ahead::nothing();
+    if (j >= o.columns || o.stride > o.patch_size) return Prefetch::nothing();
     const int64_t rest = o.patch_size - first, left = o.columns - j;
     return {x,
             strip.group,
@@ -91,7 +91,7 @@ struct Layers {
       const int64_t rows = size - first < chunk_rows ? size - first : chunk_rows;
       read_chunk<kN>(x, strip, j, first, rows);
       if constexpr (Factors::kWidth == 2) Factors::pair_neighbours(pixels, rows * run(kN));
-      Ahead ahead = next_chunk(x, strip, j, first + rows, kN);
+      Prefetch ahead = next_chunk(x, strip, j, first + rows, kN);
       const int64_t requests = ahead.size() / blocks + 1;
 #if defined(MGHF_AMX)
       if (Factors::kWidth == 2 && tiles_fit(o)) {
@@ -148,7 +148,7 @@ struct Layers {
   }
 #endif
 
-  // ReLU in place; a NaN stays one. `signs` is told each word of sign bits: patch, word, bits.
+  // ReLU in place; a NaN stays one. Calls signs(patch, word, bits) for each word of sign bits.
   template <int kN, class Signs>
   void relu(const Signs& signs) const {
     for (int n = 0; n < kN; ++n) {

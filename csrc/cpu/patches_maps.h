@@ -1,4 +1,4 @@
-// Groups of maps, which are the lanes of the kernels of `patches`: reading, writing, fetching ahead.
+// Groups of maps, the lanes of the kernels of `patches`: reading, writing, fetching ahead.
 #pragma once
 
 #include "arena.h"
@@ -98,12 +98,12 @@ inline void clear(float* data, int64_t floats) {
 // ---- fetching ahead ----
 
 // Cache lines of a few rows of a group of maps, asked for a few at a time.
-class Ahead {
+class Prefetch {
  public:
-  static Ahead nothing() { return {}; }
+  static Prefetch nothing() { return {}; }
 
   template <class Data>
-  Ahead(const BasicImageView<Data>& v, const Group& group, int64_t y, int64_t x, int64_t rows,
+  Prefetch(const BasicImageView<Data>& v, const Group& group, int64_t y, int64_t x, int64_t rows,
         int64_t pixels)
       : rows_(rows) {
     const int64_t size = v.kind == ScalarKind::float32 ? 4 : 2;
@@ -144,7 +144,7 @@ class Ahead {
   }
 
  private:
-  Ahead() = default;
+  Prefetch() = default;
 
   const char* base_ = nullptr;
   int64_t rows_ = 0, maps_ = 0, items_ = 0;

@@ -151,7 +151,7 @@ struct Solver {
   }
 
   // Builds the first K of similarities that prepare(i) computes, rows i to i + kRows at a time: it
-  // puts the maxima of y, rounded, into a and tells whether all are finite and small enough. Such
+  // puts the maxima of y, rounded, into a and returns whether all are finite and small enough. Such
   // similarities are rounded as it is, so their products with factor.high may be as well.
   template <class Prepare>
   bool build_computed_kernel(const Prepare& prepare) const {
@@ -174,7 +174,7 @@ struct Solver {
   }
 
   // Builds K on the exponents a (which it sets to the rows' maxima if `first`) and b. Returns
-  // whether all scores are finite and small enough to be told apart.
+  // whether all scores are finite and small enough to differ.
   bool build_kernel(int64_t base, bool first) const {
     float* row_exponent = a(base);
     const float* column_exponent = b(base);
@@ -307,7 +307,7 @@ struct Solver {
   void iterate_robust(int64_t t, int64_t old_base, float* error) const {
     const float *old_u = u(t - 1), *old_a = a(old_base);
     float *new_u = u(t), *new_v = v(t), *new_a = a(old_base + 1), *new_b = b(old_base + 1);
-    // v 2^-b anew, with v in [1, 2)
+    // v 2^-b again, with v in [1, 2)
     float *v_mantissa = row_sums, *v_exponent = scratch;
     for (int64_t j = 0; j < padded; j += kLanes) {
       const IntVec bits = reinterpret_cast<IntVec>(at(v(t - 1) + j));

@@ -22,7 +22,7 @@
 // X being D for maps that are much alike, else G: with the other of the two the terms would nearly
 // cancel. Three launches.
 //
-// Floors for B = 1, C = 128, M = 64, 512 x 512, float32, at 4.3 TB/s: the moments and the
+// Predicted floors for B = 1, C = 128, M = 64, 512 x 512, float32, at 4.3 TB/s: the moments and the
 // histograms read 268 MB each, 62 us each (counting 67 M numbers in shared memory takes about as
 // long), the products 134 MB, 31 us (268 MB where a pixel's channels lie side by side; their 3.2 G
 // multiply-adds of TF32 take 21 us at 300 TFLOP/s), the small kernels some 20 us: 175 us. The
@@ -79,7 +79,7 @@ struct ForwardSpace {
   }
 };
 
-// Of both images, first G's; those of one layout as if they were of one batch.
+// The entropies of both images' maps, first G's; images of one layout as if they were one batch.
 template <Reading kReading, class T>
 const char* entropies(const Image<T>& gt, const Image<T>& sr, const ForwardSpace& space, int bins,
                       Stream stream) {

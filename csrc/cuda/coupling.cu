@@ -37,7 +37,7 @@
 // Products of float32 are three of TF32, those of the gradient three of bfloat16; those of halves one,
 // of factors rounded as the image is. Sums, the 3x3 layers and everything pointwise are float32.
 //
-// Floor for B = 1, C = 128, 512 x 512, float32, a 1x1 mix: 65,536 multiply-adds a pixel by three
+// Predicted floor for B = 1, C = 128, 512 x 512, float32, a 1x1 mix: 65,536 multiply-adds a pixel by three
 // products, 103 GFLOP, 0.34 ms of TF32 at 300 TFLOP/s, and 3,456 of the 3x3 layers, 0.03 ms; x and y,
 // 268 MB, 0.06 ms at 4.3 TB/s, features between the kernels as much again. Halos make 1.25 of the
 // sub-networks' products: 0.41 ms. Of the gradient: 57,344 multiply-adds again as above and 65,536 by

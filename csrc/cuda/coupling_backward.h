@@ -1,4 +1,4 @@
-// The sub-networks' kernel of the gradient; see coupling.cu.
+// The sub-networks' kernel for the gradient; see coupling.cu.
 #pragma once
 
 #include "coupling_stages.h"

@@ -1,4 +1,5 @@
-// The sub-networks' kernel of the value, the inverse, and the gradient's recomputation; see coupling.cu.
+// The sub-networks' kernel for the value, the inverse, and what the gradient computes again; see
+// coupling.cu.
 #pragma once
 
 #include "coupling_stages.h"
@@ -68,7 +69,7 @@ __device__ __forceinline__ void add_subnet(Values (&result)[Z::kGroups][Z::kRows
 template <class Z, class T>
 __device__ __forceinline__ void scale_z1(Values (&result)[Z::kGroups][Z::kRowsOfWarp],
                                          const ForwardStage<T>& s, const TileOrigin& place) {
-  const int thread = anew(static_cast<int>(threadIdx.x));
+  const int thread = opaque(static_cast<int>(threadIdx.x));
   const int warp = thread / kWarp, g = thread % kWarp / 4;
   MGHF_UNROLL_ALL
   for (int i = 0; i < Z::kRowsOfWarp; ++i) {
@@ -99,7 +100,7 @@ __device__ __forceinline__ void for_own_pixels(Values (&result)[Z::kGroups][Z::k
                                                const TileOrigin& place, const F& f) {
   constexpr int kPixels = 2 * Z::kRowsOfWarp, kThreads = Z::kRows / Z::kRowsOfWarp * kWarp;
   static_assert(kParts * kPixels * Z::kGroups * kThreads * sizeof(float4) <= Z::kBytes);
-  const int thread = anew(static_cast<int>(threadIdx.x)) % kThreads;
+  const int thread = opaque(static_cast<int>(threadIdx.x)) % kThreads;
   const int part = static_cast<int>(threadIdx.x) / kThreads;
   const auto slot = [&](int of_part, int pixel, int n) -> float4& {
     return shared[((of_part * kPixels + pixel) * Z::kGroups + n) * kThreads + thread];
@@ -198,10 +199,10 @@ __global__ void __launch_bounds__(Z::kThreads, 2) forward_stage(ForwardStage<T> 
   Values result[Z::kGroups][Z::kRowsOfWarp] = {};
   MGHF_UNROLL(1)
   for (int i = 0; i < s.count; ++i) {
-    if (i > 0) scale_z1<Z>(result, s, TileOrigin(s.tiling, anew(blockIdx.x)));  // eta is added to it
+    if (i > 0) scale_z1<Z>(result, s, TileOrigin(s.tiling, opaque(blockIdx.x)));  // eta is added to it
     add_subnet<Z>(result, features, hidden, taps, s, s.subnets[i]);
   }
-  const TileOrigin place(s.tiling, anew(blockIdx.x));
+  const TileOrigin place(s.tiling, opaque(blockIdx.x));
   for_own_pixels<Z, 1>(result, reinterpret_cast<float4*>(memory), s.tiling, place,
                        [&](int y, int x, int64_t pixel, float (&sums)[Z::kGroups][4]) {
                          finish_pixel(s, place.b, y, x, pixel, sums);

@@ -1,4 +1,5 @@
-// The kernels of `coupling` beside the sub-networks': weights are packed, pixels mixed, an image copied.
+// The kernels of `coupling` beside those of the sub-networks: packing weights, mixing the channels of
+// pixels, copying an image.
 #pragma once
 
 #include "coupling_geometry.h"
@@ -165,7 +166,7 @@ __global__ void __launch_bounds__(kMixThreads, kKernel == 1 ? 3 : 2) mix(Mix<T, 
                             groups - first_group);
     __syncthreads();
   }
-  const int first_pixel = first + anew(warp % 2 * 2 * kGroup + 2 * g);
+  const int first_pixel = first + opaque(warp % 2 * 2 * kGroup + 2 * g);
   MGHF_UNROLL_ALL
   for (int i = 0; i < 2; ++i) {
     MGHF_UNROLL_ALL

@@ -107,8 +107,8 @@ struct ExactFloats {
     for (int i = 0; i < 4; ++i) {
       const SplitTf32 x(v.of[step][kOrder[i]]);
       // Anew: or the compiler splits again for every product rather than keep both parts.
-      factor.big[i] = anew(x.big);
-      factor.small[i] = anew(x.small);
+      factor.big[i] = opaque(x.big);
+      factor.small[i] = opaque(x.small);
     }
     return factor;
   }

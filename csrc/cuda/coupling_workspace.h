@@ -1,4 +1,4 @@
-// What a call of `coupling` has in memory: how many images or rows at a time, and the packed weights.
+// What a call of `coupling` has in memory: how many images or rows at a time, and packed weights.
 #pragma once
 
 #include "coupling_mix.h"

@@ -10,7 +10,7 @@ namespace mghf::cuda {
 #ifdef __CUDACC__
 namespace {
 
-// Which of its architectures a library runs as, its kernels tell.
+// Asked for the architecture that the library runs as, which only a kernel knows.
 __global__ void nothing() {}
 
 }  // namespace

@@ -132,10 +132,10 @@ __device__ __forceinline__ void promise_shared(const void* pointer) {
 #endif
 }
 
-// The same number, of which the compiler no longer knows where it comes from: what depends on it is
-// computed again instead of being kept in registers since it was last computed.
+// The same number, opaque to the compiler, which does not see where it comes from: what depends on it
+// is computed again instead of being kept in registers since it was last computed.
 template <class Integer>
-__device__ __forceinline__ Integer anew(Integer number) {
+__device__ __forceinline__ Integer opaque(Integer number) {
   static_assert(sizeof number == 4);
 #ifdef __CUDA_ARCH__
   asm volatile("" : "+r"(number));
@@ -186,7 +186,7 @@ __device__ __forceinline__ T* of_block(T* own, unsigned rank) {
 
 // ---- copies into shared memory that a thread need not wait for ----
 
-// Of 4, 8 or 16 aligned bytes, of which `present` come from memory and the rest are zeros.
+// Copies 4, 8 or 16 aligned bytes: `present` of them come from memory, the rest are zeros.
 template <int kBytes>
 __device__ __forceinline__ void copy_async(void* shared, const void* global, int present = kBytes) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);

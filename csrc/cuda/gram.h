@@ -8,7 +8,7 @@ namespace mghf::cuda {
 int64_t gram_workspace_bytes(int64_t batch, int64_t channels, int64_t pixels);
 int64_t gram_backward_workspace_bytes(int64_t batch, int64_t channels);
 
-// Writes (B, C, C). Of at least one pixel and channel. The workspace is aligned to 16 bytes.
+// Writes (B, C, C). x has at least one pixel and channel. The workspace is aligned to 16 bytes.
 // Returns what went wrong, or null.
 template <class T>
 const char* gram(const Image<T>& x, double scale, float* result, void* workspace, Stream stream);

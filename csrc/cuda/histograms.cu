@@ -23,7 +23,7 @@ struct Binning {
     inverse = 1 / extent;
   }
 
-  // What has no bin (0 / 0 in a constant map, whatever came of a NaN) goes to the first.
+  // What has no bin (0 / 0 in a constant map, a NaN) goes to the first.
   __device__ __forceinline__ int of(float value) const {
     const float from_low = (value - low) * scale;
     const float share = from_low * inverse;

@@ -24,7 +24,7 @@ constexpr uint32_t kBitsOfTf32 = ~uint32_t{0x1fff};
 // A float32 as the sum of two TF32, exact to 2^-23 of it, in three instructions (cvt.rna.tf32 alone
 // takes four). Half of the last place that is read rounds `big` to nearest, by an integer addition; an
 // infinity stays one, and so does what is too large for a TF32 become one. What `small` has too many,
-// two bits at most, the tensor cores cut off. Of a NaN `small` is one, whatever became of `big`.
+// two bits at most, the tensor cores cut off. `small` of a NaN is a NaN, whatever `big` is.
 struct SplitTf32 {
   uint32_t big, small;
 
@@ -130,7 +130,7 @@ __device__ __forceinline__ void mma_tf32(float (&d)[4], const uint32_t (&a)[4],
 #endif
 }
 
-// Of pairs of T: Half or BFloat16.
+// Products of pairs of T: Half or BFloat16.
 template <class T>
 __device__ __forceinline__ void mma_pairs(float (&d)[4], const uint32_t (&a)[4],
                                           const uint32_t (&b)[2]) {

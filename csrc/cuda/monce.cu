@@ -17,7 +17,7 @@
 // Where K or v spreads over too many powers of two for w to be a float32, the exponents of all
 // factors are added before the power is taken.
 //
-// Floor for B = 128, N = 441, D = 64, float32 on an H200: 29 MB read, 6 us at 4.3 TB/s; 1.6 G
+// Predicted floor for B = 128, N = 441, D = 64, float32 on an H200: 29 MB read, 6 us at 4.3 TB/s; 1.6 G
 // multiply-adds for each s, as three products of TF32 33 us at 300 TFLOP/s. In each of four rounds
 // of 33 clusters: s in 14 us, bound by the loads of its operands, K in 7, an iteration or a sweep
 // of the recursion in 1.8, the weights in 11, dq in 12. Forward two s, K, 7 iterations and the
@@ -86,7 +86,7 @@ struct Weights {
   const Terms& terms;
   const float *v, *b;  // of the last iterate; b of the base on which K stood
 
-  // Of each row: max_j s_ij, the exponent that is taken out of its weights, whether the factors are
+  // Numbers of each row: max_j s_ij, the exponent that is taken out of its weights, whether the factors are
   // numbers of float32; then what the gradient needs, r_i and r_i / sum_j w_ij.
   __device__ __forceinline__ float& highest(int r) const { return s.of_rows[r]; }
   __device__ __forceinline__ float& top(int r) const { return s.of_rows[s.rows + r]; }
@@ -345,7 +345,7 @@ __global__ void __launch_bounds__(kThreads)
 
 int64_t blocks_for(int64_t threads) { return (threads + kThreads - 1) / kThreads; }
 
-// Of two patches either can only be moved to the other: that plan has no gradient.
+// Either of two patches can only be moved to the other: that plan has no gradient.
 bool differentiates_plan(const MonceOptions& options, int64_t n) {
   return options.differentiate_plan && n > 2;
 }

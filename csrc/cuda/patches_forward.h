@@ -22,7 +22,7 @@ namespace {
 constexpr int kPixels = 8 * kStepsOfSlice;  // of a slice
 constexpr int kHiddenPitch = kColumns + 4;
 
-// Of an image in shared memory: [row][pixel], or [pixel][row] where maps run fastest.
+// A piece of an image in shared memory: [row][pixel], or [pixel][row] where maps run fastest.
 template <class T, bool kMaps>
 struct Slice {
   static constexpr int kLine = kMaps ? kRows + 8 : kPixels + 16 / static_cast<int>(sizeof(T));
@@ -113,7 +113,7 @@ __device__ __forceinline__ void copy_pixels(T* slice, int number, const Image<T>
                                             const Patches& p, const RowsOfBlock& rows) {
   constexpr int kLine = (kMaps ? kRows : kPixels) / kWidth;
   // Anew: what would be kept of it while products are computed costs more than it takes.
-  const int thread = anew(static_cast<int>(threadIdx.x));
+  const int thread = opaque(static_cast<int>(threadIdx.x));
   const int first_line = number * kPixels / p.size, first_column = number * kPixels % p.size;
   MGHF_UNROLL(kUnrolled<kWidth>)
   for (int c = thread; c < kRows * kPixels / kWidth; c += kThreads) {
@@ -144,7 +144,7 @@ __device__ __forceinline__ void copy_weights(uint4* slice, int number, const Fac
   const int step = first_unit / kColumns * weight1.steps + number * kStepsOfSlice;
   const uint4* const from = weight1.to + int64_t{step} * (kTilesOfGroup * kWarp);
   MGHF_UNROLL(2)
-  for (int c = anew(static_cast<int>(threadIdx.x)); c < kWeightsOfSlice; c += kThreads) {
+  for (int c = opaque(static_cast<int>(threadIdx.x)); c < kWeightsOfSlice; c += kThreads) {
     copy_async<16>(slice + c, from + c);
   }
 }

@@ -1,5 +1,5 @@
-// What the kernels of `patches` share: the rows and columns of their products, where a thread stands in
-// them, and weights as factors.
+// What the kernels of `patches` share: the rows and columns of their products, where a thread stands
+// in them, and weights as factors.
 #pragma once
 
 #include "patches.h"

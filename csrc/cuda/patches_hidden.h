@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kThreads, kPieces && kClusters ? 2 : 1)  // or
     MGHF_UNROLL(1)
     for (int first_d = 0; first_d < p.dimension; first_d += kDepth) {
       MGHF_UNROLL(2)
-      for (int c = anew(thread); c < kRows * kDepth; c += kThreads) {
+      for (int c = opaque(thread); c < kRows * kDepth; c += kThreads) {
         const int row = c / kDepth, d = first_d + c % kDepth;
         float value = 0;
         if (row < rows && d < p.dimension) {
@@ -104,8 +104,8 @@ __global__ void __launch_bounds__(kThreads, kPieces && kClusters ? 2 : 1)  // or
       __syncthreads();  // the slice is used up
     }
 
-    // Found anew: kept over the products it would spill.
-    const int64_t own_row = static_cast<int64_t>(anew(static_cast<int>(blockIdx.x))) * kRows;
+    // Computed again: kept over the products, it would spill.
+    const int64_t own_row = static_cast<int64_t>(opaque(static_cast<int>(blockIdx.x))) * kRows;
     const int state_word = 1 + (first_unit + place.warp_column) / 32;
     MGHF_UNROLL_ALL
     for (int i = 0; i < kRowTiles; ++i) {

@@ -29,8 +29,8 @@ __global__ void __launch_bounds__(kThreads)
 //   d_x = sum_st sum_h W1[h][r + s stride][p + t stride] d_h[i - s, j - t][h]
 //
 // A product for each s, t: rows are pairs of a cell and a map, columns are 128 pixels of the cell.
-// Of a cell's first rows of pixels `terms` patches lie one above the other, of the others one less,
-// and so with its first columns. A block's pixels are from one of these four regions, so that no
+// `terms` patches lie one above the other on a cell's first rows of pixels, one less on the others,
+// and likewise on its first columns. A block's pixels are from one of these four regions, so that no
 // product is with zeros (with which a NaN of another patch would get in). Every pixel is written
 // once, or added to once. Slices of 32 hidden units, of d_h and of W1, double-buffered.
 //

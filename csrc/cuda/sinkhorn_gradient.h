@@ -26,7 +26,7 @@ __device__ __forceinline__ void Solver<kColumnWords, kOnChip>::sum_gradient(
       },
       [&] {
         statistics.total = across_lanes(size, Add{});
-        tell(statistics);
+        write_statistics(statistics);
       });
   exchange<Add>(statistics, [&](int j, float sum, Range&) { return dg()[j] = sum; });
 }
@@ -64,7 +64,7 @@ __device__ __forceinline__ void Solver<kColumnWords, kOnChip>::recur(
           }
           return c;
         },
-        [&] { tell(none); });
+        [&] { write_statistics(none); });
     const int base = t > made ? solution.base : base_of(h, now);
     const int old_base = t > made ? solution.base : base_of(h, before);
     if (base != old_base) {

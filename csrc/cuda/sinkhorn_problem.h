@@ -1,5 +1,5 @@
-// What the kernels of `sinkhorn` and `monce` solve: how a matrix is divided among blocks, what is in
-// memory, and the steps that a block's threads take together. See sinkhorn_solver.h.
+// What the kernels of `sinkhorn` and `monce` solve: how a matrix is divided among blocks, what is
+// in memory, and the steps that a block's threads take together. See sinkhorn_solver.h.
 #pragma once
 
 #include "powers.h"
@@ -103,9 +103,9 @@ struct History {
   __device__ int& last() const { return counts[2]; }
 };
 
-// What the forward of `monce` leaves for its backward, the op's tensor: rows of n numbers for each map.
-// The first has how many iterations were made, 0 if the backward is to make them itself; of the rest
-// each of the first iterations has four, u and v and room that other backends need.
+// What the forward of `monce` leaves for its backward, the op's tensor: rows of n numbers for each
+// map. The first has how many iterations were made, 0 if the backward is to make them itself. Each of
+// the first iterations has four of the rest: u, v and room that other backends need.
 struct KeptIterates {
   int* rows = nullptr;
   int slots = 0;
@@ -190,7 +190,7 @@ __device__ __forceinline__ float score_of(float similarity, TransportCost cost) 
 __device__ __forceinline__ float least_of(float x, float y) { return y < x ? y : x; }
 __device__ __forceinline__ float most_of(float x, float y) { return y > x ? y : x; }
 
-// Over the rows: the least and the most row sum, the lowest and the highest change of u, and a sum.
+// Over the rows: minimum and maximum row sum, minimum and maximum change of u, and a sum.
 constexpr int kStatistics = 5;
 struct Statistics {
   float least = 1, most = 1, low = INFINITY, high = -INFINITY, total = 0;
@@ -204,7 +204,7 @@ struct Range {
     most = most_of(most, x);
   }
 };
-// The ranges of what the exchange of the column sums gave, and of the changes that came of it.
+// The ranges of the results of the column sums' exchange, and of the changes by them.
 struct Ranges {
   Range numbers{INFINITY, -INFINITY}, changes{INFINITY, -INFINITY};
 };

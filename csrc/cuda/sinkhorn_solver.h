@@ -113,7 +113,7 @@ struct Solver {
     return power_of_entry(similarity, p.cost, p.factor.value, p.factor.low);
   }
 
-  // Puts the rows' rounded maxima of y into a; the statistics tell of what is infinite, NaN or too
+  // Puts the rows' rounded maxima of y into a; the statistics show what is infinite, NaN or too
   // large.
   __device__ __forceinline__ void find_exponents(float* a, Statistics& statistics) const {
     bool bad = false;
@@ -137,7 +137,7 @@ struct Solver {
 
   // With r_i = sum_j x_ij weights_j and c = coefficient(row of the block, r_i), adds up c x_ij over
   // the block's rows; x_ij = entry(row of the block, j, K_ij). The coefficient is that of all
-  // lanes. finish() tells the statistics once the coefficients are known.
+  // lanes. finish() writes the statistics once the coefficients are known.
   template <int kRows = kOnChip ? kGroup : 1, class Entry, class Coefficient, class Finish>
   __device__ __forceinline__ void sweep(const float* weights, const Entry& entry,
                                         const Coefficient& coefficient, const Finish& finish) {
@@ -240,8 +240,8 @@ struct Solver {
     join_warps_of_block<Combine>(partial, kWidth, sums + turn * pitch + chunk * kWidth);
   }
 
-  // Lane 0's are the warp's. To be told before a sweep's column sums.
-  __device__ __forceinline__ void tell(const Statistics& own) const {
+  // Writes the warp's statistics, which are lane 0's; called before a sweep's column sums.
+  __device__ __forceinline__ void write_statistics(const Statistics& own) const {
     if (lane != 0) return;
     float* const to = warp_statistics + 8 * warp;
     to[0] = own.least;
@@ -251,8 +251,8 @@ struct Solver {
     to[4] = own.total;
   }
 
-  // After a sweep: calls use(j, sum, changes), which returns a number and may tell `changes` of
-  // another, for the columns of the thread, and returns the ranges, of the numbers for j < n. The
+  // After a sweep: calls use(j, sum, changes), which returns a number and may give `changes`
+  // another, for the columns of the thread; returns the ranges, of the numbers for j < n. The
   // statistics become those of the whole matrix.
   template <class Combine, class Use>
   __device__ __forceinline__ Ranges exchange(Statistics& statistics, const Use& use) {
@@ -328,7 +328,7 @@ struct Solver {
           keep_u(new_u, t, r);
           return new_u;
         },
-        [&] { tell(statistics); });
+        [&] { write_statistics(statistics); });
     const Ranges ranges = exchange<Add>(statistics, [&](int j, float sum, Range& changes) {
       if (j < n) changes.take(v(t - 1)[j] * sum);
       keep_v(1 / sum, t, j);
@@ -375,7 +375,7 @@ struct Solver {
       if (lane == 0) new_a[r] = top;
       keep_u(1 / sum, t, r);
     });
-    tell(statistics);
+    write_statistics(statistics);
     __syncwarp();
     sweep_columns<Most>([&](float top, int r, int j, float similarity) {
       if (j >= n || j == first + r) return top;
@@ -390,7 +390,7 @@ struct Solver {
     build(a(new_base), b(new_base));
     keep_base(new_base);
     Statistics none;
-    tell(none);
+    write_statistics(none);
     sweep_columns<Add>(
         [&](float total, int r, int, float x) { return total + u(t)[r] * x; });
     exchange<Add>(none, [&](int j, float sum, Range&) {
@@ -453,7 +453,7 @@ struct Solver {
     return {made, p.iterations, 0, ranges.numbers.most <= 1e6f * ranges.numbers.least};
   }
 
-  // The iterate before the first, and K on the first base. The statistics tell of similarities that
+  // The iterate before the first, and K on the first base. The statistics show similarities that
   // cannot be handled.
   template <class Source>
   __device__ __forceinline__ Statistics start(const Source& source) {

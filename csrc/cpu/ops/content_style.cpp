@@ -158,7 +158,8 @@ Entropies entropies_of(const StylePair& pair, int64_t bins, Moments& moments) {
       continue;
     }
     const int64_t padded = histograms.padded_channels(channels);
-    mghf::StackRanges ranges{std::vector<float>(x.batch * padded), std::vector<float>(x.batch * padded)};
+    const auto size = static_cast<size_t>(x.batch * padded);
+    mghf::StackRanges ranges{std::vector<float>(size), std::vector<float>(size)};
     for (int64_t i = 0; i < maps; ++i) {
       const int64_t at = i / channels * padded + i % channels;
       std::tie(ranges.low[at], ranges.high[at]) =

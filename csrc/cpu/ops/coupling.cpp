@@ -60,8 +60,8 @@ void* aligned(Memory& memory, size_t bytes) {
   return reinterpret_cast<void*>((address + 63) / 64 * 64);
 }
 
-const void* pack(const CouplingKernels& kernels, const CouplingOptions& shape, const Tensor& weights,
-                 Memory& memory) {
+const void* pack(const CouplingKernels& kernels, const CouplingOptions& shape,
+                 const Tensor& weights, Memory& memory) {
   void* packed = aligned(memory, kernels.packed_bytes(shape));
   kernels.pack(shape, split<CouplingWeights>(shape, weights.const_data_ptr<float>()), packed);
   return packed;

@@ -111,7 +111,7 @@ void for_each_pair(int64_t tiles, size_t workspace_bytes, const Task& task) {
 
 // ---- implementations ----
 
-// The loss, and of every row the sum of exp(cos(S_i, S_j)/t) + 2 exp(cos(G_i, S_j)/t) over its
+// The loss, and for every row the sum of exp(cos(S_i, S_j)/t) + 2 exp(cos(G_i, S_j)/t) over its
 // positives and over its negatives, (2, P), the latter -1 where there are none. For the temperature
 // outside, exp(cos) stands for exp(cos/t).
 std::tuple<Tensor, Tensor> dec(const Tensor& sr, const Tensor& gt, double threshold_db,

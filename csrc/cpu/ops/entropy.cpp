@@ -19,7 +19,8 @@ mghf::StackRanges ranges_of(const mghf::EntropyKernels& kernels, const ImageView
                    kernels.run_range(x, i / runs.count, runs.begin(run), runs.size(run),
                                      low.get() + i * padded, high.get() + i * padded, workspace);
                  });
-  mghf::StackRanges ranges{std::vector<float>(x.batch * padded), std::vector<float>(x.batch * padded)};
+  const auto stack = static_cast<size_t>(x.batch * padded);
+  mghf::StackRanges ranges{std::vector<float>(stack), std::vector<float>(stack)};
   for (int64_t b = 0; b < x.batch; ++b) {
     for (int64_t c = 0; c < padded; ++c) {
       float lowest = low.get()[b * runs.count * padded + c];

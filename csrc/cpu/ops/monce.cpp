@@ -59,8 +59,8 @@ std::tuple<Tensor, Tensor> monce(const Tensor& query, const Tensor& key, double 
   int32_t* const left = state.mutable_data_ptr<int32_t>();
   mghf::for_each(count(query), kernels.workspace_bytes(options, false),
                  [&](int64_t b, void* workspace) {
-                   kernels.forward(options, matrix_view(query, b), matrix_view(key, b), out + b * patches,
-                                   kept_of(left, b, kept, patches), workspace);
+                   kernels.forward(options, matrix_view(query, b), matrix_view(key, b),
+                                   out + b * patches, kept_of(left, b, kept, patches), workspace);
                  });
   return {losses, state};
 }

@@ -85,7 +85,8 @@ int64_t groups(const PatchesOptions& options) {
 // Whether products of bfloat16 lose nothing in the forward: a rounded weight would flip the signs
 // of hidden units near 0, and with them the gradient.
 bool takes_pairs(const Tensor& image, const Tensor& weight1, int64_t patch_size) {
-  if (!MGHF_BFLOAT16_KERNELS_OF(patches).pairs || image.scalar_type() != ScalarType::BFloat16 || patch_size % 2 != 0) {
+  if (!MGHF_BFLOAT16_KERNELS_OF(patches).pairs || image.scalar_type() != ScalarType::BFloat16 ||
+      patch_size % 2 != 0) {
     return false;
   }
   const float* weight = weight1.const_data_ptr<float>();

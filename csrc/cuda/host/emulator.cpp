@@ -26,8 +26,8 @@ namespace {
 constexpr size_t kStackBytes = 256 << 10;
 constexpr size_t kOutermostBytes = 4 << 10;
 
-// Two places for what ThreadSanitizer knows of a barrier: threads that are already at the next time
-// must not tell those which have still to leave this one.
+// Two places for what ThreadSanitizer knows of a barrier: what threads at the next time release must
+// not be acquired by those that have still to leave this one.
 struct Barrier {
   unsigned threads = 0, arrived = 0;
   uint64_t times = 0;
@@ -189,7 +189,7 @@ const std::vector<Stack>& stacks(size_t number) {
   return kept;
 }
 
-// Of AddressSanitizer's marks, those of frames that nobody returned from: the outermost, or all if
+// Removes AddressSanitizer's marks of frames that nobody returned from: the outermost, or all if
 // threads got stuck.
 void forget_frames(const Stack& stack, bool stuck) {
 #if defined(__SANITIZE_ADDRESS__)

@@ -1,5 +1,5 @@
-// The stand-in of ../ops/launcher.h for the host: the ops take tensors of any device, those of the CPU,
-// which the emulator runs on, and those of the device "meta", whose launches are only counted.
+// The stand-in of ../ops/launcher.h for the host: the ops take tensors of any device, those of the
+// CPU, which the emulator works on, and those of "meta", whose launches are only counted.
 #pragma once
 
 #include <cstring>

@@ -77,7 +77,8 @@ std::tuple<Tensor, Tensor> patches_op(const Tensor& x, const Tensor& weight1, co
   Tensor state = torch::stable::new_empty(x, {number, p.state_words(), maps}, ScalarType::Int);
   const Tensor workspace = new_workspace(x, patches_workspace_bytes(p));
   with_image(x, "x", [&](const auto& image) {
-    check_launch(patches(image, p, embedding.mutable_data_ptr<float>(), state.mutable_data_ptr<int32_t>(),
+    check_launch(patches(image, p, embedding.mutable_data_ptr<float>(),
+                         state.mutable_data_ptr<int32_t>(),
                          workspace.mutable_data_ptr(), launcher.stream()),
                  "patches");
   });
@@ -132,8 +133,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> patches_backward_weights_op(
       new_workspace(grad, patches_backward_weights_workspace_bytes(p, x.size(0) * x.size(1),
                                                                    x.size(2), x.size(3)));
   with_image(x, "x", [&](const auto& image) {
-    const ParameterGradients result{weight1_grad.mutable_data_ptr<float>(), bias1_grad.mutable_data_ptr<float>(), weight2_grad.mutable_data_ptr<float>(),
-                                    bias2_grad.mutable_data_ptr<float>()};
+    const ParameterGradients result{
+        weight1_grad.mutable_data_ptr<float>(), bias1_grad.mutable_data_ptr<float>(),
+        weight2_grad.mutable_data_ptr<float>(), bias2_grad.mutable_data_ptr<float>()};
     check_launch(patches_backward_weights(image, p, gradient, result, workspace.mutable_data_ptr(),
                                           launcher.stream()),
                  "patches_backward_weights");
