@@ -10,6 +10,7 @@ there, whatever the GPU. On the CPU it includes the kernels of these sizes, a fe
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import sys
 import time
@@ -88,14 +89,15 @@ def losses() -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
     block behind a convolution; of few channels, on images of one patch."""
     gt = torch.rand(1, 3, 8, 8)
     made: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {}
-    for layout, options in (
-        ("squeeze", {"channels": 12, "blocks": 3, "stem": "squeeze", "squeeze": 2}),
-        ("paper", {"channels": 4}),
-    ):
+    layouts: dict[str, dict[str, Any]] = {
+        "squeeze": {"channels": 12, "blocks": 3, "stem": "squeeze", "squeeze": 2},
+        "paper": {"channels": 4},
+    }
+    for layout, options in layouts.items():
         for variant in STEP_BOUNDS:
-            extractor = DetailFeatureExtractor(3, **options)  # type: ignore[arg-type]
+            extractor = DetailFeatureExtractor(3, **options)
             loss = MGHFLoss(variant, extractor=extractor, patch_size="auto")
-            made[f"mghf_{variant} {layout}"] = (lambda sr, loss=loss: loss(sr, gt)), gt
+            made[f"mghf_{variant} {layout}"] = functools.partial(loss, gt=gt), gt
     return made
 
 

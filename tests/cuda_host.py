@@ -3,8 +3,8 @@
     python cuda_host.py MODULE.so CALLS.pickle RESULTS.pickle
 
 Calls are pairs of a name and its arguments: a function of the module, or else an op, which the
-library registers in the namespace `mghf_cuda_host`. A tensor is a `Strided`, for pickled arrays lose
-their strides; the bits of bfloat16 are those of uint16.
+library registers in the namespace `mghf_cuda_host`. A tensor is a `Strided`, for pickled arrays
+lose their strides; the bits of bfloat16 are those of uint16.
 """
 
 import importlib.util

@@ -1,5 +1,5 @@
-"""What the CUDA ops refuse, in a sentence that names the argument: the checks of csrc/cuda/ops, whose
-host build takes tensors of the CPU."""
+"""What the CUDA ops refuse, in a sentence that names the argument: the checks of csrc/cuda/ops,
+whose host build takes tensors of the CPU."""
 
 from __future__ import annotations
 
@@ -129,7 +129,10 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: patches(bias1=torch.zeros(4)), r"bias1 has shape \(4\), which does not fit"),
     (lambda: patches(bias2=torch.zeros(7).half()), "bias2 is not float32"),
     (lambda: patches_backward(grad=torch.zeros(8, 16, 6)), r"grad has shape \(8, 16, 6\)"),
-    (lambda: patches_backward(embedding=torch.zeros(8, 16, 6)), "embedding is not what the forward"),
+    (
+        lambda: patches_backward(embedding=torch.zeros(8, 16, 6)),
+        "embedding is not what the forward",
+    ),
     (lambda: patches_backward(state=torch.zeros(16, 2, 8)), "state is not what the forward"),
     (lambda: sinkhorn(PLANE[:, :5]), r"similarity has shape \(4, 5, 6\); allowed is \(B, N, N\)"),
     (lambda: sinkhorn(MATRICES.double()), "similarity is none of float32, float16 and bfloat16"),

@@ -215,7 +215,9 @@ def test_frozen_weights_that_change() -> None:
     other = MGHFLoss(extractor=squeezed(init="linear"), save_weights=True)
     loss.load_state_dict(other.state_dict())
     assert torch.equal(loss(sr, gt), other(sr, gt)) and not torch.equal(loss(sr, gt), before)
-    loss.load_state_dict(MGHFLoss(extractor=squeezed(), save_weights=True).state_dict(), assign=True)
+    loss.load_state_dict(
+        MGHFLoss(extractor=squeezed(), save_weights=True).state_dict(), assign=True
+    )
     assert torch.equal(loss(sr, gt), before)
     with torch.no_grad():
         for weight in loss.local_information.projections.buffers():

@@ -35,7 +35,8 @@ class ContentStyleLoss(nn.Module):
     ) -> None:
         super().__init__()
         check.check_choice("reduction", reduction, ("mean", "none"))
-        self.betas = tuple(float(b) for b in check.check_numbers("betas", betas, 3))
+        beta1, beta2, beta3 = map(float, check.check_numbers("betas", betas, 3))
+        self.betas = (beta1, beta2, beta3)
         self.top_m, self.alpha, self.gamma, self.bins, self.gram = top_m, alpha, gamma, bins, gram
         self.reduction, self.backend = reduction, backend
 

@@ -336,8 +336,8 @@ class MGHFLoss(HoldsFrozen):
         of_style = zip(self.content_style.betas, TERMS[2:5], strict=True)
         if parts := [beta * found[name] for beta, name in of_style if beta and name in found]:
             found["csc"] = functools.reduce(operator.add, parts)
-        terms = {name: self._reduced(found[name]) for name in TERMS if name in found and name in weighted}
-        return {"total": total, **terms}
+        named = [name for name in TERMS if name in found and name in weighted]
+        return {"total": total, **{name: self._reduced(found[name]) for name in named}}
 
     def forward(self, sr: Tensor, gt: Tensor) -> Tensor:
         """Super-resolved image and ground truth, (B, 3, H, W) each -> scalar or (B,).

@@ -154,7 +154,7 @@ class _Extract(torch.autograd.Function):
     """The features of both images; the gradient of the first."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, sr: Tensor, gt: Tensor, plan: _Extraction, differentiated: bool, again: Again
     ) -> tuple[Tensor, Tensor]:
         inputs: list[Tensor] | None = [] if differentiated else None
@@ -172,7 +172,7 @@ class _Extract(torch.autograd.Function):
         return sr_features, gt_features
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         (sr,) = ctx.saved_tensors
         if torch.is_grad_enabled() or is_batched(grads[0]):
             grad = _differentiated(ctx.again, (sr,), grads[:1])
@@ -209,7 +209,7 @@ class _Compare(torch.autograd.Function):
     """The total, (B,) or its mean, and the terms, (B,) each, as the comparison names them."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, sr: Tensor, gt: Tensor, plan: _Comparison, differentiated: bool, again: Again
     ) -> tuple[Tensor, ...]:
         images = sr.shape[0]
@@ -235,7 +235,7 @@ class _Compare(torch.autograd.Function):
         return total, *terms
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         (sr,) = ctx.saved_tensors
         plan: _Comparison = ctx.plan
         given = [grad for grad in grads if grad is not None]
@@ -384,7 +384,11 @@ def _of_shape(element: Tensor, *shape: int) -> Tensor:
 
 def compare(loss: MGHFLoss, sr: Tensor, gt: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """The total, reduced as the loss says, and the terms that it weighs, (B,) each, of features."""
-    backend, style, local = current_backend(loss.backend), loss.content_style, loss.local_information
+    backend, style, local = (
+        current_backend(loss.backend),
+        loss.content_style,
+        loss.local_information,
+    )
     names = ("naive", *(name for name in loss._active if name != "naive"))
     of_style: tuple[Any, ...] = (0, 1.0, 1.0, 2, "channel")
     if len(names) > 1 and names != ("naive", "lip"):
@@ -394,8 +398,9 @@ def compare(loss: MGHFLoss, sr: Tensor, gt: Tensor) -> tuple[Tensor, dict[str, T
         *(float(local.temperature), float(local.epsilon), local.iterations),
         *(float(local.negative_weight), local.cost, local.plan_gradient),
     )
-    key = ("compare", backend, epoch(), sr.shape, sr.device, sr.dtype, names)
-    key += (loss._gammas, style.betas, loss.reduction, of_style, of_monce)
+    sizes = (sr.shape, sr.device, sr.dtype)
+    weights = (loss._gammas, style.betas, loss.reduction)
+    key = ("compare", backend, epoch(), sizes, names, weights, of_style, of_monce)
     plan: _Comparison | None = loss._steps.find(key, loss.extractor)
     if plan is None or (plan.weights is not None and not plan.weights.are_current()):
         if _capturing(sr):
@@ -442,14 +447,14 @@ def _plan_comparison(
             "monce": ops.OPS["monce"].choose(backend, embedding, embedding),
             "monce_options": of_monce,
         }
-    exact = {"dtype": accumulation_dtype(sr.dtype), "device": sr.device}
+    exact = sr.new_zeros(images, dtype=accumulation_dtype(sr.dtype))
     return _Comparison(
         names=names,
         mean=mean,
         style=ops.OPS["content_style"].choose(backend, sr, sr, gram=of_style[-1]),
         style_options=of_style,
-        factors=None if weighed == [1.0] else torch.tensor(weighed, **exact).unsqueeze(1),
-        gradients=torch.tensor(into_terms, **exact).unsqueeze(1),
-        none=torch.zeros(images, **exact),
+        factors=None if weighed == [1.0] else exact.new_tensor(weighed).unsqueeze(1),
+        gradients=exact.new_tensor(into_terms).unsqueeze(1),
+        none=exact,
         **local,
     )

@@ -27,8 +27,9 @@ def reproducibly(seed: int | None = None) -> Iterator[None]:
 
 @torch.no_grad()
 def orthogonal(weight: Tensor, gain: float = 1.0) -> None:
-    """:func:`torch.nn.init.orthogonal_` of the same random numbers, for half precision too, in which
-    PyTorch has no QR, and with the same bits on any number of threads: a float64 QR, rounded."""
+    """:func:`torch.nn.init.orthogonal_` of the same random numbers, for half precision too, in
+    which PyTorch has no QR, and with the same bits on any number of threads: a float64 QR,
+    rounded."""
     rows = weight.shape[0]
     dtype = torch.promote_types(weight.dtype, torch.float32)
     drawn = torch.empty(rows, weight.numel() // rows, dtype=dtype, device=weight.device).normal_()

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import native, preferences, trials
+from .. import preferences, trials
 from ..backends import BACKENDS, triton_is_interpreted, unavailable_reasons
+from ..source_tree import BARE_SOURCE_TREE
 
 logger = logging.getLogger("mghf_fast")
 
@@ -50,7 +51,7 @@ def _imported(name: str) -> Any:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name == "mghf_fast.kernels":
-            raise ImportError(native.BARE_SOURCE_TREE) from error
+            raise ImportError(BARE_SOURCE_TREE) from error
         raise
 
 

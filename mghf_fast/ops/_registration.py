@@ -59,7 +59,7 @@ class Operator:
 
         class Node(torch.autograd.Function):
             @staticmethod
-            def forward(ctx: Any, lengths: Sequence[int | None], *flat: Any) -> Any:  # type: ignore[override]
+            def forward(ctx: Any, lengths: Sequence[int | None], *flat: Any) -> Any:
                 ctx.lengths = lengths
                 inputs = _nested(flat, lengths)
                 with torch._C._AutoDispatchBelowAutograd():
@@ -68,7 +68,7 @@ class Operator:
                 return output
 
             @staticmethod
-            def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]
+            def backward(ctx: Any, *grads: Any) -> Any:
                 flat = ctx.needs_input_grad
                 ctx.needs_input_grad = _nested(flat[1:], ctx.lengths)
                 try:

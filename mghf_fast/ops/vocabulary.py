@@ -54,8 +54,8 @@ class BlockWeights(NamedTuple):
 
 
 class PackedWeights(list[Tensor]):
-    """The tensors of a block whose weights stay as they are, and as ``flat`` all of their numbers in
-    float32, which is what the compiled kernels take."""
+    """The tensors of a block whose weights stay as they are, and as ``flat`` all of their numbers
+    in float32, which is what the compiled kernels take."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         super().__init__(tensors)
