@@ -14,7 +14,7 @@ STAMPS := build/stamps/$(subst /,_,$(abspath $(VENV)))
 PACKAGE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install dev demo test lint asan triton triton-resources cuda cuda-host gpu bench study wheel wheels wheel-check wheel-matrix clean
+.PHONY: help venv install dev demo test lint asan triton triton-resources triton-resources-old cuda cuda-host gpu bench study wheel wheels wheel-check wheel-matrix clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -106,20 +106,20 @@ triton: $(STAMPS)/dev  ## the Triton kernels in Triton's interpreter, which need
 	    'out=$$($(BIN)/python -m pytest -q -p no:cacheprovider tests/test_{}.py -k "$(TRITON_TESTS)" $(ARGS) 2>&1); code=$$?; \
 	     echo "test_{}.py"; echo "$$out"; test $$code = 0 -o $$code = 5'
 
-# With the installed Triton and with the oldest that images for GPUs bring. What is compiled every time
-# is each kernel once for each architecture; ARGS=--all compiles every row of the tables, ARGS=--write
-# what has changed.
+# Each kernel once for each architecture: none may spill or ask for more shared memory than there is.
+# ARGS=--all compiles every launch. The old Triton is the oldest that images for GPUs bring.
+triton-resources: $(STAMPS)/dev  ## compile the Triton kernels ahead of time: registers, shared memory, spills: ARGS="--all gram"
+	$(BIN)/python -W ignore -m tools.resources $(ARGS)
+
 OLD_TRITON := 3.6.0
-triton-resources: $(STAMPS)/dev  ## compile the Triton kernels ahead of time: their registers, shared memory and spills
+triton-resources-old: $(STAMPS)/dev  ## the same with the oldest Triton that is supported
 	test -d build/triton-$(OLD_TRITON) || $(BIN)/python -m pip install --quiet --no-deps \
 	    --target build/triton-$(OLD_TRITON) triton==$(OLD_TRITON)
-	for path in "" build/triton-$(OLD_TRITON); do \
-	    PYTHONPATH=$$path $(BIN)/python -W ignore -m tools.resources $(ARGS) || failed=1; \
-	done; test -z "$$failed"
+	PYTHONPATH=build/triton-$(OLD_TRITON) $(BIN)/python -W ignore -m tools.resources $(ARGS)
 
 # CUDA's compilers come complete as Python packages from version 13 on; nothing here needs a GPU or a
 # torch with CUDA. What fails is a kernel that spills, or asks for more shared memory than there is. All
-# architectures take many minutes: their table is made for a release (CUDA_ARCHS=all ARGS=--write).
+# architectures take many minutes: CUDA_ARCHS=all.
 CUDA_TOOLKIT := 13.0
 CUDA_ARCHS ?= 9.0a
 ALL_ARCHS = $(shell awk -F'"' '/^set.MGHF_CUDA_ARCHS/ {print $$2}' CMakeLists.txt)
@@ -130,7 +130,7 @@ build/toolkits/%/installed: $(STAMPS)/venv
 	ln -sfn lib $(@D)/nvidia/cu$(firstword $(subst ., ,$*))/lib64  # where nvcc's profile looks
 	@touch $@
 
-cuda: $(STAMPS)/dev build/toolkits/$(CUDA_TOOLKIT)/installed  ## compile the CUDA kernels: registers, shared memory, spills: CUDA_ARCHS=all ARGS=--write
+cuda: $(STAMPS)/dev build/toolkits/$(CUDA_TOOLKIT)/installed  ## compile the CUDA kernels: registers, shared memory, spills: CUDA_ARCHS=all
 	torch=$$($(BIN)/python -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])'); \
 	$(BIN)/cmake -S . -B build/cuda -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DMGHF_CUDA=1 \
 	    -DMGHF_CUDA_ARCHS="$(if $(filter all,$(CUDA_ARCHS)),$(ALL_ARCHS),$(CUDA_ARCHS))" \
