@@ -7,18 +7,18 @@ ARGS   ?=
 
 # OpenMP threads that wait shall sleep, not spin: with another process on the cores spinning made a
 # training step 8 times slower; alone on them, sleeping costs 5 to 30 %. Benchmarks keep the default.
-demo test asan triton cuda-host wheel-check: export OMP_WAIT_POLICY := $(or $(OMP_WAIT_POLICY),PASSIVE)
+demo test asan triton cuda-host cuda-host-address wheel-check: export OMP_WAIT_POLICY := $(or $(OMP_WAIT_POLICY),PASSIVE)
 
 BIN    := $(VENV)/bin
 STAMPS := build/stamps/$(subst /,_,$(abspath $(VENV)))
 PACKAGE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install dev demo test lint asan triton triton-resources triton-resources-old cuda cuda-host gpu bench study wheel wheels wheel-check wheel-matrix clean
+.PHONY: help venv install dev demo test lint asan triton triton-resources triton-resources-old cuda cuda-host cuda-host-address gpu bench study wheel wheels wheel-check wheel-matrix clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "variables: VENV=$(VENV) PYTHON=$(PYTHON) TORCH=$(TORCH) ARGS=..."
 
 $(STAMPS)/venv:
@@ -102,9 +102,9 @@ asan: $(STAMPS)/dev  ## the ops' tests on kernels built with the address and und
 TRITON_TESTS ?= triton
 TRITON_FILES := coupling monce content_style sinkhorn patches losses dec entropy gram
 triton: $(STAMPS)/dev  ## the Triton kernels in Triton's interpreter, which needs no GPU: TRITON_TESTS="triton and gram"
-	@printf '%s\n' $(TRITON_FILES) | TRITON_INTERPRET=1 MGHF_TEST_CAPABILITY_CHILD=1 OMP_NUM_THREADS=1 xargs -P 2 -I {} sh -c \
-	    'out=$$($(BIN)/python -m pytest -q -p no:cacheprovider tests/test_{}.py -k "$(TRITON_TESTS)" $(ARGS) 2>&1); code=$$?; \
-	     echo "test_{}.py"; echo "$$out"; test $$code = 0 -o $$code = 5'
+	@printf '%s\n' $(TRITON_FILES:%=tests/test_%.py) | TRITON_INTERPRET=1 MGHF_TEST_CAPABILITY_CHILD=1 OMP_NUM_THREADS=1 xargs -P 2 -I {} sh -c \
+	    'out=$$($(BIN)/python -m pytest -q -p no:cacheprovider {} -k "$(TRITON_TESTS)" $(ARGS) 2>&1); code=$$?; \
+	     echo "{}"; echo "$$out"; test $$code = 0 -o $$code = 5'
 
 # Each kernel once for each architecture: none may spill or ask for more shared memory than there is.
 # ARGS=--all compiles every launch. The old Triton is the oldest that images for GPUs bring.
@@ -140,15 +140,21 @@ cuda: $(STAMPS)/dev build/toolkits/$(CUDA_TOOLKIT)/installed  ## compile the CUD
 	$(BIN)/python -W ignore -m tools.native_resources build/cuda/libmghf_fast_cuda.so $(ARGS)
 
 # The CUDA sources as C++ for the host: as they are, for the tests of every backend too, and under the
-# thread and address sanitizers.
-cuda-host: $(STAMPS)/dev  ## run the CUDA kernels on the CPU, against the reference and under sanitizers
-	torch=$$($(BIN)/python -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])'); \
-	$(BIN)/cmake -S . -B build/cuda-host -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
-	    "-DMGHF_CUDA_HOST=plain;thread;address" -DMGHF_WERROR=$(or $(MGHF_WERROR),0) \
-	    -DMGHF_TORCH_DIRECTORY=$$torch -DPython_EXECUTABLE=$(abspath $(BIN)/python)
-	$(BIN)/cmake --build build/cuda-host --target mghf_fast_cuda_host
-	MGHF_CUDA_HOST=$(abspath build/cuda-host) MGHF_TEST_CAPABILITY_CHILD=1 $(BIN)/python -m pytest -q -k cuda \
-	    tests/test_cuda_*.py $(OPS:%=tests/test_%.py) tests/test_losses.py $(ARGS)
+# thread sanitizer, which finds a missing barrier. The address sanitizer has a target of its own.
+define cuda_host
+torch=$$($(BIN)/python -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])'); \
+$(BIN)/cmake -S . -B build/cuda-host -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+    "-DMGHF_CUDA_HOST=$(1)" -DMGHF_WERROR=$(or $(MGHF_WERROR),0) \
+    -DMGHF_TORCH_DIRECTORY=$$torch -DPython_EXECUTABLE=$(abspath $(BIN)/python)
+$(BIN)/cmake --build build/cuda-host --target mghf_fast_cuda_host
+endef
+test_cuda_host = MGHF_CUDA_HOST=$(abspath build/cuda-host) MGHF_TEST_CAPABILITY_CHILD=1 $(BIN)/python -m pytest -q
+cuda-host: $(STAMPS)/dev  ## run the CUDA kernels on the CPU, against the reference and under the thread sanitizer
+	$(call cuda_host,plain;thread)
+	$(test_cuda_host) -k "cuda and not address" tests/test_cuda_*.py $(OPS:%=tests/test_%.py) tests/test_losses.py $(ARGS)
+cuda-host-address: $(STAMPS)/dev  ## the same under the address sanitizer
+	$(call cuda_host,plain;address)
+	$(test_cuda_host) -k "cuda and address" tests/test_cuda_*.py $(ARGS)
 
 # On a machine with an NVIDIA GPU: with its own Python, torch and Triton, and without the internet.
 # The package and its tests are copied, and nothing is installed but the wheels (of pytest and
@@ -194,13 +200,15 @@ wheels: $(STAMPS)/dev $(if $(MGHF_CUDA_HOME),,$(CUDA:%=build/toolkits/%/installe
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair --exclude 'libtorch*' --wheel-dir dist build/wheels/*.whl
 	$(BIN)/python tools/audit_wheels.py dist/mghf_fast-$$($(BIN)/python -c 'import mghf_fast; print(mghf_fast.__version__)')*.whl
 
-# A wheel made with kernels, in an environment of its own and away from the source tree.
+# A wheel made with kernels, in an environment of its own and away from the source tree. Its torch is
+# the one of $(VENV), for to unpack it again takes longer than all else.
 wheel-check: $(STAMPS)/venv  ## build the wheel, install it in an empty environment, try it there
 	rm -rf build/lib* build/bdist* build/wheel-check && mkdir -p build/wheel-check
 	MGHF_NATIVE=1 $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps \
 	    --wheel-dir build/wheel-check .
 	$(BIN)/python -m venv build/wheel-check/venv
-	build/wheel-check/venv/bin/python -m pip install --quiet "$(TORCH)" build/wheel-check/*.whl
+	$(BIN)/python tools/lend_torch.py build/wheel-check/venv
+	build/wheel-check/venv/bin/python -m pip install --quiet build/wheel-check/*.whl
 	cp tools/smoke_test.py build/wheel-check/
 	cd / && $(abspath build/wheel-check/venv/bin/python) -I $(abspath build/wheel-check/smoke_test.py) kernels
 	rm -rf build/wheel-check/venv

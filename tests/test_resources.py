@@ -14,9 +14,9 @@ import pytest
 
 pytest.importorskip("triton")
 from mghf_fast import kernels
-from tools import native_resources, resources
+from tools import limits, native_resources, resources
 from tools.cases import CASES
-from tools.resources import Resources
+from tools.limits import Resources
 
 OF_ALL_OPS = """
 import json
@@ -56,11 +56,11 @@ def of(**changes: int) -> Resources:
 
 def test_problems_are_spills_and_too_much_shared_memory() -> None:
     table = {("gram: k, case", "sm_80"): of(), ("gram: k, case", "sm_90"): of(spilled_bytes=8)}
-    assert resources.problems(table) == ["gram: k, case, sm_90: spills 8 bytes"]
+    assert limits.problems(table) == ["gram: k, case, sm_90: spills 8 bytes"]
     much = of(shared_bytes=120 << 10)
-    (found,) = resources.problems({("gram: k, case", "sm_80"): much})
+    (found,) = limits.problems({("gram: k, case", "sm_80"): much})
     assert found == "gram: k, case, sm_80: shared memory 122880 > 101376"
-    assert resources.problems({("gram: k, case", "sm_90a"): much}) == []
+    assert limits.problems({("gram: k, case", "sm_90a"): much}) == []
 
 
 # ---- the check ----
@@ -108,7 +108,7 @@ def test_the_check_prints_the_numbers_and_fails_at_the_limits(
 
 
 def test_a_check_of_nothing_fails() -> None:
-    assert resources.tell({}, "a compiler") == 1
+    assert limits.tell({}, "a compiler") == 1
 
 
 # ---- CUDA ----

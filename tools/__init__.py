@@ -1,1 +1,1 @@
-"""What developers alone run: compiled resources of the kernels, checks of wheels."""
+"""What developers alone run: the slow checks, compiled resources of the kernels, checks of wheels."""

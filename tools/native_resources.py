@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .resources import Resources, Table, cuobjdump, tell
+from .limits import Resources, Table, cuobjdump, tell
 
 FUNCTION = re.compile(
     r"Function (?P<name>\S+):\s+REG:(?P<registers>\d+) STACK:(?P<stack>\d+) "

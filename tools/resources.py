@@ -14,40 +14,20 @@ import argparse
 import functools
 import os
 import re
-import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .cases import CASES, Launch, launches
+from .limits import Resources, Table, cuobjdump, tell
 
 ARCHITECTURES = (80, 90, 100)
-# Bytes that a block may have. Code for sm_80 runs on sm_86 and sm_89 too, which have less of it.
-SHARED_LIMIT = {80: 99 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10,
-                120: 99 << 10}  # fmt: skip
-
-
-class Resources(NamedTuple):
-    """Registers and bytes spilled of a thread, bytes of shared memory of a block."""
-
-    registers: int
-    spilled_bytes: int
-    shared_bytes: int
-
-    def __str__(self) -> str:
-        text = f"{self.registers} registers, {self.shared_bytes} bytes of shared memory"
-        return text + (f", {self.spilled_bytes} bytes spilled" if self.spilled_bytes else "")
-
-
-Table = Mapping[tuple[str, str], Resources]
-"""(kernel and case, architecture such as "sm_90a") -> what it takes."""
 
 
 # ---- what is compiled ----
@@ -93,13 +73,6 @@ def compile_row(job: tuple[str, int]) -> Resources:
     return Resources(registers, local, int(compiled.metadata.shared))
 
 
-def cuobjdump(path: Path) -> str:
-    """The resources of every function of an object file, by the tool that Triton brings along."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    command = [tool, "--dump-resource-usage", path]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
 def _usage(binary: bytes) -> tuple[int, int]:
     """Registers, and the stack that the compiler put on top of them, from the object code."""
     with tempfile.TemporaryDirectory() as folder:
@@ -117,32 +90,6 @@ def compile_rows(jobs: Sequence[tuple[str, int]]) -> Table:
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         compiled = pool.map(compile_row, jobs)
         return {(name, f"sm_{a}"): r for (name, a), r in zip(jobs, compiled, strict=True)}
-
-
-# ---- the gate ----
-
-
-def problems(table: Table) -> list[str]:
-    """What no kernel may do: spill, or ask for more shared memory than there is."""
-    found = []
-    for (name, architecture), r in table.items():
-        limit = SHARED_LIMIT[int(architecture.removeprefix("sm_").rstrip("a"))]
-        if r.spilled_bytes:
-            found.append(f"{name}, {architecture}: spills {r.spilled_bytes} bytes")
-        if r.shared_bytes > limit:
-            found.append(f"{name}, {architecture}: shared memory {r.shared_bytes} > {limit}")
-    return found
-
-
-def tell(table: Table, compiler: str) -> int:
-    """Prints the table and what is wrong with it; the exit status."""
-    for (name, architecture), resources in table.items():
-        print(f"{name}, {architecture}: {resources}")
-    complaints = problems(table)
-    for text in complaints:
-        print(text, file=sys.stderr)
-    print(f"{compiler}: {len(table)} compiled, {len(complaints)} beyond the limits")
-    return 1 if complaints or not table else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
