@@ -1,1 +1,1 @@
-"""What developers alone run: the slow checks, compiled resources of the kernels, checks of wheels."""
+"""What developers alone run: slow checks, compiled resources of kernels, checks of wheels."""
