@@ -289,6 +289,20 @@ def test_evaluation_keeps_nothing() -> None:
     assert torch.equal(total, loss(sr, gt))
 
 
+def test_in_inference_mode() -> None:
+    sr, gt = pair()
+    expected = MGHFLoss(extractor=squeezed())(sr, gt).detach()
+    with torch.inference_mode():
+        loss = MGHFLoss(extractor=squeezed())
+        assert torch.equal(loss(sr, gt), expected) and torch.equal(loss(sr, gt), expected)
+    loss = MGHFLoss(extractor=squeezed())
+    with torch.inference_mode():
+        assert torch.equal(loss(sr.clone(), gt.clone()), expected)
+    got, want = both(loss, value_and_gradient, sr, gt)
+    assert torch.equal(got[0], expected)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-9)
+
+
 def test_under_autocast() -> None:
     loss, (sr, gt) = MGHFLoss(extractor=squeezed()), pair()
     expected = value_and_gradient(loss, sr, gt)

@@ -66,13 +66,18 @@ def _capturing(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+def _version(x: Tensor) -> int:
+    """How often it was changed in place. Of tensors made in inference mode PyTorch does not know."""
+    return -1 if x.is_inference() else x._version
+
+
 class _Weights:
     """Which tensors a plan was made with: it is for these, as they were then."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._modules = list(modules)
         self._slots = [
-            (held, name, tensor, tensor._version)
+            (held, name, tensor, _version(tensor))
             for module in self._modules
             for held in (module._parameters, module._buffers)
             for name, tensor in held.items()
@@ -86,7 +91,7 @@ class _Weights:
 
     def are_current(self) -> bool:
         for held, name, tensor, version in self._slots:
-            if held.get(name) is not tensor or tensor._version != version:
+            if held.get(name) is not tensor or _version(tensor) != version:
                 return False
         return not any(self._hooks)
 
