@@ -43,6 +43,10 @@ ARCHITECTURE = 90
 MIB = 1 << 20
 
 
+NO_LAUNCH = ("empty", "new_empty", "detach", "_unsafe_view")
+"""Beginnings of operations that return tensors without computing."""
+
+
 @dataclass
 class Counts:
     """What a step asks for. ``kernels``: launches of this project's kernels by op."""
@@ -65,6 +69,10 @@ class _Counter(TorchDispatchMode):
         self.op = ""
         self._alive = 0
         self._known: set[int] = set()
+
+    def begin(self) -> None:
+        """Counts from here on; what is alive stays."""
+        self.counts, self._alive = Counts({}), 0
 
     def named(self, op: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """``function``, whose launches are those of ``op``."""
@@ -110,7 +118,7 @@ class _Counter(TorchDispatchMode):
             self.keep(result)
             return result
         views = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
-        if not views and not name.split("::")[1].startswith(("empty", "new_empty", "detach")):
+        if not views and not name.split("::")[1].startswith(NO_LAUNCH):
             self.counts.pytorch += 1
         self.keep(result)
         return result
@@ -197,7 +205,7 @@ def _backend(name: str, counter: _Counter, module: Any) -> Iterator[None]:
 def count(
     variant: str, shape: tuple[int, ...], extractor: str, backend: str, module: Any = None
 ) -> Counts:
-    """One step of a loss.
+    """A step of a loss that has made one before.
 
     Args:
         variant: ``"n"`` or ``"c"``, of MGHF.
@@ -212,6 +220,9 @@ def count(
     gt = torch.empty(shape, device="meta")
     counter = _Counter()
     with _backend(backend, counter, module), counter:
+        loss(sr, gt).backward()  # plans what later steps do
+        sr.grad = None
+        counter.begin()
         loss(sr, gt).backward()
     return counter.counts
 
