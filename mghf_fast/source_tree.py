@@ -16,5 +16,11 @@ BARE_SOURCE_TREE = (
 @functools.cache
 def is_bare_source_tree() -> bool:
     """Whether this is the package's folder in a checkout, found because Python was started beside
-    it: the Triton kernels lie outside of it, and compiled ones only in an installation."""
-    return importlib.util.find_spec("mghf_fast.kernels") is None
+    it: the Triton kernels lie outside of it, and compiled ones only in an installation. Kernels that
+    an editable installation of another checkout offers do not count."""
+    found = importlib.util.find_spec("mghf_fast.kernels")
+    if found is None or found.origin is None:
+        return True
+    package = Path(__file__).resolve().parent
+    places = (package / "kernels", package.parent / "kernels")
+    return Path(found.origin).resolve().parent not in [place.resolve() for place in places]

@@ -58,6 +58,12 @@ def test_it_works_and_says_what_it_lacks(checkout: Path, interpreted: str) -> No
     assert "comes from a source tree" in ran.stderr and "pip install -e ." in ran.stderr
 
 
+def test_another_checkout_that_is_installed_in_place_is_not_taken_for_it(checkout: Path) -> None:
+    ran = run(checkout, "-c", "import mghf_fast; print(*mghf_fast.available_backends())")
+    assert ran.stdout.split() == ["reference"], ran.stderr
+    assert "comes from a source tree" in ran.stderr
+
+
 def test_a_checkout_that_is_not_installed_has_no_triton_kernels(checkout: Path) -> None:
     """However they are asked for, it is said how to get them."""
     code = PRELUDE + "from mghf_fast.ops import OPS; OPS['gram'].implementation('triton')"
