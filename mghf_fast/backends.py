@@ -39,9 +39,10 @@ _current = os.environ.get("MGHF_BACKEND", "auto")
 
 
 def current_backend(backend: str | None = None) -> str:
-    """The backend asked for: ``backend`` if given, else the innermost :class:`use_backend`'s, else
+    """The backend asked for: ``backend`` if it names one (``None`` and ``"auto"`` mean the same
+    everywhere, whatever holds around the call), else the innermost :class:`use_backend`'s, else
     the environment variable ``MGHF_BACKEND``'s, else ``"auto"``."""
-    if backend is None:
+    if backend is None or backend == "auto":
         return check_backend(_current, "environment variable MGHF_BACKEND")
     return check_backend(backend)
 

@@ -146,8 +146,7 @@ class MGHFLoss(HoldsFrozen):
         self.input_range = read_range(input_range)
         # A list, so that DataParallel's replicas, which are shallow copies, look no second time.
         self._range_unchecked = [True] if self.input_range else []
-        # "auto" stays open to use_backend; a name is forced.
-        self.backend = None if check_backend(backend) == "auto" else backend
+        self.backend = check_backend(backend)
         self._downscale = downscale_of(network)
         # The type and the device of the computation: it follows .to() and casts, and a replica has
         # it, whatever the extractor is made of.
@@ -367,6 +366,6 @@ class MGHFLoss(HoldsFrozen):
         parts["extractor"] = f"{self._extractor_name} (weights {digest(self.extractor)})"
         parts["input_range"] = repr(self.input_range)
         parts["reduction"] = repr(self.reduction)
-        parts["backend"] = repr(self.backend or "auto")
+        parts["backend"] = repr(self.backend)
         listed = ", ".join(f"{name}={value}" for name, value in parts.items())
         return f"{type(self).__name__}({listed})"
