@@ -172,7 +172,7 @@ gpu:  ## test and measure on this machine's NVIDIA GPU: ARGS="--quick --baseline
 	cd $(GPU_SITE) && PYTHONPATH=$(abspath $(GPU_SITE)) $(PYTHON) -m benchmarks.gpu $(ARGS)
 
 bench: $(STAMPS)/dev  ## measure, write benchmarks/results/, README and plots: ARGS="--quick --compare"
-	$(BIN)/python -m pytest benchmarks/bench_*.py --benchmark-columns=min,median,iqr,rounds $(ARGS)
+	$(BIN)/python -m pytest benchmarks --benchmark-columns=min,median,iqr,rounds $(ARGS)
 
 study: $(STAMPS)/dev  ## what the features are worth, docs/features.md: ARGS="--pictures DIR --start FILE --features FILE --out DIR"
 	$(BIN)/python -m benchmarks.studies.study $(ARGS)

@@ -1,8 +1,9 @@
 """How a benchmark is declared: an op, its shapes, and the forms that compute the same thing.
 
-A row, one form at one shape, is measured in a fresh process (`prepare` runs there) under a time
-limit and with the machine's free memory as its limit. Its parts: `forward`, the function alone
-without a graph, and `step`, forward and backward to the first input.
+A row is one form at one shape. Its parts, which pytest-benchmark times one by one: `forward`, the
+function alone without a graph, and `step`, forward and backward to the first input. On the CPU a
+fresh process goes before (`probe_row`), under a time limit and within the machine's free memory: it
+measures the memory, and keeps what cannot work away from the session.
 """
 
 from __future__ import annotations
@@ -27,9 +28,8 @@ from mghf_fast.commands.table5.measure import Measurement, measure_parts_apart
 from mghf_fast.commands.table5.workloads import CHANNELS, PATCH_SIZE, STRIDE
 
 LIMITS = {"ours": 300.0, "eager": 100.0, "compile": 360.0, "peer": 100.0}  # seconds for a row
-ROUNDS = 50  # timed calls of a part at most
-# Seconds after which no call is started. A first call that takes longer is the only one, and it
-# pays for fresh memory too; so ours and the peers, with which it is compared, get more.
+# Seconds: a call that takes longer is timed once, and pays for fresh memory too; so ours and the
+# peers, with which it is compared, get more. What is faster is timed as pytest-benchmark is told.
 BUDGETS = {"ours": 2.0, "eager": 1.0, "compile": 1.0, "peer": 3.0}
 
 
@@ -146,7 +146,7 @@ CASES: dict[str, Case] = {}
 
 
 def measured(op: str, module: str, *arguments: Any, **options: Any) -> Callable[..., None]:
-    """Declares a case and returns the test that measures it; conftest.py gives it its rows."""
+    """Declares a case and returns the test that times it; conftest.py gives it its rows."""
     case = CASES[op] = Case(op, module, *arguments, **options)
 
     def test(measure: Callable[..., None], shape: Shape, form: str, part: str) -> None:
@@ -164,7 +164,7 @@ def load_all() -> dict[str, Case]:
 
 
 def prepare(module: str, op: str, shape: list[int], form: str, part: str) -> Callable[[], object]:
-    """In the measuring process: the warmed-up step of one part of a row."""
+    """The warmed-up step of one part of a row, in the process that measures it."""
     importlib.import_module(module)
     case = CASES[op]
     function = case.forms[form].make()
@@ -176,22 +176,37 @@ def prepare(module: str, op: str, shape: list[int], form: str, part: str) -> Cal
     return case.step(function, Shape(*shape), form, part)
 
 
-def measure_row(
-    case: Case, shape: Shape, form: str, threads: int, earlier: Sequence[Mapping[str, Measurement]]
+def limit_of(case: Case, form: str) -> float:
+    """Seconds that all parts of a row may take together."""
+    return LIMITS[case.forms[form].kind]
+
+
+def probe_row(
+    case: Case,
+    shape: Shape,
+    form: str,
+    threads: int,
+    earlier: Sequence[Mapping[str, Measurement]],
+    apart: bool = True,
 ) -> dict[str, Measurement]:
-    """Every part of a row. ``earlier``: what the form gave at the smaller sizes, in order; a part
-    that failed there, or surely would take too long here, is not tried."""
-    how, parts = case.forms[form], case.parts_of(form)
-    limit = LIMITS[how.kind]
+    """What is to be known of every part of a row before it is timed: peak memory, the duration of
+    one call, or why it will not be timed.
+
+    ``earlier``: what the form gave at the smaller sizes, in order; a part that failed there, or
+    surely would take too long here, is not tried. Without ``apart`` nothing is: a part that may be
+    timed has neither memory nor duration.
+    """
+    how, parts, limit = case.forms[form], case.parts_of(form), limit_of(case, form)
     if how.package is not None and package_version(how.package) is None:
         return dict.fromkeys(parts, Measurement(failure=f"{how.package} is not installed"))
     reasons = {part: hopeless([row[part] for row in earlier], limit) for part in parts}
-    found = {part: Measurement(failure=reason) for part, reason in reasons.items() if reason}
-    if rest := [part for part in parts if part not in found]:
+    found = {part: Measurement(failure=reason) for part, reason in reasons.items()}
+    rest = [part for part in parts if reasons[part] is None]
+    if apart and rest:
         arguments = {"module": case.module, "op": case.op, "shape": shape, "form": form}
         found |= measure_parts_apart(
             "benchmarks.cases:prepare", arguments, rest,
-            timeout=limit, threads=threads, rounds=ROUNDS, budget=BUDGETS[how.kind],
+            timeout=limit, threads=threads, rounds=1, budget=BUDGETS[how.kind],
         )  # fmt: skip
     return {p: dataclasses.replace(m, failure=said(m.failure, limit)) for p, m in found.items()}
 

@@ -40,8 +40,12 @@ def machine_name(cpu: str, cores: int, threads: int, family: int = 0, model: int
         zen4 = 0x10 <= model < 0x20 or 0x60 <= model < 0x80 or model >= 0xA0
         zen = {23: 1 + (model >= 0x30), 25: 3 + zen4, 26: 5}.get(family)
         text += f" zen{zen}" if zen else ""
-    slug = re.sub(r"[^a-z0-9]+", "-", text).strip("-") or "cpu"
-    return f"{slug}-{cores}c" + (f"-{threads}t" if threads != cores else "")
+    return f"{slug(text) or 'cpu'}-{cores}c" + (f"-{threads}t" if threads != cores else "")
+
+
+def slug(text: str) -> str:
+    """As part of a file's name: "NVIDIA H200" is "nvidia-h200"."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def this_machine(threads: int) -> str:
@@ -60,9 +64,8 @@ def new_run(machine: str, threads: int, rows: Sequence[Row]) -> Run:
     return {"machine": facts, "rows": list(rows)}
 
 
-def new_row(
-    op: str, shape: Shape, form: str, threads: int, found: Mapping[str, Measurement]
-) -> Row:
+def facts_of_row(op: str, shape: Shape, form: str, threads: int) -> Row:
+    """What is to be known of a row beside its parts."""
     case, facts = CASES[op], machine_facts(threads)
     how = case.forms[form]
     row: Row = {"op": op, "shape": str(shape), "form": form, "versions": {}}
@@ -78,6 +81,13 @@ def new_row(
             name: OPS[name].preferred() if forced == "auto" else forced
             for name in case.ops or (op,)
         }
+    return row
+
+
+def new_row(
+    op: str, shape: Shape, form: str, threads: int, found: Mapping[str, Measurement]
+) -> Row:
+    row = facts_of_row(op, shape, form, threads)
     row["parts"] = {part: part_facts(measurement) for part, measurement in found.items()}
     if (step := value(row, "step")) and (forward := value(row, "forward")):
         row["parts"]["backward"] = {"median_s": _round(step - forward)}
@@ -94,8 +104,12 @@ def part_facts(found: Measurement) -> dict[str, Any]:
         "min_s": _round(min(found.seconds)),
         "spread": _round((high - low) / found.median, 2),
         "rounds": len(found.seconds),
-        "peak_mib": None if found.peak_bytes is None else round(found.peak_bytes / MIB, 1),
+        "peak_mib": mib(found.peak_bytes),
     }
+
+
+def mib(count: int | None) -> float | None:
+    return None if count is None else round(count / MIB, 1)
 
 
 def _round(number: float, digits: int = 4) -> float:

@@ -8,9 +8,11 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 from xml.etree import ElementTree
 
 import pytest
@@ -18,6 +20,7 @@ import torch
 from contract import relative_error
 
 from benchmarks import cases, report, results, short, text
+from benchmarks import session as sessions
 from benchmarks.cases import Shape
 from mghf_fast.commands.table5.measure import Measurement
 
@@ -69,11 +72,12 @@ def test_what_is_measured() -> None:
         assert kinds >= {"ours", "eager", "compile"}, op
 
 
-def test_a_row_in_a_process_of_its_own() -> None:
-    found = cases.measure_row(CASES["gram"], TINY, "mghf_fast", 1, [])
+def test_the_memory_of_a_row_is_found_in_a_process_of_its_own() -> None:
+    found = cases.probe_row(CASES["gram"], TINY, "mghf_fast", 1, [])
     assert list(found) == ["forward", "step"]
-    for measured in found.values():
-        assert measured.failure is None and 1 <= len(measured.seconds) <= cases.ROUNDS
+    for probed in found.values():
+        assert probed.failure is None and len(probed.seconds) == 1
+    assert found["step"].peak_bytes and found["step"].peak_bytes > 0
     row = results.new_row("gram", TINY, "mghf_fast", 1, found)
     assert row["shape"] == "1x3x64x64" and row["threads"] == 1 and row["dtype"] == "float32"
     assert row["kind"] == "ours" and set(row["backends"]) == {"gram"}
@@ -83,10 +87,10 @@ def test_a_row_in_a_process_of_its_own() -> None:
 
 def test_failures_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(cases.LIMITS, "eager", 0.1)
-    found = cases.measure_row(CASES["entropy"], TINY, "eager", 1, [])
+    found = cases.probe_row(CASES["entropy"], TINY, "eager", 1, [])
     assert found["forward"].failure == "over 0 s"
     monkeypatch.setattr(cases, "package_version", lambda package: None)
-    found = cases.measure_row(CASES["sinkhorn"], TINY, "POT", 1, [])
+    found = cases.probe_row(CASES["sinkhorn"], TINY, "POT", 1, [])
     assert found["forward"].failure == "POT is not installed"
     assert cases.said("killed, out of memory", 9) == "out of memory"
     assert cases.said("KeyError: 'a bug'", 9) == "KeyError: 'a bug'"
@@ -322,18 +326,172 @@ def test_a_judgement_follows_from_the_figures(ratios: tuple[float, float], verdi
 # ---- a session ----
 
 
+class Benchmark:
+    """As much of pytest-benchmark's fixture as a row needs; it times nothing."""
+
+    def __init__(self) -> None:
+        self.disabled, self.extra_info = False, dict[str, Any]()
+        self.stats = SimpleNamespace(stats=SimpleNamespace(data=[2.0, 1.0, 3.0]))
+        self.rounds: int | None = None
+
+    def __call__(self, step: Callable[[], object]) -> None:
+        step()
+
+    def pedantic(self, step: Callable[[], object], *, rounds: int, setup: Any = None) -> None:
+        self.rounds = rounds
+        for _ in range(rounds):
+            if setup is not None:
+                setup()
+            step()
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> sessions.Recorder:
+    """Its rows are probed without a process: half a second and a mebibyte each."""
+
+    def probe_row(case: cases.Case, *_: Any, **__: Any) -> dict[str, Measurement]:
+        return dict.fromkeys(case.parts, Measurement((0.5,), 1 << 20))
+
+    monkeypatch.setattr(cases, "probe_row", probe_row)
+    return sessions.Recorder(1, "toy-1c", "cpu")
+
+
+ROW = (CASES["gram"], TINY, "eager")
+
+
+def test_what_pytest_benchmark_times_is_the_row(recorder: sessions.Recorder) -> None:
+    benchmark = Benchmark()
+    for part in ("forward", "step"):
+        recorder.time(benchmark, *ROW, part)
+    assert benchmark.rounds is None
+    assert benchmark.extra_info["peak_mib"] == 1.0 and benchmark.extra_info["device"] == "cpu"
+    assert benchmark.extra_info["threads"] == 1 and "torch" in benchmark.extra_info["versions"]
+    (row,) = recorder.run()["rows"]
+    assert row["parts"]["step"] == {
+        "median_s": 2.0, "min_s": 1.0, "spread": 0.5, "rounds": 3, "peak_mib": 1.0
+    }  # fmt: skip
+    assert row["parts"]["backward"] == {"median_s": 0.0}
+
+
+def test_what_is_slow_is_timed_once(
+    recorder: sessions.Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(cases.BUDGETS, "eager", 0.4)
+    benchmark = Benchmark()
+    recorder.time(benchmark, *ROW, "forward")
+    assert benchmark.rounds == 1
+
+
+def test_what_cannot_be_timed_is_skipped_with_its_reason(
+    recorder: sessions.Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails_with(error: Exception) -> None:
+        def prepare(*_: Any) -> Callable[[], object]:
+            raise error
+
+        monkeypatch.setattr(recorder, "prepare", prepare)
+        recorder.time(Benchmark(), *ROW, "step")
+
+    for error in (MemoryError(), RuntimeError("can't allocate memory: 1 byte")):
+        with pytest.raises(pytest.skip.Exception, match="out of memory"):
+            fails_with(error)
+    with pytest.raises(pytest.fail.Exception, match="KeyError: 'a bug'"):
+        fails_with(KeyError("a bug"))
+    with pytest.raises(pytest.skip.Exception, match="over 9 s"):
+        fails_with(TimeoutError("over 9 s"))
+    assert recorder.run()["rows"][0]["parts"] == {"step": {"failure": "over 9 s"}}
+
+    monkeypatch.setattr(sessions, "available_memory", lambda: 1 << 19)
+    with pytest.raises(pytest.skip.Exception, match="out of memory"):
+        recorder.time(Benchmark(), *ROW, "forward")
+
+
+def test_a_disabled_benchmark_runs_and_leaves_no_row(recorder: sessions.Recorder) -> None:
+    benchmark = Benchmark()
+    benchmark.disabled = True
+    recorder.time(benchmark, *ROW, "forward")
+    assert not recorder.rows and not recorder.probed
+
+
+def test_a_time_limit() -> None:
+    with pytest.raises(TimeoutError, match="over 0 s"), sessions.within(0.05):
+        time.sleep(5)
+    with sessions.within(0.05):
+        pass
+    time.sleep(0.1)  # no alarm is left
+
+
+def test_a_row_is_timed_once_more(recorder: sessions.Recorder) -> None:
+    recorder.time(Benchmark(), *ROW, "forward")
+    recorder.again("gram", TINY, "eager")
+    (row,) = recorder.run()["rows"]
+    assert 0 < row["parts"]["forward"]["median_s"] < 1.0
+    assert row["parts"]["forward"]["peak_mib"] == 1.0
+
+
+class Event:
+    """Of a device on which a second passes between any two events."""
+
+    made: ClassVar[list[str]] = []
+
+    def __init__(self) -> None:
+        self.number = len(self.made)
+        self.made.append("made")
+
+    def record(self) -> None:
+        self.made.append("recorded")
+
+    def synchronize(self) -> None:
+        self.made.append("waited for")
+
+    def elapsed_time(self, other: Event) -> float:
+        return 1e3
+
+
+def test_the_timer_of_a_device() -> None:
+    timer = sessions.DeviceTimer(Event)
+    assert [timer() for _ in range(3)] == [0.0, 1.0, 2.0]
+    assert Event.made[:3] == ["made", "recorded", "waited for"]
+
+
+def test_a_row_on_a_gpu(recorder: sessions.Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its memory is PyTorch's own count, and the cache is flushed before each call."""
+
+    class Gpu:
+        flushed = 0
+
+        def peak(self, step: Callable[[], object]) -> int:
+            step()
+            return 2 << 20
+
+        def flush(self) -> None:
+            self.flushed += 1
+
+        def clear(self) -> None: ...
+
+    gpu, benchmark = Gpu(), Benchmark()
+    monkeypatch.setattr(recorder, "gpu", gpu)
+    recorder.time(benchmark, *ROW, "forward")
+    least, most = sessions.ROUNDS_ON_GPU
+    assert benchmark.rounds is not None and least <= benchmark.rounds <= most
+    assert gpu.flushed == benchmark.rounds
+    assert benchmark.extra_info["peak_mib"] == 2.0
+
+
 def session(*options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    one = ["benchmarks/bench_entropy.py", "-k", "1x3x128x128-eager-", "--threads", "1"]
+    one = ["benchmarks", "-k", "bench_entropy and 1x3x128x128-eager-", "--threads", "1"]
     return subprocess.run(
         [*command, *one, *options], cwd=report.ROOT, capture_output=True, text=True
     )
 
 
-def test_a_session_writes_and_compares() -> None:
+def test_a_session_writes_and_compares(tmp_path: Path) -> None:
+    """Both ways: with the results of this project, and with pytest-benchmark's own."""
     trial = report.ROOT / "build" / "bench" / "a-test-1c.json"
     trial.unlink(missing_ok=True)
-    done = session("--machine", "a-test-1c", "--compare")
+    own = [f"--benchmark-storage={tmp_path}", "--benchmark-save=first"]
+    done = session("--machine", "a-test-1c", "--compare", *own)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "WORSE: there is no committed result of a-test-1c" in done.stdout
     run = json.loads(trial.read_text())
@@ -341,6 +499,23 @@ def test_a_session_writes_and_compares() -> None:
     assert run["machine"]["name"] == "a-test-1c" and run["machine"]["threads"] == 1
     (only,) = run["rows"]
     assert only["op"] == "entropy" and only["parts"]["forward"]["median_s"] > 0
+    (saved,) = tmp_path.rglob("*first.json")
+    (timed,) = json.loads(saved.read_text())["benchmarks"]
+    assert timed["extra_info"]["peak_mib"] == only["parts"]["forward"]["peak_mib"]
+    assert timed["stats"]["median"] == pytest.approx(only["parts"]["forward"]["median_s"], rel=1e-3)
+
+    again = ["--benchmark-compare", "--benchmark-compare-fail=min:100000%", "--benchmark-cprofile"]
+    done = session("--machine", "a-test-1c", own[0], *again, "tottime")
+    assert done.returncode == 0 and "0001_first" in done.stdout, done.stdout + done.stderr
+    assert "entropy" in done.stdout and "ncalls" in done.stdout
+    trial.unlink()
+
+
+def test_a_device_that_is_not_there_is_refused() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    done = session("--device", "cuda")
+    assert done.returncode and "--device is cuda, but PyTorch finds no CUDA device" in done.stderr
 
 
 def test_another_library_can_be_named(tmp_path: Path) -> None:
