@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -161,35 +162,42 @@ def test_an_unknown_target_is_refused(root: Path, capsys: pytest.CaptureFixture[
 
 # ---- what the repository's targets depend on ----
 
-FILES_OF = {target: set(gate.depends_on(target)) for target in gate.TARGETS}
-ALL = gate.tree(gate.ROOT)
+
+@functools.cache
+def files_of(target: str) -> set[str]:
+    return set(gate.depends_on(target))
 
 
-def below(folder: str, *suffixes: str) -> set[str]:
-    return {path for path in ALL if path.startswith(folder) and path.endswith(suffixes or "")}
+@functools.cache
+def every_file() -> set[str]:
+    return gate.tree(gate.ROOT)
+
+
+def below(folder: str, suffix: str = "") -> set[str]:
+    return {path for path in every_file() if path.startswith(folder) and path.endswith(suffix)}
 
 
 @pytest.mark.parametrize("target", gate.TARGETS)
 def test_whatever_is_named_is_there(target: str) -> None:
-    assert FILES_OF[target] - ALL == set()
+    assert files_of(target) - every_file() == set()
 
 
 def test_every_source_has_its_target() -> None:
     csrc, cuda, host = below("csrc/"), below("csrc/cuda/"), below("csrc/cuda/host/")
     cpu = below("csrc/cpu/")
-    assert csrc - cuda <= FILES_OF["asan"] & FILES_OF["wheel-check"]
-    assert csrc - cpu - host <= FILES_OF["cuda"]
-    assert csrc - cpu <= FILES_OF["cuda-host"]
-    assert below("tests/cuda_host") <= FILES_OF["cuda-host"]
-    assert below("kernels/", ".py") <= FILES_OF["triton"] & FILES_OF["triton-resources"]
-    assert below("mghf_fast/", ".py") <= FILES_OF["wheel-check"]
+    assert csrc - cuda <= files_of("asan") & files_of("wheel-check")
+    assert csrc - cpu - host <= files_of("cuda")
+    assert csrc - cpu <= files_of("cuda-host")
+    assert below("tests/cuda_host") <= files_of("cuda-host")
+    assert below("kernels/", ".py") <= files_of("triton") & files_of("triton-resources")
+    assert below("mghf_fast/", ".py") <= files_of("wheel-check")
     library = below("mghf_fast/") - below("mghf_fast/commands/") - below("mghf_fast/integrations/")
     for target in ("asan", "cuda-host", "triton", "triton-resources", "wheel-check"):
-        assert library <= FILES_OF[target], target
+        assert library <= files_of(target), target
 
 
 def test_every_test_of_the_cuda_kernels_has_its_target() -> None:
-    assert below("tests/test_cuda_") <= FILES_OF["cuda-host"] & FILES_OF["cuda-host-address"]
+    assert below("tests/test_cuda_") <= files_of("cuda-host") & files_of("cuda-host-address")
 
 
 IMPORTED = """
@@ -206,7 +214,7 @@ for module in list(sys.modules.values()):
 def test_what_its_tests_and_tools_import_is_among_it(target: str) -> None:
     """As a fresh Python finds it."""
     scripts = re.compile(r"tests/(test_\w+|conftest)\.py|tools/[a-z]\w+\.py")
-    named = [path for path in sorted(FILES_OF[target]) if scripts.fullmatch(path)]
+    named = [path for path in sorted(files_of(target)) if scripts.fullmatch(path)]
     names = [path[:-3].removeprefix("tests/").replace("/", ".") for path in named]
     path = [str(gate.ROOT), str(gate.ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     run = subprocess.run(
@@ -214,8 +222,8 @@ def test_what_its_tests_and_tools_import_is_among_it(target: str) -> None:
         env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))},
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    loaded = set(run.stdout.split()) & ALL - below("kernels/")
-    assert loaded > {"mghf_fast/__init__.py"} and loaded - FILES_OF[target] == set()
+    loaded = set(run.stdout.split()) & every_file() - below("kernels/")
+    assert loaded > {"mghf_fast/__init__.py"} and loaded - files_of(target) == set()
 
 
 def test_it_needs_no_torch() -> None:
