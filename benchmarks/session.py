@@ -147,8 +147,9 @@ class Recorder:
         """The peak of memory above the inputs, in bytes, once the part has been timed."""
         step = self.prepare(case, shape, form, part)
         if self.gpu is None:
-            if probed.median > cases.BUDGETS[case.forms[form].kind]:
-                benchmark.pedantic(step, rounds=1)
+            rounds = math.ceil(cases.BUDGETS[case.forms[form].kind] / probed.median)
+            if rounds < cases.FEW:
+                benchmark.pedantic(step, rounds=rounds)
             else:
                 benchmark(step)
             return probed.peak_bytes

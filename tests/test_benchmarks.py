@@ -347,10 +347,10 @@ class Benchmark:
 
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> sessions.Recorder:
-    """Its rows are probed without a process: half a second and a mebibyte each."""
+    """Its rows are probed without a process: a tenth of a second and a mebibyte each."""
 
     def probe_row(case: cases.Case, *_: Any, **__: Any) -> dict[str, Measurement]:
-        return dict.fromkeys(case.parts, Measurement((0.5,), 1 << 20))
+        return dict.fromkeys(case.parts, Measurement((0.1,), 1 << 20))
 
     monkeypatch.setattr(cases, "probe_row", probe_row)
     return sessions.Recorder(1, "toy-1c", "cpu")
@@ -373,13 +373,14 @@ def test_what_pytest_benchmark_times_is_the_row(recorder: sessions.Recorder) -> 
     assert row["parts"]["backward"] == {"median_s": 0.0}
 
 
-def test_what_is_slow_is_timed_once(
-    recorder: sessions.Recorder, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("budget", "rounds"), [(0.6, None), (0.25, 3), (0.01, 1)])
+def test_what_is_slow_is_timed_as_often_as_its_budget_allows(
+    recorder: sessions.Recorder, monkeypatch: pytest.MonkeyPatch, budget: float, rounds: int | None
 ) -> None:
-    monkeypatch.setitem(cases.BUDGETS, "eager", 0.4)
+    monkeypatch.setitem(cases.BUDGETS, "eager", budget)
     benchmark = Benchmark()
     recorder.time(benchmark, *ROW, "forward")
-    assert benchmark.rounds == 1
+    assert benchmark.rounds == rounds
 
 
 def test_what_cannot_be_timed_is_skipped_with_its_reason(
