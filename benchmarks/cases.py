@@ -29,9 +29,9 @@ from mghf_fast.commands.table5.workloads import CHANNELS, PATCH_SIZE, STRIDE
 
 LIMITS = {"ours": 300.0, "eager": 100.0, "compile": 360.0, "peer": 100.0}  # seconds for a row
 FEW = 5  # rounds
-# Seconds after which no call of a part is started, if fewer than FEW calls fill them; what is faster
-# is timed as pytest-benchmark is told. A single call pays for fresh memory too; so ours and the peers,
-# with which it is compared, get more.
+# Seconds after which no call of a part is started, if fewer than FEW calls fill them; what is
+# faster is timed as pytest-benchmark is told. A single call pays for fresh memory too; so ours and
+# the peers, with which it is compared, get more.
 BUDGETS = {"ours": 2.0, "eager": 1.0, "compile": 1.0, "peer": 3.0}
 
 
