@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -15,7 +17,7 @@ import torch
 
 from mghf_fast import available_backends, backends, functional, native, use_backend
 from mghf_fast.backends import BACKENDS, current_backend, unavailable_reasons
-from mghf_fast.ops import OPS, Op, _dispatch
+from mghf_fast.ops import OPS, Op, _dispatch, coupling
 
 IDENTITY = SimpleNamespace(
     forward=lambda x: x, backward=lambda grad: grad, can_run=lambda *tensors, **options: None
@@ -207,3 +209,54 @@ def test_why_there_are_no_cuda_kernels(
     monkeypatch.setattr(native, "build_facts", lambda library: {"cuda": {"version": "13.0.88"}})
     monkeypatch.setenv("MGHF_CUDA_LIBRARY", "nowhere.so")
     assert reason in str(native.cuda_unavailable_reason.__wrapped__())
+
+
+# ---- the dialect ----
+
+
+def arguments_of(operator: str) -> list[str]:
+    """Of an operator, without the backend's name."""
+    names = [a.name for a in getattr(torch.ops.mghf_fast, operator).default._schema.arguments]
+    assert names.pop() == "backend"
+    return names
+
+
+DIALECT = [(op.name, op, ("forward", "backward")) for op in OPS.values()]
+DIALECT.append(("coupling_inverse", coupling.INVERSE, ("forward",)))
+
+
+@pytest.mark.parametrize("which", BACKENDS)
+@pytest.mark.parametrize(("name", "op", "functions"), DIALECT, ids=[name for name, *_ in DIALECT])
+def test_every_backend_takes_the_operators_arguments(
+    name: str, op: Op, functions: tuple[str, ...], which: str
+) -> None:
+    if which not in op._modules:
+        pytest.skip(f"{name} has no kernel for {which}")
+    if which == "triton":
+        pytest.importorskip("triton")
+    implementation = op.implementation(which)
+    operators = {"forward": name, "backward": f"{name}_backward"}
+    if name == "patches":
+        operators["add_backward"] = "patches_backward_add_"
+        functions = (*functions, "add_backward")
+    if name == "entropy":
+        functions = ("forward",)
+        with pytest.raises(NotImplementedError, match="no such gradient"):
+            implementation.backward()
+    for function in functions:
+        taken = list(inspect.signature(getattr(implementation, function)).parameters)
+        assert taken == arguments_of(operators[function]), function
+    first = next(iter(inspect.signature(implementation.can_run).parameters.values()))
+    assert first.kind == inspect.Parameter.VAR_POSITIONAL
+
+
+def test_nothing_imports_the_triton_kernels_before_they_are_wanted() -> None:
+    """Nor `import mghf_fast` Triton itself, which PyTorch imports at an operator's first call."""
+    code = (
+        "import sys, torch, mghf_fast; early = [m for m in sys.modules if m.startswith('triton')];"
+        "mghf_fast.functional.gram_matrix(torch.rand(1, 2, 4, 4));"
+        "sys.exit(bool(early) or any(m.startswith('mghf_fast.kernels') for m in sys.modules))"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert ran.returncode == 0, ran.stderr.decode()
