@@ -5,9 +5,3 @@ A file named after an op speaks the dialect of all backends (see `mghf_fast/ops/
 Nothing here is imported before a kernel is wanted, so Triton stays optional. Under
 TRITON_INTERPRET=1 the same functions run on CPU tensors.
 """
-
-if __name__ != "mghf_fast.kernels":
-    raise ImportError(
-        f"the folder kernels/ was imported as {__name__!r}; it is mghf_fast.kernels, once the tree "
-        "is installed in place with `pip install -e .`"
-    )

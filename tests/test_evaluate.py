@@ -460,7 +460,7 @@ def test_the_help_lists_every_measure() -> None:
 
 def test_help_waits_for_no_pictures() -> None:
     code = (
-        "import sys; from mghf_fast import cli\n"
+        "import sys; from mghf_fast.commands import cli\n"
         "try: cli.main(['evaluate', '--help'])\n"
         "except SystemExit: print(sorted({'skimage', 'PIL', 'scipy'} & set(sys.modules)))"
     )
