@@ -186,7 +186,7 @@ def test_the_linear_start_is_pytorchs_own(blocks: int) -> None:
     state = found.state_dict()
     assert len(state) == len(expected)
     for (name, weight), want in zip(state.items(), expected, strict=True):
-        torch.testing.assert_close(weight, want, rtol=0, atol=1e-6 if "mix.weight" in name else 0)
+        torch.testing.assert_close(weight, want, rtol=0, atol=5e-6 if "mix.weight" in name else 0)
     assert all(not block.clamp for block in found.blocks)
 
 
