@@ -1,5 +1,5 @@
-"""README's small tables: the whole losses beside the VGG-16 loss on a device, and a sentence on it
-that follows from the figures by rule."""
+"""README's small tables: the whole losses beside the VGG-16 loss on a device, below a sentence of
+judgement that follows from the figures by rule."""
 
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ def own(run: Run, op: str) -> Row | None:
 
 
 def judgement(device: str, ratios: Sequence[tuple[str, float]]) -> str:
-    """``On DEVICE MGHF-n takes 0.2 times ... the VGG-16 loss's time: cheaper than ...``"""
+    """``On DEVICE MGHF-n takes 0.2 and MGHF-c 0.4 times as long as the VGG-16 loss: ...``"""
     if not ratios:
         return f"On {device} the losses were not measured beside the VGG-16 loss."
-    told = " and ".join(f"{name} takes {ratio:.2g} times" for name, ratio in ratios)
+    (first, ratio), *others = ratios
+    times = " and ".join([f"{first} takes {ratio:.2g}", *(f"{n} {r:.2g}" for n, r in others)])
     if all(ratio * SAME < 1 for _, ratio in ratios):
         verdict = "both are cheaper than what they replace"
     elif all(ratio > SAME for _, ratio in ratios):
@@ -44,11 +45,11 @@ def judgement(device: str, ratios: Sequence[tuple[str, float]]) -> str:
         verdict = f"only {cheaper[0]} saves time" if cheaper else "neither saves much time"
     if len(ratios) == 1:
         verdict = "cheaper than what it replaces" if ratios[0][1] * SAME < 1 else "it saves no time"
-    return f"On {device} {told} as long as the VGG-16 loss: {verdict}."
+    return f"On {device}, {times} times as long as the VGG-16 loss: {verdict}."
 
 
 def short(run: Run) -> str:
-    """A device's table and sentence."""
+    """A device's sentence and table."""
     machine, beside = run["machine"], vgg16(run)
     rows: list[list[str]] = []
     ratios: list[tuple[str, float]] = []
@@ -60,15 +61,15 @@ def short(run: Run) -> str:
         if ratio is not None:
             ratios.append((title, ratio))
         text = cell(row, STEP) + gpu_tables.by(row) if "ceilings" in run else cell(row, STEP)
-        rows.append([f"{title} step", text, "" if ratio is None else f"{ratio:.2g}"])
-    rows.append(["VGG-16 step, for comparison", cell(beside, STEP), ""])
+        rows.append([title, text, "" if ratio is None else f"{ratio:.2g} x"])
+    rows.append(["VGG-16 loss", cell(beside, STEP), ""])
     device = (
         f"an {machine['gpu']}"
         if "ceilings" in run
         else f"this CPU ({machine['cpu']}, {machine['isa']}, {machine['threads']} threads)"
     )
-    head = ["512 x 512, forward and backward", "mghf_fast", "times VGG-16's"]
-    return f"{table(head, rows)}\n{judgement(device, ratios)}\n"
+    head = ["512 x 512, forward and backward", "time, peak memory", "relative to VGG-16"]
+    return f"{judgement(device, ratios)}\n\n{table(head, rows)}"
 
 
 def on_gpus() -> str:

@@ -315,7 +315,7 @@ def test_a_page_says_what_the_committed_results_say(page: str) -> None:
 )
 def test_a_judgement_follows_from_the_figures(ratios: tuple[float, float], verdict: str) -> None:
     text = short.judgement("a card", list(zip(("MGHF-n", "MGHF-c"), ratios, strict=True)))
-    assert (text.startswith("On a card MGHF-n takes") and text.endswith(f"{verdict}.")) or (
+    assert (text.startswith("On a card, MGHF-n takes") and text.endswith(f"{verdict}.")) or (
         verdict in text
     )
     assert "was not" in short.judgement("a card", []) or "were not" in short.judgement("a card", [])
