@@ -75,7 +75,7 @@ lint: $(STAMPS)/dev  ## ruff and mypy
 # The reference is plain PyTorch and left out. AMX is emulated, and of its tests only those of
 # bfloat16 run. What the machine lacks is left out. The tests that start a process for each instruction
 # set are told that they run in one already. Python's own leaks are none of ours.
-OPS := $(shell cat csrc/ops/ops.txt)
+OPS := $(sort $(patsubst csrc/ops/%.cpp,%,$(wildcard csrc/ops/*.cpp)))
 ASAN_ENVIRONMENT = MGHF_NATIVE_LIBRARY=$(abspath build/asan/libmghf_fast_cpu.so) \
     MGHF_TEST_CAPABILITY_CHILD=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 asan: $(STAMPS)/dev  ## the ops' tests on kernels built with the address and undefined-behaviour sanitizers
@@ -100,7 +100,9 @@ asan: $(STAMPS)/dev  ## the ops' tests on kernels built with the address and und
 # The interpreter is slow, so tests take smaller sizes there (see tests/interpreter.py), and files run
 # side by side, the longest first. A file without a selected test ends with 5.
 TRITON_TESTS ?= triton
-TRITON_FILES := coupling monce content_style sinkhorn patches losses dec entropy gram
+LONGEST := coupling monce content_style sinkhorn patches losses dec entropy
+TRITON_FILES := $(LONGEST) $(filter-out $(LONGEST),$(filter $(patsubst kernels/%.py,%,$(sort $(wildcard kernels/*.py))),\
+    $(patsubst tests/test_%.py,%,$(wildcard tests/test_*.py))))
 triton: $(STAMPS)/dev  ## the Triton kernels in Triton's interpreter, which needs no GPU: TRITON_TESTS="triton and gram"
 	@printf '%s\n' $(TRITON_FILES:%=tests/test_%.py) | TRITON_INTERPRET=1 MGHF_TEST_CAPABILITY_CHILD=1 OMP_NUM_THREADS=1 xargs -P 2 -I {} sh -c \
 	    'out=$$($(BIN)/python -m pytest -q -p no:cacheprovider {} -k "$(TRITON_TESTS)" $(ARGS) 2>&1); code=$$?; \

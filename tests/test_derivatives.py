@@ -42,17 +42,17 @@ def unit(x: Tensor) -> Tensor:
 
 
 def functions(dtype: torch.dtype = torch.float64) -> dict[str, Function]:
-    """By the public name, as a function of a (4, 4, 16, 16) tensor, differentiable in it."""
+    """By the public name, as a function of a (4, 4, 16, 16) tensor, differentiable in it. Public
+    functions that are not named here are called with the tensor alone."""
     torch.manual_seed(1)
     block, gt = smooth_block(dtype), draws.rand(4, 4, 16, 16, dtype=dtype)
     projection = PatchProjection(8, 8, hidden=6, dimension=5).to(dtype)
     weights = block.weights()
     layers = (projection.hidden, projection.output)
     parameters = tuple(t for layer in layers for t in (layer.weight, layer.bias))
-    return {
+    return {name: getattr(F, name) for name in NAMES} | {
         "invertible_block": lambda x: F.invertible_block(x, weights),
         "invertible_block_inverse": lambda x: F.invertible_block_inverse(x, weights),
-        "gram_matrix": F.gram_matrix,
         # The entropy weights, constants by contract, are 1 and keep every map.
         "content_style_terms": lambda x: torch.cat(
             F.content_style_terms(gt=gt, sr=x, top_m=4, alpha=0.0)

@@ -77,6 +77,11 @@ class Op:
         module, which is imported at its first use."""
         self._modules[backend] = module
 
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """Those that have an implementation of the op, whether or not they run on this machine."""
+        return tuple(backend for backend in BACKENDS if backend in self._modules)
+
     def implementation(self, backend: str) -> Implementation:
         if (known := self._implementations.get(backend)) is not None:
             return known
@@ -97,7 +102,7 @@ class Op:
         if (reason := unavailable_reasons().get(backend)) is not None:
             return reason
         if backend not in self._modules:
-            having = ", ".join(repr(b) for b in BACKENDS if b in self._modules)
+            having = ", ".join(map(repr, self.backends))
             return f"it has no kernel for this op yet (which has: {having})"
         return self.implementation(backend).can_run(*tensors, **options)
 
