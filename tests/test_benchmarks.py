@@ -254,7 +254,7 @@ def test_blocks(whole_run: results.Run) -> None:
     text, files = report.generate(f"before\n{MARKERS}after\n")
     assert text.startswith("before\n") and text.endswith("after\n") and "old\n" not in text
     assert text == report.generate(text)[0]
-    assert "| MGHF-c step | 26 ms, 25 MiB | 0.1 |" in text
+    assert "| MGHF-c | 26 ms, 25 MiB | 0.1 x |" in text
     assert "| **whole MGHF-c step** | 262 ms, 25 MiB | 262 ms, 25 MiB | **26 ms, 25 MiB** |" in text
     assert "10x, 10x" in text and "POT 262 ms, 25 MiB (10x)" in text
     line = next(x for x in text.splitlines() if "MGHF-c step**, mghf_fast" in x)
