@@ -24,10 +24,10 @@ TOY, OP = ROOT / "tests" / "toy_op", "channel_mean"
 EDITED = {
     "mghf_fast/ops/__init__.py": (
         ("from . import ", f"from . import {OP}, "),
-        ("for module in (", f"for module in ({OP}, "),
+        ("(coupling, entropy, ", f"({OP}, coupling, entropy, "),
     ),
     "mghf_fast/functional.py": (
-        ("__all__ = [\n", f'__all__ = [\n    "{OP}",\n'),
+        ('    "channel_entropy",\n', f'    "channel_entropy",\n    "{OP}",\n'),
         (
             "def gram_matrix(",
             '''def channel_mean(x: Tensor, *, backend: str | None = None) -> Tensor:
