@@ -11,11 +11,11 @@ D = S - G, and the weights meet only C-vectors and M x M matrices. Three sweeps 
 3. Gram's difference over the kept maps: S S^T - G G^T is the symmetric part of (S - G) (S + G)^T,
    which is one product instead of two and does not cancel either.
 
-The gradient is one more, which also writes: with K the kept columns of Gram's gradient,
+The gradient is one more sweep, which also writes. With K the kept columns of Gram's gradient,
 
     grad = a D + centred (S - mean S) + other (X - mean X) + K S_kept,      X = D or G
 
-X being D for maps that are much alike: with the other of the two the terms would nearly cancel.
+where X is D for maps that are almost equal: with G the terms would nearly cancel.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def backward(
     difference: Tensor,
     gram: str,
 ) -> Tensor:
-    """The gradient of ``sr``, of its shape, type and layout, for the (B,) gradients of the four
+    """The gradient of ``sr``, with its shape, dtype and layout, from the (B,) gradients of the four
     terms."""
     grad_sr = empty_like_laid_out(sr)
     grads = (grad_naive, grad_mse, grad_correlation, grad_gram)

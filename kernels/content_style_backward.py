@@ -1,4 +1,4 @@
-"""The gradient of `content_style`, one sweep, and its launches; the formulas stand in
+"""The gradient of `content_style`, one sweep, and its launches; the formulas are in
 content_style.py."""
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ COEFFICIENTS = tl.constexpr(7)
 #
 #     K_ij = (4 grad / (M^2 n)) w_i w_j D_ij,
 #
-# put in the place of its channel. One program a map; nothing to be counted.
+# stored in its channel's row. One program per map; its time is negligible.
 @triton.jit
 def _coefficients_kernel(
     grad_mse,
@@ -121,7 +121,7 @@ def _gradient_kernel(
     BLOCK_J: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    # The blocks of channels of one tile come one after the other: they read the same kept maps.
+    # The blocks of channels of a tile are consecutive programs: they read the same kept maps.
     program = tl.program_id(0)
     blocks = tl.cdiv(channels, BLOCK_C)
     c = program % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -161,7 +161,7 @@ def _gradient_kernel(
         other = tl.where(alike != 0, d, g)
         value = product + of_difference * d
         value += of_centred * (s - mean) + of_other * (other - mean_of_other)
-        # Selected and not multiplied: in a map that is not kept nothing spreads from another's NaN.
+        # Selected, not multiplied: a NaN of a kept map must not reach maps that are not kept.
         result += tl.where(is_kept != 0, value, 0.0)
     offsets = pixel_offsets(p, width, grad_row, grad_column, GRAD_FLAT)[:, None]
     target = grad + b * grad_batch + c.to(tl.int64)[None, :] * grad_channel + offsets
@@ -192,8 +192,8 @@ def gradient(
     difference: Tensor,
     grad_sr: Tensor,
 ) -> None:
-    """Writes the gradient of ``sr`` for the (B,) gradients of the four terms into ``grad_sr``, of
-    the shape and type of ``sr``."""
+    """Writes the gradient of ``sr``, from the (B,) gradients of the four terms, into ``grad_sr``,
+    which has the shape and dtype of ``sr``."""
     batch, channels, height, width = sr.shape
     pixels, maps = height * width, kept.shape[1]
     of_gt, of_sr, of_grad = layout_of(gt), layout_of(sr), layout_of(grad_sr)

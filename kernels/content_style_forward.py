@@ -1,4 +1,4 @@
-"""The sweeps of the forward of `content_style`, and their launches; the formulas stand in
+"""The sweeps of the forward of `content_style`, and their launches; the formulas are in
 content_style.py."""
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PRODUCT_PROGRAMS = 256
 
 VARIANCE_FLOOR = tl.constexpr(1e-8)
 
-# Rows of a run's partial results, all float32: sums of what deviates from the pivots, ...
+# Rows of a run's partial results, all float32: sums of deviations from the pivots, ...
 SUM_S = tl.constexpr(0)
 SUM_G = tl.constexpr(1)
 SUM_D = tl.constexpr(2)
@@ -51,7 +51,7 @@ def _store_sum(target, tile, inside):
     tl.store(target, tl.sum(tile, axis=1), mask=inside)
 
 
-# Sums over a run of what deviates from the run's pivots s, g, d (a tile's means), and ranges:
+# Sums over a run of deviations from its pivots s, g, d (means of its first tile), and ranges:
 #
 #     sum S - s, G - g, D - d, (S - s)^2, (G - g)^2, (D - d)^2, (S - s)(G - g), (S - s)(D - d)
 #
@@ -153,7 +153,7 @@ def _moments_kernel(
     _store_sum(target + SUM_DD * channels, sum_dd, ok)
     _store_sum(target + SUM_SG * channels, sum_sg, ok)
     _store_sum(target + SUM_SD * channels, sum_sd, ok)
-    # A sum over the one column that they have turns a column into a vector.
+    # Pivots are single columns; summing over that column makes them vectors.
     _store_sum(target + PIVOT_S * channels, pivot_s, ok)
     _store_sum(target + PIVOT_G * channels, pivot_g, ok)
     _store_sum(target + PIVOT_D * channels, pivot_d, ok)
@@ -168,10 +168,10 @@ def _load_double(source, inside):
     return tl.load(source, mask=inside, other=0).to(tl.float64)
 
 
-# Statistics of each map from those of its runs, in float64, about the first run's pivots. Ranges
-# are NaN for a map with a NaN or an infinity, which its mean shows.
+# Statistics of each map from those of its runs, in float64, about the first run's pivots. A map
+# with a NaN or an infinity, seen from its mean, gets NaN for its range.
 #
-# Floor: reads at most 2 MB that were just written, under 1 us; float64 arithmetic on some 10^5
+# Floor: reads at most 2 MB that were just written, under 1 us; float64 arithmetic on about 10^5
 # numbers.
 @triton.jit
 def _merge_kernel(
@@ -256,7 +256,7 @@ def _merge_kernel(
     root *= tl.sqrt(tl.where(gg <= VARIANCE_FLOOR, VARIANCE_FLOOR, gg))
     scale = 1.0 / root
     slope = tl.where(ss <= VARIANCE_FLOOR, 0.0, sg / ss / root)
-    # Of a pair that is alike: from the moments of D, as the others would cancel.
+    # Almost equal maps: from the moments of D, because those of S and G would cancel.
     alike = (ss > VARIANCE_FLOOR) & (gg > VARIANCE_FLOOR) & (dd < root)
     apart = (2 * sd - dd) / (tl.sqrt(ss) + tl.sqrt(gg))
     distance = tl.where(alike, (dd - apart * apart) / (2 * root), 1 - sg / root)
@@ -327,7 +327,7 @@ def _squares_kernel(
     tl.store(partial + tl.program_id(0), tl.sum(tl.sum(squares, axis=1), axis=0))
 
 
-# Of two blocks of kept maps, over a run of pixels:
+# Products of two blocks of kept maps over a run of pixels:
 #
 #     partial_ij = sum_p (S - G)_ip (S + G)_jp,       S S^T - G G^T = partial + partial^T, halved
 #
@@ -397,12 +397,12 @@ def _product_kernel(
 
 
 def _sweep_options(by_maps: bool, channels: int, values: int) -> dict[str, Any]:
-    """Of the kernels that hold a tile of ``values`` values of all channels and pixels."""
+    """Block sizes of the kernels whose tile has ``values`` values, channels times pixels."""
     block = 1 if by_maps else power_of_two(channels, 1, 32)
     return {"BLOCK_C": block, "BLOCK_P": values // block}
 
 
-MOMENT_VALUES = 512  # of which each takes a dozen accumulators
+MOMENT_VALUES = 512  # each needs a dozen accumulators
 SQUARE_VALUES = 1024
 MERGE_BLOCKS = {"BLOCK_R": 32, "BLOCK_C": 8}
 
@@ -440,8 +440,8 @@ def naive_of(gt: Tensor, sr: Tensor) -> Tensor:
 
 
 def statistics_of(gt: Tensor, sr: Tensor) -> tuple[Tensor, Tensor]:
-    """Statistics of all maps, (B, 8, C) float64, and ranges, (2, 2, B, C): lows and highs, of gt
-    and of sr."""
+    """Statistics of all maps, (B, 8, C) float64, and their ranges, (2, 2, B, C): the lows of gt and
+    sr, then the highs."""
     batch, channels, height, width = sr.shape
     of_gt, of_sr, pixels = layout_of(gt), layout_of(sr), height * width
     options = _sweep_options(of_sr.by_maps, channels, MOMENT_VALUES)
@@ -485,7 +485,7 @@ def statistics_of(gt: Tensor, sr: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def products_of(gt: Tensor, sr: Tensor, kept: Tensor) -> Tensor:
-    """Of the kept maps over each run of pixels, (B, runs, M, M)."""
+    """Products of the kept maps over each run of pixels, (B, runs, M, M)."""
     batch, _, height, width = sr.shape
     of_gt, of_sr, pixels, maps = layout_of(gt), layout_of(sr), height * width, kept.shape[1]
     options = _product_options(maps)

@@ -1,11 +1,11 @@
-"""What the rows of a map's statistics are, float64, which the forward of `content_style` leaves."""
+"""Row numbers of the float64 statistics of a map, which the forward of `content_style` computes."""
 
 from __future__ import annotations
 
 import triton.language as tl
 
-# MOMENTS rows go from the forward to the backward, whose gradient of the correlation is, per pixel
-# and times -n, scale (G - mean G) - slope (S - mean S) = excess (S - mean S) - scale (D - mean D).
+# The backward gets the first MOMENTS rows. Its gradient of the correlation is, per pixel and times
+# -n, scale (G - mean G) - slope (S - mean S) = excess (S - mean S) - scale (D - mean D).
 MOMENTS = tl.constexpr(6)
 SCALE = tl.constexpr(3)
 SLOPE = tl.constexpr(4)

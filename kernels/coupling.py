@@ -10,7 +10,7 @@ With A the activation, D* the depthwise 3x3 with reflection, and, at every pixel
 
 the forward is three kernels: M and Ep; the rest of phi with Er and Ee; the rest of rho and eta with
 the coupling. Between them only z, h and (hr, he) are in memory, [pixel][channel] whatever the
-image's strides are, and only of a band of rows or a few images at a time (WORKSPACE_BYTES). A
+image's strides are, and only for a band of rows or a few images at a time (WORKSPACE_BYTES). A
 hidden layer is read by tiles of pixels whose 3x3 halo comes from the caches.
 
 The gradient computes the first two kernels again and then goes back in three of its own, T marking
@@ -27,10 +27,11 @@ The slope is taken from the activation's value. D^T gathers: a pixel sums over t
 window holds it. Gradients of the weights are products of these with the layers' inputs, summed over
 the pixels in a fixed number of parts, and then over the parts.
 
-Floors of kernels are for B = 1, C = 128 (c = 64), 512 x 512, float32, a 1x1 mix: MB at 4.3 TB/s,
-and multiply-adds of the products, three times in TF32 (400 TFLOP/s), those of the gradient three
-times in bfloat16 (790 TFLOP/s); the depthwise layers are float32 multiply-adds (60 TFLOP/s). With
-bfloat16 images (half the bytes) the products take a sixth and the bytes half of the time.
+Floors of kernels are computed, not measured, for B = 1, C = 128 (c = 64), 512 x 512, float32, a 1x1
+mix: MB at 4.3 TB/s, and multiply-adds of the products, three times in TF32 (400 TFLOP/s), those of
+the gradient three times in bfloat16 (790 TFLOP/s); the depthwise layers are float32 multiply-adds
+(60 TFLOP/s). With bfloat16 images (half the bytes) the products take a sixth and the bytes half of
+the time.
 """
 
 from __future__ import annotations
@@ -68,20 +69,19 @@ from mghf_fast.ops.limits import block_channels, only_bottleneck
 from mghf_fast.ops.vocabulary import inverted_mix
 
 WORKSPACE_BYTES = 192 << 20
-"""What the hidden layers may take of memory at a time: a twelfth of what the gradient of the
-reference keeps for one image of 512 x 512. Pixels of a band times channels also stay within 32 bits
-of pixel indices."""
+"""Most memory of the hidden layers at a time: a twelfth of what the reference's gradient keeps for
+one image of 512 x 512. It also keeps pixels times channels of a band within 32-bit indices."""
 
 MOST_CHANNELS = 512
 TILE_COLUMNS = 16  # 16 neighbours of a row of NCHW are whole sectors of memory
-MULTIPLE_OF_HIDDEN = 32  # to which the channels of hidden layers are padded
-BLOCK_EXACT, BLOCK_HALF = 16, 32  # channels at a time: float32, and of half precision
+MULTIPLE_OF_HIDDEN = 32  # hidden layers are padded to a multiple of this many channels
+BLOCK_EXACT, BLOCK_HALF = 16, 32  # channels at a time, in float32 and in half precision
 BLOCK_WEIGHTS = 64
 NUM_WARPS = 8
 NUM_STAGES = 1  # more would copy the weights, and all taps of a layer, into shared memory ahead
-# Precision of the products of float32 layers. Bfloat16's costs the gradient 4.5e-6, where 1e-4 is
-# allowed, and takes half of the time and two thirds of the registers; in the value, and in what the
-# gradient computes again of it, it would move activations across their kinks.
+# Precision of the products of float32 layers. In the gradient bf16x3 errs by 4.5e-6, where 1e-4 is
+# allowed, and takes half of the time and two thirds of the registers; in the forward, and where the
+# gradient recomputes it, it would move activations across their kinks.
 PRECISION, GRADIENT_PRECISION = "tf32x3", launch.GRADIENT_PRECISION.value
 GRADIENT_KERNELS = (grad_hidden2_kernel, grad_z2_kernel, grad_mixed_kernel)
 MOST_PARTS = 64  # of a sum over pixels
@@ -97,7 +97,7 @@ class Shape:
     kernel: int  # of the mix
     activation: str
     clamp: float  # 0 for none
-    layers: torch.dtype  # of what lies in memory between the kernels, and of the products' factors
+    layers: torch.dtype  # of the layers in memory between the kernels, and of the products' factors
 
     @property
     def block_half(self) -> int:
@@ -113,12 +113,12 @@ class Shape:
 
     @property
     def terms(self) -> int:
-        """Products that make a channel of the mix."""
+        """Products that are summed for a channel of the mix."""
         return self.inputs * self.kernel**2
 
     @property
     def tile_rows(self) -> int:
-        # So that two halves of the channels of a tile fit the registers of eight warps.
+        # Both halves of a tile's channels must fit the registers of eight warps.
         return min(4, max(1, 256 // self.block_half))
 
     def constants(self, kernel: Any, **flags: bool) -> dict[str, Any]:
@@ -155,7 +155,7 @@ def _operand(layers: torch.dtype) -> Any:
 
 @dataclass(frozen=True)
 class Band:
-    """Some images whole, or a band of rows of one: what is in memory at a time."""
+    """Whole images, or a band of rows of one: what is in memory at a time."""
 
     first_image: int
     images: int
@@ -167,12 +167,12 @@ class Band:
 
     @property
     def pixels(self) -> int:
-        """Of one column."""
+        """Pixels of one column."""
         return self.images * self.rows
 
 
 def bands(shape: torch.Size, halo: int, bytes_per_pixel: int) -> Iterator[Band]:
-    """The bands of (B, any, H, W) images that keep within WORKSPACE_BYTES."""
+    """Bands of (B, any, H, W) images whose layers fit into WORKSPACE_BYTES."""
     batch, _, height, width = shape
     images = WORKSPACE_BYTES // (bytes_per_pixel * height * width)
     if images > 0:
@@ -208,7 +208,7 @@ class Run:
         self.tensors = {name: w.contiguous() for name, w in weights.items()}
         for name, channels in layers.items():
             self.tensors[name] = image.new_empty((pixels, channels), dtype=shape.layers)
-        # Images that a variant of a kernel leaves alone have strides of zero.
+        # Images that a variant of a kernel does not use have strides of zero.
         self.strides = {f"{name}_{axis}": 0 for name in ("x", "y", "grad") for axis in _AXES}
 
     def add_image(self, name: str, image: Tensor, strides: str) -> None:
@@ -217,8 +217,8 @@ class Run:
             self.strides[f"{strides}_{axis}"] = stride
 
     def most_registers(self, kernel: Any) -> int | None:
-        """Of a thread. With 128 two programs share a multiprocessor. Left to itself ptxas spills a
-        few words to get by with a round number."""
+        """The limit of registers per thread. With 128 two programs share a multiprocessor. Without
+        a limit ptxas spills a few words to reach a round number."""
         if not self.shape.exact:
             return 128 if kernel in (phi_expand_kernel, grad_z2_kernel) else None
         if kernel in (grad_z2_kernel, grad_mixed_kernel) and self.architecture >= 90:
@@ -238,8 +238,7 @@ class Run:
             "height": height,
             "width": width,
         }
-        # A layer that this variant of the kernel leaves alone has no memory; some pointer stands
-        # for it.
+        # A layer that this variant of the kernel does not use has no memory; any pointer will do.
         anything = self.tensors["z"]
         constants = self.shape.constants(kernel, **flags)
         arguments = {
@@ -256,7 +255,7 @@ class Run:
 
 
 def _named_weights() -> list[str]:
-    """In their order."""
+    """Names of the block's weights, in the order of the op's arguments."""
     subnets = [f"{subnet}_{layer}" for subnet in ("phi", "rho", "eta") for layer in _LAYERS]
     return ["mix", "bias", *subnets]
 
@@ -279,9 +278,9 @@ def _shape(
 def forward(
     x: Tensor, weights: list[Tensor], activation: str, subnet: str, clamp: float | None
 ) -> Tensor:
-    """The block's value, (B, C, H, W), at x (B, inputs, H, W) of any strides, laid out as x. Beside
-    the two it needs 8 C values of the type of x for every pixel of a band (16 C bytes in float32
-    for c a power of 2 from 16 up)."""
+    """The block's value, (B, C, H, W), at x (B, inputs, H, W) of any strides, laid out as x. In
+    addition it needs memory for 8 C values of the dtype of x per pixel of a band (if c is a power
+    of 2, at least 16)."""
     y = empty_like_laid_out(x, channels=weights[0].shape[0])
     with launch.on_device_of(x):
         shape = _shape(weights, activation, clamp, x.dtype)
@@ -300,8 +299,8 @@ def forward(
 def inverse(
     y: Tensor, weights: list[Tensor], activation: str, subnet: str, clamp: float | None
 ) -> Tensor:
-    """The x whose value is y, both (B, C, H, W), laid out as y. Layers are kept in float32. A
-    singular mix gives NaN or infinities."""
+    """The x at which the block's value is y, both (B, C, H, W), laid out as y. Layers are kept in
+    float32. A singular mix gives NaN or infinities."""
     x = empty_like_laid_out(y)
     with launch.on_device_of(y):
         matrix, bias, *rest = inverted_mix(weights, check=False)
@@ -329,8 +328,8 @@ def backward(
     clamp: float | None,
     need_weights: bool,
 ) -> list[Tensor]:
-    """The gradient of x, laid out as x, and if they are needed those of ``weights``; the layers are
-    in float32 then."""
+    """The gradient of x, laid out as x, followed by those of ``weights`` if they are needed; the
+    layers are kept in float32 then."""
     grad_x = empty_like_laid_out(x)
     with launch.on_device_of(x):
         shape = _shape(weights, activation, clamp, torch.float32 if need_weights else x.dtype)
@@ -389,13 +388,13 @@ def can_run(
 
 
 def _pixel_major(image: Tensor, band: Band) -> Tensor:
-    """[pixel][channel] of the band's own pixels, contiguous float32."""
+    """The band's own pixels as [pixel][channel], contiguous float32."""
     own = image.narrow(0, band.first_image, band.images)[:, :, band.own_begin : band.own_end]
     return own.permute(0, 2, 3, 1).float().flatten(0, 2).contiguous()
 
 
 def _terms(x: Tensor, band: Band, kernel: int) -> Tensor:
-    """[pixel][term] of the products of the mix, in the order of its weights."""
+    """The factors of the mix as [pixel][term], in the order of its weights."""
     if kernel == 1:
         return _pixel_major(x, band)
     height, width = x.shape[2:]
@@ -406,11 +405,12 @@ def _terms(x: Tensor, band: Band, kernel: int) -> Tensor:
     padded = F.pad(images[:, :, first:last].float(), (1, 1, above, below))
     taps = [padded[:, :, i : i + rows, j : j + width] for i in range(3) for j in range(3)]
     terms = torch.stack(taps, 2).permute(0, 3, 4, 1, 2)
-    return terms.reshape(-1, x.shape[1] * 9).contiguous()  # of one image it is a view
+    return terms.reshape(-1, x.shape[1] * 9).contiguous()  # for one image reshape gives a view
 
 
 def _parts(pixels: int) -> tuple[int, int]:
-    """Parts of a sum over pixels, and the pixels of one: a function of the size alone."""
+    """The number of parts of a sum over pixels, and the pixels of each; both depend on the size
+    alone."""
     parts = min(MOST_PARTS, launch.blocks(pixels, PIXELS_OF_A_PART))
     return parts, launch.blocks(pixels, parts)
 
@@ -429,7 +429,7 @@ class _Sums:
         return self.found[name]
 
     def in_order(self) -> list[Tensor]:
-        """In the order of the weights."""
+        """The gradients in the order of the weights."""
         mix = [self.found.pop(name).sum(0) for name in ("mix1", "mix2")]
         totals = {name: partial.sum(0) for name, partial in self.found.items()}
         totals["mix"] = torch.cat(mix)
@@ -490,12 +490,12 @@ class _Sums:
 
 
 def _add_weight_gradients(sums: _Sums, run: Run, band: Band, grad: Tensor, x: Tensor) -> None:
-    """Adds the band's part."""
+    """Adds the band's share of the weights' gradients."""
     shape, width = run.shape, x.shape[3]
     half, hidden, layers = shape.channels // 2, shape.channels, run.tensors
     begin = (band.own_begin - band.first_row) * width
     own = slice(begin, begin + band.images * (band.own_end - band.own_begin) * width)
-    # Of layers of two: rho's, then eta's; z1, then z2.
+    # Offsets in layers that hold two: rho's, then eta's; z1, then z2.
     second, z2 = shape.padded_hidden, shape.block_half
 
     def layer(name: str, first: int, count: int) -> Tensor:

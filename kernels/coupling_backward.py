@@ -1,5 +1,5 @@
 """Triton kernels of the gradient of the invertible block, and of the gradients of its weights; the
-formulas and what the floors are for stand in coupling.py."""
+formulas, and the sizes to which the floors apply, are in coupling.py."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from mghf_fast.kernels.coupling_layers import (
 # ---- backward ----
 
 
-# r again; d_r = g1 z1 exp(r) (1 - (r / k)^2);  gr = A' Pr^T d_r,  ge = A' Pe^T g1;
+# r recomputed; d_r = g1 z1 exp(r) (1 - (r / k)^2);  gr = A' Pr^T d_r,  ge = A' Pe^T g1;
 # g1 exp(r), the direct part of d1.
 # Floor: (hr, he), z1, g1 read, (gr, ge), g1 exp(r) written: 737 MB, 0.17 ms; 24,576 multiply-adds
 # a pixel, 0.05 ms, and 3,456 of the depthwise layers (rho's twice), 0.03 ms.
@@ -110,7 +110,7 @@ def grad_hidden2_kernel(
         w = matrix(rho_project, n, m, HIDDEN, 1, HALF, HIDDEN)
         g = product(d_rho, w, g, OPERAND, PRECISION) * slope(d, ACTIVATION)
         tl.store(grad2 + at, kept(g, m, HIDDEN), mask=inside[:, None])
-    # Read again, so as not to be held in registers all the while.
+    # Read again, because keeping it would take registers.
     g1 = tl.load(grad + at_grad, mask=known, other=0.0).to(tl.float32)
     for start in tl.range(0, PADDED_HIDDEN, BLOCK_HIDDEN, num_stages=1):
         m = start + tl.arange(0, BLOCK_HIDDEN)
@@ -223,8 +223,8 @@ def grad_z2_kernel(
         tl.store(grad1 + at, kept(g, m, HIDDEN), mask=inside[:, None])
 
 
-# d1 = g1 exp(r) + Ep^T A' Dp^T gp,  d_x = M^T (d1, d2); with a 3x3 mix the products with all of its
-# taps, which gather_kernel adds up.
+# d1 = g1 exp(r) + Ep^T A' Dp^T gp,  d_x = M^T (d1, d2). For a 3x3 mix this stores the products with
+# all of its taps, which gather_kernel adds up.
 # Floor: gp, h, d1's direct part and d2 read, d_x written: 536 MB, 0.12 ms; 24,576 multiply-adds a
 # pixel, 0.05 ms, and 1,152 of the depthwise layer, 0.01 ms.
 @triton.jit(do_not_specialize=BAND)
@@ -307,7 +307,7 @@ def grad_mixed_kernel(
             tl.store(products + at, result, mask=inside[:, None] & (k < TERMS)[None, :])
 
 
-# d_x of a 3x3 mix: the products of each pixel's neighbours with the tap that leads from it to them.
+# d_x of a 3x3 mix: every pixel sums the products of its neighbours with the taps that reach it.
 # Floor, 3 inputs: 27 products read and 3 results written a pixel, 31 MB, 0.01 ms.
 @triton.jit(do_not_specialize=BAND)
 def gather_kernel(
@@ -352,8 +352,8 @@ def gather_kernel(
 
 
 # partial[part] += sum over the part's pixels of a b^T, a and b [pixel][channel].
-# Floor of all seven together: 69,120 multiply-adds a pixel, 0.14 ms, if the layers of a band are
-# still in the second-level cache.
+# Floor of all seven launches together: 69,120 multiply-adds a pixel, 0.14 ms, if the layers of a
+# band are still in the second-level cache.
 @triton.jit(do_not_specialize=("begin", "end", "pixels_of_a_part"))
 def weights_kernel(
     a: tl.tensor,

@@ -1,5 +1,5 @@
-"""Triton kernels of the invertible block and of its inverse; the formulas and what the floors are
-for stand in coupling.py."""
+"""Triton kernels of the invertible block and of its inverse; the formulas, and the sizes to which
+the floors apply, are in coupling.py."""
 
 from __future__ import annotations
 

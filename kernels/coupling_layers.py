@@ -1,4 +1,4 @@
-"""What the Triton kernels of `coupling` are made of: activations, tiles of pixels, products with
+"""Functions of the Triton kernels of `coupling`: activations, tiles of pixels, products with
 weights, depthwise layers."""
 
 from __future__ import annotations
@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Sizes that differ from band to band, and would be compiled for anew.
+# Sizes that differ from band to band: specialising to them would compile the kernel for each.
 BAND = ("first_image", "first_row", "own_begin", "own_end", "rows", "height")
 
 
@@ -15,7 +15,7 @@ BAND = ("first_image", "first_row", "own_begin", "own_end", "rows", "height")
 
 @triton.jit
 def activated(x: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
-    # Comparisons and not minimum and maximum: a NaN stays one.
+    # Comparisons, not minimum and maximum: a NaN must stay one.
     if ACTIVATION == "relu6":
         x = tl.where(x < 0.0, 0.0, x)
         return tl.where(x > 6.0, 6.0, x)
@@ -72,8 +72,8 @@ def log_scale_of(raw: tl.tensor, CLAMP: tl.constexpr) -> tl.tensor:
 def tile_of(
     rows: tl.tensor, width: tl.tensor, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr
 ) -> tl.tensor:
-    """This program's image of the band, and the rows (of the band) and columns of its pixels; some
-    may lie beyond the last."""
+    """This program's image of the band, and the rows (counted from the band's first) and columns of
+    its pixels, some of which may be beyond the last."""
     across = tl.cdiv(width, TILE_COLUMNS)
     down = tl.cdiv(rows, TILE_ROWS)
     tile = tl.program_id(0)
@@ -110,8 +110,8 @@ def offsets_of(
 
 @triton.jit
 def kept(value: tl.tensor, channel: tl.tensor, COUNT: tl.constexpr) -> tl.tensor:
-    """Zeros in the channels beyond the last, where an infinite factor may have made a NaN of a
-    weight of zero."""
+    """``value`` with zeros in the channels beyond the last, where a zero weight times infinity may
+    have given NaN."""
     if value.shape[1] > COUNT:
         value = tl.where((channel < COUNT)[None, :], value, 0.0)
     return value
@@ -127,7 +127,7 @@ def matrix(
     K: tl.constexpr,
     N: tl.constexpr,
 ) -> tl.tensor:
-    """[k, n] of a matrix of weights, zero beyond K and N."""
+    """Elements [k, n] of a matrix of weights, zero beyond K and N."""
     known = (k < K)[:, None] & (n < N)[None, :]
     at = pointer + k[:, None] * K_STRIDE + n[None, :] * N_STRIDE
     return tl.load(at, mask=known, other=0.0).to(tl.float32)
@@ -145,7 +145,8 @@ def product(
 
 @triton.jit
 def reflected(i: tl.tensor, n: tl.tensor) -> tl.tensor:
-    """Reflection by one; a side of length one is repeated. Within 0 and n - 1 for any i >= -1."""
+    """Index i reflected at the borders; a side of length one is repeated. The result is always
+    within 0 and n - 1."""
     i = tl.abs(i)
     i = tl.where(i < n, i, 2 * (n - 1) - i)
     return tl.maximum(i, 0)
@@ -153,8 +154,7 @@ def reflected(i: tl.tensor, n: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def within(y: tl.tensor, rows: tl.tensor) -> tl.tensor:
-    """A row of the band in place of one outside, which is only asked for by rows whose result
-    nobody reads."""
+    """Row y clamped to the band. Rows outside are only read for results that nobody uses."""
     return tl.minimum(tl.maximum(y, 0), rows - 1)
 
 
@@ -174,9 +174,9 @@ def depthwise(
     HIDDEN: tl.constexpr,
 ) -> tl.tensor:
     """The depthwise layer at the pixels of a tile, before its activation; `hidden` points at the
-    sub-network's first channel of a layer of LAYER_WIDTH channels."""
+    sub-network's first channel in a layer of LAYER_WIDTH channels."""
     total = tl.zeros((y.shape[0], channel.shape[0]), tl.float32)
-    # A loop and not nine copies of its body, whose loads together would overflow the registers.
+    # A loop, because the loads of nine copies of its body would overflow the registers.
     for i in tl.range(0, 3, num_stages=1):
         row = tl.abs(first_row + y + (i - 1))
         row = tl.where(row < height, row, 2 * (height - 1) - row) - first_row
@@ -222,7 +222,7 @@ def depthwise_transposed(
         row_tap = tl.where(i < 3, 1 - step, 1 + step)
         second = tl.where(step < 0, tl.minimum(height - 1, 1), tl.maximum(height - 2, 0))
         row_valid = tl.where(i < 3, (row >= 0) & (row < height), at_y == second)
-        # Rows outside of the band are only asked for by rows whose result nobody reads.
+        # Rows outside the band are only read for results that nobody uses.
         row = tl.minimum(tl.maximum(tl.minimum(row, height - 1) - first_row, 0), rows - 1)
         row = image * rows + row
         for j in tl.range(0, terms, num_stages=1):

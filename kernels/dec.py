@@ -5,9 +5,9 @@ and its negatives j of E(<s_i, s_j>) + 2 E(<g_i, s_j>). The pairs are visited ti
 stored. A program takes a block of rows and one of a few runs of columns; the runs are added in
 order afterwards.
 
-Thresholds. A pair is positive if the float32 sum of (G_id - G_jd)^2 is at most `limit`. First the
-distance comes from |G_i|^2 + |G_j|^2 - 2 <G_i, G_j>; a tile with a pair that this leaves within its
-rounding error of the limit takes that sum of differences.
+Thresholds. A pair is positive if the float32 sum of (G_id - G_jd)^2 is at most `limit`. First this
+is computed as |G_i|^2 + |G_j|^2 - 2 <G_i, G_j>; a tile with a pair that this leaves within its
+rounding error of the limit computes the sum of differences.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from mghf_fast.ops.limits import temperature_too_low
 
 @functools.cache
 def _largest_positive(threshold_db: float, rmse: bool, max_value: float, depth: int) -> float:
-    """The largest float32 squared distance whose pair is positive by the reference's formula, which
-    is evaluated in float32 step by step; below 0 if even a distance of 0 is not."""
+    """The largest float32 squared distance at which a pair is positive by the reference's formula,
+    evaluated in float32 step by step; below 0 if there is none."""
     threshold, peak = np.float32(threshold_db), np.float32(max_value)
     divisor = np.float32(math.sqrt(depth) if rmse else 1)
 
@@ -53,14 +53,14 @@ def _largest_positive(threshold_db: float, rmse: bool, max_value: float, depth: 
     yes, no = 0, 0x7F800000  # infinity's bits
     if not positive(yes):
         return -1.0
-    while no - yes > 1:  # the bits of numbers of one sign are in the order of the numbers
+    while no - yes > 1:  # positive floats are ordered as their bits are
         middle = (yes + no) // 2
         yes, no = (middle, no) if positive(middle) else (yes, middle)
     return float(np.uint32(yes).view(np.float32))
 
 
 def _float32(x: float) -> float:
-    """Infinity for what float32 has not: launches refuse such numbers."""
+    """x, or infinity if it is beyond float32's range, because launches refuse such numbers."""
     return math.copysign(math.inf, x) if abs(x) > torch.finfo(torch.float32).max else x
 
 
@@ -79,8 +79,8 @@ class _Options:
         return self.temperature == "inside"
 
     def exponents(self) -> tuple[float, float]:
-        """Factors of a cosine in a power of 2. Bounded, so that they stay finite; e^1e30 and
-        e^-1e30 are infinity and 0 all the same."""
+        """log2(e) / t for positives and negatives, by which a cosine is multiplied for a power of
+        2. Bounded to stay finite; e^1e30 and e^-1e30 are infinity and 0 all the same."""
         temperatures = (self.positive_temperature, self.negative_temperature)
         positive, negative = (
             min(math.log2(math.e) / (t if self.inside else 1), 1e30) for t in temperatures
@@ -94,7 +94,7 @@ class _Options:
         )
         roundoff = 2.0**-24
         # The sum of differences is within (D + 4) roundoffs of the exact distance (twice that, for
-        # the roundings here), and may lose squares below float32's normal range altogether.
+        # the roundings here), and may lose squares below float32's normal range.
         own = 2 * (depth + 4) * roundoff
         tiny = depth * 1e-37
         # tf32x3 leaves out products below 2^-20 of the whole ones, and tensor cores truncate where
@@ -102,7 +102,7 @@ class _Options:
         margin = 5 * (depth + 32) * roundoff
         below = _float32(limit * (1 - own) - tiny)
         above = _float32(limit * (1 + own) + tiny)
-        if own >= 0.25 or margin >= 0.25 or above == math.inf:  # nothing can be said without
+        if own >= 0.25 or margin >= 0.25 or above == math.inf:  # only the differences can decide
             return limit, -math.inf, math.inf, margin
         return limit, below, above, margin
 
@@ -118,7 +118,7 @@ PROJECT = {"num_warps": 4, "num_stages": 2}
 ROWS = {"BLOCK": 128, "num_warps": 4, "num_stages": 2}
 ALL_ROWS = {"BLOCK": 1024, "num_warps": 4, "num_stages": 2}
 
-_MULTIPLE = 64  # of patches, after padding: of every BLOCK_I and BLOCK_J
+_MULTIPLE = 64  # patches are padded to a multiple of this, which every BLOCK_I and BLOCK_J divides
 _PROGRAMS = 512  # in a grid: enough to fill a GPU
 
 
@@ -149,7 +149,7 @@ def _project_constants(depth: int) -> dict[str, Any]:
 
 
 def _runs(padded_patches: int, block_i: int, block_j: int) -> tuple[int, int]:
-    """Columns of a run, and the number of runs."""
+    """The number of columns in a run, and of runs."""
     tiles = blocks(padded_patches, block_j)
     splits = max(1, min(tiles, _PROGRAMS // blocks(padded_patches, block_i)))
     run = blocks(tiles, splits)
@@ -160,7 +160,7 @@ def _runs(padded_patches: int, block_i: int, block_j: int) -> tuple[int, int]:
 
 
 class _Packed:
-    """The patches as the products need them."""
+    """The patches, padded and normalised for the products."""
 
     def __init__(self, sr: Tensor, gt: Tensor, norm_floor: float) -> None:
         self.patches, self.depth = sr.shape
@@ -200,9 +200,9 @@ def forward(
     max_value: float,
     norm_floor: float,
 ) -> tuple[Tensor, Tensor]:
-    """The loss, and of every row the sum of exp(cos(S_i, S_j)/t) + 2 exp(cos(G_i, S_j)/t) over its
-    positives and over its negatives, (2, P), the latter -1 where there are none. For the
-    temperature outside, exp(cos) stands for exp(cos/t)."""
+    """The loss, and for every row the sums of exp(cos(S_i, S_j)/t) + 2 exp(cos(G_i, S_j)/t) over
+    its positives and its negatives, (2, P), the latter -1 where it has none. With the temperature
+    outside, exp(cos) takes the place of exp(cos/t)."""
     temperatures = (positive_temperature, negative_temperature, temperature)
     o = _Options(threshold_db, *temperatures, similarity, max_value, norm_floor)
     if sr.numel() == 0:

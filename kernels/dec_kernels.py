@@ -1,4 +1,4 @@
-"""Triton kernels of DECLoss; the formulas and the thresholds' two ways stand in dec.py.
+"""Triton kernels of DECLoss; the formulas and the two ways of computing distances are in dec.py.
 
 Sizes in the floors below: P = 4096 patches (512 x 512, B = 1) of D = 192 values, P^2 D = 3.2 G
 multiply-adds. The patches are 3 MB each way, so nothing here is bound by memory.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# ---- patches as the products need them ----
+# ---- packing the patches for the products ----
 
 
 # unit = S / max(|S|, floor), patch = G, both (padded patches, PADDED) with zeros in the padding;
@@ -52,7 +52,7 @@ def pack_kernel(
         g_squared += tl.sum(g * g, 1)
     s_norm = tl.sqrt_rn(s_squared)
     g_norm = tl.sqrt_rn(g_squared)
-    # Comparisons, which let a NaN be one.
+    # Comparisons, because a NaN must stay one.
     s_floored = tl.where(s_norm < norm_floor, norm_floor, s_norm)
     g_floored = tl.where(g_norm < norm_floor, norm_floor, g_norm)
     tl.store(norm + row, s_norm)
@@ -83,7 +83,7 @@ def _product(
     BLOCK_J: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """<rows_i, columns_j>."""
+    """The products <rows_i, columns_j>."""
     total = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
     a_place = i.to(tl.int64)[:, None] * PADDED
     b_place = j.to(tl.int64)[None, :] * PADDED
@@ -114,7 +114,7 @@ def _positives(
     BLOCK_J: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Which pairs are positive, and which are pairs at all. `values`: GT values (D, P)."""
+    """Masks of the positive pairs and of all pairs. `values`: GT values (D, P)."""
     is_pair = (i < patches)[:, None] & (j < patches)[None, :]
     same = i[:, None] == j[None, :]
     total = tl.load(squared + i)[:, None] + tl.load(squared + j)[None, :]
@@ -138,11 +138,11 @@ def _positives(
 # ---- forward ----
 
 
-# Qpos_i and Qneg_i of a run of columns (for the temperature outside, without its 1 / t), and
-# whether there are negatives.
+# Qpos_i and Qneg_i over a run of columns (without the 1 / t of a temperature outside), and whether
+# there are negatives.
 #
 # Floor: 3 P^2 D multiply-adds, three TF32 products each: 145 us at 400 TFLOP/s; 2 P^2 exponentials.
-# A sum of differences of every tile would take 3.2 G multiply-adds more: 107 us at 60 TFLOP/s.
+# Sums of differences for every tile would take 3.2 G multiply-adds more: 107 us at 60 TFLOP/s.
 @triton.jit
 def forward_kernel(
     unit,
@@ -213,7 +213,7 @@ def forward_kernel(
 
 # With f_i = c / (t Qpos_i) for a positive pair and -c / (t Qneg_i) for a negative one,
 #   d loss / d s_i = sum_j (f_i + f_j) E(<s_i, s_j>) s_j + 2 f_j E(<g_j, s_i>) g_j
-# of a run of columns, for BLOCK_D values of the patches.
+# over a run of columns, for BLOCK_D values of the patches.
 #
 # Floor: 5 P^2 D multiply-adds, three TF32 products each: 242 us; 2 P^2 exponentials.
 @triton.jit
@@ -289,8 +289,8 @@ def backward_kernel(
     tl.store(partial + place, total, mask=is_d[None, :])
 
 
-# dS = (ds - s <s, ds>) / max(|S|, floor), ds being the sum of the runs. Below the floor a patch is
-# divided by a constant and nothing is projected out.
+# dS = (ds - s <s, ds>) / max(|S|, floor), with ds the sum over the runs. A patch below the floor is
+# divided by a constant, so nothing is projected out.
 #
 # Floor: reads the runs (8 of 3 MB) and s, writes dS: 7 us.
 @triton.jit
@@ -327,10 +327,10 @@ def project_kernel(
     tl.store(target, result.to(grad_sr.dtype.element_ty), mask=mask)
 
 
-# ---- the ends ----
+# ---- sums over rows, the loss and factors of the gradient ----
 
 
-# Of every row the sums over its runs, and log(positive / negative), in float64.
+# Every row's sums over its runs, and log(positive / negative), in float64.
 #
 # Floor: reads what was just written, 12 splits P bytes, 6 MB at most: 2 us.
 @triton.jit
@@ -358,7 +358,7 @@ def row_kernel(
         found |= tl.load(flags, mask=inside, other=0)
         sums += 2 * padded_patches
         flags += padded_patches
-    # A row without negatives counts for nothing, but a NaN in it is a NaN in the loss.
+    # A row without negatives does not count, but a NaN in it makes the loss NaN.
     ratio = tl.log(positive)
     ratio = tl.where(found > 0, ratio - tl.log(negative) + offset, 0 * ratio)
     negative = tl.where(found > 0, negative, -1.0)
@@ -369,7 +369,7 @@ def row_kernel(
 
 @triton.jit
 def _rows_with_negatives(statistics, patches, BLOCK: tl.constexpr):
-    """Their number, at least 1."""
+    """The number of rows with negatives, at least 1."""
     count = tl.zeros([BLOCK], tl.int32)
     for first in range(0, patches, BLOCK):
         row = first + tl.arange(0, BLOCK)
@@ -380,7 +380,7 @@ def _rows_with_negatives(statistics, patches, BLOCK: tl.constexpr):
 
 # The loss, by one program: the order of the sum is fixed.
 #
-# Floor: 12 P bytes, by one multiprocessor: 98 KB for 8192 patches, 2 us or so of latencies.
+# Floor: 12 P bytes, by one multiprocessor: 98 KB for 8192 patches, about 2 us of latencies.
 @triton.jit
 def loss_kernel(ratios, statistics, loss, patches, BLOCK: tl.constexpr):
     total = tl.zeros([BLOCK], tl.float64)
@@ -391,8 +391,8 @@ def loss_kernel(ratios, statistics, loss, patches, BLOCK: tl.constexpr):
     tl.store(loss, -mean.to(tl.float32))
 
 
-# What a row's positives and negatives are multiplied by in the gradient; 0 in the padding. Every
-# program counts all rows with negatives, 4 P bytes from the caches: 1 us.
+# The factors of a row's positives and negatives in the gradient; 0 in the padding. Every program
+# counts all rows with negatives, 4 P bytes from the caches: 1 us.
 @triton.jit
 def factor_kernel(
     grad,

@@ -3,10 +3,10 @@
     bin(v) = min(floor((v - min) / (max - min) * bins), bins - 1)     p = counts / (H W)
     entropy = -sum p ln p / ln(bins)
 
-A first sweep takes each map's range, run by run of pixels, a second counts. The bin of a value is
-computed as the reference does, every operation rounded to float32, and counts are integers: they
-are the reference's exactly, whatever the order. The sum over the bins is float64, as there,
-so that ties stay ties.
+A first sweep finds each map's range, run by run of pixels, a second one counts. The bin of a value
+is computed as in the reference, every operation rounded to float32, and counts are integers, so
+they equal the reference's in any order. The sum over the bins is float64, as in the reference, so
+that ties stay ties.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from mghf_fast.kernels.image import (
 
 PROGRAMS = 2048
 MOST_HISTOGRAM_BINS = 1024
-"""Beyond, values are counted one by one, in memory: a program's histogram has all bins."""
+"""With more bins than a program's histogram can hold, values are counted one by one in memory."""
 
 
 # Smallest and largest values.
@@ -81,15 +81,16 @@ def _range_kernel(
 
 @triton.jit
 def bins_of(value, low, extent, bins):
-    """What has no bin (0 / 0 in a constant map, whatever came of a NaN) goes to the first."""
-    # `/` would be an approximation, by which a value beside an edge changes its bin.
+    """The bins of values. A value without one (0 / 0 in a constant map, or a NaN) is put into the
+    first."""
+    # `/` is an approximation, which could move a value beside an edge into another bin.
     position = tl.div_rn(value - low, extent) * bins
     position = tl.where(position == position, position, 0.0)
     position = tl.minimum(tl.maximum(position, 0.0), bins - 1.0)
     return position.to(tl.int32)
 
 
-# Counts of maps that lie one after the other: program = a run of a map.
+# Counts of maps that are contiguous: program = a run of a map.
 #
 # Floor for B = 1, C = 128, 512 x 512: reads 134 MB (67), 31 us (16 us); 33.5 M values are put into
 # bins at about 100 instructions per 32 (a division, and a ballot for each bit of the bin): 0.12 ms
@@ -134,7 +135,7 @@ def _count_maps_kernel(
     tl.atomic_add(counts + row * bins + i, count, mask=(i < bins) & (count > 0), sem="relaxed")
 
 
-# Counts where a pixel's channels lie side by side: program = a run of the pixels of 8 channels,
+# Counts where a pixel's channels are contiguous: program = a run of the pixels of 8 channels,
 # which are a whole sector of float32. The block of bins is halved three times into one vector for
 # each channel. Floor as above.
 @triton.jit
@@ -211,7 +212,7 @@ def _add_counts(counts, count, b, channels, channel, bins, BINS: tl.constexpr):
     tl.atomic_add(target, count, mask=(i < end) & (count > 0), sem="relaxed")
 
 
-# Counts in memory, for so many bins that a program cannot have them all.
+# Counts in memory, for more bins than a program can hold.
 #
 # Floor as above, plus an atomic addition for each value: 33.5 M, about 0.3 ms.
 @triton.jit
@@ -273,7 +274,7 @@ def _entropy_kernel(counts, lows, highs, entropies, pixels, bins, BLOCK: tl.cons
 
 
 def _tile(by_maps: bool, channels: int) -> dict[str, Any]:
-    """Of the kernels that hold a tile of channels and pixels."""
+    """Block sizes of the kernels that hold a tile of channels and pixels."""
     if by_maps:
         return {"BLOCK_C": 1, "BLOCK_P": 2048}
     block = power_of_two(channels, 1, 32)
@@ -281,13 +282,13 @@ def _tile(by_maps: bool, channels: int) -> dict[str, Any]:
 
 
 def _counting(by_maps: bool, bins: int) -> dict[str, Any]:
-    """Of the kernels with histograms."""
+    """Block sizes of the kernels with histograms."""
     return {"BINS": power_of_two(bins, 128, 1024), "BLOCK_P": 2048 if by_maps else 1024}
 
 
 def ranges(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Smallest and largest value of each map, (B, C) float32; where a map has a NaN or an infinity,
-    at least one is not finite."""
+    """Smallest and largest value of each map, (B, C) float32. For a map with a NaN or an infinity
+    at least one of the two is not finite."""
     batch, channels, height, width = x.shape
     layout, pixels = layout_of(x), height * width
     tile = _tile(layout.by_maps, channels)
@@ -314,8 +315,8 @@ def ranges(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def counts_of(x: Tensor, low: Tensor, high: Tensor, bins: int, counts: Tensor) -> None:
-    """Adds each map's histogram over [low, high] (contiguous, of the maps in order) to ``counts``,
-    (B, C, bins) int32."""
+    """Adds each map's histogram over [low, high] to ``counts``, (B, C, bins) int32. ``low`` and
+    ``high`` are contiguous, one number per map."""
     batch, channels, height, width = x.shape
     layout, pixels = layout_of(x), height * width
     options: dict[str, Any]
@@ -349,7 +350,7 @@ def counts_of(x: Tensor, low: Tensor, high: Tensor, bins: int, counts: Tensor) -
 def entropies_of(
     counts: Tensor, low: Tensor, high: Tensor, pixels: int, dtype: torch.dtype
 ) -> Tensor:
-    """(..., bins) -> (...), contiguous all; float64 where entropies are compared."""
+    """(..., bins) -> (...), all contiguous. ``dtype`` is float64 where entropies are compared."""
     bins = counts.shape[-1]
     entropy = counts.new_empty(counts.shape[:-1], dtype=dtype)
     _entropy_kernel[(entropy.numel(),)](

@@ -2,8 +2,8 @@
 
     G = scale F F^T                          dF = scale (dG + dG^T) F
 
-Products are float32's on tensor cores: tf32x3, three products of 10-bit halves. What is stored in
-half precision is exact in TF32 and takes one.
+Float32 products run on tensor cores as tf32x3, three products of 10-bit halves. Half-precision
+values are exact in TF32, so one product is enough for them.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ def _product_kernel(
         tl.store(target, product, mask=(i < channels)[:, None] & (j < channels)[None, :])
 
 
-# Their sum over the runs, in order, and its mirror image, so that G is symmetric to the last bit.
+# The sum of the partial products over the runs, in order, and its mirror image, so that G is
+# symmetric to the last bit.
 #
 # Floor: reads the 8 MB that were just written, 2 us.
 @triton.jit
@@ -129,7 +130,7 @@ def _backward_kernel(
     BLOCK_J: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    # The blocks of maps of one tile come one after the other: they read the same pixels.
+    # The blocks of maps of a tile are consecutive programs: they read the same pixels.
     program = tl.program_id(0)
     blocks = tl.cdiv(channels, BLOCK_C)
     c = program % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -211,7 +212,7 @@ def forward(x: Tensor, scale: float) -> Tensor:
 
 
 def backward(grad: Tensor, x: Tensor, scale: float) -> Tensor:
-    """The gradient of ``x``, of its shape, type and layout."""
+    """The gradient of ``x``, with its shape, dtype and layout."""
     grad_x = empty_like_laid_out(x)
     batch, channels, height, width = x.shape
     layout, target = layout_of(x), layout_of(grad_x)

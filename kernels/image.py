@@ -45,20 +45,20 @@ def power_of_two(count: int, least: int, most: int) -> int:
 
 
 class Runs(NamedTuple):
-    """An image's pixels cut into ``number`` runs of ``size``, the last maybe shorter. They are
-    whole blocks, so a block of pixels passes no end but the image's."""
+    """An image's pixels cut into ``number`` runs of ``size``, the last maybe shorter. ``size`` is a
+    multiple of the block of pixels, so only the image's last block is partly empty."""
 
     size: int
     number: int
 
 
 MOST_RUNS = 512
-LEAST_BLOCKS = 4  # of a run: below, its partial results cost more than it
+LEAST_BLOCKS = 4  # per run; with fewer, storing its partial results costs more than computing them
 
 
 def runs_of(pixels: int, block: int, others: int, programs: int) -> Runs:
-    """Runs of whole blocks of pixels, so long that ``others`` times their number is about
-    ``programs``. It depends on nothing but the shape, and so do the results' last bits."""
+    """Runs of whole blocks of pixels, about ``programs`` / ``others`` of them. The number depends
+    on the shape alone, so results are the same bits on every GPU."""
     wanted = min(launch.blocks(programs, others), MOST_RUNS)
     size = block * max(launch.blocks(launch.blocks(pixels, wanted), block), LEAST_BLOCKS)
     return Runs(size, launch.blocks(pixels, size))
@@ -76,8 +76,8 @@ def pixel_offsets(p, width, row, column, FLAT: tl.constexpr):
 
 @triton.jit
 def place_of(channels, runs, BLOCK_C: tl.constexpr):
-    """Image, run and channels of this program; channel blocks of one run come one after the
-    other, as they may share cache lines."""
+    """Image, run and channels of this program. The channel blocks of a run are consecutive
+    programs, because they may share cache lines."""
     program = tl.program_id(0)
     blocks = tl.cdiv(channels, BLOCK_C)
     c = program % blocks * BLOCK_C + tl.arange(0, BLOCK_C)

@@ -13,20 +13,21 @@ from torch import Tensor
 from mghf_fast.backends import triton_is_interpreted
 
 GRADIENT_PRECISION = tl.constexpr("ieee" if triton_is_interpreted() else "bf16x3")
-"""Of products of a gradient's float32 factors; the interpreter does not know the latter."""
+"""Precision of products in a gradient whose factors are float32. The interpreter lacks bf16x3."""
 
 MOST_REGISTERS = 255
-"""Of a thread. Without a limit ptxas sometimes spills a few words to get by with half of them."""
+"""Limit of registers per thread. Without one ptxas sometimes spills a few words to need half."""
 
 
 def architecture_of(tensor: Tensor) -> int:
-    """Of the device that works on the tensor, such as 80 or 90: what block sizes are pinned for."""
+    """The compute capability of the tensor's device, such as 80 or 90, by which block sizes are
+    chosen."""
     if tensor.is_cuda:
         major, minor = torch.cuda.get_device_capability(tensor.device)
         return 10 * major + minor
     if triton_is_interpreted():
         return 90
-    return int(triton.runtime.driver.active.get_current_target().arch)  # the one that is named
+    return int(triton.runtime.driver.active.get_current_target().arch)  # compiling without a GPU
 
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -2,10 +2,10 @@
 mghf_fast/reference/monce.py for the mathematics and kernels/sinkhorn.py for plans and exponents.
 
 As many maps at a time as memory has room for: s = q k^T is computed once, into a buffer that the
-passes of Sinkhorn's iterations read (a pass needs whole rows before it can add to the columns, so
-that products made anew would have to be made twice per pass: 50 us of tensor cores against 23 us of
-memory). The plan, its logarithm and the gradient of s are never stored. The forward leaves the
-potentials of the iterations, so that the backward makes none of them again.
+passes of Sinkhorn's iterations read. (A pass needs whole rows before it can add to the columns, so
+without the buffer it would compute the products twice: a predicted 50 us of tensor cores instead of
+23 us of memory.) The plan, its logarithm and the gradient of s are never stored. The forward saves
+the potentials of the iterations, so the backward does not repeat them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from mghf_fast.kernels.sinkhorn_potentials import LARGE, solve
 from mghf_fast.ops.vocabulary import kept_iterations, monce_state_shape
 
 NEGLIGIBLE = 5e-7
-"""Part of the gradient that the recursion may leave out."""
+"""Relative part of the gradient that the recursion may leave out."""
 
 
 # ---- similarities ----
@@ -128,7 +128,7 @@ def losses_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ) -> None:
-    """The losses (B, N), or the statistics of the rows (B, 4, N)."""
+    """Stores the losses (B, N), or the statistics of the rows (B, 4, N)."""
     blocks = tl.cdiv(n, BLOCK_M)
     program = tl.program_id(0)
     b = (program // blocks).to(tl.int64)
@@ -263,7 +263,7 @@ def query_gradient_kernel(
             ds += through_plan
         on_diagonal = rows[:, None] == columns[None, :]
         ds = tl.where(on_diagonal, (-inverse_temperature * weight)[:, None], ds)
-        # What is outside the matrix may be infinite, and the key's zeros there do not undo that.
+        # Outside the matrix ds may be infinite, and infinity times the key's zeros there is NaN.
         ds = tl.where((rows[:, None] < n) & (columns[None, :] < n), ds, 0.0)
         k = tl.load(
             key_columns + columns.to(tl.int64)[:, None] * key_i,
@@ -280,9 +280,10 @@ def query_gradient_kernel(
 
 SHARE = 16
 LEAST_BUFFER, MOST_BUFFER = 256 << 20, 2 << 30
-"""The maps at a time take a part 1 / SHARE of a device's memory, within these bytes."""
+"""Bounds, in bytes, of the buffer for the maps at a time, which is 1 / SHARE of the device's
+memory."""
 SMALL_BUFFER = 128 << 20
-"""The same for maps of less than `LARGE` patches: so many bytes hold enough of them to fill a
+"""The buffer's bytes for maps of fewer than `LARGE` patches. It holds enough of them to fill a
 device, and a step at 512 x 512 stays below 450 MiB."""
 
 
@@ -295,22 +296,23 @@ def _buffer(device: torch.device) -> int:
 
 
 def _pitch(n: int) -> int:
-    """Entries from row to row of the similarities: rows start at multiples of 64 bytes."""
+    """The row stride of the similarities, in entries: rows start at multiples of 64 bytes."""
     return -(-n // 16) * 16
 
 
 def _maps_at_a_time(b: int, n: int, iterates: int, device: torch.device) -> int:
-    """As many as the buffer has room for, with their similarities and so many iterates."""
+    """How many maps the buffer has room for, with their similarities and ``iterates`` iterates."""
     of_a_map = 4 * n * (_pitch(n) + 6 * iterates + 4)
     room = max(1, (SMALL_BUFFER if n < LARGE else _buffer(device)) // of_a_map)
     rounds = max(1, -(-b // room))
-    return max(1, -(-b // rounds))  # of one size
+    return max(1, -(-b // rounds))  # rounds of equal size
 
 
 def _product_precision(dtype: torch.dtype, epsilon: float, temperature: float) -> str:
-    """A similarity is divided by epsilon and t: where these are small every digit of it counts."""
+    """The precision of the similarities. They are divided by epsilon and t: where these are small,
+    every digit counts."""
     if dtype != torch.float32:
-        return "tf32"  # exact: their digits are as many as TF32 has
+        return "tf32"  # exact: half-precision factors have no more digits than TF32
     return "tf32x3" if min(epsilon, temperature) >= 0.05 else "ieee"
 
 
@@ -434,7 +436,7 @@ def backward(
     b, n, depth = query.shape
     if n == 1:
         return query * 0 * grad.unsqueeze(2).to(query.dtype)
-    # Of two patches either can only be moved to the other: that plan has no gradient.
+    # With two patches each can only be moved to the other, so the plan is constant.
     exact = plan_gradient == "exact" and n > 2
     out = torch.empty((b, n, depth), dtype=query.dtype, device=query.device)
     options = _gradient_options(depth)

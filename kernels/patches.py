@@ -1,10 +1,9 @@
 """The strided patch projection and its gradients, in Triton. See mghf_fast/reference/patches.py for
 the mathematics and mghf_fast/ops/patches.py for the state that the forward leaves.
 
-Both layers are products of matrices whose rows are all pairs of a patch and a map. What lies side
-by side in the image is next to each other among the rows or the columns: maps run fastest among the
-rows of a channels_last image, patches among those of a contiguous one. No patch is ever copied: a
-tile of patch pixels is gathered from the image when its turn comes.
+Both layers are products of matrices whose rows are all pairs of a patch and a map. The order of the
+rows follows the image's memory: maps run fastest in a channels_last image, patches in a contiguous
+one. No patch is ever copied: a tile of patch pixels is gathered from the image when it is needed.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from mghf_fast.kernels.patches_kernels import (
 from mghf_fast.ops.layout import empty_like_laid_out
 
 LARGEST_DIMENSION = 256
-"""Of an embedding: one program holds all of it, and its length."""
+"""Most dimensions of an embedding: a program holds all of them, to normalise it."""
 
 # ---- block sizes ----
 
@@ -61,7 +60,7 @@ def _forward_constants(
         "MAPS_FASTEST": maps_fastest,
         "VECTOR": vector,
         "KEEP_HIDDEN": keep,
-        "BLOCK_M": 64 if architecture >= 90 else 32,  # sm_80 has not the registers for more
+        "BLOCK_M": 64 if architecture >= 90 else 32,  # sm_80 lacks the registers for more
         "BLOCK_H": power_of_two(hidden, 32, 128),
         "BLOCK_D": power_of_two(dimension, 16, LARGEST_DIMENSION),
         "BLOCK_K": power_of_two(patch_size * patch_size, 16, 32),
@@ -115,8 +114,8 @@ def _image_gradient_constants(
         "BOTTOM_RIGHT": sum(tiles[:3]),
         "TILES": sum(tiles),
         "ADD": add,
-        # TF32's own error, 3e-4, is a sixth of what rounding to bfloat16 costs anyway; that of
-        # three products of bfloat16, 5e-6, a twentieth of what a gradient may have.
+        # TF32's error, 3e-4, is a sixth of that of rounding the result to bfloat16; the error of
+        # three bfloat16 products, 5e-6, is a twentieth of what a gradient may have.
         "PRECISION": "tf32" if dtype == torch.bfloat16 else GRADIENT_PRECISION.value,
         "MAPS_FASTEST": maps_fastest,
         "VECTOR": vector,
@@ -158,7 +157,7 @@ def _maps_fastest(x: Tensor) -> bool:
 
 
 def _vector(x: Tensor) -> int:
-    """How many maps lie side by side and aligned, wherever one looks."""
+    """How many maps of a pixel can be loaded as one aligned vector, at every pixel."""
     sizes = (x.shape[1], x.stride(0), x.stride(2), x.stride(3))
     together = x.stride(1) == 1 and all(size % 16 == 0 for size in sizes)
     return 16 // x.element_size() if _maps_fastest(x) and together else 1
@@ -234,7 +233,7 @@ def forward(
     patch_size: int,
     stride: int,
 ) -> tuple[Tensor, Tensor]:
-    """The embeddings (B C, N, D), float32, and the state of mghf_fast/ops/patches.py."""
+    """The embeddings (B C, N, D), float32, and the state described in mghf_fast/ops/patches.py."""
     return _forward(x, weight1, bias1, weight2, bias2, patch_size, stride, None)
 
 
@@ -248,7 +247,8 @@ def _hidden_gradient(
     maps_fastest: bool,
     output: Tensor | None,
 ) -> Tensor:
-    """(rows, hidden) before the ReLU; fills ``output`` (rows, D) with that of y."""
+    """The gradient before the ReLU, (rows, hidden). Also stores that of y in ``output``,
+    (rows, D)."""
     units, dimension = weight1.shape[0], weight2.shape[0]
     result = grad.new_empty((g.rows, units), dtype=torch.float32)
     constants = _hidden_gradient_constants(units, dimension, maps_fastest, output is not None)
@@ -280,7 +280,7 @@ def _image_gradient(
     maps_fastest: bool,
     add: bool,
 ) -> None:
-    """Writes or adds the gradient of x to ``grad_x``."""
+    """Writes the gradient of x to ``grad_x``, or adds it."""
     constants = _image_gradient_constants(
         patch_size,
         stride,
@@ -296,7 +296,7 @@ def _image_gradient(
     with on_device_of(grad_x):
         image_gradient_kernel[(blocks(rows, constants["BLOCK_M"]) * constants["TILES"],)](
             grad_hidden,
-            weight1.float().t().contiguous(),  # a pixel's weights side by side
+            weight1.float().t().contiguous(),  # a pixel's weights are contiguous
             grad_x,
             rows,
             g.maps,
@@ -326,7 +326,7 @@ def _backward_x(
     *,
     add: bool,
 ) -> None:
-    """Writes the gradient of x to ``grad_x``, or adds it to what that holds."""
+    """Writes the gradient of x to ``grad_x``, or adds it to the values there."""
     if grad_x.numel() == 0:
         return
     g, maps_fastest = _Geometry(grad_x, patch_size, stride), _maps_fastest(grad_x)
@@ -349,7 +349,7 @@ def _outer_product(
     vector = _vector(right) if implicit else 1
     constants = _outer_product_constants(m, n, patch_size, stride, implicit, maps_fastest, vector)
     tiles = blocks(m, constants["BLOCK_M"]), blocks(n, constants["BLOCK_N"])
-    # Enough programs to fill a GPU, but no more partial results than rows are worth.
+    # Enough programs to fill a GPU, but at least 256 rows for each partial result.
     splits = max(1, min(512 // (tiles[0] * tiles[1]), 64, g.rows // 256))
     run = blocks(blocks(g.rows, splits), constants["BLOCK_K"]) * constants["BLOCK_K"]
     splits = blocks(g.rows, run)
@@ -404,7 +404,8 @@ def backward(
     stride: int,
     need_weights: bool,
 ) -> list[Tensor]:
-    """The gradient of x, laid out as x, and if they are needed those of the weights and biases."""
+    """The gradient of x, laid out as x, followed by those of the weights and biases if they are
+    needed."""
     grad_x, saved, sizes = empty_like_laid_out(x), (grad, embedding, state), (patch_size, stride)
     if not need_weights:
         _backward_x(grad_x, *saved, weight1, weight2, *sizes, add=False)

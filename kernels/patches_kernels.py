@@ -1,5 +1,5 @@
-"""Triton kernels of the strided patch projection and of its gradients; what they have in common
-stands in patches.py.
+"""Triton kernels of the strided patch projection and of its gradients; patches.py describes what
+they have in common.
 
 Sizes in the floors below: B = 1, C = 128 maps of 512 x 512, N = 441 patches of K = 1024 pixels, 128
 hidden units, D = 64, so R = 56,448 rows.
@@ -13,7 +13,7 @@ import triton.language as tl
 from mghf_fast.kernels.launch import GRADIENT_PRECISION
 
 NORM_FLOOR = tl.constexpr(1e-7)
-TINY = tl.constexpr(1.1754943508222875e-38)  # float32's least normal number
+TINY = tl.constexpr(1.1754943508222875e-38)  # float32's smallest normal number
 
 # ---- rows: pairs of an item (a patch or a cell of the image) and a map ----
 
@@ -47,7 +47,7 @@ def _first_pixel(
     STRIDE: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """The place of an item's first pixel in the image."""
+    """Offset of an item's first pixel in the image."""
     place = (
         (map_ // channels) * x_batch
         + (map_ % channels) * x_channel
@@ -178,7 +178,7 @@ def forward_kernel(
             mask=is_row[:, None] & (word < WORDS)[None, :],
         )
 
-        # A NaN stays one, except in columns that are no unit: 0 times infinity made those.
+        # A NaN must stay one, except in padded columns, where 0 times infinity gives one.
         h = tl.where((h < 0) | (unit >= HIDDEN)[None, :], 0.0, h)
         if KEEP_HIDDEN:
             tl.store(
@@ -186,7 +186,7 @@ def forward_kernel(
                 h,
                 mask=is_row[:, None] & is_unit[None, :],
             )
-        # In parts, for a product's left factor lies in registers.
+        # In parts, because a product's left factor is in registers.
         if BLOCK_H == 128:
             left, right = _halves(h, BLOCK_M, 128)
             h0, h1 = _halves(left, BLOCK_M, 64)
@@ -255,7 +255,7 @@ def hidden_gradient_kernel(
         grad + g_place[:, None] + d.to(tl.int64)[None, :] * grad_dimension, mask=mask, other=0.0
     ).to(tl.float32)
     norm = tl.load(patch_state, mask=is_row, other=0).to(tl.float32, bitcast=True)
-    # At y = 0 the embedding is 0 as well; the least normal number only keeps 0/0 away.
+    # At y = 0 the embedding is 0 as well; the smallest normal number only prevents 0/0.
     least = tl.where(norm < TINY, TINY, norm)
     along = tl.sum(g * e, 1) * ((least + NORM_FLOOR) / least)
     grad_y = (g - e * along[:, None]) / (norm + NORM_FLOOR)[:, None]
@@ -276,7 +276,7 @@ def hidden_gradient_kernel(
             mask=is_row[:, None] & is_unit[None, :],
             other=0,
         )
-        # A product, so that a NaN stays one.
+        # A product and not a selection: a NaN must stay one.
         h *= ((word >> (unit % 32)[None, :]) & 1).to(tl.float32)
         tl.store(
             grad_hidden + row[:, None] * HIDDEN + unit[None, :],
@@ -288,15 +288,15 @@ def hidden_gradient_kernel(
 # ---- gradient of the image ----
 
 
-# The image falls into cells of STRIDE x STRIDE pixels. Pixel (r, p) of cell (i, j) is pixel
+# The image consists of cells of STRIDE x STRIDE pixels. Pixel (r, p) of cell (i, j) is pixel
 # (r + s STRIDE, p + t STRIDE) of patch (i - s, j - t), for all s, t that stay within the patch:
 #   d_x = sum_st sum_h W1[h][r + s STRIDE][p + t STRIDE] d_h[i - s, j - t][h]
 #
 # A product for each s, t: rows are pairs of a cell and a map, columns are BLOCK_N pixels of the
-# cell. Of a cell's first TOP rows of pixels TERMS patches lie one above the other, of the others
-# one less, and so with its first LEFT columns. A tile's pixels are from one of these four regions,
-# so that no product is with zeros (with which a NaN of another patch would get in). Every pixel is
-# written once, or with ADD added to once.
+# cell. Vertically TERMS patches cover a cell's first TOP rows of pixels, one less the other rows;
+# likewise horizontally with its first LEFT columns. A tile's pixels are from one of these four
+# regions, so no weights are padded with zeros (through which a NaN of another patch would get in).
+# Every pixel is written once, or with ADD added to once.
 #
 # Floor: writes the gradient (134 MB, 31 us; ADD also reads it, 62 us) and reads d_h (29 MB, 7 us).
 # R 128 1024 = 7.4 G multiply-adds, three products of bfloat16 each: 56 us at 790 TFLOP/s; for
@@ -422,7 +422,7 @@ def image_gradient_kernel(
 #
 # Floor of d_W1: reads d_h and x, 163 MB (38 us). R 128 1024 = 7.4 G multiply-adds, three of
 # bfloat16 each: 56 us. d_W2: reads 43 MB (10 us); 0.46 G multiply-adds, 4 us. The hidden layer is
-# computed anew: the forward's floor once more.
+# recomputed: the forward's floor once more.
 @triton.jit
 def outer_product_kernel(
     left,

@@ -1,5 +1,5 @@
-"""The small ends of the content-style terms: which maps are kept, with which weights, and the terms
-themselves from the statistics of the maps and the products of the kept ones.
+"""The last steps of the content-style terms: which maps are kept and with which weights, and the
+terms, from the statistics of the maps and the products of the kept ones.
 
     I = 1 - (H(G) + H(S)) / 2,   w = (1 + alpha I)^gamma
     naive = mean over all maps of mean D^2
@@ -22,8 +22,8 @@ from mghf_fast.kernels.image import power_of_two
 
 @triton.jit
 def _power(base, exponent, KIND: tl.constexpr):
-    """base^exponent, as pow: 1 for the exponent 0, and of a negative base NaN unless the exponent
-    is whole."""
+    """base^exponent as pow has it: 1 for the exponent 0, and NaN for a negative base unless the
+    exponent is an integer."""
     power = tl.exp(exponent * tl.log(tl.abs(base)))
     if KIND == "zero":
         power = tl.full(base.shape, 1.0, tl.float64)
@@ -36,8 +36,8 @@ def _power(base, exponent, KIND: tl.constexpr):
 
 @triton.jit
 def _importance(entropies, c, images, channels):
-    """In float64, and as it is compared: in float32, in which what is equal but for rounding is
-    equal. A NaN counts as the largest."""
+    """The importance in float64, and in float32 for comparisons, in which values that differ only
+    by rounding are equal. A NaN counts as the largest."""
     h = tl.load(entropies + c, mask=c < channels, other=0)
     h += tl.load(entropies + images * channels + c, mask=c < channels, other=0)
     importance = 1 - h / 2
@@ -45,7 +45,7 @@ def _importance(entropies, c, images, channels):
     return importance, tl.where(compared == compared, compared, float("inf"))
 
 
-# The kept maps by rank, with their weights and moments, and three of the terms. One program an
+# The kept maps by rank, with their weights and moments, and three of the terms. One program per
 # image. A map's rank is the number of maps before it: C^2 comparisons, 16,384 for C = 128.
 #
 # Floor: reads and writes some KB; a few us, most of them latency.
@@ -86,7 +86,7 @@ def _select_kernel(
     inside = c < channels
     chosen = inside & (rank < maps)
     weight = _power(1 + alpha * importance, gamma, EXPONENT)
-    weight = weight.to(tl.float32)  # the backward's
+    weight = weight.to(tl.float32)  # as the backward reads it
     target = b * maps + rank
     tl.store(kept + target, c.to(tl.int64), mask=chosen)
     tl.store(weights + target, weight, mask=chosen)
@@ -164,7 +164,8 @@ def select(
     square: int,
 ) -> tuple[Tensor, ...]:
     """naive, mse, correlation, (B,); kept, weights, (B, M); moments, (B, rows, M). From entropies
-    (2, B, C) and statistics (B, rows, C), both float64; the numbers say which row is what."""
+    (2, B, C) and statistics (B, rows, C), both float64, of which ``moments`` rows are kept and
+    ``distance`` and ``square`` are row numbers."""
     _, images, channels = entropies.shape
     of_terms = [statistics.new_empty(images, dtype=torch.float32) for _ in range(3)]
     kept = statistics.new_empty(images, top_m, dtype=torch.int64)

@@ -1,12 +1,12 @@
 """Sinkhorn's plans and their gradients. See mghf_fast/reference/sinkhorn.py for the mathematics,
 sinkhorn_exponents.py for the numbers and sinkhorn_potentials.py for the iterations.
 
-The recursion of the gradient is one pass per iteration as well; it stores the vectors dg and df of
+The recursion of the gradient also takes one pass per iteration; it stores the vectors dg and df of
 every iteration, from which the entries of the gradient of log K are then computed independently.
 
-For `monce` the iterations end where those to come would change nothing that counts (`settle`). The
-recursion goes through all iterations, those left out included, until what dg could still add is
-negligible.
+For `monce` the iterations end once further ones would change the result negligibly (`settle`). The
+recursion goes through all iterations, including those that were skipped, until what dg could still
+add is negligible.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from mghf_fast.kernels.sinkhorn_exponents import (
 from mghf_fast.kernels.sinkhorn_potentials import solve
 
 NEGLIGIBLE = 1e-7
-"""Part of the sum of |dlog plan| that the recursion may leave out."""
+"""Relative part of the sum of |dlog plan| that the recursion may leave out."""
 
 
 # ---- the plan ----
@@ -89,9 +89,9 @@ def plan_kernel(
 # With W the gradient of log plan, df = W 1 and dg = W^T 1, for every iteration from the last on:
 #   B = 2^(y + f + g):   df -= B dg;   A = 2^(y + f + g of the iteration before):   dg = -A^T df
 # and dg and df of the iteration are stored. One program per matrix; a pass reads the matrix once
-# and takes two powers an entry: floor 23 us at 4.3 TB/s (14 us of powers, some 20 operations an
-# entry 8 us), plus one pass for W, which reads the incoming gradient as well: 46 us. Where the
-# iterations settle the recursion ends as fast: about 6 + 1 passes at epsilon = 1, 190 us.
+# and takes two powers per entry: floor 23 us at 4.3 TB/s (14 us of powers; about 20 operations per
+# entry, 8 us), plus one pass for W, which also reads the incoming gradient: 46 us. If the iterations
+# settle, the recursion ends as early: about 6 + 1 passes at epsilon = 1 (predicted 190 us).
 
 
 @triton.jit
@@ -123,9 +123,9 @@ def recursion_kernel(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:
-    """W is upstream * plan, or that of `monce`. The recursion stops where what is left of dg adds
-    up to less than the part `negligible` of sum |W|, which counts by 1 / steepness (times the
-    steepest slope of the score) where that is more than one."""
+    """W is upstream * plan, or that of `monce`. The recursion stops once the remaining dg adds up
+    to less than `negligible` times sum |W|. That bound is divided by `steepness` (times the
+    steepest slope of the score) where this is greater than one."""
     b = tl.program_id(0).to(tl.int64)
     matrix = similarity + b * stride_b
     history = potentials + b * slots * 4 * n
@@ -177,7 +177,7 @@ def recursion_kernel(
         before = tl.minimum(t - 1, made)
         first = tl.minimum(t, made + 1)
         term = storage + first.to(tl.int64) * 2 * n
-        # Entries of the term that others are in already, and of the df to start with: all or none.
+        # Entries that are added to an existing term and to the initial df: all n of them or none.
         joined = tl.where((t > made) & (t < started), n, 0)
         given = tl.where(t == started, n, 0)
         earlier = tl.load(term + columns, mask=columns < joined, other=0.0)
@@ -213,7 +213,7 @@ def recursion_kernel(
 
 # dsimilarity = (W - sum over the terms of B dg^T + df A) dscore / dsimilarity / epsilon.
 # Reads the matrix and the incoming gradient and writes one, 299 MB: 70 us at 4.3 TB/s; the powers,
-# two a term and entry, 7 us a term and 42 us for 6.
+# two per term and entry, 7 us per term and 42 us for 6.
 
 
 @triton.jit
@@ -281,7 +281,7 @@ def gradient_kernel(
 # ---- launches ----
 
 TILE = {"BLOCK_M": 16, "BLOCK_N": 128}
-"""Of the kernels that take the entries independently."""
+"""Block sizes of the kernels that compute entries independently."""
 
 
 def _recursion_options(n: int) -> dict[str, Any]:
@@ -300,8 +300,8 @@ def recur(
     temperature: float = 1.0,
     negligible: float = NEGLIGIBLE,
 ) -> tuple[Tensor, Tensor]:
-    """dg and df of the iterations (B, slots, 2, N), and the first and last of them (B, 2): from the
-    gradient of the plan, ``upstream``, or the ``statistics`` of `monce`."""
+    """dg and df of the iterations (B, slots, 2, N), and the first and last of them (B, 2), from the
+    gradient of the plan, ``upstream``, or from the ``statistics`` of `monce`."""
     b, n, _ = similarity.shape
     slots = potentials.shape[1]
     terms = torch.empty((b, slots, 2, n), dtype=torch.float32, device=similarity.device)

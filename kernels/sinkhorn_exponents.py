@@ -1,9 +1,9 @@
-"""Exponents in powers of two: what the kernels of Sinkhorn's plans and of `monce` compute with.
+"""Arithmetic of exponents of two, for the kernels of Sinkhorn's plans and of `monce`.
 
 K_ij = 2^y_ij with y = score / (epsilon ln 2), and the potentials f and g are in the same unit, so
-plan_ij = 2^(y_ij + f_i + g_j). Every one of the three is kept as an integer and a rest of about
-[-1/2, 1/2]. The integers add up without rounding, so an exponent that comes out small has all its
-digits, however large its terms are: plans at epsilon = 0.005 are as exact as those at 1.
+plan_ij = 2^(y_ij + f_i + g_j). Each of the three is kept as an integer and a rest of about
+[-1/2, 1/2]. The integers add up without rounding, so a small exponent keeps all its digits, however
+large its terms are: plans at epsilon = 0.005 are as exact as those at 1.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def round_to_integer(x: tl.tensor) -> Any:
-    """The nearest integer, for |x| up to 2^22: additions, where floor and rint run at an eighth of
+    """The nearest integer, for |x| up to 2^22, by additions; floor and rint run at an eighth of
     their rate."""
     return (x + 12582912.0) - 12582912.0
 
@@ -45,8 +45,8 @@ def exponential(x: tl.tensor) -> Any:
 
 @triton.jit
 def score_of(similarity: tl.tensor, COST: tl.constexpr) -> Any:
-    """What the plan maximises, up to its sign, which is the factor's, and a constant, which f
-    absorbs."""
+    """The score that the plan maximises, without its sign, which the factor has, and without a
+    constant, which f absorbs."""
     score = similarity
     if COST == "exp":
         score = exponential(similarity)
@@ -87,7 +87,7 @@ def off_diagonal(rows: tl.tensor, columns: tl.tensor, n: tl.tensor) -> Any:
 def load_potential(
     history: tl.tensor, slot: tl.tensor, which: tl.constexpr, index: tl.tensor, n: tl.tensor
 ) -> Any:
-    """Integer and rest of f (which = 0) or g (which = 2) after iteration `slot`."""
+    """Integer and rest of f (which = 0) or g (which = 2) in the history's slot `slot`."""
     base = history + slot.to(tl.int64) * 4 * n + which * n
     whole = tl.load(base + index, mask=index < n, other=0.0)
     part = tl.load(base + n + index, mask=index < n, other=0.0)
@@ -132,11 +132,11 @@ def corrections(
     first: tl.tensor,
     last: tl.tensor,
 ) -> Any:
-    """sum over the terms of B_ij dg_j + A_ij df_i: what the recursion takes off W. The entries on
-    the diagonal and outside are arbitrary."""
+    """The sum over the terms of B_ij dg_j + A_ij df_i, which the recursion subtracts from W.
+    Entries on the diagonal and outside the matrix are arbitrary."""
     total = tl.zeros_like(part)
     for term in range(first, last + 1):
-        # Term made + 1 stands for all iterations after the last one made: f and g rest in them.
+        # Term made + 1 is for all iterations after the last one made: f and g do not change there.
         now = tl.minimum(term, made)
         before = tl.minimum(term - 1, made)
         whole_f, part_f = load_potential(history, now, 0, rows, n)
@@ -156,7 +156,7 @@ def corrections(
 
 
 def exponent_scale(cost: str, epsilon: float) -> tuple[float, float, float]:
-    """factor, step_high and step_low of split_exponent()."""
+    """The arguments factor, step_high and step_low of split_exponent()."""
     step = (1 if cost == "hard" else -1) * epsilon * math.log(2)
     mantissa, exponent = math.frexp(step)
     high = math.ldexp(round(mantissa * 4096), exponent - 12)
@@ -164,19 +164,19 @@ def exponent_scale(cost: str, epsilon: float) -> tuple[float, float, float]:
 
 
 def row_blocks(n: int, elements: int) -> dict[str, int]:
-    """Blocks of whole rows with about so many entries."""
+    """Blocks of whole rows with about ``elements`` entries."""
     width = max(16, int(triton.next_power_of_2(n)))
     return {"BLOCK_M": min(width, max(1, elements // width)), "BLOCK_N": width}
 
 
 def warps(blocks: dict[str, int]) -> int:
-    """16 entries for each thread, as far as that goes."""
+    """The number of warps: 16 entries per thread where the limits allow it."""
     return min(16, max(4, blocks["BLOCK_M"] * blocks["BLOCK_N"] // 512))
 
 
 def pass_options(n: int, elements: int, stages: int) -> dict[str, Any]:
-    """Options of the kernels with one program per matrix. A multiprocessor has one of them to work
-    on, and its threads have registers for many entries."""
+    """Options of the kernels with one program per matrix. A multiprocessor runs only one of them,
+    so its threads have registers for many entries."""
     blocks = row_blocks(n, elements)
     many = {"num_warps": min(8, warps(blocks)), "maxnreg": launch.MOST_REGISTERS}
     return {**blocks, "STAGES": stages, **many, "num_stages": 2}

@@ -1,10 +1,10 @@
 """The potentials of Sinkhorn's plans, and when the iterations that find them stop. See
 mghf_fast/reference/sinkhorn.py for the mathematics, sinkhorn_exponents.py for the numbers.
 
-An iteration is one pass over the matrix. A block of rows takes the maxima and sums of 2^(y + g)
+An iteration is one pass over the matrix. A block of rows computes the maxima and sums of 2^(y + g)
 over its columns, which give f, and adds its 2^(y + f + g), whose rows sum to one, to the columns'
-sums c; then g decreases by log2 c. No exponent is positive. Where a column gets so little that
-float32's range could have cut its terms, the columns are summed again with maxima of their own.
+sums c; then g decreases by log2 c. No exponent is positive. Where a column's sum is so small that
+some of its terms may have underflowed, the columns are summed again with maxima of their own.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from mghf_fast.kernels.sinkhorn_exponents import (
     split_exponent,
 )
 
-TINY = tl.constexpr(5e-20)  # column sums from 2^-64 on have lost nothing to float32's range
+TINY = tl.constexpr(5e-20)  # column sums of at least 2^-64 lost nothing to underflow
 
 
 # ---- when to stop ----
@@ -38,16 +38,16 @@ TINY = tl.constexpr(5e-20)  # column sums from 2^-64 on have lost nothing to flo
 # Twin: csrc/common/sinkhorn_settling.h, where the rule is explained.
 
 CLEAN = tl.constexpr(1e-5)  # a smaller spread may be rounding
-FASTEST = tl.constexpr(0.05)  # a single fall is trusted that far
-REST = tl.constexpr(1e-6)  # what may be left of log plan's change
+FASTEST = tl.constexpr(0.05)  # smallest rate that is believed from a single iteration
+REST = tl.constexpr(1e-6)  # largest change of log plan that may still be to come
 
 
 @triton.jit
 def settle(spread: tl.tensor, previous: tl.tensor, rest: tl.tensor, rate: tl.tensor) -> Any:
-    """Whether the iterations to come would change nothing that counts, and the new rest and rate.
-    ``spread`` is the largest less the smallest change of ln g in this iteration, ``previous`` that
-    of the one before; before the first iteration all three are 1, and after it the answer does not
-    count. NaN never settles."""
+    """Whether further iterations would change the plan negligibly, and the new rest and rate.
+    ``spread`` is the largest minus the smallest change of ln g in this iteration, ``previous`` that
+    of the one before. Before the first iteration ``previous``, ``rest`` and ``rate`` are 1, and the
+    answer after it is not to be used. NaN never settles."""
     clean = previous > CLEAN
     ratio = spread / previous
     ratio = tl.where(ratio < FASTEST, FASTEST, ratio)
@@ -56,10 +56,10 @@ def settle(spread: tl.tensor, previous: tl.tensor, rest: tl.tensor, rate: tl.ten
     return rate * rest <= REST * (1.0 - rate), rest, rate
 
 
-# ---- what the forward of `monce` leaves for its backward ----
+# ---- what the forward of `monce` saves for its backward ----
 #
-# (B, 1 + 4 kept, N), int32: the number of iterations made, or 0 if the backward is to make them
-# again (they were more than fit), and the potentials after each, as in the history.
+# (B, 1 + 4 kept, N), int32: the number of iterations made, or 0 if they did not fit and the
+# backward has to repeat them, and the potentials after each, as in the history.
 
 
 @triton.jit
@@ -92,7 +92,7 @@ def take_state(
     columns: tl.tensor,
     n: tl.tensor,
 ) -> Any:
-    """Puts what was left into the history; returns the number of iterations made."""
+    """Copies the saved potentials into the history; returns the number of iterations made."""
     made = tl.load(state)
     for t in range(1, made + 1):
         for which in tl.static_range(4):
@@ -107,10 +107,10 @@ def take_state(
 #
 # One program per matrix, one pass over it per iteration. B = 1 image, 128 maps of N = 441, float32:
 # a pass reads 128 x 441^2 x 4 = 99.6 MB, 23 us at 4.3 TB/s (a map is 778 KB, and 128 of them are
-# twice an H100's L2). It takes 25 M powers of two, one per entry, and some 14 float32 operations
-# each: 0.35 G, 6 us at 60 TFLOP/s, and 7 us for the powers at 16 a cycle and multiprocessor.
-# Floor: 23 us per iteration made; `monce` makes 3 to 6 at epsilon = 1 (70 to 140 us), a plan all
-# 50 (1.2 ms).
+# twice an H100's L2). It takes 25 M powers of two, one per entry, and about 14 float32 operations
+# each: 0.35 G, 6 us at 60 TFLOP/s, and 7 us for the powers at 16 per cycle and multiprocessor.
+# Floor: 23 us per iteration; `monce` makes 3 to 6 at epsilon = 1 (predicted 70 to 140 us), a plan
+# all 50 (predicted 1.2 ms).
 
 
 @triton.jit
@@ -127,7 +127,7 @@ def column_potentials(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ) -> Any:
-    """g from f with a maximum for every column, taken on the way: what always works."""
+    """g from f with a running maximum for every column, which is safe for any range of values."""
     columns = tl.arange(0, BLOCK_N)
     tops = tl.full([BLOCK_M, BLOCK_N], FAR, tl.float32)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -179,7 +179,8 @@ def solve_kernel(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:
-    """STATE: "leave" or "take" that of `monce`, or neither. CONTINUE: where pass_kernel ended."""
+    """STATE: "leave" or "take" the state of `monce`, or neither. CONTINUE: from where pass_kernel
+    ended."""
     b = tl.program_id(0).to(tl.int64)
     matrix = similarity + b * stride_b
     history = potentials + b * slots * 4 * n
@@ -229,7 +230,7 @@ def solve_kernel(
             whole_f = -(top + rounded)
             part_f = rounded - logs
             if HAS_TOLERANCE:
-                # 2^(f - new f) is the row sum of the plan as it stands.
+                # 2^(f - new f) is the row sum of the current plan.
                 old_whole = tl.load(old + rows, mask=inside, other=0.0)
                 old_part = tl.load(old + n + rows, mask=inside, other=0.0)
                 ratio = tl.exp2((old_whole - whole_f) + (old_part - part_f))
@@ -260,7 +261,7 @@ def solve_kernel(
                 BLOCK_M,
                 BLOCK_N,
             )
-        new_part += 0.0 * tl.sum(tl.where(real, new_part, 0.0), 0)  # NaN anywhere is NaN everywhere
+        new_part += 0.0 * tl.sum(tl.where(real, new_part, 0.0), 0)  # one NaN makes all of them NaN
         tl.store(new + 2 * n + columns, new_whole, mask=real)
         tl.store(new + 3 * n + columns, new_part, mask=real)
 
@@ -276,20 +277,20 @@ def solve_kernel(
         part_g = new_part
         t += 1
         if HAS_TOLERANCE:  # noqa: SIM102 (known when compiling)
-            # The error is that of the iterate before, which has none at the start.
+            # The error is that of the previous iterate; the first iteration has none.
             if (t > 1) & (tl.max(error, 0) <= tolerance):
                 stopped = stopped * 0 + 2
                 t -= 1
-    tl.store(steps + 2 * b, t)  # iterations made, and how many they stand for
+    tl.store(steps + 2 * b, t)  # iterations made, then the number that their result is valid for
     tl.store(steps + 2 * b + 1, tl.where(stopped == 1, iterations, t))
     if STATE == "leave":
         leave_state(state + b * (1 + 4 * kept) * n, history, t, kept, slots, columns, n)
 
 
-# Large maps: a launch for each of the first iterations, with many programs a map. A program takes
-# rows, and first what the one before left in the partial sums of the columns: each finds g for
-# itself, in one order. Where a map has settled, or a column's sum is too small, its programs do
-# nothing more; solve_kernel goes on from there.
+# Large maps: a launch for each of the first iterations, with many programs per map. A program takes
+# some rows. It first computes g from the column sums that the previous launch left in parts; every
+# program does so for itself, in the same order. Once a map has settled, or a column's sum is too
+# small, its programs do nothing; solve_kernel goes on from there.
 
 
 @triton.jit
@@ -315,10 +316,10 @@ def pass_kernel(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:
-    """Finds g of iteration t - 1 and makes the rows' half of iteration t; of t = `last` only the
-    first. `partial`: the sums of the iterations in turn, (2, B, programs, N). `progress` and
-    `steps`, from which solve_kernel goes on, take turns too: no program reads what another
-    writes."""
+    """Computes g of iteration t - 1, then, unless t = `last`, the rows' half of iteration t.
+    `partial`: the column sums of even and odd iterations, (2, B, programs, N). `progress` and
+    `steps`, from which solve_kernel goes on, alternate as well, so that no program reads what
+    another one writes."""
     b = (tl.program_id(0) // programs).to(tl.int64)
     maps = tl.num_programs(0) // programs
     part_of_map = tl.program_id(0) % programs
@@ -354,7 +355,7 @@ def pass_kernel(
             rounded = round_to_integer(exact)
             whole_g = old_whole + rounded
             part_g = exact - rounded
-            # NaN anywhere is NaN everywhere
+            # One NaN makes all of them NaN.
             part_g += 0.0 * tl.sum(tl.where(real, part_g, 0.0), 0)
             change = rounded + (part_g - old_part)
             highest = tl.max(tl.where(real, change, FAR), 0)
@@ -362,7 +363,7 @@ def pass_kernel(
             previous = spread
             spread = (highest - lowest) * LN2
             settled, left, rate = settle(spread, previous, left, rate)
-            # 2: solve_kernel makes this iteration anew
+            # 2: solve_kernel repeats this iteration
             ended = tl.where(tl.min(sums, 0) < TINY, 2, tl.where((made > 0) & settled, 1, 0))
             made = tl.where(ended == 2, made, made + 1)
     if part_of_map == 0:
@@ -410,19 +411,19 @@ def pass_kernel(
 
 
 def _solve_options(n: int, cost: str, extra: bool) -> dict[str, Any]:
-    """``extra``: whether a tolerance or a state takes registers too."""
+    """Options of solve_kernel. ``extra``: whether a tolerance or a state needs registers too."""
     return pass_options(n, 4096 if extra or cost == "exp" else 8192, 2)
 
 
 LARGE = 600
-"""Patches from which on a map has several programs: a pass of one takes longer than a launch."""
+"""Maps of at least so many patches get several programs: one's pass takes longer than a launch."""
 
 SHARED_REGISTERS = 168
-"""With as many registers a thread, three programs of 4 warps share a multiprocessor."""
+"""With this many registers per thread three programs of 4 warps share a multiprocessor."""
 
 PROGRAMS = 1024
-"""About so many for all maps together: several for each multiprocessor. A number of its own, so
-that sums are added in the same order on every GPU."""
+"""About so many programs for all maps together, several per multiprocessor. It does not depend on
+the GPU, so that sums are added in the same order on every one."""
 
 
 def _programs_of_map(b: int, n: int) -> int:
@@ -432,8 +433,8 @@ def _programs_of_map(b: int, n: int) -> int:
 def _first_passes(
     similarity: Tensor, potentials: Tensor, cost: str, epsilon: float, count: int
 ) -> tuple[Tensor, Tensor]:
-    """Makes up to so many iterations of each map, with many programs; returns from what
-    solve_kernel goes on."""
+    """Makes up to ``count`` iterations of each map, with many programs; returns the state from
+    which solve_kernel goes on."""
     b, n, _ = similarity.shape
     programs = _programs_of_map(b, n)
     options = pass_options(n, 2048, 2) | {"maxnreg": SHARED_REGISTERS}
@@ -474,11 +475,11 @@ def solve(
     leave: Tensor | None = None,
     take: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The potentials (B, slots, 4, N): integer and rest of f and of g after iteration t in slot
-    t % slots, every one if ``keep``, else the last two; and (B, 2) counts: the iterations made, and
-    how many they stand for. With ``settle`` they end where those to come would change nothing that
-    counts. ``leave``: where the state for the backward goes; ``take``: what was left there, so that
-    hardly an iteration is made. Needs N > 1."""
+    """The potentials (B, slots, 4, N), integer and rest of f and of g after iteration t in slot
+    t % slots, all of them if ``keep``, else the last two; and counts (B, 2): the iterations made,
+    and the number for which their result is valid. With ``settle`` they end once further ones would
+    change the plan negligibly. ``leave`` is where the state for the backward is stored; ``take`` is
+    such a state, with which hardly any iteration is left to do. Needs N > 1."""
     b, n, _ = similarity.shape
     state = leave if take is None else take
     kept = 0 if state is None else (state.shape[1] - 1) // 4

@@ -1,8 +1,8 @@
-// When Sinkhorn's iterations have nothing left to do, on the CPU and on CUDA. Twin: settle() of
-// kernels/sinkhorn_potentials.py; benchmarks/iterations.py shows what it comes to.
+// The rule by which Sinkhorn's iterations stop early, on the CPU and on CUDA. Twin: settle() of
+// kernels/sinkhorn_potentials.py; benchmarks/iterations.py measures its effect.
 #pragma once
 
-// CUDA's sources have included what defines __device__, their host build too.
+// CUDA sources include the definition of __device__ before this file, in the host build too.
 #if defined(__CUDACC__) || defined(__device__)
 #define MGHF_ALSO_ON_DEVICE __device__ __forceinline__
 #else
@@ -12,16 +12,16 @@
 namespace mghf {
 namespace {
 
-// Takes the spread of each iteration's changes of v, largest less smallest: a factor that u and v
-// exchange is no change of the plan. What is still to come adds up to rate / (1 - rate) times the
-// last spread, if spreads fall at that rate. Rounding alone spreads the changes by 3e-7 to 3e-6, the
-// more the larger the matrix, so a spread below kClean says nothing of the rate, and may be no
-// change at all: it is taken to have gone on falling at the rate last seen. A rule that compares
-// spreads with the rounding itself runs through all iterations where it misses it by little.
+// It looks at the spread of each iteration's changes of v, largest minus smallest, because a factor
+// that u and v exchange does not change the plan. If spreads fall at a rate, the changes still to
+// come add up to rate / (1 - rate) times the last one. Rounding alone spreads the changes by 3e-7 to
+// 3e-6, more in larger matrices, so a spread below kClean says nothing about the rate: it is assumed
+// to have fallen at the rate seen last. (A rule that waits for the spread to reach the rounding error
+// runs through all iterations where it misses that by little.)
 struct Settling {
   static constexpr float kClean = 1e-5f;
-  static constexpr float kFastest = 0.05f;  // a single fall is trusted that far
-  static constexpr float kRest = 1e-6f;     // what may be left of log plan's change
+  static constexpr float kFastest = 0.05f;  // smallest rate that is believed from one iteration
+  static constexpr float kRest = 1e-6f;     // largest change of log plan that may still be to come
 
   float previous = 1, rest = 1, rate = 1;
 
