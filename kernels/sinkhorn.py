@@ -90,8 +90,8 @@ def plan_kernel(
 #   B = 2^(y + f + g):   df -= B dg;   A = 2^(y + f + g of the iteration before):   dg = -A^T df
 # and dg and df of the iteration are stored. One program per matrix; a pass reads the matrix once
 # and takes two powers per entry: floor 23 us at 4.3 TB/s (14 us of powers; about 20 operations per
-# entry, 8 us), plus one pass for W, which also reads the incoming gradient: 46 us. If the iterations
-# settle, the recursion ends as early: about 6 + 1 passes at epsilon = 1 (predicted 190 us).
+# entry, 8 us), plus one pass for W, which also reads the incoming gradient: 46 us. The recursion
+# ends as early as the iterations settle: about 6 + 1 passes at epsilon = 1 (predicted 190 us).
 
 
 @triton.jit

@@ -49,7 +49,7 @@ inline void check_same_shape(const Tensor& tensor, const char* argument, const T
 }
 
 // A tensor of an image's size, type and layout, with `channels`; contiguous unless the image is
-// channels_last. `new_tensor` makes a contiguous one of a shape.
+// channels_last. `new_tensor` makes a contiguous tensor of a given shape.
 template <class NewTensor>
 Tensor new_image_like(const Tensor& image, int64_t channels, const NewTensor& new_tensor) {
   const int64_t b = image.size(0), c = image.size(1), h = image.size(2), w = image.size(3);

@@ -1,4 +1,4 @@
-// What an invertible block is, for the CPU and for CUDA.
+// The shape and options of an invertible block, for the CPU and for CUDA.
 #pragma once
 
 #include <cstdint>

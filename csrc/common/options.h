@@ -41,7 +41,7 @@ inline void check_coupling_weights(const Tensor& weights, const CouplingShape& s
                   ")");
 }
 
-// The gradient of the features, whose channels are not those of x.
+// Checks the gradient of the features, whose number of channels may differ from that of x.
 inline void check_coupling_gradient(const Tensor& grad, const Tensor& x, int64_t channels) {
   STD_TORCH_CHECK(grad.size(0) == x.size(0) && grad.size(1) == channels &&
                       grad.size(2) == x.size(2) && grad.size(3) == x.size(3),
@@ -51,7 +51,7 @@ inline void check_coupling_gradient(const Tensor& grad, const Tensor& x, int64_t
 
 // ---- sinkhorn and monce ----
 
-// Beyond these bounds the number or its inverse is no normal float32.
+// Beyond these bounds the number or its inverse is not a normal float32.
 inline void check_scale(double value, const char* argument) {
   STD_TORCH_CHECK(value >= 1e-30 && value <= 1e30, argument, " is ", value,
                   "; allowed is a finite number above 0 (from 1e-30 to 1e30)");

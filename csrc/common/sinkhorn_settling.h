@@ -14,10 +14,10 @@ namespace {
 
 // It looks at the spread of each iteration's changes of v, largest minus smallest, because a factor
 // that u and v exchange does not change the plan. If spreads fall at a rate, the changes still to
-// come add up to rate / (1 - rate) times the last one. Rounding alone spreads the changes by 3e-7 to
-// 3e-6, more in larger matrices, so a spread below kClean says nothing about the rate: it is assumed
-// to have fallen at the rate seen last. (A rule that waits for the spread to reach the rounding error
-// runs through all iterations where it misses that by little.)
+// come add up to rate / (1 - rate) times the last one. Rounding alone spreads the changes by 3e-7
+// to 3e-6, more in larger matrices, so a spread below kClean says nothing about the rate: it is
+// assumed to have fallen at the rate seen last. (A rule that waits for the spread to reach the
+// rounding error runs through all iterations where it misses that by little.)
 struct Settling {
   static constexpr float kClean = 1e-5f;
   static constexpr float kFastest = 0.05f;  // smallest rate that is believed from one iteration

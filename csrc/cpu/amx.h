@@ -54,9 +54,9 @@ inline void tile_multiply_add() {
 
 #else
 
-// As assembler, for compilers' intrinsics take the tiles' numbers as literals only.
+// Assembler, because the compilers' intrinsics accept only literals as tile numbers.
 
-// The tiles' shapes hold for as long as this lives.
+// Configures the tiles' shapes for the lifetime of the object.
 struct Tiles {
   Tiles() {
     alignas(64) struct {

@@ -2,9 +2,9 @@
 // AVX512-BF16 or, with MGHF_AMX, AMX. The counterpart of product.h.
 //
 // The instructions take two columns of a at a time, so b is packed with b(k, n) and b(k + 1, n)
-// side by side, in panels of 32 columns; the depth is padded with zeros to a multiple of 32, so
-// rows of a need as many readable, finite values. Rows of a are read in blocks of up to 16 beyond
-// the last.
+// side by side, in panels of 32 columns. The depth is padded with zeros to a multiple of 32; rows
+// of a must be readable up to there, with finite values. Rows of a are read in blocks, up to 16
+// rows beyond the last.
 #pragma once
 
 #if defined(__AVX512BF16__) || defined(MGHF_AMX)

@@ -3,18 +3,18 @@
 // arithmetic between these steps; entropy.cpp counts the histograms between the first two.
 //
 // Method. The weights commute out of every term, so all sums are taken over unweighted features.
-//   1. Moments of S, G and D = S - G: per run of pixels with the run's own pivot, which takes large
-//      means out, in float32, then merged in float64. D has moments of its own because those of an
-//      almost equal pair would cancel: 1 - rho = (var D - (sd S - sd G)^2) / (2 sd S sd G).
+//   1. Moments of S, G and D = S - G: per run of pixels in float32, about the run's own pivot,
+//      which removes large means, then merged in float64. D has moments of its own because those of
+//      an almost equal pair would cancel: 1 - rho = (var D - (sd S - sd G)^2) / (2 sd S sd G).
 //   2. Gram's difference over the kept maps: S S^T - G G^T is the symmetric part of
 //      (S - G) (S + G)^T, which is one product instead of two and does not cancel either.
 //   3. Gradient: an affine map of S and G per channel and one M x M product per pixel, in one sweep
 //      with the moments and Gram's difference that the forward found.
 //
 // Floor, for C = 128, M = 64, 512 x 512: each step, the histograms too, reads S and G once, 256
-// MiB; the third also writes 128 MiB; the products of the last two take 1.07 G multiply-adds each. Both
-// products fetch what comes next while they compute (overlap.h): one step then costs little more
-// than the dearer of its two floors.
+// MiB; the third also writes 128 MiB; the products of the last two take 1.07 G multiply-adds each.
+// Both products prefetch the next tile while they compute (overlap.h): a step then costs little
+// more than the larger of its two floors.
 
 #include "arena.h"
 #include "content_style.h"
@@ -24,17 +24,17 @@
 namespace mghf {
 namespace {
 
-constexpr int64_t kPartVectors = 64;   // of one map: the longest sums in float32
-constexpr int64_t kRunPixels = 4096;   // of one map: sums of sums
-constexpr int64_t kRunRows = 1024;     // of all channels, likewise, of tiles
-constexpr int64_t kPivotPixels = 8;    // their mean is the pivot
+constexpr int64_t kPartVectors = 64;   // of one map, summed in float32
+constexpr int64_t kRunPixels = 4096;   // of one map, whose parts' sums are added
+constexpr int64_t kRunRows = 1024;     // of all channels, whose tiles' sums are added
+constexpr int64_t kPivotPixels = 8;    // whose mean is the pivot
 
 int64_t padded(int64_t channels) { return round_up(channels, kGroup); }
 
 // ---- moments ----
 
-// Sums over a run of what deviates from its pivots, and ranges, for kLanes channels or pixels side
-// by side.
+// Sums over a run of deviations from its pivots, and ranges, for kLanes neighbouring channels or
+// pixels.
 enum Sum { kS, kG, kD, kSS, kGG, kDD, kSG, kSD, kLowS, kHighS, kLowG, kHighG, kSums };
 constexpr int64_t kFirstRange = kLowS;
 
@@ -132,7 +132,7 @@ void map_moments(const StylePair& pair, int64_t b, int64_t channel, double* mome
     pivot_g = g[0] + pivot_g / static_cast<float>(sample);
     pivot_d = (s[0] - g[0]) + pivot_d / static_cast<float>(sample);
 
-    Sums sums, tail;  // of the tail, every lane holds the same sum
+    Sums sums, tail;  // every lane of the tail holds the same sum
     int64_t p = 0;
     while (p + kLanes <= count) {
       Sums part;
@@ -180,7 +180,7 @@ struct RowSpace {
   Vec& sum(int64_t k, int64_t c) const { return at(sums + k * channels + c); }
   Vec& pivot(int64_t k, int64_t c) const { return at(pivots + k * channels + c); }
 
-  // New pivots and sums for a run that begins with these pixels.
+  // Sets new pivots and clears the sums, for a run that begins with these pixels.
   void start(const Rows& s, const Rows& g, int64_t pixels) const {
     const int64_t sample = least(kPivotPixels, pixels);
     const float share = 1.0f / static_cast<float>(sample);
@@ -269,14 +269,14 @@ inline Vec permute(Vec x, IntVec index) {
 
 // Which lanes of a vector of channels are kept.
 struct Lanes {
-  IntVec gather;   // the vector's kept lanes, one after the other
-  IntVec scatter;  // of each kept lane, the how many-th it is
+  IntVec gather;   // the indices of the vector's kept lanes, consecutive
+  IntVec scatter;  // the position of each kept lane among them
   IntVec mask;     // ones in the kept lanes
-  int64_t start;   // how many channels are kept before this vector
+  int64_t start;   // number of channels kept before this vector
   int64_t count;
 };
 
-// Plans every vector of channels.
+// The lanes of every vector of channels.
 Lanes* plan_lanes(const KeptChannels& kept, int64_t channels, Arena& arena) {
   const int64_t vectors = channels / kLanes;
   constexpr int64_t kFloats = sizeof(Lanes) / sizeof(float);
@@ -297,7 +297,7 @@ Lanes* plan_lanes(const KeptChannels& kept, int64_t channels, Arena& arena) {
   return plan;
 }
 
-// Rows of kept channels: vectors are read and written beyond the last one.
+// Row length of kept channels; vectors are read and written beyond the last channel.
 inline int64_t kept_step(int64_t kept) { return padded(kept) + kGroup; }
 
 // ---- Gram's difference ----
@@ -309,7 +309,7 @@ struct ProductSpace {
   float* difference;  // S - G, by maps [kept][pixel], else [pixel][kept]
   float* sum;         // S + G, [pixel][kept]
   float* rows;        // S + G of kGroup maps
-  float* total;       // the product, of some tiles
+  float* total;       // the product, summed over some tiles
   Lanes* lanes = nullptr;
 
   ProductSpace(const StylePair& pair, const KeptChannels& channels, Arena& arena)
@@ -369,7 +369,7 @@ void run_product(const StylePair& pair, int64_t b, int64_t first, int64_t pixels
     sums[i] = 0;
     space.total[i] = 0;
   }
-  // What is read beyond the kept channels is never used, but it should be numbers.
+  // Values read beyond the kept channels are never used, but must be initialised.
   for (int64_t i = 0; i < space.tile * step; ++i) space.sum[i] = 0;
   for (int64_t done = 0, summed = 0; done < pixels;) {
     const int64_t count = least(space.tile, pixels - done), next = first + done + count;
@@ -547,7 +547,7 @@ void run_gradient(const StylePair& pair, const MutableImageView& grad_view, int6
   const MutableImageView grad = merge_rows(grad_view);
   Arena arena{static_cast<char*>(workspace)};
   const GradientSpace space(pair, kept, arena);
-  // What is read beyond the kept channels is masked, but it should be numbers.
+  // Values read beyond the kept channels are masked, but must be initialised.
   for (int64_t i = 0; i < space.tile * space.step; ++i) space.products[i] = 0;
   const auto gradient = lies_by_maps(sr) ? gradient_of_maps : gradient_of_rows;
   for (int64_t done = 0; done < pixels; done += space.tile) {

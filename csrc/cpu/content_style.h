@@ -8,8 +8,8 @@
 
 namespace mghf {
 
-// What is known of a channel of a pair, S and G, and of D = S - G: means, the mean products of what
-// deviates from them (variances, covariances), and ranges.
+// Statistics of a channel of a pair, S and G, and of D = S - G: means, variances, covariances and
+// ranges.
 enum Moment {
   kMeanSr, kMeanGt, kMeanDifference,
   kSrSr, kGtGt, kDifferenceDifference, kSrGt, kSrDifference,
@@ -19,7 +19,7 @@ enum Moment {
 
 // The gradient of a channel of S is, with K the product of Gram's gradient,
 //   difference D + centred (S - mean_of_centred) + other (X - mean_of_other) + K,
-// X being D where `like` is 1, for maps that are much alike, and G where it is 0: with the other of
+// where X is D if `like` is 1, for maps that are almost equal, and G if it is 0: with the other of
 // the two the last terms before K would nearly cancel.
 enum Coefficient {
   kOfDifference, kOfCentred, kMeanOfCentred, kOfOther, kMeanOfOther, kLike, kCoefficients,
@@ -29,7 +29,7 @@ struct StylePair {
   ImageView gt, sr;
 };
 
-// Channels that are kept, ascending.
+// The channels that are kept, ascending.
 struct KeptChannels {
   const int64_t* index;
   int64_t count;
@@ -44,10 +44,10 @@ struct ContentStyleKernels {
   size_t (*workspace_bytes)(const StylePair&, int64_t kept);
   bool (*by_maps)(const StylePair&);
 
-  // moments[Moment], of one channel.
+  // Computes moments[Moment] of one channel.
   void (*map_moments)(const StylePair&, int64_t b, int64_t channel, double* moments,
                       void* workspace);
-  // moments[Moment * padded(C) + channel], of a run.
+  // Computes moments[Moment * padded(C) + channel] of a run.
   void (*run_moments)(const StylePair&, int64_t b, int64_t first, int64_t pixels, double* moments,
                       void* workspace);
   // Sets product_ij = sum (S - G)_i (S + G)_j over the run's pixels, i and j kept: its symmetric

@@ -16,9 +16,9 @@
 // the sums and everything between two products stay float32. The mix, often of few channels, stays
 // float32 altogether, and so do weight gradients.
 //
-// Floor at C = 128: 3 x 17,536 multiply-adds a pixel forward and the mix's, 16,384 of its own or
+// Floor at C = 128: 3 x 17,536 multiply-adds a pixel forward plus those of the mix, 16,384, or
 // 3,456 with the stem folded into it; about twice that backward. Memory traffic, 1 KiB a pixel
-// forward, is far below.
+// forward, takes far less time.
 
 #include "coupling.h"
 
@@ -75,7 +75,7 @@ struct Forward : Stream<kind, Operand> {
 
 // ---- inverse ----
 
-// The stream the other way: z2 comes first, then z1 from rho and eta, then phi takes z2 back.
+// The inverse stream: z2 comes first, then z1 from rho and eta, then phi(z1) is subtracted.
 template <Activation kind, class Operand>
 struct Inverse : Stream<kind, Operand> {
   using Base = Stream<kind, Operand>;
@@ -103,7 +103,7 @@ struct Inverse : Stream<kind, Operand> {
       const Range at_x = this->columns(0);
       this->add_phi_row(row, at_x, -1.0f);
       float* result = out.data;
-      // The mix's inverse comes as the mix, with both halves padded.
+      // The inverse of the mix is packed as the mix, with both halves padded.
       const float* const halves[2] = {this->z.row(row, at_x.begin),
                                       this->z.row(row, at_x.begin) + w.padded_half};
       multiply(at_x.size(), out.width / kLanes, halves, this->z.width, w.half, this->p.mix,

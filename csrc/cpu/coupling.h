@@ -41,15 +41,15 @@ struct CouplingKernels {
   size_t (*forward_workspace)(const CouplingOptions&);
   void (*forward)(const CouplingOptions&, const void* packed, const CouplingTile&, ImageView x,
                   MutableImageView y, void* workspace);
-  // With the inverse of the mix, minus its product with the bias, in place of mix and bias.
+  // Takes N, the inverse of the mix, in place of the mix, and -N bias in place of the bias.
   void (*inverse)(const CouplingOptions&, const void* packed, const CouplingTile&, ImageView y,
                   MutableImageView x, void* workspace);
-  // The gradient of x; and, into `gradients` if that is not null, those of the weights that come
-  // from this tile, in the order and with the layout of `gradient_floats` of `unpack`.
+  // The gradient of x; and, unless `gradients` is null, this tile's share of those of the weights,
+  // `gradient_floats` floats that `unpack` reads.
   size_t (*backward_workspace)(const CouplingOptions&, bool with_weights);
   void (*backward)(const CouplingOptions&, const void* packed, const CouplingTile&, ImageView grad,
                    ImageView x, MutableImageView grad_x, float* gradients, void* workspace);
-  // Floats of one tile's weight gradients, and their way into PyTorch's layout.
+  // The number of floats of one tile's weight gradients, and their conversion to PyTorch's layout.
   int64_t (*gradient_floats)(const CouplingOptions&);
   void (*unpack_gradients)(const CouplingOptions&, const float* gradients,
                            const CouplingWeightGradients&);

@@ -1,4 +1,4 @@
-// The gradient of the op `coupling`: of its input, and of its weights where they are wanted.
+// The gradient of the op `coupling`: of its input and, if needed, of its weights.
 #pragma once
 
 #include "coupling_stream.h"
@@ -59,7 +59,7 @@ inline void depthwise_transposed(const BlockedRows& g, int64_t y, Range at_x, co
   for (int64_t c = 0; c < width; c += kLanes) {
     const float* const row[3] = {rows[0] + c * g.columns, rows[1] + c * g.columns,
                                  rows[2] + c * g.columns};
-    // What the three columns of the kernel weigh in each row.
+    // The weights of the kernel's three columns in each row.
     Vec by_row[3][3] = {};
     for (int64_t j = 0; j < 3; ++j) {
       const int64_t source = y - 1 + j;
@@ -98,7 +98,7 @@ inline void depthwise_transposed(const BlockedRows& g, int64_t y, Range at_x, co
   }
 }
 
-// Stages and how far they run ahead of the gradient of x at row v (1 more with a 3 x 3 mix):
+// By how many rows each stage runs ahead of the gradient of x (1 more with a 3 x 3 mix):
 //   hidden1 4, z2 and hidden2 3, scale and grad2 (of rho's and eta's depthwise layer) 2,
 //   grad_z2 and grad1 (of phi's) 1, grad_mixed 0
 template <Activation kind, class Operand>
@@ -118,7 +118,7 @@ struct Backward : Stream<kind, Operand> {
   int64_t next_grad2 = 0, next_grad1 = 0, next_mixed = 0;
   ImageView grad{};
 
-  // Sums over so many pixels are taken of float32.
+  // Sums over this many pixels need float32 terms.
   static constexpr bool kWeightGradients = sizeof(Operand) == sizeof(float);
 
   static int64_t room(int64_t reach) { return kCouplingTileColumns + 2 * reach; }
@@ -258,7 +258,7 @@ struct Backward : Stream<kind, Operand> {
     add_depthwise_products(this->hidden1, sources, grad1, grad1.row(y, x), pixels, g.phi_depthwise);
   }
 
-  // At row y: the gradient of what the mix gave, and its products with the mix.
+  // At row y: the gradient of the mix's output, and its products with the mix.
   void mixed_row(int64_t y, const Gradients& g) {
     const Widths& w = this->w;
     const Range at_x = this->columns(radius);
@@ -307,7 +307,7 @@ struct Backward : Stream<kind, Operand> {
     mix_products(y, mine, gradient, g.mix);
   }
 
-  // The mix's own gradient, from the rows of x, which by now have left the ring.
+  // The gradient of the mix, from the rows of x, which are no longer in the ring.
   void mix_products(int64_t y, Range mine, const float* gradient, float* total) {
     const int64_t inputs = this->shape.inputs;
     float* row = out.row(y, mine.begin);
@@ -360,7 +360,7 @@ struct Backward : Stream<kind, Operand> {
 
   void run(ImageView grad_y, ImageView x, MutableImageView grad_x, const Gradients& g) {
     grad = grad_y;
-    // The padding of the halves is never read into and takes part in products with zeros.
+    // The padding of the halves is never written, but it is multiplied with zeros.
     if (this->w.half < this->w.padded_half) {
       this->clear(upstream.data, upstream.ring * upstream.columns * upstream.width);
     }

@@ -1,4 +1,4 @@
-// The pointwise functions of the op `coupling`, by vectors. A NaN stays one.
+// The pointwise functions of the op `coupling`, on vectors. A NaN stays one.
 #pragma once
 
 #include "coupling.h"

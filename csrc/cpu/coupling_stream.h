@@ -1,5 +1,5 @@
-// What the forward, the inverse and the gradient of the op `coupling` share: rows of a tile, and
-// the stream through them up to the hidden layers of rho and eta.
+// Shared by the forward, the inverse and the gradient of the op `coupling`: rows of a tile, and the
+// stream through them up to the hidden layers of rho and eta.
 #pragma once
 
 #include "coupling_pointwise.h"
@@ -24,8 +24,8 @@ struct Range {
   int64_t size() const { return end - begin; }
 };
 
-// The last `ring` rows of one stage, [pixel][channel]. There is a pixel more on either side than
-// the stage computes, for reflections.
+// The last `ring` rows of one stage, [pixel][channel], with one more pixel on either side than the
+// stage computes, for reflections.
 template <class T>
 struct BasicRows {
   T* data;
@@ -96,9 +96,9 @@ struct Stream {
   const Widths w;
   const Packed<Operand> p;
   const CouplingTile& tile;
-  const int64_t halo;  // by how many pixels z1 and phi's hidden layer reach beyond the tile
+  const int64_t halo;  // pixels by which z1 and phi's hidden layer reach beyond the tile
 
-  // All rows have room for the widest halo; for the rings see the users.
+  // All rows have room for the widest halo; each user chooses the rings.
   Rows input, z;
   BlockedRows hidden1;
   BasicRows<Operand> depthwise1;
@@ -132,7 +132,7 @@ struct Stream {
     ((rows.first = tile.x_begin - halo - 1), ...);
   }
 
-  // A row of one half of the channels as an operand: as it is, or rounded.
+  // A row of one half of the channels as an operand, rounded if necessary.
   struct OperandRow {
     const Operand* data;
     int64_t width;
@@ -165,7 +165,7 @@ struct Stream {
     next_input = rows(halo + shape.kernel / 2).begin;
   }
 
-  // The three rows around y that a 3 x 3 kernel sees, at the pixel left of x.
+  // The three rows around y that a 3 x 3 kernel reads, at the pixel left of x.
   void around(const BlockedRows& rows, int64_t y, int64_t x, const float* (&result)[3]) const {
     for (int64_t i = 0; i < 3; ++i) {
       result[i] = rows.row(reflect(y - 1 + i, shape.height), x - 1);
@@ -181,7 +181,7 @@ struct Stream {
       float* row = input.row(next_input, wide.begin);
       read_pixels(x, tile.batch, next_input, wide.begin, wide.size(), 0, shape.inputs, row,
                   shape.inputs);
-      // The kernel of 3 has zero padding.
+      // The 3 x 3 mix has zero padding.
       if (radius > 0 && wide.begin == 0) clear(input.row(next_input, -1), shape.inputs);
       if (radius > 0 && wide.end == shape.width) {
         clear(input.row(next_input, shape.width), shape.inputs);
@@ -264,7 +264,8 @@ struct Stream {
              });
   }
 
-  // Streams on until the hidden layers of rho and eta reach row y: the first half of the forward.
+  // Advances the stream until the hidden layers of rho and eta reach row y: the first half of the
+  // forward.
   void need_hidden2(int64_t y) {
     for (; next_hidden2 <= smaller(y, last_row()); ++next_hidden2) {
       for (; next_hidden1 <= smaller(next_hidden2 + 1, last_row()); ++next_hidden1) {
@@ -276,7 +277,7 @@ struct Stream {
     }
   }
 
-  // The log of the scale, from what rho gives.
+  // The logarithm of the scale, from rho's output.
   Vec log_scale(Vec raw) const {
     return shape.clamp > 0 ? shape.clamp * tanh(raw / shape.clamp) : raw;
   }

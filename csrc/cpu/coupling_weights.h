@@ -1,4 +1,4 @@
-// The weights of the op `coupling` as its kernels use them, and their gradients.
+// The packed weights of the op `coupling`, and their gradients.
 #pragma once
 
 #include "coupling.h"
@@ -67,8 +67,8 @@ struct Widths {
 
 // ---- packed weights ----
 
-// Matrices as product.h packs them; `_transposed` for the way of the gradient. rho and eta side by
-// side where they share a product.
+// Matrices as product.h packs them, `_transposed` for the gradient. rho and eta are side by side
+// where they share a product.
 template <class Operand>
 struct Packed {
   float *mix, *bias, *mix_transposed, *phi_depthwise, *pair_depthwise;
@@ -162,8 +162,8 @@ void pack_weights(const CouplingOptions& shape, const CouplingWeights& weights, 
 
 // ---- gradients of the weights ----
 
-// Sums over one or more tiles. Matrices are [input][output], rho and eta side by side where the
-// packed weights are.
+// Gradients of the weights, summed over one or more tiles. Matrices are [input][output]; rho and
+// eta are side by side as in the packed weights.
 struct Gradients {
   float *mix, *bias;
   float *phi_expand, *phi_depthwise, *phi_project;

@@ -28,19 +28,20 @@ struct DecSums {
 };
 
 // d loss / d sums of row i, as factors of a pair's exponentials: the derivative with respect to
-// cos(S_i, S_j) is factor_i * exp(cos(S_i, S_j)/t), to cos(G_i, S_j) twice the same.
+// cos(S_i, S_j) is factor_i * exp(cos(S_i, S_j)/t), and with respect to cos(G_i, S_j) it is
+// 2 factor_i exp(cos(G_i, S_j)/t).
 struct DecFactors {
   const float *positive, *negative;
 };
 
-// The pairs are worked on tile by tile: `tile` patches, and their pairs with `tile` others. Tiles
+// The pairs are processed tile by tile: `tile` patches, and their pairs with `tile` others. Tiles
 // (a, b) and (b, a) are one task. Tasks that have no tile in common may run at the same time.
 struct DecKernels {
   int64_t (*tile)(const DecOptions&);
   size_t (*packed_bytes)(const DecOptions&, bool backward);
   size_t (*workspace_bytes)(const DecOptions&, bool backward);
-  // Copies one tile of patches into the 64-byte aligned `packed`, which all calls share. The
-  // backward gives factors too, and clears the tile's gradient.
+  // Copies one tile of patches into the 64-byte aligned `packed`, which all calls share. With
+  // factors (for the backward) it also clears the tile's gradient.
   void (*pack)(const DecOptions&, PatchesView sr, PatchesView gt, const DecFactors*, int64_t tile,
                void* packed);
   void (*forward)(const DecOptions&, int64_t tile, int64_t other, void* packed, DecSums,

@@ -11,7 +11,7 @@ namespace mghf {
 namespace {
 
 constexpr int kN = kBlockVectors;
-constexpr int64_t kPanel = kN * kLanes;  // columns that lie side by side in a transposed operand
+constexpr int64_t kPanel = kN * kLanes;  // adjacent columns of a transposed operand
 constexpr int64_t kSegments = 16;
 constexpr float kUnitRoundoff = 5.9604645e-8f;  // 2^-24
 constexpr float kInfinity = __builtin_inff();
@@ -50,10 +50,10 @@ inline Vec exp2(Vec y) {
   return p * reinterpret_cast<Vec>((reinterpret_cast<IntVec>(rounded) + 126) << 23);
 }
 
-// ---- the patches, as the products need them ----
+// ---- the patches, packed for the products ----
 
-// `rows` are padded to whole vectors. `panels` hold kPanel patches each, transposed: value d of a
-// panel's patches side by side.
+// `rows` are padded to whole vectors. `panels` hold kPanel patches each, transposed: the values d
+// of a panel's patches are contiguous.
 struct Packed {
   const int64_t depth;   // D
   const int64_t padded;  // D, rounded up to whole vectors
@@ -61,8 +61,8 @@ struct Packed {
   float *g_rows, *g_panels;  // GT patches as they are
   float *s_norm, *g_inverse;  // |S_i|; 1 / |G_i|, the norm floored
   float* g_squared;           // |G_i|^2
-  // Lower bounds of distances: |G_i - G_j|^2 >= offset_i + offset_j + <rows_i, panels_j>, and that
-  // in spite of rounding. The offsets of padding and of what is not finite bound nothing.
+  // Lower bounds of distances: |G_i - G_j|^2 >= offset_i + offset_j + <rows_i, panels_j>, with
+  // rounding allowed for. The offsets of padding and of values that are not finite bound nothing.
   float *segment_rows, *segment_panels, *segment_offset;
   float *positive_factor, *negative_factor;  // backward only, as all below
   float* grad;                               // rows, of the unit patches
@@ -209,14 +209,14 @@ struct Pairs {
         column_begin(b * tile_size(options)),
         column_end(smaller(column_begin + tile_size(options), options.patches)),
         diagonal(a == b) {
-    // The sum of differences, taken in float32, is within `own` of the exact distance, and may lose
-    // squares below float32's normal range altogether. Its bound is doubled for the roundings here.
+    // The float32 sum of differences is within `own` of the exact distance, and may lose squares
+    // below float32's normal range. Its bound is doubled to cover the roundings here.
     const float own = 2 * rounding_bound(p.depth + 4);
     const float tiny = static_cast<float>(p.depth) * 1e-37f;
     clear_above = negative_above = options.limit * (1 + own) + tiny;
     positive_below = options.limit * (1 - own) - tiny;
     margin = rounding_bound(p.depth + 16);
-    if (!(negative_above < kInfinity && margin < kInfinity)) {  // nothing can be said without
+    if (!(negative_above < kInfinity && margin < kInfinity)) {  // differences decide
       clear_above = negative_above = kInfinity;
       positive_below = -kInfinity;
     }
@@ -308,13 +308,13 @@ struct Pairs {
 
 // ---- exponentials ----
 
-// What a block of products still has to be multiplied with to become cosines.
+// The factors that turn a block of products into cosines.
 enum class Scale { none, rows, columns };
 
-// In the place of a mask: no pair is positive.
+// Takes the place of a mask: no pair is positive.
 struct AllNegative {};
 
-// From products to exp(cosine / t), with the temperature that a pair has: `positive` is a mask, or
+// From products to exp(cosine / t), with the pair's temperature: `positive` is a mask, or
 // AllNegative.
 template <Scale kScale, int kM, class Positive>
 inline void take_exponentials(const Block<kM>& block, const Positive& positive, const Pairs& pairs,
@@ -349,7 +349,7 @@ __attribute__((noinline)) void exponentials(const float* rows, const float* pane
   }
 }
 
-// A block of pairs, worked out.
+// The exponentials of a block of pairs.
 template <int kM>
 struct Exponentials {
   Block<kM> own, cross, other_cross;  // of <s_i, s_j>, <g_i, s_j>, <s_i, g_j>

@@ -88,7 +88,7 @@ void for_each(int64_t count, size_t workspace_bytes,
   constexpr std::align_val_t alignment{64};
   const auto release = [](void* p) { ::operator delete(p, alignment); };
   const int64_t threads = std::min<int64_t>(count, torch::stable::get_num_threads());
-  // Threads draw matrices one by one: some need many more operations than others.
+  // Threads take matrices one by one, because some need many more operations than others.
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread) {
@@ -104,7 +104,7 @@ void use_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) 
   constexpr uintptr_t page = uintptr_t{1} << 21;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
-  // A refusal is no fault: small pages serve as well.
+  // Failing is no error: small pages work as well.
   if (begin < end) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }

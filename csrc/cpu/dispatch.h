@@ -1,4 +1,4 @@
-// What the CPU kernels share: which instruction set they use, threads, memory.
+// Shared by the CPU kernels: the choice of the instruction set, threads, memory.
 #pragma once
 
 #include <cstddef>
@@ -7,12 +7,12 @@
 
 namespace mghf {
 
-// Each has all that come before it; the last two add products of bfloat16.
+// Each includes those before it; the last two add products of bfloat16.
 enum class CpuCapability { default_, avx2, avx512, avx512_bf16, amx };
 
-// The best set that this CPU has and this library was built for, capped by the environment variable
-// MGHF_CPU_CAPABILITY = default | avx2 | avx512 | avx512_bf16 | amx. A cap above the CPU's best
-// leaves the best; any other value throws. Decided at the first call.
+// The best set that this CPU has and this library was built for, at most that of the environment
+// variable MGHF_CPU_CAPABILITY = default | avx2 | avx512 | avx512_bf16 | amx. Any other value
+// throws. Decided at the first call.
 CpuCapability cpu_capability();
 const char* name(CpuCapability);
 

@@ -1,10 +1,10 @@
 // Histogram entropies of feature maps, on the CPU. See mghf_fast/reference/entropy.py.
 //
-// Method. A first pass takes each map's range, a second counts its bins. A step of the second takes
-// kGroup values side by side, of as many channels (channels_last) or of one map, and counts each in
-// a table of its own: no two of them meet in a counter, and equal neighbours do not wait for each
-// other. The bin is computed as the reference does, a division and a multiplication each rounded to
-// float32, so every count is the reference's exactly. -sum p ln p is summed in float64.
+// Method. A first pass finds each map's range, a second counts its bins. A step of the second takes
+// kGroup contiguous values, of as many channels (channels_last) or of one map, and counts each in
+// a table of its own: no two of them share a counter, so equal neighbours do not wait for each
+// other. The bin is computed as in the reference, a division and a multiplication each rounded to
+// float32, so every count equals the reference's. -sum p ln p is summed in float64.
 //
 // Floor. The two passes read the features once each (33.5 M values of 4 bytes at 128 x 512 x 512).
 // A count takes two loads and a store, 0.75 cycles with four address units; 1.1 are measured on Zen
@@ -24,7 +24,7 @@ constexpr int64_t kRunPixels = 4096;      // of one map, at a time
 constexpr int64_t kSteps = 8;             // of counting, at a time
 constexpr int64_t kMostTableBins = 4096;  // beyond, a map's values share one table
 
-// Apart by more than the bins: tables a power of two apart would compete for the same cache lines.
+// More than the bins, because tables a power of two apart would compete for the same cache lines.
 int64_t count_step(int64_t bins) { return round_up(bins, kGroup) + kGroup; }
 
 int64_t padded_channels(int64_t channels) { return round_up(channels, kGroup); }
@@ -37,7 +37,7 @@ struct Range {
   void add(Vec x) {
     low = min(low, x);
     high = max(high, x);
-    bad += x * 0.0f;  // NaN from NaN and infinity on
+    bad += x * 0.0f;  // NaN once there was a NaN or an infinity
   }
 };
 
@@ -121,7 +121,7 @@ struct Bins {
   Vec bins;
   CountVec last;
 
-  // Without lows and highs that are numbers, all values fall into some bin all the same.
+  // If lows and highs are not finite, every value still gets some valid bin.
   Bins(const float* low, const float* high, int64_t value_step, int64_t table_step, int64_t count) {
     bins = splat(static_cast<float>(count));
     last = CountVec{} + static_cast<uint32_t>(count - 1);

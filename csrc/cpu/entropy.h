@@ -1,5 +1,5 @@
-// The interface between the ops `entropy` and `content_style` and the kernels of histograms, one
-// per instruction set.
+// The interface between the ops `entropy` and `content_style` and the kernels of histograms, which
+// exist once per instruction set.
 #pragma once
 
 #include <cstddef>
@@ -23,14 +23,15 @@ struct EntropyKernels {
                         int64_t bins, void* workspace);
 
   // The same for all channels of the pixels from `first` on. low and high have padded_channels()
-  // elements, counts, which are set, as many rows of count_step(); aligned like the workspace.
+  // elements; counts, which are overwritten, have as many rows of count_step(). All are aligned
+  // like the workspace.
   int64_t (*padded_channels)(int64_t channels);
   int64_t (*count_step)(int64_t bins);
   void (*run_range)(const ImageView&, int64_t b, int64_t first, int64_t pixels, float* low,
                     float* high, void* workspace);
   void (*run_counts)(const ImageView&, int64_t b, int64_t first, int64_t pixels, const float* low,
                      const float* high, int64_t bins, uint32_t* counts, void* workspace);
-  // The entropy of a map of so many pixels whose counts are the sums over `runs` rows.
+  // The entropy of a map of `pixels` pixels whose counts are the sums over `runs` rows.
   double (*entropy)(const uint32_t* counts, int64_t runs, int64_t run_step, int64_t bins,
                     int64_t pixels);
 };

@@ -1,6 +1,6 @@
 // Gram matrices of feature maps and their gradient, on the CPU. See mghf_fast/reference/gram.py.
 //
-// Method. The forward takes tiles of pixels as rows of channels, in place where they lie so, and
+// Method. The forward takes tiles of pixels as rows of channels, in place if stored so, and
 // adds F F^T in blocks of kUpperRows x kUpperVectors that reach to the diagonal or above it; the
 // rest is its mirror image. Sums are float32 over kSumPixels, then float64. The gradient,
 // (dG + dG^T) F, is a product whose rows are pixels (channels_last) or maps (contiguous).
@@ -35,7 +35,7 @@ inline void for_each_upper_block(int64_t m, int64_t rows, const Visit& visit) {
 struct SumSpace {
   int64_t channels, tile;
   float* rows;   // [pixel][channel]
-  float* total;  // of some tiles
+  float* total;  // summed over some tiles
 
   SumSpace(const ImageView& v, Arena& arena)
       : channels(padded(v.channels)), tile(lies_by_maps(v) ? kMapPixels : kProductPixels) {

@@ -1,5 +1,5 @@
-// How an image lies in memory, for kernels that may take its pixels in any order: those that only
-// add over pixels. Pixel p is the p-th along the rows, y * width + x.
+// The memory layout of an image, for kernels that only add over pixels and so may take them in any
+// order. Pixel p is the p-th along the rows, y * width + x.
 #pragma once
 
 #include "image.h"
@@ -7,7 +7,7 @@
 namespace mghf {
 namespace {
 
-// The same pixels as one long row, if they lie so: then a run of pixels may cross rows.
+// The same pixels as one long row if their strides allow it: then a run of pixels may cross rows.
 template <class View>
 inline View merge_rows(View v) {
   if (v.width == 1) {

@@ -10,7 +10,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(MGHF_LIBRARY, m) {
   m.def(
       "patches_backward(Tensor grad, Tensor embedding, Tensor state, Tensor x, Tensor weight1,"
       " Tensor weight2, int patch_size, int stride) -> Tensor");
-  // The same, added to what grad_x holds.
+  // The same, added to grad_x.
   m.def(
       "patches_backward_add_(Tensor(a!) grad_x, Tensor grad, Tensor embedding, Tensor state,"
       " Tensor weight1, Tensor weight2, int patch_size, int stride) -> ()");
