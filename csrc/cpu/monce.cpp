@@ -8,17 +8,18 @@
 //   loss_i = softplus(x_i),  x_i = (max_j s_ij - s_ii) / t + ln(Q (N-1) u_i sum_j w_ij):
 // nothing overflows, whatever the temperature, and small losses keep their digits.
 //
-// Backward. s again, u and v as the forward left them; row weights r_i = grad_i sigmoid(x_i); the gradient of log plan is
-// W_ij = r_i w_ij / sum_j w_ij, whose rows add up to r_i. Then Gradient's recursion through the
-// iterations, and, row block by row block and never as a matrix,
+// Backward. s is recomputed, u and v are those that the forward saved. With row weights
+// r_i = grad_i sigmoid(x_i) the gradient of log plan is W_ij = r_i w_ij / sum_j w_ij, whose rows
+// add up to r_i. Then follow Gradient's recursion through the iterations and, by blocks of rows and
+// never as a whole matrix,
 //   ds_ij = W_ij / t + (W_ij - K_ij c_ij) dscore/ds / epsilon,  ds_ii = -r_i / t,  dq = ds k.
 //
-// Where iterations only repeat each other, forward and recursion leave them out: what they would add
-// is below 1e-6 (see Solver::solve and Gradient::sweep_back). At epsilon = 1 about four of fifty
-// remain, and most of the time goes into the products: N^2 D multiply-adds forward, twice as many
-// backward. K and s are the only N x N matrices, one pair for each thread.
+// Forward and recursion skip iterations that would change the result by less than 1e-6 (see
+// Solver::solve and Gradient::sweep_back). At epsilon = 1 about four of fifty remain, and most of
+// the time goes into the products: N^2 D multiply-adds forward, twice as many backward. K and s are
+// the only N x N matrices, one pair for each thread.
 //
-// Where K or v spreads over too many powers of two for w to be a float32, `weigh_widely` adds the
+// Where K or v covers too many powers of two for w to be a float32, `weigh_widely` adds the
 // exponents of all factors before it takes the power.
 //
 // This file is compiled once per instruction set, as MGHF_KERNELS, so everything in it has internal
@@ -34,7 +35,7 @@ namespace mghf {
 namespace {
 
 constexpr float kNaN = __builtin_nanf("");
-constexpr float kNegligible = 5e-7f;  // part of the gradient that the recursion may leave out
+constexpr float kNegligible = 5e-7f;  // relative part of the gradient that may be left out
 
 // ---- elementary functions ----
 
@@ -81,7 +82,7 @@ constexpr int kPanel = 3;  // vectors of columns that a product takes at a time
 template <class Visit>
 inline void for_each_panel(int64_t vectors, const Visit& visit) {
   int64_t first = 0;
-  // Four are left as two and two: a panel of one vector loads as much as it multiplies.
+  // The last four become two panels of two: a panel of one vector loads as much as it multiplies.
   for (; vectors - first >= kPanel && vectors - first != 4; first += kPanel) {
     visit.template operator()<kPanel>(first);
   }
@@ -89,7 +90,7 @@ inline void for_each_panel(int64_t vectors, const Visit& visit) {
   if (first < vectors) visit.template operator()<1>(first);
 }
 
-// Whether the plan has a gradient: of two patches either can only be moved to the other.
+// Whether the plan has a gradient. With two patches each can only be moved to the other.
 bool differentiates_plan(const MonceOptions& options) {
   return options.differentiate_plan && options.sinkhorn.size > 2;
 }
@@ -139,7 +140,7 @@ struct Map {
 
   // ---- the similarities ----
 
-  // Columns of k^T (k if `rows`) in panels: of each row of the operand a few vectors side by side.
+  // Packs k^T (k if `rows`) into panels of columns: a few vectors of each row, row after row.
   void pack_key(bool rows) const {
     const int64_t count = rows ? depth : n, length = rows ? n : depth;
     const int64_t column_step = rows ? key.column_stride : key.row_stride;
@@ -175,8 +176,8 @@ struct Map {
     });
   }
 
-  // Rows i to i + kRows of s, their extremes and, into a, the rounded maxima of y (see Solver).
-  // False if any entry is infinite, NaN or too large.
+  // Computes rows i to i + kRows of s, their extremes and, into a, the rounded maxima of y (see
+  // Solver). False if any entry is infinite, NaN or too large.
   bool compare(int64_t i) const {
     const int64_t count = i >= n ? 0 : n - i < kRows ? n - i : kRows;
     float* s = similarity + i * padded;
@@ -216,17 +217,19 @@ struct Map {
     return sum(bad[0] + bad[1] + bad[2] + bad[3]) == 0 && largest_size < kLargestExponent;
   }
 
-  // What the plan maximises, up to sign and a constant, which are the factor's and u's.
+  // The score that the plan maximises, without its sign, which the factor has, and without a
+  // constant, which u absorbs.
   Vec score(Vec s) const {
     return options.sinkhorn.cost == TransportCost::exp ? -exponential(s) : s;
   }
 
-  // Solves for the plan; returns how many iterations that took, -1 if the similarities cannot be handled.
+  // Solves for the plan; returns the number of iterations, -1 if the similarities cannot be
+  // handled.
   int64_t solve(const KeptIterates& kept) const {
     pack_key(false);
     return solver.solve([&](int64_t i) { return compare(i); }, &kept);
   }
-  // The same, from what that left.
+  // The same, from the iterates that solve() kept.
   int64_t resume(const KeptIterates& kept) const {
     pack_key(false);
     return solver.resume([&](int64_t i) { return compare(i); }, kept);
@@ -234,8 +237,8 @@ struct Map {
 
   // ---- the weights of the negatives ----
 
-  // Whether the spread of K's rows and of v leaves w within float32, so that neither flushes to 0
-  // what counts in a row's sum.
+  // Whether the ranges of K's rows and of v keep w within float32's range, so that nothing that
+  // counts in a row's sum underflows.
   bool is_narrow(int64_t t) const {
     if (solver.base(t) != 0) return false;
     Vec spread = {}, least = splat(1), most = splat(1);
@@ -280,7 +283,7 @@ struct Map {
     }
   }
 
-  // The same, times 2^-exponents[k]: with K computed again, as 2^y and without the rows' exponents a.
+  // The same, times 2^-exponents[k], with K recomputed as 2^y, without the rows' exponents a.
   Vec weigh_widely(int64_t i, float* rows, float (&exponents)[kLanes]) const {
     Vec result = splat(1);
     solver.split_scores(i);
@@ -311,7 +314,7 @@ struct Map {
     return result;
   }
 
-  // A plan, and how to weigh by it.
+  // A plan, and whether weigh_narrowly() can weigh by it.
   struct Plan {
     int64_t t;
     bool narrow;
@@ -343,7 +346,7 @@ struct Map {
 
   // ---- the gradient ----
 
-  // The same, and r_i and r_i / sum_j w_ij.
+  // As weigh(), and r_i and r_i / sum_j w_ij.
   void weigh_for_gradient(int64_t i, Plan plan, VectorView grad, float* rows) const {
     const Weighted weighted = weigh(i, plan, rows);
     const Vec shares = sigmoid(weighted.excess);
@@ -364,7 +367,7 @@ struct Map {
     }
   }
 
-  // Through the weights and the positives, the plan taken as given.
+  // The gradient through the weights and the positives, with the plan constant.
   void differentiate_detached(Plan plan, VectorView grad, float* grad_query) const {
     for (int64_t i = 0; i < n; i += kRows) {
       weigh_for_gradient(i, plan, grad, solver.rows);
@@ -381,9 +384,9 @@ struct Map {
     }
   }
 
-  // Through the plan as well.
+  // The gradient, through the plan as well.
   void differentiate(Plan plan, VectorView grad, Gradient& gradient, float* grad_query) const {
-    // Once weighed, s is not needed but for the slope of its exponential, and w takes its place.
+    // After weighing only the slope of an exponential cost needs s; otherwise w takes its place.
     const bool in_place = plan.narrow && options.sinkhorn.cost != TransportCost::exp;
     const auto weights = [=, this](int64_t i) {
       return in_place ? similarity + i * padded : solver.rows;
@@ -441,8 +444,8 @@ struct Map {
     }
   }
 
-  // Rows i to i + kRows of dq = ds k, from those of ds, which stand in solver.rows but for the
-  // diagonal.
+  // Rows i to i + kRows of dq = ds k, from those of ds in solver.rows, where only the diagonal is
+  // missing.
   void multiply_by_key(int64_t i, float* grad_query) const {
     for (int64_t k = 0; k < kRows && i + k < n; ++k) {
       solver.rows[k * padded + i + k] = -row_weight[i + k] * inverse_temperature;

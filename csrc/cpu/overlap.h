@@ -1,5 +1,5 @@
-// Matrix products over pixels, during which the memory brings what comes next: it would stand still
-// while the product is computed, and the arithmetic while the next tile is read.
+// Matrix products over pixels that prefetch the next tile while they compute; otherwise memory and
+// arithmetic would wait for each other.
 #pragma once
 
 #include "product.h"
@@ -12,10 +12,10 @@ constexpr int64_t kProductPixels = 64;  // whose operands stay in the L1 cache
 constexpr int64_t kSumPixels = 512;     // summed in float32, then in float64
 constexpr int64_t kMapPixels = 256;     // of many maps at a time
 constexpr int64_t kRowPixels = 48;      // of rows of channels that are multiplied with a matrix
-constexpr int64_t kStepDepth = 8;       // of a product, between two looks at what is to be fetched
+constexpr int64_t kStepDepth = 8;       // of a product, between two groups of prefetches
 constexpr int64_t kLineBytes = 64;
 
-// What a tile needs of an image.
+// The cache lines of an image that a tile reads.
 struct Stream {
   const char* data = nullptr;
   int64_t row_bytes = 0, rows = 0, lines = 0;  // rows of so many cache lines
@@ -24,11 +24,11 @@ struct Stream {
 
   Stream() = default;
 
-  // All channels of `pixels`.
+  // Those of all channels of `pixels`.
   Stream(const ImageView& v, int64_t b, int64_t first, int64_t pixels)
       : Stream(v, b, first, pixels, nullptr, v.channels) {}
 
-  // These channels at least.
+  // Those of at least these channels.
   Stream(const ImageView& v, int64_t b, int64_t first, int64_t pixels, const int64_t* channels,
          int64_t count) {
     if (v.height > 1 || first >= v.width) return;
@@ -60,12 +60,12 @@ struct Stream {
   }
 };
 
-// Fetches what tiles need of one image or of two.
+// Prefetches a tile of one image or of two.
 struct Streams {
   Stream first, second;
   int64_t share = 0;  // lines of each at a time
 
-  // For a product with `rows` x `vectors` of results, about.
+  // Spreads the prefetches over a product with about `rows` x `vectors` results.
   void spread(int64_t rows, int64_t vectors, int64_t depth) {
     const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows *
                            ((vectors + kBlockVectors - 1) / kBlockVectors);
@@ -80,8 +80,9 @@ struct Streams {
   }
 };
 
-// A block of out = a b or out += a b; a and b as in multiply_add(), whose loop this is but for the
-// fetching. The product is summed by itself before it is added, so long sums lose fewer digits.
+// A block of out = a b or out += a b; a and b as in multiply_add(), whose loop this is, with the
+// prefetches added. The product is summed separately before it is added, so long sums lose fewer
+// digits.
 template <bool kAdd, int kM, int kN>
 __attribute__((noinline)) void product_block(const float* a, int64_t a_row, int64_t a_step,
                                              const float* b, int64_t b_step, int64_t depth,

@@ -35,7 +35,7 @@ struct Pairs {
     return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
   }
 
-  // Vectors, not intrinsics, for GCC 12 warns of its own intrinsics here.
+  // Vectors, not intrinsics, because GCC 12 warns about its own intrinsics here.
   typedef uint16_t Halves __attribute__((vector_size(kLanes * sizeof(uint16_t))));
   typedef uint32_t Words __attribute__((vector_size(kLanes * sizeof(uint32_t))));
 
@@ -47,8 +47,8 @@ struct Pairs {
     return (Vec)(round(first) | round(second) << 16);
   }
 
-  // data[p] and data[p + 1], which have the values of bfloat16 numbers, become the word data[p].
-  // The last of `count` vectors is left alone.
+  // Packs data[p] and data[p + 1], whose values are bfloat16 numbers, into the word data[p]. The
+  // last of `count` vectors is not changed.
   static void pair_neighbours(float* data, int64_t count) {
     for (int64_t p = 0; p + 1 < count; ++p) {
       const Words first = (Words)at(data + p * kLanes), second = (Words)at(data + (p + 1) * kLanes);
@@ -90,7 +90,7 @@ struct PatchTiles {
     if constexpr (kN > 1) tile_zero<1>();
     if constexpr (kN > 2) tile_zero<2>();
   }
-  // at(n) is where the sums of patch n lie, [weight][lane].
+  // at(n) points to the sums of patch n, [weight][lane].
   template <class At>
   static void load_sums(const At& at) {
     tile_load<0>(at(0), kTileBytes);

@@ -21,17 +21,17 @@ struct PatchesOptions {
   const float* bias2;         // (dimension)
 
   int64_t patches() const { return rows * columns; }
-  // The state of one patch and map: the bits of |y|, then one bit per hidden unit, whether it is
-  // above 0.
+  // Words of the state of one patch and map: the bits of |y|, then one bit per hidden unit, set if
+  // the unit is above 0.
   int64_t state_words() const { return 1 + (hidden + 31) / 32; }
-  // A patch's hidden layer in words of 32 bits, in the image's gradient.
+  // Words of 32 bits of a patch's hidden layer, in the image's gradient.
   int64_t hidden_words() const { return pairs ? (hidden + 1) / 2 : hidden; }
 };
 
 // A word of 32 bits holds a pair of bfloat16 numbers, the first in its lower half. For the forward
 // weight1 is then (row, hidden, pair of columns), for the gradient of the image
-// (row, column, pair of hidden units) and kPairSlack columns more that may be anything finite. It
-// takes an even patch_size.
+// (row, column, pair of hidden units), followed by kPairSlack columns of any finite values. Pairs
+// need an even patch_size.
 constexpr int64_t kPairSlack = 16;
 
 // (B C, N, D), strides in elements.
@@ -40,40 +40,40 @@ struct EmbeddingView {
   int64_t map_stride, patch_stride, dimension_stride;
 };
 
-// What the gradient of one embedding needs.
+// The inputs of the gradient of an embedding.
 struct PatchesGradient {
   EmbeddingView grad;
   const float* embedding;  // contiguous
   const int32_t* state;    // (N, state_words, B C)
 };
 
-// A kernel works on one group of `lanes` maps: `groups` of them hold all maps. Scratch memory is
-// the caller's, 64-byte aligned.
+// A kernel works on one group of `lanes` maps; there are `groups` of them. The caller provides
+// scratch memory, 64-byte aligned.
 struct PatchesKernels {
   int64_t lanes;
   bool pairs;  // whether the CPU multiplies pairs of bfloat16
 
-  // One row of patches of one group of maps: tasks groups * rows, of which index % groups is the
-  // group.
+  // One row of patches of one group of maps: there are groups * rows tasks, and task % groups is
+  // the group.
   size_t (*forward_bytes)(const PatchesOptions&);
   void (*forward)(const PatchesOptions&, const ImageView& x, int64_t task, float* embedding,
                   int32_t* state, void* workspace);
 
-  // The gradient before the ReLU, grad_hidden (group, N, hidden_words, lanes): the same tasks.
+  // The gradient before the ReLU, grad_hidden (group, N, hidden_words, lanes); the same tasks.
   size_t (*hidden_bytes)(const PatchesOptions&);
   void (*hidden)(const PatchesOptions&, const PatchesGradient&, int64_t task, float* grad_hidden,
                  void* workspace);
 
-  // From it the gradient of x, written or added: `stride` rows of pixels of one group of maps;
-  // tasks groups * ceil(height / stride).
+  // From it the gradient of x, written or added: `stride` rows of pixels of one group of maps per
+  // task, groups * ceil(height / stride) tasks.
   size_t (*image_bytes)(const PatchesOptions&);
   void (*image)(const PatchesOptions&, const float* grad_hidden, const MutableImageView& grad_x,
                 bool add, int64_t task, void* workspace);
 
-  // The gradients of the second layer and of bias1, sums over the tasks of the forward, each task's
-  // share into layer2_size floats of its own: weight2 (D, padded_hidden), bias1 (padded_hidden),
-  // bias2 (D). It also leaves the gradient before the ReLU as (group, N, lanes, padded_hidden) for
-  // the next kernel.
+  // The gradients of the second layer and of bias1, sums over the tasks of the forward. Each task
+  // writes its share to layer2_size floats of its own: weight2 (D, padded_hidden), bias1
+  // (padded_hidden), bias2 (D). It also stores the gradient before the ReLU, as
+  // (group, N, lanes, padded_hidden), for the next kernel.
   int64_t (*padded_hidden)(const PatchesOptions&);
   int64_t (*layer2_size)(const PatchesOptions&);
   size_t (*layer2_bytes)(const PatchesOptions&);

@@ -12,7 +12,7 @@ struct OutputGradient {
   const PatchesOptions& o;
   const PatchesGradient& gradient;
 
-  float* grad;       // [patch][dimension][lane], of the embeddings and then of y
+  float* grad;       // [patch][dimension][lane], first of the embeddings, then of y
   float* embedding;  // [dimension][lane]
 
   OutputGradient(const PatchesOptions& o, const PatchesGradient& gradient, Arena& arena)
@@ -37,7 +37,7 @@ struct OutputGradient {
     return word;
   }
 
-  // `grad` of the outputs y of kN patches.
+  // Computes `grad` of the outputs y of kN patches.
   template <int kN>
   void output(const Group& group, int64_t patch) const {
     const EmbeddingView& g = gradient.grad;
@@ -53,7 +53,7 @@ struct OutputGradient {
       for (int64_t d = 0; d < o.dimension; ++d) {
         along += at(grad_at(n, d)) * at(embedding + d * kLanes);
       }
-      // At y = 0 the embedding is 0 as well; the maximum only keeps 0/0 away.
+      // At y = 0 the embedding is 0 as well; the maximum only prevents 0/0.
       along *= 1.0f + kNormFloor / max(norm, splat(kTiny));
       const Vec scale = 1.0f / (norm + kNormFloor);
       for (int64_t d = 0; d < o.dimension; ++d) {
@@ -62,7 +62,7 @@ struct OutputGradient {
     }
   }
 
-  // From `grad` the gradient before the ReLU of kN patches, out[patch][unit][lane].
+  // Computes from `grad` the gradient before the ReLU of kN patches, out[patch][unit][lane].
   template <int kN>
   void hidden(const Group& group, int64_t patch, float* out) const {
     const float* b[kN];
@@ -80,7 +80,7 @@ struct OutputGradient {
         const IntVec bits = state_word(group, patch + n, 1 + begin / 32);
         for (int64_t k = 0; k < count; ++k) {
           const IntVec positive = bits & static_cast<int32_t>(uint32_t{1} << k);
-          // A product, so that a NaN stays one.
+          // A product and not a selection: a NaN must stay one.
           at(out + (n * o.hidden + begin + k) * kLanes) *= positive != 0 ? splat(1) : Vec{};
         }
       }
@@ -142,9 +142,9 @@ struct Gather {
   const int64_t terms;  // patches that cover a cell's first pixels, per direction
   const int64_t full;   // how many pixels these are; the others have one patch less
 
-  float* zeros;   // the gradient of a patch that the image has not
+  float* zeros;   // the gradient of a patch outside the image
   float* pixels;  // [pixel][lane], one row of kPatches cells
-  float* before;  // what the image's gradient was
+  float* before;  // the image's previous gradient
 
   Gather(const PatchesOptions& o, Arena& arena)
       : o(o),
@@ -156,7 +156,7 @@ struct Gather {
     before = arena.floats(kPatches * cell * kLanes);
   }
 
-  // Row r of kN cells of row i from column j on.
+  // Computes pixel row r of kN cells of row i from column j on.
   template <class Factors, int kN, class Progress>
   void row(const float* grad_hidden, int64_t i, int64_t j, int64_t r,
            const Progress& progress) const {
@@ -166,7 +166,8 @@ struct Gather {
     }
   }
 
-  // Its pixels `begin` to `end` of every cell, under which `count` patches lie side by side.
+  // The pixels `begin` to `end` of that row of every cell, which `count` neighbouring patches
+  // cover.
   template <class Factors, int kN, class Progress>
   void columns(const float* grad_hidden, int64_t i, int64_t j, int64_t r, int64_t begin,
                int64_t end, int64_t count, const Progress& progress) const {
@@ -228,8 +229,8 @@ struct Gather {
     });
   }
 
-  // From pixel to pixel and from word to word of the weights: floats lie as in the forward, pairs
-  // by [pixel][word].
+  // Strides of the weights from pixel to pixel and from word to word: floats have the order of the
+  // forward, pairs are [pixel][word].
   template <class Factors>
   int64_t pixel_step() const {
     return Factors::kWidth == 1 ? 1 : o.hidden_words();

@@ -48,7 +48,7 @@ struct Layers {
     if (group.count < kLanes) clear(pixels, chunk_rows * run(kPatches) * kLanes);
   }
 
-  // Reads pixel rows `first` to `first + rows` of the patches from column j on.
+  // Reads pixel rows `first` to `first + rows` of kN patches from column j on.
   template <int kN>
   void read_chunk(const ImageView& x, const Strip& strip, int64_t j, int64_t first,
                   int64_t rows) const {
@@ -165,7 +165,7 @@ struct Layers {
     }
   }
 
-  // `output` from `hidden`.
+  // Computes `output` from `hidden`.
   template <int kN>
   void second_layer() const {
     for_each_run<kUnits>(o.dimension, [&]<int kM>(int64_t d) {

@@ -1,4 +1,4 @@
-// Groups of maps, the lanes of the kernels of `patches`: reading, writing, fetching ahead.
+// Groups of maps, the lanes of the kernels of `patches`: reading, writing, prefetching.
 #pragma once
 
 #include "arena.h"
@@ -22,8 +22,8 @@ struct Group {
       : first(index * kLanes), count(o.maps - first < kLanes ? o.maps - first : kLanes) {}
 };
 
-// The maps are those of all images: calls visit(image, channel, lane, channels) for the pieces of a
-// group that lie in one image.
+// A group may cross images: calls visit(image, channel, lane, channels) for each of its pieces
+// within one image.
 template <class Visit>
 inline void for_each_piece(const Group& group, int64_t channels, const Visit& visit) {
   for (int64_t lane = 0; lane < group.count;) {
@@ -35,7 +35,7 @@ inline void for_each_piece(const Group& group, int64_t channels, const Visit& vi
   }
 }
 
-// A whole group of channels that lie side by side; the compiler knows how many.
+// A whole group of contiguous channels, whose number the compiler knows.
 template <class T>
 inline void read_whole(const T* source, int64_t pixel_step, int64_t pixels, float* out) {
   for (int64_t p = 0; p < pixels; ++p) {
@@ -89,15 +89,15 @@ inline void write_group(const MutableImageView& v, const Group& group, int64_t y
   });
 }
 
-// Zero where a group has no maps, so that no arithmetic meets what memory held before.
+// Clears lanes without maps, so that no arithmetic uses uninitialised memory.
 inline void clear(float* data, int64_t floats) {
-  if (floats == 0) return;  // data may be null, which memset must not get
+  if (floats == 0) return;  // data may be null, which memset does not allow
   __builtin_memset(data, 0, static_cast<size_t>(floats) * sizeof(float));
 }
 
-// ---- fetching ahead ----
+// ---- prefetching ----
 
-// Cache lines of a few rows of a group of maps, asked for a few at a time.
+// Prefetches a few rows of a group of maps, a few cache lines at a time.
 class Prefetch {
  public:
   static Prefetch nothing() { return {}; }

@@ -110,7 +110,8 @@ size_t layer2_bytes(const PatchesOptions& o) {
 
 constexpr int64_t kParts = 4;
 
-// The strips of part `task / patch_size`, and of their patches the pixel row `task % patch_size`.
+// Sums over the strips of part `task / patch_size`, for pixel row `task % patch_size` of the
+// patches.
 void layer1(const PatchesOptions& o, const float* grad_hidden, const ImageView& x, int64_t task,
             float* sums, void* workspace) {
   Arena arena{static_cast<char*>(workspace)};

@@ -11,7 +11,7 @@ inline float to_float(uint16_t bfloat16) {
   return __builtin_bit_cast(float, static_cast<uint32_t>(bfloat16) << 16);
 }
 
-// To the nearest, ties to even, as PyTorch rounds; a NaN stays one.
+// Rounds to nearest, ties to even, as PyTorch does; a NaN stays one.
 inline uint16_t to_bfloat16(float x) {
   const uint32_t bits = __builtin_bit_cast(uint32_t, x);
   if (x != x) return static_cast<uint16_t>(bits >> 16 | 0x40);
@@ -141,7 +141,7 @@ inline void read_pixels(const ImageView& v, int64_t b, int64_t y, int64_t x, int
   }
 }
 
-// The way back.
+// The inverse of read_pixels().
 inline void write_pixels(const MutableImageView& v, int64_t b, int64_t y, int64_t x,
                          int64_t pixels, int64_t channel, int64_t channels, const float* in,
                          int64_t in_step) {

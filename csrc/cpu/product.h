@@ -18,7 +18,7 @@ constexpr int kBlockVectors = 2;
 // b(k, n) is the n-th vector from b + k b_step (aligned). Any layout of a will do, so a transposed
 // product needs no transposed copy.
 //
-// Not inlined: among its users' code the compiler runs out of registers.
+// Not inlined, because the compiler runs out of registers among the callers' code.
 template <int kM, int kN>
 __attribute__((noinline)) void multiply_add(Vec (&block)[kM][kN], const float* a, int64_t a_row,
                                             int64_t a_step, const float* b, int64_t b_step,
@@ -65,8 +65,8 @@ inline void for_each_row_block(int64_t rows, const Visit& visit) {
 }
 
 // Covers `rows` x `vectors` with blocks: calls visit.template operator()<kM, kN>(m, n) with the
-// block's first row and first vector. Blocks of one column of blocks follow each other, so that the
-// columns of b stay in the cache.
+// block's first row and first vector. It goes down one column of blocks after the other, so that
+// the columns of b stay in the cache.
 template <class Visit>
 inline void for_each_block(int64_t rows, int64_t vectors, const Visit& visit) {
   int64_t n = 0;
@@ -100,7 +100,7 @@ inline void multiply_add(Vec* block, int64_t rows, const float* a, int64_t a_row
 }
 
 // As for_each_block(): calls visit(m, n, rows, vectors) with a block's first row and vector, and
-// how many it has of both.
+// its numbers of rows and vectors.
 template <class Visit>
 inline void for_each_sized_block(int64_t rows, int64_t vectors, const Visit& visit) {
   for (int64_t n = 0; n < vectors;) {
@@ -124,8 +124,8 @@ inline void multiply_add(Vec* block, int64_t rows, int64_t vectors, const float*
 // ---- products with a packed right-hand side ----
 //
 // A matrix b(k, n) packed into panels as wide as a block: panel after panel, each with its columns
-// of k = 0, 1, ... side by side. What does not fill a panel makes panels of one vector. Columns are
-// padded to whole vectors with zeros.
+// of k = 0, 1, ... side by side. Remaining vectors that do not fill a panel are panels of one
+// vector. Columns are padded to whole vectors with zeros.
 
 inline int64_t packed_floats(int64_t depth, int64_t columns) {
   return depth * round_up(columns, kLanes);
@@ -146,8 +146,8 @@ void pack(int64_t depth, int64_t columns, const Entry& entry, float* packed) {
 }
 
 // Calls store(m, n, value) with every vector n of every row m of a b. The columns of a lie in
-// `segments` runs of `depth` steps: those of row m from a[.] + m a_row on, one step a column; runs
-// that are null count as zeros.
+// kSegments runs of `depth` steps: those of row m start at a[.] + m a_row, one step per column.
+// Runs that are null count as zeros.
 template <int kSegments, class Store>
 inline void multiply(int64_t rows, int64_t vectors, const float* const (&a)[kSegments],
                      int64_t a_row, int64_t depth, const float* packed, const Store& store) {

@@ -14,7 +14,7 @@ SolverUse use_for(bool backward) {
   return {.keep = backward, .computed = false, .settle = false};
 }
 
-// The similarities are there; nothing is to be computed.
+// The similarities are given; there is nothing to compute.
 constexpr auto kNothing = [](int64_t) { return true; };
 
 // ---- one matrix ----
@@ -37,7 +37,7 @@ void differentiate(const Solver& s, MatrixView grad, Gradient& gradient) {
   if (s.base(T) != 0) {
     gradient.robust([&](int64_t i) {
       s.load_rows(grad, i);
-      // K still stands on the last iteration's base.
+      // K still has the last iteration's base.
       for (int64_t k = 0; k < kRows && i + k < s.n; ++k) {
         for (int64_t j = 0; j < padded; j += kLanes) {
           at(s.rows + k * padded + j) *= s.u(T)[i + k] * s.entry(i + k, j) * at(s.v(T) + j);

@@ -18,9 +18,9 @@ struct MatrixView {
   int64_t column_stride;
 };
 
-// What the forward of `monce` leaves for its backward, a map's piece of the op's tensor: rows of N
-// numbers. The first has how many iterations were made, 0 if the backward is to find out itself. Each
-// of the first iterations has four of the rest: u, v and room that other backends need.
+// The state that the forward of `monce` saves for its backward, one map's part of the op's tensor:
+// rows of N numbers. The first row holds the number of iterations made, 0 if the backward has to
+// repeat them. Then each of the first iterations has four rows: u, v, and two for other backends.
 struct KeptIterates {
   int32_t* rows;
   int64_t slots;

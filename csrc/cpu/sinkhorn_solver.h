@@ -8,7 +8,7 @@
 // Stability. a and b are integers, so they cost no digits and absorb any scale exactly. Every
 // iteration checks that its row and column sums stay within [1e-14, 1e14]: entries of K below
 // float32's range then add less than 1e-10 to any entry of the plan. An iteration that fails is
-// repeated with a maximum per row and per column (a log-sum-exp in base two), and K is rebuilt on
+// repeated with a maximum per row and per column (a log-sum-exp in base two), and K is rebuilt with
 // the new a and b. epsilon = 1 never needs that; 0.01 may, on widely spread similarities.
 #pragma once
 
@@ -28,7 +28,7 @@ constexpr float kNoExponent = -1e9f;
 struct SolverUse {
   bool keep;      // keep every iterate, for the gradient
   bool computed;  // the similarities are a product: rounded, `padded` apart, complete (see below)
-  bool settle;    // stop where further iterations would change nothing that counts
+  bool settle;    // stop where further iterations would change the result negligibly
 };
 
 struct Solver {
@@ -46,11 +46,11 @@ struct Solver {
   float* exponents;  // their scores, split
   float* powers;
   float* padding;    // 0, and 1 beyond n: keeps the sums of padding away from 0
-  float* row_sums;   // of the iterate before
+  float* row_sums;   // of the previous iterate
   float* scratch;
   float* u_history;  // u and v after each iteration; only the last two unless use.keep
   float* v_history;
-  float* a_history;  // the exponents on which K stood, and which of them each iteration had
+  float* a_history;  // the bases (exponents) that K has had, and each iteration's
   float* b_history;
   float* base_of;
 
@@ -112,8 +112,8 @@ struct Solver {
     }
   }
 
-  // Gives what has no score in row i, the diagonal and the padding, the value of a neighbour, so
-  // that maxima and checks need no mask.
+  // Gives the entries of row i without a score, on the diagonal and in the padding, the value of a
+  // neighbour, so that maxima and checks need no mask.
   void complete_row(float* row, int64_t i) const {
     const float neighbour = row[i == 0 ? 1 : i - 1];
     row[i] = neighbour;
@@ -150,9 +150,9 @@ struct Solver {
     }
   }
 
-  // Builds the first K of similarities that prepare(i) computes, rows i to i + kRows at a time: it
-  // puts the maxima of y, rounded, into a and returns whether all are finite and small enough. Such
-  // similarities are rounded as it is, so their products with factor.high may be as well.
+  // Builds the first K from similarities that prepare(i) computes, rows i to i + kRows at a time:
+  // prepare puts the maxima of y, rounded, into a and returns whether all are finite and small
+  // enough. Such similarities are rounded anyway, so their products with factor.high may be too.
   template <class Prepare>
   bool build_computed_kernel(const Prepare& prepare) const {
     bool right = true;
@@ -173,7 +173,7 @@ struct Solver {
     return right;
   }
 
-  // Builds K on the exponents a (which it sets to the rows' maxima if `first`) and b. Returns
+  // Builds K with the exponents a (which it sets to the rows' maxima if `first`) and b. Returns
   // whether all scores are finite and small enough to differ.
   bool build_kernel(int64_t base, bool first) const {
     float* row_exponent = a(base);
@@ -204,10 +204,10 @@ struct Solver {
     return sum(bad) == 0 && largest(extreme) < kLargestExponent;
   }
 
-  // The pass over K that everything is made of: with r_i = sum_j K_ij weights_j, it adds
+  // The pass over K that all steps use: with r_i = sum_j K_ij weights_j, it adds
   // coefficient(i, r_i) K_ij to sums_j. `coefficients(i, r, c)` fills c for kRows rows from i. The
-  // sums of block k + 1 are taken in the same loop as the additions of block k, so that the memory
-  // of the one is on its way while the arithmetic of the other runs.
+  // sums of block k + 1 are computed in the same loop as the additions of block k, so that one is
+  // loaded while the other is computed.
   template <class Coefficients>
   [[gnu::noinline]]  // its inner loop needs every register
   void sweep(const float* weights, float* sums, const Coefficients& coefficients) const {
@@ -271,7 +271,7 @@ struct Solver {
     return smallest(least) >= kSmallestSum && largest(most) <= kLargestSum;
   }
 
-  // How much the changes of v in iteration t differ. Those of the padding are 1, their mean.
+  // The spread of the changes of v in iteration t. Those of the padding are 1, their mean.
   float spread_of_changes(int64_t t) const {
     Vec lowest = splat(1e30f), highest = {};
     for (int64_t j = 0; j < padded; j += kLanes) {
@@ -302,8 +302,8 @@ struct Solver {
     }
   }
 
-  // Iteration t with the maximum exponent of every row and column taken out, from the exponents a
-  // and b of `old_base` to new ones, those of old_base + 1.
+  // Iteration t with the maximum exponent of every row and column factored out, from the exponents
+  // a and b of `old_base` to those of old_base + 1.
   void iterate_robust(int64_t t, int64_t old_base, float* error) const {
     const float *old_u = u(t - 1), *old_a = a(old_base);
     float *new_u = u(t), *new_v = v(t), *new_a = a(old_base + 1), *new_b = b(old_base + 1);
@@ -356,7 +356,7 @@ struct Solver {
     for (int64_t j = n; j < padded; ++j) new_b[j] = 0;
   }
 
-  // The iterate before the first, and K. False if the similarities cannot be handled.
+  // Sets the iterate before the first, and K. False if the similarities cannot be handled.
   template <class Prepare>
   bool start(const Prepare& prepare) const {
     for (int64_t j = 0; j < padded; ++j) {
@@ -368,7 +368,7 @@ struct Solver {
     return use.computed ? build_computed_kernel(prepare) : build_kernel(0, true);
   }
 
-  // As solve(), from the iterates that it left: those that found no room are made again.
+  // As solve(), from the iterates that it kept; those that did not fit are repeated.
   template <class Prepare>
   int64_t resume(const Prepare& prepare, const KeptIterates& kept) const {
     const int64_t made = kept.made();
@@ -391,9 +391,9 @@ struct Solver {
 
   // Runs the iterations; returns how many counted, or -1 if the similarities cannot be handled.
   // prepare(i) computes the similarities of rows i to i + kRows if use.computed (see above).
-  // With use.settle the iterations end where those to come would change nothing that counts: their u
-  // and v are taken to equal the last ones.
-  // Leaves iterates in `kept`, if given, unless K stood on several bases.
+  // With use.settle the iterations end once further ones would change the result negligibly: their
+  // u and v are taken to equal the last ones. Stores iterates in `kept`, if given, unless K had
+  // several bases.
   template <class Prepare>
   int64_t solve(const Prepare& prepare, const KeptIterates* kept = nullptr) const {
     if (kept != nullptr) kept->clear(n);
@@ -404,7 +404,7 @@ struct Solver {
       float error = 0;
       const bool fast = iterate_fast(t, &error);
       if (!fast) iterate_robust(t, current, &error);
-      // The error is that of iterate t - 1, which has none before the first.
+      // The error is that of iterate t - 1; the first iteration has none.
       if (options.has_tolerance && t > 1 && error <= options.tolerance) return t - 1;
       if (!fast) build_kernel(++current, false);
       base_of[t] = current;
@@ -439,7 +439,7 @@ struct Gradient {
   const Solver& s;
   const int64_t T;
   const int64_t settled;  // iterations that the solver made; u and v of any after it equal its last
-  int64_t first = 1, last = 0;  // the terms that sweep_back() leaves
+  int64_t first = 1, last = 0;  // the terms that sweep_back() computes
   // Per term: v dg (which the columns of B are weighted with) and u df (the rows of A). The term of
   // an iteration has its number, the sum of those after `settled` is settled + 1; 0 is scratch.
   float *weighted_dg, *weighted_df;
@@ -455,9 +455,9 @@ struct Gradient {
 
   int64_t iterate(int64_t t) const { return t < settled ? t : settled; }
 
-  // All iterations on the first base: sweeps as in the forward. They end when what is left of dg,
-  // its mean aside, adds up to less than `negligible` over the iterations to come: A and B are
-  // averages, so the sum of |dg| never grows, and an equal dg in all columns cancels.
+  // For iterations that all have the first base: sweeps as in the forward. They end when the
+  // deviations of dg from its mean add up to less than `negligible` over the remaining iterations:
+  // A and B are averages, so the sum of |dg| never grows, and an equal dg in all columns cancels.
   void sweep_back(float negligible) {
     const int64_t padded = s.padded;
     first = last = iterate(T) + (T > settled);
@@ -501,7 +501,7 @@ struct Gradient {
     return sum(spread);
   }
 
-  // The terms' sums c of kRows rows from i on,
+  // Computes the terms' sums c of kRows rows from i on,
   //   dlogK_ij = W_ij - K_ij c_ij,  c_ij = sum_t u^t_i (v^t dg^t)_j + (u^t df^t)_i v^(t-1)_j:
   // calls combine(k, j, c) for every row i + k and vector j.
   template <class Combine>
@@ -530,7 +530,7 @@ struct Gradient {
     }
   }
 
-  // Any bases: the reference's recursion, every entry of A and B as an exponential of its own.
+  // For any bases: the reference's recursion, every entry of A and B as an exponential of its own.
   // load(i) puts W of rows i to i + kRows into `rows`; the gradient of log K takes the place of K.
   template <class Load>
   void robust(const Load& load) const {

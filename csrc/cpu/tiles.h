@@ -1,5 +1,5 @@
-// Runs of pixels as float32, in place where an image lies so in memory, copied otherwise. The views
-// are those of merge_rows().
+// Runs of pixels as float32, in place if the image is stored so, copied otherwise. The views are
+// those of merge_rows().
 #pragma once
 
 #include "layout.h"
@@ -18,16 +18,16 @@ inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 struct Rows {
   const float* data;
   int64_t step;
-  const float* next;  // the next tile, if it is worth fetching, or this one once more
+  const float* next;  // the next tile if it is worth prefetching, else this one
 };
 
-// Fetches what comes next while a tile is worked on. A tile is read group by group of channels,
-// with long steps in between, which the hardware does not foresee. The next one is fetched end to
-// end, as much of it at every row of a group as is read there: that is faster by half than to fetch
-// it in the order of use.
+// Prefetches the next tile while one is processed. A tile is read by groups of channels, with long
+// strides that hardware prefetchers do not predict. The next tile is prefetched from end to end, at
+// every row of a group as much as is read there, which takes a third less time than prefetching in
+// the order of use.
 inline void fetch(const void* next) { __builtin_prefetch(next, 0, 2); }
 
-// Pixels to take at a time so that a tile of them fits the caches beside what is done with it.
+// Pixels of a tile, such that it fits the caches beside the results.
 inline int64_t tile_pixels(int64_t channels) {
   const int64_t pixels = 16384 / round_up(channels, kGroup) / 16 * 16;
   return pixels < 16 ? 16 : pixels > 128 ? 128 : pixels;
@@ -55,8 +55,8 @@ inline void for_each_run(const View& v, int64_t first, int64_t count, const Run&
   }
 }
 
-// Stores a vector that is a whole cache line without reading that line first, for memory that no
-// one will read while it would still be in a cache. finish_stores() before another thread may.
+// Stores a vector that is a whole cache line without reading that line first, for memory that will
+// not be read soon. Call finish_stores() before another thread may read it.
 inline void store_past_cache(float* p, Vec x) {
 #if defined(__AVX512F__) && defined(__clang__)
   __builtin_nontemporal_store(x, reinterpret_cast<Vec*>(p));
@@ -73,14 +73,14 @@ inline void finish_stores() {
 #endif
 }
 
-// Whether to store so: to whole lines of what is larger than the caches.
+// Whether to use store_past_cache(): for whole lines of an image larger than the caches.
 inline bool passes_cache(const MutableImageView& v, const float* target) {
   constexpr int64_t cache_floats = 4 << 20;
   return v.batch * v.channels * v.height * v.width > cache_floats &&
          reinterpret_cast<uintptr_t>(target) % sizeof(Vec) == 0;
 }
 
-// `count` pixels of image b, at most a tile, of which `buffer` has room for one.
+// `count` pixels of image b, at most a tile; `buffer` has room for a tile.
 inline Rows pixel_rows(const ImageView& v, int64_t b, int64_t first, int64_t count, float* buffer) {
   if (pixels_in_place(v)) {
     const float* data =

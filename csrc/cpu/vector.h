@@ -33,7 +33,7 @@ inline const Vec& at(const float* p) { return *reinterpret_cast<const Vec*>(p); 
 // The same for memory that is not aligned to whole vectors.
 inline Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
 inline void store(float* p, Vec x) { *reinterpret_cast<UnalignedVec*>(p) = x; }
-// x - 0 is x; x + 0 would cost an addition, for -0 + 0 is 0.
+// x - 0 is x and costs nothing; x + 0 would cost an addition, because -0 + 0 is 0.
 inline Vec splat(float x) { return x - Vec{}; }
 // A word of 32 bits that need not be a number: nothing may compute with it.
 inline Vec splat_word(const void* p) {
@@ -69,7 +69,8 @@ inline Vec combine_pairs(Vec a, Vec b, const Combine& combine, std::index_sequen
 #endif
 }
 
-// Every one of kRows vectors reduced to one number by `combine`, in the first kRows lanes.
+// Reduces each of kRows vectors to one number by `combine`; the results are in the first kRows
+// lanes.
 template <class Combine>
 inline Vec horizontal(Vec (&x)[kRows], const Combine& combine) {
   constexpr auto lanes = std::make_index_sequence<kLanes>();
@@ -156,7 +157,7 @@ inline Vec small_power_of_two(Vec x) {
   const Vec magic = splat(12582912.0f);
   const Vec shifted = x + magic;  // the nearest integer, in the lowest bits
   const Vec power = power_of_two_within_half(x - (shifted - magic));
-  // Unsigned, for the exponents wrap around.
+  // Unsigned, because the exponents wrap around.
   typedef uint32_t Bits __attribute__((vector_size(kLanes * sizeof(float))));
   return reinterpret_cast<Vec>(reinterpret_cast<Bits>(power) +
                                (reinterpret_cast<Bits>(shifted) << 23));

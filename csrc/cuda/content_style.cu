@@ -19,8 +19,8 @@
 //
 //   grad = naive D + [kept] (a D + centred (S - mean S) + other (X - mean X) + K S_kept)
 //
-// X being D for maps that are much alike, else G: with the other of the two the terms would nearly
-// cancel. Three launches.
+// where X is D for maps that are almost equal, else G: with the other of the two the terms would
+// nearly cancel. Three launches.
 //
 // Predicted floors for B = 1, C = 128, M = 64, 512 x 512, float32, at 4.3 TB/s: the moments and the
 // histograms read 268 MB each, 62 us each (counting 67 M numbers in shared memory takes about as
@@ -79,7 +79,8 @@ struct ForwardSpace {
   }
 };
 
-// The entropies of both images' maps, first G's; images of one layout as if they were one batch.
+// The entropies of both images' maps, first G's. Images of the same layout are counted as one
+// batch.
 template <Reading kReading, class T>
 const char* entropies(const Image<T>& gt, const Image<T>& sr, const ForwardSpace& space, int bins,
                       Stream stream) {

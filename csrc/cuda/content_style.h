@@ -1,4 +1,4 @@
-// MGHF-n and the content-style terms of a pair of feature stacks on a GPU; the mathematics stand in
+// MGHF-n and the content-style terms of a pair of feature stacks on a GPU; for the mathematics see
 // mghf_fast/reference/content_style.py.
 #pragma once
 
@@ -6,7 +6,7 @@
 
 namespace mghf::cuda {
 
-// Rows of the moments that the forward hands to the backward.
+// Rows of the moments that the forward returns for the backward.
 constexpr int64_t kStyleMoments = 6;
 
 struct StyleOptions {
@@ -22,7 +22,7 @@ struct StyleResults {
   float *weights, *moments, *difference;
 };
 
-// What the backward gets: the terms' gradients, (B,) of any stride, and the forward's results.
+// The backward's inputs: the terms' gradients, (B,) of any stride, and the forward's results.
 struct StyleGradients {
   const float* data[4];  // of naive, mse, correlation, gram
   int64_t strides[4];
@@ -39,7 +39,7 @@ template <class T>
 int64_t content_style_backward_workspace_bytes(const Image<T>& sr, int64_t top_m);
 
 // The images have one shape and at least one pixel and channel. Workspaces are aligned to 16 bytes.
-// Return what went wrong, or null.
+// Both functions return an error text, or null.
 template <class T>
 const char* content_style(const Image<T>& gt, const Image<T>& sr, const StyleOptions& options,
                           const StyleResults& results, void* workspace, Stream stream);

@@ -9,7 +9,7 @@ namespace mghf::cuda {
 
 namespace {
 
-// What the gradient of a map is made of; how many kept maps are before it if it is kept, else -1.
+// The coefficients of a map's gradient, and its place among the kept maps, or -1.
 struct StyleTerm {
   float4 terms;  // naive, of_difference, of_centred, mean_of_centred
   float4 other;  // of_other, mean_of_other, alike, place, as bits
@@ -17,7 +17,7 @@ struct StyleTerm {
   __device__ int place() const { return bits_as<int>(other.w); }
   __device__ float gradient(float s, float g, float product) const {
     const float d = s - g, naive = terms.x * d;
-    // Selected and not multiplied: in a map that is not kept nothing spreads from another's NaN.
+    // Selected, not multiplied: a NaN of a kept map must not reach maps that are not kept.
     if (place() < 0) return naive;
     const float x = other.z != 0 ? d : g;
     return naive + (product + terms.y * d + terms.z * (s - terms.w) + other.x * (x - other.y));
@@ -39,7 +39,7 @@ struct StyleTerms {
   __device__ StyleTerm of(int64_t b, int channel) const { return terms[b * gt.channels + channel]; }
 };
 
-// The kept maps in ascending order, a block an image.
+// Finds the kept maps in ascending order, a block per image.
 __global__ void __launch_bounds__(kSelectThreads)
     prepare(const int64_t* kept, int* ranks, Ascending ascending, int* places, int* starts,
             int64_t channels, int64_t maps) {

@@ -14,18 +14,18 @@ int64_t blocks_for(int64_t number, int64_t of_block) { return (number + of_block
 
 // ---- moments ----
 
-// Rows of a run's results: sums of what deviates from the pivots, ranges, the pivots.
+// Rows of a run's results: sums of deviations from the pivots, ranges, the pivots.
 enum Partial {
   kSumS, kSumG, kSumD, kSumSS, kSumGG, kSumDD, kSumSG, kSumSD,
   kLowS, kLowG, kHighS, kHighG,
   kPivotS, kPivotG, kPivotD,
   kPartials,
 };
-constexpr int kSums = kLowS;        // so many of them are added up
-constexpr int kMerged = kPivotS;    // of so many every thread has one
+constexpr int kSums = kLowS;        // the number of sums
+constexpr int kMerged = kPivotS;    // the number of rows that every thread has a part of
 
-// Rows of a map's statistics, the first of which go to the backward: its gradient of the
-// correlation is, per pixel and times -n,
+// Rows of a map's statistics. The backward gets the first ones: its gradient of the correlation is,
+// per pixel and times -n,
 //
 //     scale (G - mean G) - slope (S - mean S) = excess (S - mean S) - scale (D - mean D)
 enum Statistic {
@@ -43,7 +43,7 @@ Runs runs_of_counts(int64_t pixels, bool by_maps) {
   return by_maps ? Runs(pixels, 16384, 64) : Runs(pixels, 2048, 256);
 }
 
-// How often a loop that reads is unrolled, so that several loads are under way.
+// How often a loop of loads is unrolled, to keep several in flight.
 template <Reading kReading>
 constexpr int kAtOnce = kReading == Reading::fours ? 2 : 4;
 
@@ -57,7 +57,7 @@ struct Pivots {
   float s = 0, g = 0, d = 0;
 };
 
-// Means of some pixels: anchored at one of them, so that a constant map deviates by exactly 0.
+// Means of some pixels, relative to one of them, so that a constant map deviates by exactly 0.
 template <class T, bool kFlat>
 __device__ Pivots pivots_of(const Image<T>& gt, const T* g_map, const Image<T>& sr, const T* s_map,
                             int64_t begin, int64_t end) {
@@ -81,7 +81,7 @@ __device__ Pivots pivots_of(const Image<T>& gt, const T* g_map, const Image<T>& 
   return {s[0] + sums.s * share, g[0] + sums.g * share, (s[0] - g[0]) + sums.d * share};
 }
 
-// A block takes a run of one map (kByMaps), or of 32 maps, a lane of each warp one.
+// A block takes a run of one map (kByMaps), or of 32 maps, one for each lane of a warp.
 template <class T, Reading kReading, bool kByMaps>
 __global__ void __launch_bounds__(kSweepThreads)
     moments_of_runs(Image<T> gt, Image<T> sr, float* partial, Runs runs) {
@@ -155,7 +155,7 @@ struct PairRanges {
 constexpr int kChannelsOfMerge = 8;
 constexpr int kSlots = kSweepThreads / kChannelsOfMerge;
 
-// The statistics of a map from its means and mean products of what deviates from them.
+// The statistics of a map from its means, variances and covariances.
 struct Statistics {
   double of[kStatistics];
 
@@ -166,7 +166,7 @@ struct Statistics {
     const bool floored_s = ss <= kVarianceFloor, floored_g = gg <= kVarianceFloor;
     const double root =
         sqrt(floored_s ? kVarianceFloor : ss) * sqrt(floored_g ? kVarianceFloor : gg);
-    // A pair that is much alike: from the moments of D, as the others would cancel.
+    // Almost equal maps: from the moments of D, because those of S and G would cancel.
     const bool alike = !floored_s && !floored_g && dd < root;
     const double apart = (2 * sd - dd) / (sqrt(ss) + sqrt(gg));
     const double slope = floored_s ? 0 : sg / ss / root;
@@ -181,8 +181,8 @@ struct Statistics {
   }
 };
 
-// Statistics of each map from those of its runs, in float64, about the first run's pivots. Ranges
-// are NaN for a map with a NaN or an infinity, which its mean shows. Also clears the counts.
+// Statistics of each map from those of its runs, in float64, about the first run's pivots. A map
+// with a NaN or an infinity, seen from its mean, gets NaN for its range. Also clears the counts.
 __global__ void __launch_bounds__(kSweepThreads)
     merge_runs(const float* partial, double* statistics, PairRanges ranges, int* counts,
                int64_t number_of_counts, int64_t batch, int64_t channels, int64_t pixels,

@@ -11,13 +11,13 @@ namespace {
 
 constexpr int kSelectThreads = 256;
 
-// The kept maps of an image, ascending: which channels they are, and which ranks they have.
+// The channels and the ranks of an image's kept maps, ascending by channel.
 struct Ascending {
   int *channels, *ranks;  // (B, M)
 };
 
-// From the rank of each of an image's channels, which is kept if it is less than `maps`. Calls
-// `found(channel, place)` with the number of kept channels before each channel.
+// A channel of an image is kept if its rank is less than `maps`. Calls `found(channel, place)` with
+// the number of kept channels before each channel.
 template <class Found>
 __device__ void sort_kept(const int* ranks, int64_t channels, int64_t maps, int* counts_of_threads,
                           const Found& found) {
@@ -40,8 +40,8 @@ __device__ void sort_kept(const int* ranks, int64_t channels, int64_t maps, int*
   }
 }
 
-// Which maps are kept, most important first: compared in float32, ties to the lower channel, a NaN
-// above all; their weights and moments, and the terms that need no product. A block an image; a
+// The kept maps, most important first: compared in float32, ties to the lower channel, a NaN above
+// all. Also their weights and moments, and the terms that need no product. A block per image; a
 // map's rank is the number of maps before it.
 __global__ void __launch_bounds__(kSelectThreads)
     select(const double* entropies, const double* statistics, float* compared,
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kSelectThreads)
 
 constexpr int kDifferenceThreads = 512;
 
-// difference_ij = w_i w_j (P_ij + P_ji) / (2 M n) and sum difference^2 / M, a block an image.
+// difference_ij = w_i w_j (P_ij + P_ji) / (2 M n) and sum difference^2 / M, a block per image.
 __global__ void __launch_bounds__(kDifferenceThreads)
     gram_difference(const double* totals, const int* places, const float* weights,
                     float* difference, float* gram, int64_t maps, int64_t pixels) {

@@ -23,7 +23,7 @@
 //
 // The gradient's blocks make A(E f) again on a halo of 2, then A' P^T g on a halo of 1, and last
 // E^T A' D^T of that. A pixel of a halo that lies outside of the image is the one it is a reflection
-// of; D^T instead has a few terms more for the pixels next to a border (`transposed_at_border`).
+// of; D^T instead has a few more terms for the pixels next to a border (`transposed_at_border`).
 //
 // The inverse goes the other way, in float32 whatever the image is: only then it undoes a rounding.
 //
@@ -82,7 +82,8 @@ I part_of(I images, int64_t first, int64_t count) {
   return images;
 }
 
-// Features of some rows as images, with all of a pixel's channels; row 0 is the first of them.
+// Features of some rows as images, with all of a pixel's channels; row 0 is the first of these
+// rows.
 template <class T>
 MutableImage<T> image_of(const Features<T>& f, int64_t batch, int64_t height, int64_t width) {
   return {f.data, batch, f.width, height, width, height * width * f.width, 1, width * f.width,
@@ -100,7 +101,7 @@ struct PartialCall {
   const CouplingShape& shape;
   const PackedWeights& packed;
   int64_t batch, height, width, shared_bytes;
-  Rows result, kept;  // of the result, and of which there are features
+  Rows result, kept;  // rows of the result, and rows that have features
   Stream stream;
 
   int64_t half() const { return padded_half(shape); }
@@ -204,8 +205,8 @@ struct PartialCall {
     return launch(backward_stage<T, Z>, {s.tiling.count(), Z::kThreads, Z::kBytes}, stream, s);
   }
 
-  // z from x, and phi in it, of all rows that are kept but the outermost; into the second half of y if
-  // there is one.
+  // Computes z from x, and adds phi to all kept rows but the outermost; also writes the second half
+  // of y if there is one.
   const char* start(const Image<T>& x, const Features<T>& z, const MutableImage<T>& y,
                     const Rows& rows) const {
     if (const char* error = features(x, z); error != nullptr) return error;
@@ -227,7 +228,7 @@ struct PartialCall {
     });
   }
 
-  // T is float: y's type is another.
+  // T is float; y may have another type.
   template <class Y>
   const char* inverse(const Image<Y>& y, const MutableImage<Y>& x, Pieces pieces) const {
     const int64_t wide = 2 * half(), count = pixels() * wide;
@@ -266,7 +267,7 @@ struct PartialCall {
     // Rows beyond its own that a product of a 3x3 mix reaches.
     const int reach = shape.kernel == 3 ? 1 : 0;
     const Features<T> z = take(), d = take();
-    // What comes last takes the place of the gradients of rho and eta.
+    // The last results take the place of the gradients of rho and eta.
     const Pieces before = pieces;
     const Features<T> gradients = take();
     if (const char* error = start(x, z, {}, around(3 + reach)); error != nullptr) return error;
@@ -315,8 +316,8 @@ struct PartialCall {
   }
 };
 
-// Packs the weights, then calls f(run, first image, pieces) for some images after the other. T is that
-// of the features; x has the size of all images.
+// Packs the weights, then calls f(run, first image, pieces) for groups of images in turn. T is the
+// type of the features; x has the size of all images.
 template <class T, class X, class F>
 const char* in_parts(const CouplingShape& shape, const Image<X>& x, const float* weights,
                      Direction direction, void* workspace, Stream stream, const F& f) {

@@ -69,8 +69,8 @@ __device__ __forceinline__ void go_through_project(const Tile<T, Z::kSlice>& thr
   }
 }
 
-// Whether along one axis tap i of the pixel at `at` - 1 + step reads the pixel at `at`: itself, or by
-// the reflection at a border.
+// Whether along one axis tap i of the pixel at `at` - 1 + step reads the pixel at `at`, directly or
+// by reflection at a border.
 __device__ __forceinline__ bool reaches(int i, int step, int at, int size) {
   if (i == 2 - step) return true;
   if (step == 1) return size == 1;
@@ -109,7 +109,7 @@ __device__ __forceinline__ void transposed_at_border(Values& sum,
   }
 }
 
-// result += E^T (A' D^T through) at this warp's rows of the tile, of its part of the slice.
+// result += E^T (A' D^T through) at this warp's rows of the tile, for its part of the slice.
 template <class Z, class T>
 __device__ __forceinline__ void go_through_expand(Values (&result)[Z::kGroups][Z::kRowsOfWarp],
                                                   const Tile<T, Z::kSlice>& through,

@@ -1,4 +1,4 @@
-// The sub-networks' kernel for the value, the inverse, and what the gradient computes again; see
+// The sub-networks' kernel for the forward, which the gradient recomputes, and the inverse; see
 // coupling.cu.
 #pragma once
 
@@ -10,7 +10,7 @@ namespace {
 
 enum class Role { add, couple, unscale, grad_rho };
 
-// What beside the sub-networks there is to do, by role:
+// What is done with the sub-networks' result, by role:
 //     add        other += sign result; the image y if there is one
 //     couple     other is z1; y
 //     unscale    other *= exp(-r)
@@ -38,7 +38,7 @@ struct ForwardSizes {
   static constexpr size_t kBytes = (kFeatures + kHidden) * sizeof(T) + 9 * kSlice * 4;
 };
 
-// result += S(f) of the block's tile, of which a warp has kRowsOfWarp rows.
+// result += S(f) on the block's tile, of which a warp has kRowsOfWarp rows.
 template <class Z, class T>
 __device__ __forceinline__ void add_subnet(Values (&result)[Z::kGroups][Z::kRowsOfWarp],
                                            const Tile<T, Z::kHalf>& features,
@@ -92,8 +92,9 @@ __device__ __forceinline__ void scale_z1(Values (&result)[Z::kGroups][Z::kRowsOf
 }
 
 // Calls f(image row, image column, pixel, sums) for the pixels of a thread within the image, with the
-// sums of all kParts parts of the warps, a quad for each group. Pixel by pixel, out of shared memory,
-// at which no other thread looks any more: out of registers each pixel would need code of its own.
+// sums over all kParts parts of the warps, a quad for each group. The sums go through shared
+// memory, which no other thread uses by then, because from registers each pixel would need its own
+// code.
 template <class Z, int kParts, class F>
 __device__ __forceinline__ void for_own_pixels(Values (&result)[Z::kGroups][Z::kRowsOfWarp],
                                                float4* shared, const Tiling& tiling,
@@ -137,7 +138,7 @@ __device__ __forceinline__ void for_own_pixels(Values (&result)[Z::kGroups][Z::k
   }
 }
 
-// What a role has for a pixel: `result` is that of its last sub-network.
+// A role's values at a pixel: `result` is that of its last sub-network.
 template <int kGroups, class T>
 __device__ __forceinline__ void finish_pixel(const ForwardStage<T>& s, int b, int y, int x,
                                              int64_t pixel, float (&result)[kGroups][4]) {

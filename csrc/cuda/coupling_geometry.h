@@ -1,5 +1,5 @@
-// Where the kernels of `coupling` work: rows of images cut into tiles, and features and channels in
-// memory.
+// The geometry of the kernels of `coupling`: rows of images cut into tiles, and features and
+// channels in memory.
 #pragma once
 
 #include "coupling.h"
@@ -16,15 +16,15 @@ struct Rows {
   int first, end;
 
   __host__ __device__ int count() const { return end - first; }
-  // With so many more on either side, within an image of that height.
+  // These rows and `halo` more on either side, within an image of that height.
   Rows wider(int halo, int64_t height) const {
     return {first > halo ? first - halo : 0,
             end + halo < height ? end + halo : static_cast<int>(height)};
   }
 };
 
-// Images, of which rows the features are kept, and how those that are computed are cut into tiles. Of
-// several images these are all rows.
+// Images, the rows whose features are kept, and the tiles of the rows that are computed. Several
+// images are always whole.
 struct Tiling {
   int batch, height, width, rows;
   Rows kept, computed;
@@ -32,7 +32,7 @@ struct Tiling {
   __host__ __device__ int down() const { return (computed.count() + rows - 1) / rows; }
   __host__ __device__ int across() const { return (width + kColumns - 1) / kColumns; }
   __host__ __device__ int64_t count() const { return int64_t{batch} * down() * across(); }
-  // Where a pixel of the kept rows has its features.
+  // Index of the features of a pixel in the kept rows.
   __device__ int64_t pixel(int b, int y, int x) const {
     return (static_cast<int64_t>(b) * kept.count() + y - kept.first) * width + x;
   }
@@ -51,7 +51,7 @@ struct TileOrigin {
         x(static_cast<int>(tile) % tiling.across() * kColumns) {}
 };
 
-// Reflection by one, a side of length one is repeated; within the image for any i.
+// Reflection at the borders; a side of length one is repeated. Within the image for any i.
 __device__ __forceinline__ int reflected(int i, int n) {
   i = i < 0 ? -i : i;
   i = i < n ? i : 2 * (n - 1) - i;
@@ -61,7 +61,7 @@ __device__ __forceinline__ int reflected(int i, int n) {
 // Features in memory: [pixel][channel].
 template <class T>
 struct Features {
-  T* data;  // the first of those meant here
+  T* data;  // the first channel in use
   int64_t width;
 
   __device__ T* quad(int64_t pixel, int group) const {
@@ -74,12 +74,12 @@ template <class T>
 struct Channels {
   Image<T> image;
   int first, count;
-  bool by_quads;  // whether a quad lies together and aligned
+  bool by_quads;  // whether quads are contiguous and aligned
 
   __device__ void read(int64_t b, int y, int x, int group, float (&to)[4]) const {
     read(image.map(b, first) + y * image.row_stride + x * image.column_stride, group, to);
   }
-  // `pixel`: where its first channel lies.
+  // `pixel` points at its first channel.
   __device__ void read(const T* pixel, int group, float (&to)[4]) const {
     const int c = group * kGroup + static_cast<int>(threadIdx.x) % 4 * 4;
     const T* const from = pixel + c * image.channel_stride;

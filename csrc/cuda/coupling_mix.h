@@ -1,4 +1,4 @@
-// The kernels of `coupling` beside those of the sub-networks: packing weights, mixing the channels of
+// The kernels of `coupling` other than the sub-networks': packing weights, mixing the channels of
 // pixels, copying an image.
 #pragma once
 
@@ -56,15 +56,15 @@ constexpr int kMixThreads = 128;
 constexpr int kMixPixels = 64;    // of a block
 constexpr int kMixColumns = 128;  // results of a pixel in a block
 
-// result = W x + bias, or without a bias. x: images with `terms` of W for a pixel, in their order:
-// channel, and with a 3x3 kernel tap.
+// result = W x, plus bias if there is one. x: images with `terms` factors for a pixel, in the order
+// of W: channel, then, with a 3x3 kernel, tap.
 template <class T, class Result>
 struct Mix {
   Channels<T> x;
   MutableChannels<Result> result;
   const uint4* weights;
   const float* bias;
-  int pixels, height, width;  // of all that is computed; of an image's part of it
+  int pixels, height, width;  // pixels in all; size of each image's part
   int first_row;              // of x
   int terms;
 };
@@ -192,8 +192,8 @@ __global__ void __launch_bounds__(kMixThreads, kKernel == 1 ? 3 : 2) mix(Mix<T, 
   }
 }
 
-// The gradient of x from the products of each pixel with all terms of a 3x3 mix: those of the
-// neighbours, with the tap that leads from x to them.
+// The gradient of x from the products of each pixel with all terms of a 3x3 mix: every pixel sums
+// the products of its neighbours with the taps that reach it.
 constexpr int kGatherThreads = 256;
 
 template <class T>
@@ -220,7 +220,7 @@ __global__ void __launch_bounds__(kGatherThreads)
 constexpr int kCopyThreads = 256;
 
 // The halves of an image's channels, each padded with zeros to `padded`, as features. A warp copies
-// some channels of neighbouring pixels if these lie together, and else all channels of a pixel.
+// some channels of neighbouring pixels if these are contiguous, else all channels of a pixel.
 template <class T>
 __global__ void __launch_bounds__(kCopyThreads)
     copy_features(Image<T> y, Features<float> to, int64_t padded, bool by_maps, Rows kept) {

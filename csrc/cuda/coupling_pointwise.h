@@ -7,7 +7,7 @@
 
 namespace mghf::cuda {
 
-// Functions of their own: what few need is not to stand at every place of a kernel.
+// Not inlined, because code that few callers need would otherwise be repeated throughout a kernel.
 template <int kCount>
 struct Numbers {
   float of[kCount];
@@ -42,7 +42,7 @@ __device__ __forceinline__ Numbers<kCount> numbers(const float* x) {
   return numbers;
 }
 
-// The value at what came out of a layer, in place. All numbers at once: one branch.
+// Applies the activation in place, to all numbers at once, so that there is one branch.
 template <int kCount>
 __device__ __forceinline__ void activate(float* x, Activation activation) {
   if (activation == Activation::softplus) {
@@ -60,8 +60,9 @@ __device__ __forceinline__ void activate(float* x, Activation activation) {
   }
 }
 
-// g times the derivative of those whose kinks are at 0 and 6, at x or, which has the same sign, at the
-// value, in place. Times zero and not zero, for a NaN or an infinite g.
+// g times the derivative of the activations with kinks at 0 and 6, at x or at the value, which has
+// the same sign, in place. It multiplies by zero instead of setting zero, for a NaN or an infinite
+// g.
 template <int kCount>
 __device__ __forceinline__ void go_back_by_kinks(float* g, const float* x, Activation activation) {
   const bool relu6 = activation == Activation::relu6;

@@ -1,12 +1,12 @@
-// What the kernels of `coupling` are made of: blocks of 16 pixels by 16 channels in the registers of a
-// warp, tiles of pixels in shared memory, products of the one with packed weights.
+// Building blocks of the kernels of `coupling`: blocks of 16 pixels by 16 channels in the registers
+// of a warp, tiles of pixels in shared memory, products of the blocks with packed weights.
 //
 // With g = lane / 4 and t = lane % 4 a thread has the channels 4 t ... 4 t + 3 of the pixels 2 g and
-// 2 g + 1. A product takes and gives blocks in this order: which pixel stands in which row of the
-// tensor cores' matrices, and which channel at which depth or in which column, is free, as long as the
-// weights are packed accordingly. So what comes out of one product goes into the next without another
-// thread having to see it, four channels are read and written at once, and the 3x3 windows of a
-// thread's pixels overlap.
+// 2 g + 1. A product takes and gives blocks in this order: the assignment of pixels to rows of the
+// tensor cores' matrices, and of channels to depths or columns, is free, as long as the weights are
+// packed accordingly. So the result of one product goes into the next without an exchange between
+// threads, four channels are read and written at once, and the 3x3 windows of a thread's pixels
+// overlap.
 #pragma once
 
 #include "mma.h"
@@ -51,14 +51,14 @@ __device__ __forceinline__ void write_quad(T* to, const float (&from)[4]) {
 // ---- tiles ----
 
 // [pixel][channel] in shared memory. A quarter of a warp, or half of it where a quad is 8 bytes, reads
-// or writes quads of pixels 2 apart; so that these lie in all of the banks, the groups of a pixel
-// change places, and of 4 or 8 pixels the even ones lie before the odd ones.
+// or writes quads of pixels 2 apart. To spread these over all banks, the groups of a pixel are
+// permuted, and the even ones of 4 or 8 pixels are stored before the odd ones.
 template <class T, int kTileChannels>
 struct Tile {
   static constexpr int kChannels = kTileChannels;
   T* data;
 
-  // Elements that so many pixels take.
+  // The number of elements of that many pixels.
   static constexpr int size(int pixels) { return (pixels + 7) / 8 * 8 * kChannels; }
 
   __device__ __forceinline__ T* group(int pixel, int group) const {
@@ -93,7 +93,7 @@ struct Tile {
 
 // ---- the factors of products ----
 
-// A product of blocks takes kSteps steps, each with a factor of its own from the values and kLoads loads
+// A product of blocks takes kSteps steps, each with its own factor from the values and kLoads loads
 // of packed weights for each lane.
 
 // float32 by three products of TF32: sums exact to about 2^-21 of the largest term.
@@ -106,7 +106,7 @@ struct ExactFloats {
     MGHF_UNROLL_ALL
     for (int i = 0; i < 4; ++i) {
       const SplitTf32 x(v.of[step][kOrder[i]]);
-      // Anew: or the compiler splits again for every product rather than keep both parts.
+      // Opaque, because otherwise the compiler splits again for every product.
       factor.big[i] = opaque(x.big);
       factor.small[i] = opaque(x.small);
     }
@@ -192,7 +192,7 @@ __device__ __forceinline__ void multiply_step(Values (&d)[kCount],
       for (int e = 0; e < 2; ++e) P::multiply_add(d[i].of[e], a[i].pairs, columns[e]);
     }
   } else {
-    // As many products as there are stand between two that add to the same sums.
+    // In this order two additions to the same sums are as far apart as possible.
     MGHF_UNROLL_ALL
     for (int term = 0; term < 3; ++term) {
       MGHF_UNROLL_ALL
@@ -207,8 +207,8 @@ __device__ __forceinline__ void multiply_step(Values (&d)[kCount],
   }
 }
 
-// In the values, and in what the gradient computes again of them, products that are less exact would
-// move activations across their kinks; in the gradient they may be.
+// In the forward, and where the gradient recomputes it, less exact products would move activations
+// across their kinks. In the gradient itself they are exact enough.
 template <class T>
 using Exact = std::conditional_t<std::is_same_v<T, float>, ExactFloats, Halves<T>>;
 template <class T>
@@ -216,7 +216,7 @@ using Fast = std::conditional_t<std::is_same_v<T, float>, FastFloats, Halves<T>>
 
 // ---- packed weights ----
 
-// Along an axis: `halves` pieces of `padded` places, `count` of them known.
+// An axis of `halves` pieces with `padded` places each, of which `count` exist.
 struct Axis {
   int64_t halves, count, padded, stride;
 
@@ -262,8 +262,8 @@ __device__ __forceinline__ void pack_block(const Matrix& m, int64_t block) {
   }
 }
 
-// sum[n] += values times a block of weights, for each group n < `groups` of results, from the block
-// `first` on.
+// sum[n] += values times a block of weights, for each group n < `groups` of results, starting at
+// the block `first`.
 template <class P, int kGroups, int kCount>
 __device__ __forceinline__ void multiply_add(Values (&sum)[kGroups][kCount],
                                              const Values (&values)[kCount], const uint4* weights,
@@ -288,8 +288,8 @@ __device__ __forceinline__ void multiply_add(Values (&sum)[kGroups][kCount],
   }
 }
 
-// The same for sums of more than 128 products of float32, added outside of the tensor cores, which cut
-// off at every addition. What is less exact than such sums, halves and gradients, stays inside.
+// The same for sums of more than 128 products of float32, added outside the tensor cores, which
+// truncate at every addition. Halves and gradients, which are less exact anyway, stay inside.
 template <class P, int kGroups, int kCount>
 __device__ __forceinline__ void multiply_add_outside(Values (&sum)[kGroups][kCount],
                                                      const Values (&values)[kCount],

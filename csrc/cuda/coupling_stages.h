@@ -1,4 +1,4 @@
-// What the sub-networks' kernels of `coupling` share, forward and backward.
+// Shared by the sub-networks' kernels of `coupling`, forward and backward.
 #pragma once
 
 #include "coupling_geometry.h"
@@ -11,17 +11,18 @@ namespace {
 struct SubnetWeights {
   const uint4 *expand, *project;                         // packed
   const uint4 *expand_transposed, *project_transposed;   // for the gradient
-  const float* depthwise;                                // as it came
+  const float* depthwise;                                // as given
 };
 
-// Copies features into a tile that begins at (y, x), halo included; ends no group of copies.
+// Copies features into a tile that begins at (y, x), halo included, without ending the group of
+// copies.
 template <int kThreads, int kDown, int kAcross, class T, int kChannels>
 __device__ __forceinline__ void copy_tile(const Tile<T, kChannels>& tile, const Features<T>& from,
                                           const Tiling& tiling, int b, int y, int x) {
   constexpr int kOfCopy = 16 / static_cast<int>(sizeof(T)), kCopies = kChannels / kOfCopy;
   for (int i = threadIdx.x; i < kDown * kAcross * kCopies; i += kThreads) {
     const int pixel = i / kCopies, channel = i % kCopies * kOfCopy;
-    // What a tile that reaches beyond the computed rows needs beyond the kept ones, nobody uses.
+    // Rows beyond the kept ones are only read for results that nobody uses.
     const int row = reflected(y + pixel / kAcross, tiling.height);
     const int known = row < tiling.kept.end ? row : tiling.kept.end - 1;
     const int64_t source = tiling.pixel(b, known < tiling.kept.first ? tiling.kept.first : known,
@@ -58,7 +59,7 @@ struct Share {
   }
 };
 
-// sum = a tile of pixels times this warp's part of the slice of a packed matrix.
+// sum = a tile of pixels times this warp's part of a slice of a packed matrix.
 template <class P, class S, int kPixels, class T, int kChannels>
 __device__ __forceinline__ void multiply_tile(Values (&sum)[S::kGroups][S::kRows], const S& share,
                                               const Tile<T, kChannels>& tile, const uint4* weights,
@@ -139,7 +140,7 @@ __device__ __forceinline__ void depthwise(Values (&sum)[kRows], const Tile<T, kS
 template <class T>
 struct Stage {
   Tiling tiling;
-  Features<T> features;  // what the sub-networks take
+  Features<T> features;  // the sub-networks' input
   int half, hidden;      // channels: c and 2 c
   Activation activation;
   float clamp;

@@ -1,4 +1,4 @@
-// What a call of `coupling` has in memory: how many images or rows at a time, and packed weights.
+// The memory of a call of `coupling`: how many images or rows at a time, and packed weights.
 #pragma once
 
 #include "coupling_mix.h"
@@ -20,8 +20,8 @@ int64_t terms_of(const CouplingShape& s) { return s.inputs * s.kernel * s.kernel
 
 enum class Direction { forward, backward, inverse };
 
-// Features of a pixel: z and, in the gradient, (d1, d2) and (d_r, g1), which make room for the products
-// of a 3x3 mix.
+// Bytes of a pixel's features: z and, in the gradient, (d1, d2) and (d_r, g1), whose memory the
+// products of a 3x3 mix then use.
 int64_t bytes_of_pixel(const CouplingShape& s, int64_t bytes_of_element, Direction direction) {
   const int64_t features = 2 * padded_half(s) * bytes_of_element;
   if (direction != Direction::backward) return features;
@@ -30,13 +30,13 @@ int64_t bytes_of_pixel(const CouplingShape& s, int64_t bytes_of_element, Directi
   return 2 * features + (products > features ? products : features);
 }
 
-// Rows beside those of the result that the features need on either side: z1, by the 3x3 layers and,
-// in the gradient, a 3x3 mix.
+// Rows by which the features reach beyond the result on either side, for the 3x3 layers and, in the
+// gradient, a 3x3 mix.
 int halo_of(const CouplingShape& s, Direction direction) {
   return direction == Direction::backward ? (s.kernel == 3 ? 5 : 4) : 2;
 }
 
-// What is computed at a time: some images, or some rows of one.
+// The parts that are computed at a time: some images, or some rows of one.
 struct Parts {
   int64_t images, rows, kept_rows;
 
@@ -86,7 +86,7 @@ PackedWeights lay_out(const CouplingShape& s, const float* weights, Direction di
   PackedWeights packed{};
   const float* const mix = take(s.channels * terms);
   const Axis all_terms{1, terms, padded_to(terms, kGroup), 1};
-  // The inverse of the mix takes features and gives an image, the mix the other way.
+  // The inverse of the mix takes features and gives an image; the mix does the opposite.
   const Axis all_channels{1, s.channels, padded_to(s.channels, kGroup), terms};
   packed.mix = direction == Direction::inverse ? add(mix, all_channels, {2, c, half, 1}, false)
                                                : add(mix, {2, c, half, terms}, all_terms, false);

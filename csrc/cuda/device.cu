@@ -1,4 +1,4 @@
-// What the current device has, and what kernels were allowed on which device; see device.h.
+// Properties of the current device, and the shared memory allowed to kernels on each; see device.h.
 #include "device.h"
 
 #include <map>
@@ -10,7 +10,8 @@ namespace mghf::cuda {
 #ifdef __CUDACC__
 namespace {
 
-// Asked for the architecture that the library runs as, which only a kernel knows.
+// Its attributes give the architecture of the code that the library runs, which only a kernel
+// knows.
 __global__ void nothing() {}
 
 }  // namespace

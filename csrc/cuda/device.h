@@ -1,5 +1,5 @@
-// What the CUDA sources are written in. nvcc compiles them for GPUs; any C++ compiler takes the same
-// sources, and host/emulator.h runs their kernels, so that they are tested, and raced, without a GPU.
+// The language of the CUDA sources. nvcc compiles them for GPUs; any C++ compiler takes the same
+// sources, and host/emulator.h runs their kernels, so that tests, also for races, need no GPU.
 #pragma once
 
 #include <cstddef>
@@ -31,7 +31,7 @@ namespace mghf::cuda {
 using Stream = void*;
 
 // How a kernel is launched. Blocks of a cluster, from compute capability 9.0 on, reach each other's
-// dynamic shared memory; they have no other on the host.
+// dynamic shared memory; on the host they have no other shared memory.
 struct Grid {
   int64_t blocks;
   int threads;
@@ -39,19 +39,19 @@ struct Grid {
   unsigned blocks_of_cluster = 1;
 };
 
-// Dynamic shared memory that a kernel may have without having been allowed more.
+// Dynamic shared memory that every kernel may have without allow_shared().
 constexpr size_t kSharedBytesOfAll = 48 << 10;
 
-// Calls `allow` unless so many bytes, or more, were allowed that kernel on that device before: the
-// driver takes microseconds for what need be done once. For any number of threads. Returns what went
-// wrong, or null.
+// Calls `allow` unless at least that many bytes were allowed to that kernel on that device before:
+// the driver's call takes microseconds and is needed once. Thread-safe. Returns an error text, or
+// null.
 const char* allow_once(const void* kernel, int device, size_t bytes,
                        const std::function<const char*()>& allow);
 
-// Allows a kernel so many bytes on the current device; likewise.
+// Allows a kernel that many bytes on the current device; likewise.
 const char* allow_shared(const void* kernel, size_t bytes);
 
-// Launches a kernel on a stream; returns what went wrong, or null.
+// Launches a kernel on a stream; returns an error text, or null.
 template <class... Parameters, class... Arguments>
 const char* launch(void (*kernel)(Parameters...), const Grid& grid, Stream stream,
                    Arguments... arguments) {
@@ -82,24 +82,24 @@ const char* launch(void (*kernel)(Parameters...), const Grid& grid, Stream strea
 #endif
 }
 
-// What the current device has, as far as kernels choose by it, and as far as the code that it runs was
-// compiled for it: of clusters there is nothing in PTX for 8.0, on whatever GPU.
+// Properties of the current device by which kernels are chosen, as far as the code that runs was
+// compiled for them: PTX for 8.0 has no clusters on any GPU.
 struct Gpu {
   int64_t shared_bytes;  // that a block may have
   bool clusters;
 };
 
-// Asks a device once.
+// The result is cached for each device.
 const char* current_gpu(Gpu& gpu);
 
-// Whether this code, of all that a source is compiled to, has clusters.
+// Whether the architecture that is being compiled for has clusters.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr bool kClusters = false;
 #else
 constexpr bool kClusters = true;
 #endif
 
-// Ends code that nothing launches, so that none is made of what follows.
+// Marks code that is never launched, so that the compiler drops what follows.
 __device__ __forceinline__ void never() {
 #ifdef __CUDA_ARCH__
   __trap();
@@ -115,8 +115,8 @@ __host__ __device__ __forceinline__ To bits_as(From from) {
   return to;
 }
 
-// Say that a pointer is to shared or to global memory, in a function that is not inlined: or what is
-// read goes through a generic address, which is looked at first.
+// These promise, in a function that is not inlined, that a pointer is to shared or to global
+// memory; otherwise loads use generic addresses, which are slower.
 __device__ __forceinline__ void promise_global(const void* pointer) {
 #ifdef __CUDA_ARCH__
   __builtin_assume(__isGlobal(pointer));
@@ -132,8 +132,8 @@ __device__ __forceinline__ void promise_shared(const void* pointer) {
 #endif
 }
 
-// The same number, opaque to the compiler, which does not see where it comes from: what depends on it
-// is computed again instead of being kept in registers since it was last computed.
+// The same number, whose origin the compiler does not see: values that depend on it are recomputed
+// instead of being kept in registers.
 template <class Integer>
 __device__ __forceinline__ Integer opaque(Integer number) {
   static_assert(sizeof number == 4);
@@ -169,7 +169,8 @@ __device__ __forceinline__ void sync_cluster() {
 #endif
 }
 
-// Where the block of that rank has what lies at `own` in this block's dynamic shared memory.
+// The address, in the shared memory of the block of that rank, that corresponds to `own` in this
+// one's.
 template <class T>
 __device__ __forceinline__ T* of_block(T* own, unsigned rank) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

@@ -4,8 +4,8 @@
 //
 // The forward has three kernels: products of runs of pixels (maps_product.h), of which one half is
 // computed, their sums, and the mirror image. The backward has two: the fragments of dG + dG^T, and
-// their product with the pixels (maps_gradient.h). What is stored in half precision is exact in
-// TF32, which spares two of the three products of the forward and one of the backward's.
+// their product with the pixels (maps_gradient.h). Half-precision values are exact in TF32, which
+// saves two of the three products of the forward and one of the backward's.
 //
 // Predicted floor for B = 1, C = 128, 512 x 512: the forward reads 134 MB (bfloat16 67), 31 us at 4.3 TB/s
 // (16 us); the three of four blocks of 64 x 64 take 3.2 G multiply-adds, as three TF32 9.7 G: 65 us

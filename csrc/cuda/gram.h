@@ -1,4 +1,4 @@
-// Gram matrices of feature maps on a GPU; the mathematics stand in mghf_fast/reference/gram.py.
+// Gram matrices of feature maps on a GPU; for the mathematics see mghf_fast/reference/gram.py.
 #pragma once
 
 #include "image.h"
@@ -9,11 +9,11 @@ int64_t gram_workspace_bytes(int64_t batch, int64_t channels, int64_t pixels);
 int64_t gram_backward_workspace_bytes(int64_t batch, int64_t channels);
 
 // Writes (B, C, C). x has at least one pixel and channel. The workspace is aligned to 16 bytes.
-// Returns what went wrong, or null.
+// Returns an error text, or null.
 template <class T>
 const char* gram(const Image<T>& x, double scale, float* result, void* workspace, Stream stream);
 
-// For the gradient of the result, (B, C, C), contiguous.
+// Writes the gradient of x for that of the result, (B, C, C), contiguous.
 template <class T>
 const char* gram_backward(const float* grad, const Image<T>& x, double scale,
                           const MutableImage<T>& grad_x, void* workspace, Stream stream);

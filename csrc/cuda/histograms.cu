@@ -5,12 +5,12 @@ namespace mghf::cuda {
 
 namespace {
 
-// Up to so many bins a block counts in its shared memory; beyond, in the device's.
+// Up to this many bins a block counts in shared memory, beyond in device memory.
 constexpr int64_t kSharedCounters = 8192;
 
-// Bins of the values of a map. All divisions are by the same extent, so that two multiply-adds
-// correct what its reciprocal gives to the quotient that a division would round to (Markstein's
-// theorem). A power of two keeps tiny and huge extents where nothing underflows that decides a bin.
+// Bins of the values of a map. All divisions are by the same extent, so two multiply-adds correct
+// the product with its reciprocal to the correctly rounded quotient (Markstein's theorem). Tiny and
+// huge extents are scaled by a power of two, so that no underflow can change a bin.
 struct Binning {
   float low, scale, extent, inverse;
   int bins;
@@ -23,7 +23,7 @@ struct Binning {
     inverse = 1 / extent;
   }
 
-  // What has no bin (0 / 0 in a constant map, a NaN) goes to the first.
+  // A value without a bin (0 / 0 in a constant map, a NaN) is put into the first.
   __device__ __forceinline__ int of(float value) const {
     const float from_low = (value - low) * scale;
     const float share = from_low * inverse;
@@ -34,7 +34,7 @@ struct Binning {
   }
 };
 
-// kShared: a histogram for each of `copies` groups of warps, fewer collisions for each of them.
+// kShared: a histogram for each of `copies` groups of warps, which reduces collisions.
 template <class T, Reading kReading, bool kShared>
 __global__ void __launch_bounds__(kSweepThreads)
     counts_of_maps(Counted<T> counted, int copies, Runs runs) {
@@ -70,8 +70,8 @@ __global__ void __launch_bounds__(kSweepThreads)
   }
 }
 
-// A lane of the warp has a map and a histogram of its own, laid out [bin][lane]: no two lanes of a
-// warp ever meet in a bank.
+// Every lane of a warp has its own map and histogram, laid out [bin][lane], so there are no bank
+// conflicts.
 template <class T, Reading kReading, bool kShared>
 __global__ void __launch_bounds__(kSweepThreads)
     counts_of_pixels(Counted<T> counted, Runs runs) {
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kSweepThreads)
   }
 }
 
-// A block has a map.
+// A block per map.
 template <class Result>
 __global__ void __launch_bounds__(kSweepThreads)
     entropies_of_maps(Counts counts, Ranges ranges, Result* result, int64_t channels,

@@ -1,11 +1,11 @@
-// What kernels that sweep over the maps of an image, run by run, share, and the histograms of maps,
-// whose kernels stand in histograms.cu.
+// Shared by kernels that sweep over the maps of an image, run by run; and the histograms of maps,
+// whose kernels are in histograms.cu.
 //
 //     bin(v) = min(floor((v - low) / (high - low) * bins), bins - 1)      p = counts / (H W)
 //     entropy = -sum p ln p / ln(bins)
 //
-// A bin is what the reference computes, every operation rounded to float32; counts are integers, so
-// their order is free; the sums are float64 in a fixed order, so that equal maps stay equal.
+// Bins are computed as in the reference, every operation rounded to float32; counts are integers,
+// so their order is free; sums are float64 in a fixed order, so that equal maps stay equal.
 #pragma once
 
 #include <math.h>
@@ -17,7 +17,7 @@ namespace mghf::cuda {
 constexpr int kSweepThreads = 256;
 constexpr int kSweepWarps = kSweepThreads / kWarp;
 
-// The maps' pixels cut into runs of a multiple of 32; a function of the shape alone.
+// The maps' pixels cut into runs of a multiple of 32, which depend on the shape alone.
 struct Runs {
   int64_t number, size;
 
@@ -33,7 +33,8 @@ struct Runs {
   }
 };
 
-// A block's place: a run of one map, or of the 32 maps from `channel` on, a lane of the warp each.
+// A block's place: a run of one map, or of the 32 maps from `channel` on, one for each lane of a
+// warp.
 struct RunPlace {
   int64_t b, channel, run;
 
@@ -48,7 +49,7 @@ struct RunPlace {
 __device__ __forceinline__ float smaller(float a, float b) { return b < a ? b : a; }
 __device__ __forceinline__ float larger(float a, float b) { return b > a ? b : a; }
 
-// The range of a map from those of its parts, by every thread that asks.
+// The range of a map from those of its parts, computed by each calling thread.
 __device__ __forceinline__ float2 range_of(const float* lows, const float* highs, int64_t map,
                                            int64_t parts) {
   float2 range{INFINITY, -INFINITY};
@@ -59,7 +60,7 @@ __device__ __forceinline__ float2 range_of(const float* lows, const float* highs
   return range;
 }
 
-// Ranges of the maps of an image, each in `parts` parts whose numbers lie side by side.
+// Ranges of the maps of an image, each in `parts` contiguous parts.
 struct Ranges {
   const float *lows, *highs;
   int64_t parts;
@@ -67,8 +68,8 @@ struct Ranges {
   __device__ float2 of(int64_t map) const { return range_of(lows, highs, map, parts); }
 };
 
-// Counts of all maps: a map's bins side by side, or, as they are counted where a pixel's channels
-// lie side by side, a bin's maps, in groups of 32.
+// Counts of all maps: a map's bins are contiguous or, where a pixel's channels are, a bin's counts
+// of 32 maps.
 struct Counts {
   int* data;
   int bins;
@@ -96,8 +97,8 @@ struct Histograms {
   Counts counts;
 };
 
-// One or two images, whose blocks take turns. The last maps come first: of those the sweep before
-// has left most in the second-level cache.
+// One or two images, whose blocks alternate. The last maps come first, because more of them are
+// still in the second-level cache from the previous sweep.
 template <class T>
 struct Counted {
   Histograms<T> first, second;
@@ -109,8 +110,7 @@ struct Counted {
   __device__ int64_t block() const { return (gridDim.x - 1 - blockIdx.x) / images; }
 };
 
-// Adds the counts of one image, or of two of one shape and of counts of one layout, to those that
-// are there.
+// Adds to the counts those of one image, or of two with the same shape and layout of counts.
 template <Reading kReading, class T>
 const char* count(const Counted<T>& counted, const Runs& runs, Stream stream);
 

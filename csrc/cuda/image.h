@@ -8,8 +8,8 @@
 
 namespace mghf::cuda {
 
-// How the pixels of a map are read: one by one, with a division each for the row and the column, or
-// without since pixel p lies at p * column_stride, or four that lie side by side at once.
+// How the pixels of a map are read: one by one, with a division for row and column, or without if
+// pixel p is at p * column_stride; or four contiguous ones at once.
 enum class Reading { strided, flat, fours };
 
 __host__ __device__ constexpr int pixels_of(Reading reading) {
@@ -25,13 +25,13 @@ struct ImageOf {
   int64_t batch_stride, channel_stride, row_stride, column_stride;
 
   __host__ __device__ int64_t pixels() const { return height * width; }
-  // Whether pixel p lies at p * column_stride, which spares a division per pixel.
+  // Whether pixel p is at p * column_stride, which saves a division per pixel.
   __host__ __device__ bool flat() const {
     return height == 1 || row_stride == width * column_stride;
   }
-  // Whether a map's pixels lie side by side, and not a pixel's channels.
+  // Whether a map's pixels are contiguous rather than a pixel's channels.
   bool by_maps() const { return channel_stride != 1 || column_stride == 1; }
-  // Whether four pixels from one that is a multiple of four on lie side by side, and aligned.
+  // Whether every four pixels, from a multiple of four on, are contiguous and aligned.
   bool by_fours() const {
     return flat() && column_stride == 1 && pixels() % 4 == 0 && channel_stride % 4 == 0 &&
            batch_stride % 4 == 0 && reinterpret_cast<uintptr_t>(data) % (4 * sizeof(Data)) == 0;
@@ -49,7 +49,7 @@ struct ImageOf {
     const auto row = static_cast<uint32_t>(p) / static_cast<uint32_t>(width);
     return row * row_stride + (p - row * width) * column_stride;
   }
-  // Reads from pixel p of a map on, or writes there.
+  // Reads or writes from pixel p of a map on.
   template <Reading kReading>
   __device__ void read(float (&values)[pixels_of(kReading)], const Element* map, int64_t p) const {
     if constexpr (kReading == Reading::fours) {

@@ -6,8 +6,8 @@
 // A block takes 64 pixels and up to 128 channels, 64 at a time. It reads its pixels of the kept
 // maps, 64 at a time, into shared memory; each of its warps multiplies a quarter of the pixels with
 // half of the rows of K, which come from the caches in a tensor core's order, as two TF32 each; the
-// product goes through shared memory to the threads that read what else the gradient is made of and
-// write it, along the pixels or along the channels as these lie in memory.
+// product goes through shared memory to the threads that read the other terms and write the
+// gradient, along the pixels or along the channels, whichever are contiguous.
 //
 // The rows of K come in groups: those of the kept maps among 64 channels, in tiles of 16.
 #pragma once
@@ -51,7 +51,7 @@ __device__ void write_fragments(uint4* target, int rows, int columns, const Elem
   }
 }
 
-// `Terms` says which maps are kept, and what the gradient of a map is made of.
+// `Terms` knows which maps are kept, and the coefficients of their gradients.
 template <class T, Reading kReading, bool kByMaps, class Terms>
 __global__ void __launch_bounds__(kGradientThreads, 2)
     gradient(Image<T> sr, MutableImage<T> grad, const uint4* fragments, Terms terms, int maps,
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kGradientThreads, 2)
         }
         __syncthreads();
       }
-      // The sums of a chunk, added to the sums outside of the tensor cores, which cut off at every addition.
+      // The sums of a chunk, added outside the tensor cores, which truncate at every addition.
       float parts[2][2][4] = {};
       const int depths_of_chunk = (maps_of_chunk + 7) / 8;
       MGHF_UNROLL(2)
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kGradientThreads, 2)
     }
     __syncthreads();
 
-    // All that is read in some passes before anything is written.
+    // The reads of some passes, all before the first write.
     const auto of_group = [&](int map) { return group * kGroup + map; };
     const int channels_of_group = channels - group * kGroup;
     MGHF_UNROLL(1)

@@ -1,5 +1,4 @@
-// Products of feature maps, summed over the pixels, by tensor cores: what Gram matrices are made
-// of.
+// Products of feature maps, summed over the pixels, by tensor cores, for Gram matrices.
 //
 //     pair:   product_ij = sum (S - G)_i (S + G)_j,   whose symmetric part is S S^T - G G^T
 //     single: product_ij = sum X_i X_j
@@ -7,9 +6,9 @@
 // A block takes 64 x 64 maps and a run of pixels, 32 pixels at a time: it reads them (the next 32
 // while it computes), stores what is to be multiplied in shared memory as float32, and its warps
 // take 32 x 16 maps of the product each. Three products of TF32 are about as exact as float32.
-// Tensor cores add up without rounding to nearest, so that long sums would drift: every 32 pixels
-// what they have is added to sums in float32. The runs' products, in a workspace, are added in
-// float64 in a fixed order.
+// Tensor cores truncate instead of rounding to nearest, so long sums would drift: every 32 pixels
+// theirs are added to sums in float32. The runs' products, in a workspace, are added in float64 in
+// a fixed order.
 //
 // Per 8 pixels a block has 96 tensor-core instructions, 147 cycles of an H200's SM at 300 TFLOP/s,
 // and each of the SM's four schedulers issues about 130 instructions for it.
@@ -49,8 +48,8 @@ inline Runs product_runs(int64_t pixels, int64_t maps, bool pair) {
   return {pixels, 1024, wanted > 16 ? wanted : 16};
 }
 
-// Maps and pixels of a tile in shared memory, so that neither those who write it nor those who read
-// fragments of it meet in a bank: a map's pixels side by side, or a pixel's maps.
+// Maps and pixels of a tile in shared memory, with either a map's pixels or a pixel's maps
+// contiguous. Neither writing it nor reading fragments of it has bank conflicts.
 template <bool kByMaps, int kPixels>
 struct MapTile {
   static constexpr int kStride = kByMaps ? kPixels + (kPixels == 32 ? 4 : 8)
@@ -62,8 +61,8 @@ struct MapTile {
   }
 };
 
-// How a block's threads read a tile of 64 maps: in `kPasses` passes, a thread pixels_of(kReading)
-// pixels of a map in each; `kAtOnce` passes are under way at once.
+// How a block's threads read a tile of 64 maps: in `kPasses` passes, in each of which a thread
+// reads pixels_of(kReading) pixels of a map; `kAtOnce` passes are in flight at once.
 template <class T, Reading kReading, bool kByMaps, int kPixels>
 struct TileReader {
   static constexpr int kStep = pixels_of(kReading);
@@ -82,8 +81,8 @@ struct TileReader {
     const int thread = static_cast<int>(threadIdx.x);
     return kByMaps ? thread % kLanes * kStep : thread / kLanes + pass * kRows;
   }
-  // From a pass on, of the channels channel_of(0) to channel_of(maps - 1), pixels from `first` on.
-  // Zeros beyond the maps and the pixels.
+  // Reads kAtOnce passes of the channels channel_of(0) to channel_of(maps - 1), pixels from `first`
+  // on. Zeros beyond the maps and the pixels.
   template <class ChannelOf>
   __device__ static void read(float (&values)[kValues], const Image<T>& x, int64_t b,
                               const ChannelOf& channel_of, int maps, int first, int end,
@@ -140,7 +139,7 @@ __global__ void __launch_bounds__(kProductThreads, kReading == Reading::strided 
   if (thread < maps_j) right_channels[thread] = channel_of(first_j + thread);
   __syncthreads();
 
-  // What is read while the pixels before are computed: S and G of maps i, or X of maps i and j.
+  // Pixels read while the previous ones are computed: S and G of maps i, or X of maps i and j.
   const int begin = static_cast<int>(runs.begin(run));
   const int end = static_cast<int>(runs.end(run, sr.pixels()));
   float first[Reader::kValues] = {}, second[Reader::kValues] = {};
@@ -200,7 +199,7 @@ __global__ void __launch_bounds__(kProductThreads, kReading == Reading::strided 
     float* const left = left_tiles + step % 2 * Tile::kSize;
     float* const right = !kPair && same ? left : right_tiles + step % 2 * Tile::kSize;
     store(left, right, p);
-    __syncthreads();  // also ends the products of two steps ago, whose tiles come next
+    __syncthreads();  // also ends the products of two steps ago, whose tiles are overwritten next
     if (p + kProductPixels < end) read(p + kProductPixels);
     if (!computes) continue;
     MGHF_UNROLL_ALL
@@ -239,7 +238,7 @@ __global__ void __launch_bounds__(kProductThreads, kReading == Reading::strided 
   });
 }
 
-// The runs' products added up; a block takes 32 elements, its warps a part of the runs each.
+// Adds up the runs' products; a block takes 32 elements, each of its warps a part of the runs.
 template <class Sum>
 __global__ void __launch_bounds__(kProductThreads)
     sums_of_products(const float* partial, Sum* totals, int64_t runs) {
@@ -262,7 +261,7 @@ __global__ void __launch_bounds__(kProductThreads)
   }
 }
 
-// Where the element of maps i and j is among the totals of an image.
+// Index of the element of maps i and j among the totals of an image.
 __device__ __forceinline__ int64_t place_of_total(int64_t maps, bool pair, int i, int j) {
   return product_tile(maps, pair, i / kProductMaps, j / kProductMaps) * kProductElements +
          i % kProductMaps * kProductMaps + j % kProductMaps;

@@ -1,6 +1,6 @@
 // Batches of matrices on a GPU: (B, rows, columns) of any strides, in elements, and of any of the
-// types that images have. The type is known at run time: the kernels that read matrices do much
-// else.
+// types that images have. The type is a run-time value, because reading matrices is a small part of
+// their kernels.
 #pragma once
 
 #include <type_traits>
@@ -52,7 +52,7 @@ struct Matrices {
   __device__ __forceinline__ Matrix<T> matrix(int64_t b) const {
     return {static_cast<const T*>(data) + b * batch_stride, row_stride, column_stride};
   }
-  // Whether neighbours in a row are closer than those in a column.
+  // Whether neighbours in a row are closer in memory than those in a column.
   __device__ __forceinline__ bool by_rows() const {
     return column_stride == 1 || row_stride != 1;
   }

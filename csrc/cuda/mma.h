@@ -17,14 +17,14 @@ namespace mghf::cuda {
 
 constexpr unsigned kAllLanes = ~0u;
 
-// Tensor cores read the sign of a TF32, its exponent and 10 bits after the point; what a register has
-// below these is not looked at.
+// Tensor cores read the sign of a TF32, its exponent and 10 bits after the point; they ignore the
+// lower bits of a register.
 constexpr uint32_t kBitsOfTf32 = ~uint32_t{0x1fff};
 
 // A float32 as the sum of two TF32, exact to 2^-23 of it, in three instructions (cvt.rna.tf32 alone
-// takes four). Half of the last place that is read rounds `big` to nearest, by an integer addition; an
-// infinity stays one, and so does what is too large for a TF32 become one. What `small` has too many,
-// two bits at most, the tensor cores cut off. `small` of a NaN is a NaN, whatever `big` is.
+// takes four). An integer addition of half of the last place that is read rounds `big` to nearest;
+// an infinity stays one, and numbers too large for a TF32 become one. `small` has at most two bits
+// too many, which the tensor cores ignore. `small` of a NaN is a NaN, whatever `big` is.
 struct SplitTf32 {
   uint32_t big, small;
 
@@ -34,7 +34,7 @@ struct SplitTf32 {
         small(bits_as<uint32_t>(x - bits_as<float>(big & kBitsOfTf32))) {}
 };
 
-// Likewise by cutting off what a TF32 does not have: one instruction less, exact to 2^-20.
+// Likewise by truncation: one instruction less, exact to 2^-20.
 struct CutTf32 {
   uint32_t big, small;
 
@@ -61,14 +61,14 @@ struct Operands {
   uint32_t a[4], b[2];
 };
 
-// Towards zero, to so many binary places.
+// Rounds towards zero, to that many binary places.
 inline double cut_off(double x, int places) {
   return std::ldexp(std::trunc(std::ldexp(x, places)), -places);
 }
 
-// What a tensor core makes of a sum: nothing in it is rounded to nearest. Products are exact; all
-// addends are cut off one bit below the last place of the largest, and the sum at its own last place.
-// (Volta keeps no bit below, Hopper two or three: Fasi, Higham, Mikaitis and Pranesh, 2021.)
+// The sum as a tensor core computes it, without rounding to nearest. Products are exact; all
+// addends are truncated one bit below the last place of the largest, and the sum at its own last
+// place. (Volta keeps no bit below, Hopper two or three: Fasi, Higham, Mikaitis and Pranesh, 2021.)
 inline float add_up(float before, const double* products, int count) {
   double largest = std::fabs(before), exact = before;
   for (int i = 0; i < count; ++i) {
@@ -155,9 +155,9 @@ __device__ __forceinline__ void mma_pairs(float (&d)[4], const uint32_t (&a)[4],
 #endif
 }
 
-// Four matrices of 8 rows of 16 bytes in shared memory: to[m] becomes what a thread has of matrix m as
-// a factor of pairs, word t of row g. `row`: row lane % 8 of matrix lane / 8. One instruction, and its
-// results lie side by side as products want them.
+// Loads four matrices of 8 rows of 16 bytes from shared memory: to[m] becomes the thread's part of
+// matrix m as a factor of pairs, word t of row g. `row`: row lane % 8 of matrix lane / 8. It is one
+// instruction whose results are registers in the order that products need.
 __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const uint4* row) {
 #ifdef __CUDA_ARCH__
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -175,7 +175,7 @@ __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const uint4* ro
 #endif
 }
 
-// By three products of TF32: what is left out is 2^-22 of the largest of what is added up.
+// By three products of TF32. The omitted fourth is 2^-22 of the largest addend.
 struct SplitA {
   uint32_t big[4], small[4];
 };
@@ -192,7 +192,7 @@ __device__ __forceinline__ void mma_3xtf32(float (&d)[4], const SplitA& a, const
 template <class T>
 constexpr bool exact_in_tf32 = !std::is_same_v<T, float>;
 
-// Without the products of small parts that are zeros.
+// Omits the products of small parts that are zeros.
 template <bool kExactA, bool kExactB>
 __device__ __forceinline__ void mma_split(float (&d)[4], const SplitA& a, const SplitB& b) {
   if constexpr (!kExactA) mma_tf32(d, a.small, b.big);
@@ -213,9 +213,9 @@ struct TripleBFloat16 {
   }
 };
 
-// sums[i][first + j] += a[i] b[j], added outside of the tensor cores, where an addition rounds: a sum
-// of a thousand products that they add up is cut off at each, and wrong by 1e-5. The products of all
-// i and j stand between two that add to the same numbers.
+// sums[i][first + j] += a[i] b[j], added outside the tensor cores, with rounding: they truncate at
+// each addition, so a sum of a thousand products would be wrong by 1e-5. The products of all i and
+// j come between two additions to the same numbers.
 template <class Products, bool kExactA, int kRows, int kSome, int kAll>
 __device__ __forceinline__ void add_products(float (&sums)[kRows][kAll][4], int first,
                                              const SplitA (&a)[kRows], const SplitB (&b)[kSome]) {

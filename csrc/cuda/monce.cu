@@ -10,12 +10,12 @@
 // losses keep their digits.
 //
 // One launch forward and one backward. A block computes s of its rows by tensor cores into the
-// place of K whenever it is needed, which is cheaper than to keep both: before the iterations,
-// after them, and backward for ds as well, which takes the place of s and meets the keys there. No
-// N x N matrix is written to the device's memory, unless none fits the chip.
+// place of K whenever it is needed, which is cheaper than keeping both: before the iterations,
+// after them, and in the backward also for ds, which takes the place of s and is multiplied by the
+// keys from there. No N x N matrix is written to device memory, unless it does not fit on chip.
 //
-// Where K or v spreads over too many powers of two for w to be a float32, the exponents of all
-// factors are added before the power is taken.
+// Where K or v covers too many powers of two for w to be a float32, the exponents of all factors
+// are added before the power is taken.
 //
 // Predicted floor for B = 128, N = 441, D = 64, float32 on an H200: 29 MB read, 6 us at 4.3 TB/s; 1.6 G
 // multiply-adds for each s, as three products of TF32 33 us at 300 TFLOP/s. In each of four rounds
@@ -33,7 +33,7 @@ namespace mghf::cuda {
 namespace {
 
 constexpr int kThreads = kMostWarps * kWarp;
-// Part of the gradient that the recursion may leave out.
+// Relative part of the gradient that the recursion may leave out.
 constexpr float kNegligible = 5e-7f;
 constexpr float kLn2 = 0.6931471805599453f;
 
@@ -43,8 +43,8 @@ struct Terms {
   float slope;                            // 1 / epsilon, or its opposite
 };
 
-// Tiles of rows that a product takes at a time: as many as the warps' column sums have room for. Of a
-// matrix in device memory, whose addresses take registers, no more than spill none.
+// Tiles of rows that a product takes at a time: as many as the warps' column sums have room for.
+// For a matrix in device memory, whose addresses take registers, only so many that nothing spills.
 template <int kWords, bool kOnChip>
 constexpr int kTilesOf = kWords == 4 ? 2 : kWords == 8 || !kOnChip ? 4 : kWords == 14 ? 7 : 5;
 
@@ -70,7 +70,7 @@ __device__ __forceinline__ float sigmoid(float x) {
   return (x > 0 ? 1 : decay) / (1 + decay);
 }
 
-// w before the exponents of its row's largest is taken out, from K_ij times 2^a_i, v_j 2^-b_j and
+// w before the exponent of its row's largest is factored out, from K_ij times 2^a_i, v_j 2^-b_j and
 // the exponent of E_ij.
 __device__ MGHF_NOINLINE Power wide_weight(Power own, Power column, float distance) {
   const float x = distance > -kLargestExponent ? distance : -kLargestExponent;
@@ -79,15 +79,15 @@ __device__ MGHF_NOINLINE Power wide_weight(Power own, Power column, float distan
           own.power * column.power * power_of_two_within_half(x - exponent)};
 }
 
-// The weights w of the block's rows, once the area has s again.
+// The weights w of the block's rows, computed when the area has s again.
 template <class S>
 struct Weights {
   const S& s;
   const Terms& terms;
-  const float *v, *b;  // of the last iterate; b of the base on which K stood
+  const float *v, *b;  // of the last iterate and of K's last base
 
-  // Numbers of each row: max_j s_ij, the exponent that is taken out of its weights, whether the factors are
-  // numbers of float32; then what the gradient needs, r_i and r_i / sum_j w_ij.
+  // Numbers of each row: max_j s_ij, the exponent that is factored out of its weights, whether the
+  // factors are within float32's range; then, for the gradient, r_i and r_i / sum_j w_ij.
   __device__ __forceinline__ float& highest(int r) const { return s.of_rows[r]; }
   __device__ __forceinline__ float& top(int r) const { return s.of_rows[s.rows + r]; }
   __device__ __forceinline__ float& narrow(int r) const { return s.of_rows[2 * s.rows + r]; }
@@ -112,7 +112,7 @@ struct Weights {
     return x.power * scale(x.exponent - top(r));
   }
 
-  // Returns x_i of row r by its u and a, and leaves the numbers of the row but the last two; `sum`
+  // Returns x_i of row r from its u and a, and stores the row's numbers except the last two; `sum`
   // becomes sum_j w_ij.
   __device__ __forceinline__ float excess(int r, float u, float a, bool even, float& sum) const {
     const int i = s.first + r;
@@ -172,7 +172,7 @@ __device__ __forceinline__ void differentiate(const S& s, const Weights<S>& weig
   const float *const a = h.a(solution.base), *const b = h.b(solution.base);
   MGHF_UNROLL(1)
   for (int r = s.warp * kRows; r < s.rows; r += s.warps * kRows) {
-    int rows[kRows];  // of the matrix; those outside are taken for its last
+    int rows[kRows];  // of the matrix; its last in place of those outside
     MGHF_UNROLL_ALL
     for (int g = 0; g < kRows; ++g) rows[g] = s.first + r + g < s.n ? s.first + r + g : s.n - 1;
     MGHF_UNROLL(1)
@@ -230,8 +230,8 @@ __device__ __forceinline__ void differentiate(const S& s, const Weights<S>& weig
   }
 }
 
-// Writes the losses, or the gradient of the query if there are no `losses`. One kernel for both: most
-// of either is the plan.
+// Writes the losses, or the gradient of the query if `losses` is null. One kernel for both, because
+// most of each is the plan.
 template <int kWords, bool kOnChip>
 __global__ void __launch_bounds__(kThreads, 1)
     contrast(Problem p, Terms terms, Matrices grad, Matrices query, Matrices key, float* losses,
@@ -262,7 +262,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     return;
   }
   if (exact && s.rank == 0 && s.thread == 0) s.history().made() = solution.made;
-  if (exact) s.sync_all();  // what the history has is known to all blocks
+  if (exact) s.sync_all();  // the history is complete
   source.fill(s);
   // The recursion needs b's place.
   const float* const b = exact ? s.history().b(solution.base) : s.b(solution.base);
@@ -345,7 +345,7 @@ __global__ void __launch_bounds__(kThreads)
 
 int64_t blocks_for(int64_t threads) { return (threads + kThreads - 1) / kThreads; }
 
-// Either of two patches can only be moved to the other: that plan has no gradient.
+// Whether the plan has a gradient. With two patches each can only be moved to the other.
 bool differentiates_plan(const MonceOptions& options, int64_t n) {
   return options.differentiate_plan && n > 2;
 }

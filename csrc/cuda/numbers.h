@@ -33,7 +33,7 @@ __host__ __device__ __forceinline__ float to_float(Half x) {
 #endif
 }
 
-// Rounded to nearest, ties to even; NaN stays NaN.
+// Rounds to nearest, ties to even; NaN stays NaN.
 template <class T>
 __host__ __device__ __forceinline__ T from_float(float x);
 
@@ -73,8 +73,8 @@ __host__ __device__ __forceinline__ Half from_float<Half>(float x) {
 #endif
 }
 
-// Two numbers, the first in the lower half, rounded to T. Together they take one instruction, where
-// one bfloat16 takes several.
+// Two numbers, the first in the lower half, rounded to T. Both together take one instruction, a
+// single bfloat16 several.
 template <class T>
 __device__ __forceinline__ uint32_t pair_of(float first, float second) {
 #ifdef __CUDA_ARCH__
@@ -90,7 +90,7 @@ __device__ __forceinline__ uint32_t pair_of(float first, float second) {
 #endif
 }
 
-// Four numbers side by side, aligned to the size of all of them.
+// Four contiguous numbers, aligned to the size of all of them.
 __device__ __forceinline__ void load_four(float (&to)[4], const float* from) {
   const float4 four = *reinterpret_cast<const float4*>(from);
   to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;

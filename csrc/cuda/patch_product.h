@@ -2,8 +2,8 @@
 // which has N columns for each of the block's rows (see sinkhorn_solver.h), and out of it.
 //
 // float32 is multiplied as three products of TF32; float16 and bfloat16 have no more digits than
-// TF32. The products over 8 depths are added up in float32 outside the tensor cores, which cut off
-// where an addition rounds.
+// TF32. The products over 8 depths are added up in float32 outside the tensor cores, which truncate
+// instead of rounding.
 #pragma once
 
 #include "matrix.h"
@@ -35,8 +35,8 @@ __device__ __forceinline__ void put(uint32_t& big, uint32_t& small, float x) {
   small = split.small;
 }
 
-// Two rows, or two columns, of a matrix; zeros where there are none. One code for all types of
-// elements: they are known where they are read and nowhere else.
+// Two rows, or two columns, of a matrix; zeros where there are none. The code is the same for all
+// types of elements, which only the reads depend on.
 __device__ __forceinline__ SplitB read_two(const Matrices& m, int64_t b, const int (&rows)[2],
                                            const int (&columns)[2], int n, int depth) {
   float x[2] = {};

@@ -5,10 +5,10 @@
 //     d_x: every pixel sums W1^T d_h over the patches that cover it
 //     d_W1 = sum d_h patch^T      d_b1 = sum d_h      d_W2 = sum d_y h^T      d_b2 = sum d_y
 //
-// All of them are products of matrices by tensor cores whose rows are the pairs of a patch (or of a
-// cell of the image, see there) and a map. Maps run fastest among the rows if they do in the image,
-// otherwise patches do, so that what is copied at once lies side by side. No patch is ever copied
-// in global memory. |y| and the bits h > 0 come from the forward's state.
+// All of them are matrix products by tensor cores, whose rows are the pairs of a patch (or of a
+// cell of the image, see patches_image.h) and a map. Maps run fastest among the rows if they do in
+// the image, otherwise patches do, so that copies are contiguous. No patch is ever copied in global
+// memory. |y| and the bits h > 0 come from the forward's state.
 //
 // Sizes in the predictions: B = 1, C = 128 maps of 512 x 512, N = 441 patches of K = 1024 pixels,
 // 128 hidden units, D = 64: R = 56,448 rows; on an H200 with 4.3 TB/s, 300 TFLOP/s of TF32 and 600
@@ -27,7 +27,7 @@ namespace {
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-// Whether a whole vector of numbers lies side by side and aligned wherever one is copied.
+// Whether every vector that is copied is contiguous and aligned.
 template <class T>
 bool wide(const Image<T>& x, const Patches& p) {
   constexpr int64_t kWide = 16 / static_cast<int64_t>(sizeof(T));
@@ -38,14 +38,14 @@ bool wide(const Image<T>& x, const Patches& p) {
                               fits(x.channel_stride);
 }
 
-// Whether two pixels of a row, from an even column on, lie side by side and aligned.
+// Whether two pixels of a row, from an even column on, are contiguous and aligned.
 template <class T>
 bool in_twos(const MutableImage<T>& x) {
   return reinterpret_cast<uintptr_t>(x.data) % (2 * sizeof(T)) == 0 && x.column_stride == 1 &&
          (x.row_stride | x.channel_stride | x.batch_stride | x.width) % 2 == 0;
 }
 
-// A layer of the projection, its inputs being the depth, or back, its outputs.
+// A layer's weights as a factor. The depth is that of the inputs or, if `back`, of the outputs.
 Factor factor_of(const float* weight, int64_t outputs, int64_t inputs, bool back, Pieces& pieces) {
   Factor factor = back ? Factor(weight, inputs, outputs, 1, inputs)
                        : Factor(weight, outputs, inputs, inputs, 1);

@@ -1,5 +1,5 @@
-// The strided patch projection and its gradients on a GPU; the mathematics stand in
-// mghf_fast/reference/patches.py, the state in mghf_fast/ops/patches.py.
+// The strided patch projection and its gradients on a GPU; for the mathematics see
+// mghf_fast/reference/patches.py, for the state mghf_fast/ops/patches.py.
 #pragma once
 
 #include "image.h"
@@ -20,7 +20,7 @@ struct Projection {
   }
 };
 
-// What the gradients start from: strides in elements; embedding and state are the forward's.
+// The inputs of the gradients: strides in elements; embedding and state are the forward's results.
 struct EmbeddingGradient {
   const float* grad;
   int64_t map_stride, patch_stride, dimension_stride;
@@ -32,7 +32,7 @@ struct ParameterGradients {
   float *weight1, *bias1, *weight2, *bias2;
 };
 
-// All return what went wrong, or null. Workspaces are aligned to 16 bytes.
+// All return an error text, or null. Workspaces are aligned to 16 bytes.
 
 // Writes embedding (B C, N, D) and state (N, state_words, B C).
 int64_t patches_workspace_bytes(const Projection& projection);
@@ -40,14 +40,14 @@ template <class T>
 const char* patches(const Image<T>& x, const Projection& projection, float* embedding, int* state,
                     void* workspace, Stream stream);
 
-// Writes the gradient of the image, or adds it to what is there. It takes no biases.
+// Writes the gradient of the image, or adds it. It needs no biases.
 int64_t patches_backward_workspace_bytes(const Projection& projection, int64_t maps, int64_t height,
                                          int64_t width);
 template <class T>
 const char* patches_backward(const MutableImage<T>& grad_x, bool add, const Projection& projection,
                              const EmbeddingGradient& gradient, void* workspace, Stream stream);
 
-// Writes the gradients of the weights and biases. It takes no bias2.
+// Writes the gradients of the weights and biases. It needs no bias2.
 int64_t patches_backward_weights_workspace_bytes(const Projection& projection, int64_t maps,
                                                  int64_t height, int64_t width);
 template <class T>

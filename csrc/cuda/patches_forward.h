@@ -8,16 +8,16 @@ namespace mghf::cuda {
 namespace {
 
 // A block takes 128 rows through both layers. The first is a product in slices of 16 pixels of the
-// patches: two slices of the patches and of W1 in shared memory, the next one on its way while
-// tensor cores multiply by the other. Three products of TF32 each, two for images of half
-// precision, whose pixels are exact in one. Sums of products of 8 pixels are added up outside of the
-// tensor cores. The hidden layer, 128 units at a time, stays in shared
-// memory for the second layer; y is summed up in the embedding's own place, each number by one
-// thread, and divided at the end.
+// patches: two slices of the patches and of W1 in shared memory, one being copied while the tensor
+// cores multiply the other. Three products of TF32 each, two for images of half precision, whose
+// pixels are exact in one. Sums of products of 8 pixels are added up outside the tensor cores. The
+// hidden layer, 128 units at a time, stays in shared memory for the second layer; y is summed up in
+// the embedding's memory, each number by one thread, and divided at the end.
 //
-// Reads x (134 MB, 31 us) and of W1 462 MB from the second-level cache, writes 15.6 MB (4 us).
-// R 128 (1024 + 64) = 7.86 G multiply-adds by three products: 47 GFLOP, 157 us. An SM has two
-// blocks at a time; of 441 the busiest of 132 SMs get four, on average they get 3.3: about 190 us.
+// Predicted: reads x (134 MB, 31 us) and of W1 462 MB from the second-level cache, writes 15.6 MB
+// (4 us). R 128 (1024 + 64) = 7.86 G multiply-adds by three products: 47 GFLOP, 157 us. An SM has
+// two blocks at a time; of 441 the busiest of 132 SMs get four, on average they get 3.3: about 190
+// us.
 
 constexpr int kPixels = 8 * kStepsOfSlice;  // of a slice
 constexpr int kHiddenPitch = kColumns + 4;
@@ -45,7 +45,7 @@ constexpr int project_bytes() {
 
 using Sums = float[kRowTiles][kColumnTiles][4];
 
-// Adds a slice's product to a warp's sums; `columns`: of the warp's 64, those that exist.
+// Adds a slice's product to a warp's sums; `columns`: how many of the warp's 64 exist.
 template <class T, bool kMaps>
 __device__ __forceinline__ void multiply_slice(Sums& sums, const T* pixels, const uint4* weights,
                                                const ThreadPlace& place, int columns) {
@@ -77,14 +77,14 @@ __device__ __forceinline__ void multiply_slice(Sums& sums, const T* pixels, cons
   }
 }
 
-// A number of a matrix that is not there is 0.
+// An element of a matrix, 0 outside it.
 __device__ __forceinline__ float at_or_zero(const float* matrix, int64_t row, int64_t rows,
                                             int64_t column, int64_t columns) {
   return row < rows && column < columns ? matrix[row * columns + column] : 0.0f;
 }
 
-// What a block of the forward has in shared memory beside its slices: its rows' first pixels in the
-// image (-1: no row), their places in state and embedding, |y|^2 by the two columns of warps.
+// Shared memory of a block of the forward besides its slices: its rows' first pixels in the image
+// (-1: no row), their places in state and embedding, |y|^2 from both columns of warps.
 struct RowsOfBlock {
   int64_t first_pixels[kRows], state_places[kRows], embedding_places[kRows];
   float squares[2][kRows];
@@ -103,16 +103,16 @@ __device__ __forceinline__ void find_rows(RowsOfBlock& rows, const Image<T>& x, 
   rows.embedding_places[thread] = (row.map * p.of_map() + row.item) * p.dimension;
 }
 
-// How often loops that copy are unrolled; if more often, registers spill.
+// How often loops that copy are unrolled; with more, registers spill.
 template <int kWidth>
 constexpr int kUnrolled = kWidth == 1 ? 1 : 2;
 
-// kWidth: how many numbers are copied at once.
+// kWidth: the number of elements copied at once.
 template <class T, bool kMaps, int kWidth>
 __device__ __forceinline__ void copy_pixels(T* slice, int number, const Image<T>& x,
                                             const Patches& p, const RowsOfBlock& rows) {
   constexpr int kLine = (kMaps ? kRows : kPixels) / kWidth;
-  // Anew: what would be kept of it while products are computed costs more than it takes.
+  // Opaque, to be recomputed: keeping it in registers during the products would cost more.
   const int thread = opaque(static_cast<int>(threadIdx.x));
   const int first_line = number * kPixels / p.size, first_column = number * kPixels % p.size;
   MGHF_UNROLL(kUnrolled<kWidth>)
@@ -160,7 +160,7 @@ __device__ __forceinline__ void start_with_bias(Sums& sums, const float* bias1, 
   }
 }
 
-// h from a warp's sums of the first layer, into shared memory.
+// Computes h from a warp's sums of the first layer, into shared memory.
 __device__ __forceinline__ void finish_hidden(const Sums& sums, float* hidden, int first_unit,
                                               const ThreadPlace& place, const Patches& p) {
   MGHF_UNROLL_ALL
@@ -172,14 +172,14 @@ __device__ __forceinline__ void finish_hidden(const Sums& sums, float* hidden, i
       for (int j = 0; j < kColumnTiles; ++j) {
         const int local = place.column + 8 * j + part % 2;
         const float before = sums[i][j][part];
-        // A NaN stays one, except in columns that are no unit.
+        // A NaN must stay one, except in columns without a unit.
         row[local] = first_unit + local >= p.hidden || before < 0 ? 0.0f : before;
       }
     }
   }
 }
 
-// The bits h > 0 into the state.
+// Writes the bits h > 0 to the state.
 __device__ __forceinline__ void write_bits(const float* hidden, int* state, int first_unit,
                                            int64_t first_row, const Patches& p,
                                            const RowsOfBlock& rows) {
@@ -189,7 +189,7 @@ __device__ __forceinline__ void write_bits(const float* hidden, int* state, int 
     unsigned bits = 0;
     MGHF_UNROLL(8)
     for (int i = 0; i < 32; ++i) {
-      const int unit = (i + row) % 32;  // no two threads of a load meet in a bank
+      const int unit = (i + row) % 32;  // no bank conflicts within a load
       if (hidden[row * kHiddenPitch + word * 32 + unit] > 0) bits |= 1u << unit;
     }
     state[rows.state_places[row] + place * p.maps] = static_cast<int>(bits);
@@ -237,8 +237,8 @@ __device__ __forceinline__ void add_second_layer(float* embedding, const float* 
   }
 }
 
-// Divides y in the embedding by its length, which goes to the state. Every thread has the numbers
-// that it wrote, so there is no barrier for them.
+// Divides y in the embedding by its length, which goes to the state. Every thread divides the
+// numbers that it wrote, so no barrier is needed.
 __device__ __forceinline__ void normalise(float* embedding, int* state, int64_t first_row,
                                           const ThreadPlace& place, const Patches& p,
                                           RowsOfBlock& rows) {
@@ -294,23 +294,23 @@ __global__ void __launch_bounds__(kThreads, 2)
       copy_weights(reinterpret_cast<uint4*>(slice + kBytes), number, weight1, first_unit);
       end_copies();
     };
-    __syncthreads();  // the rows' places are known, the last units' hidden layer is used up
+    __syncthreads();  // the rows' places are known, the last units' hidden layer has been used
     Sums sums;
     start_with_bias(sums, bias1, first_unit, place, p);
     copy_slice(0);
     MGHF_UNROLL(1)
     for (int number = 0; number < slices; ++number) {
       wait_for_copies<0>();
-      __syncthreads();  // the slice is there, and the one before it used up
+      __syncthreads();  // the slice is complete, the previous one has been used
       if (number + 1 < slices) copy_slice(number + 1);
       const unsigned char* const slice = memory + number % 2 * (kBytes + kWeightBytes);
       multiply_slice<T, kMaps>(sums, reinterpret_cast<const T*>(slice),
                                reinterpret_cast<const uint4*>(slice + kBytes), place,
                                p.hidden - first_unit - place.warp_column);
     }
-    __syncthreads();  // the last slice is used up
+    __syncthreads();  // the last slice has been used
     finish_hidden(sums, hidden, first_unit, place, p);
-    __syncthreads();  // the hidden layer is there
+    __syncthreads();  // the hidden layer is complete
 
     const int units = static_cast<int>(smaller(p.hidden - first_unit, kColumns));
     if (embedding != nullptr) {

@@ -1,4 +1,4 @@
-// What the kernels of `patches` share: the rows and columns of their products, where a thread stands
+// Shared by the kernels of `patches`: the rows and columns of their products, the place of a thread
 // in them, and weights as factors.
 #pragma once
 
@@ -14,21 +14,21 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr float kNormFloor = 1e-7f;
-constexpr float kTiny = 1.1754943508222875e-38f;  // the least normal number
+constexpr float kTiny = 1.1754943508222875e-38f;  // the smallest normal number
 
 // A block's result is 128 rows x 128 columns: that of a warp 32 x 64, in 2 x 8 tiles of 16 x 8.
 constexpr int kRows = 128;
 constexpr int kColumns = 128;
 constexpr int kRowTiles = 2;
 constexpr int kColumnTiles = 8;
-// Tiles of columns that a warp skips together if none of their columns exists.
+// The number of tiles of columns that a warp skips together if none of their columns exists.
 constexpr int kRun = 4;
 static_assert(kRun == 4, "as add_four_tiles takes them");
 
 __host__ __device__ constexpr int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 __host__ __device__ constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// The patches of all maps, and what of a projection's shape the kernels need.
+// The patches of all maps, and the sizes of a projection.
 struct Patches {
   int64_t maps, channels;
   int rows, columns;  // of patches in a map
@@ -42,7 +42,7 @@ struct Patches {
         rows(static_cast<int>((x.height - p.patch_size) / p.stride + 1)),
         columns(static_cast<int>((x.width - p.patch_size) / p.stride + 1)),
         size(static_cast<int>(p.patch_size)),
-        // One beyond the image has no further patch either.
+        // An item beyond the image has no patch further on either.
         stride(static_cast<int>(
             smaller(p.stride, x.height > x.width ? x.height : x.width))),
         hidden(static_cast<int>(p.hidden)),
@@ -64,7 +64,7 @@ struct Row {
         map(maps_fastest ? row % maps : row / items) {}
 };
 
-// Where a thread stands in the block's result: rows + 8 i, columns + 8 j and the one after it.
+// A thread's place in the block's result: rows row + 8 i, columns column + 8 j and the next one.
 struct ThreadPlace {
   int warp, g, t;
   int row, column;  // its first ones
@@ -79,7 +79,7 @@ struct ThreadPlace {
         warp_column(warp / 4 * 64) {}
 };
 
-// The image's place of a patch's or a cell's first pixel.
+// Offset in the image of a patch's or a cell's first pixel.
 template <class AnyImage>
 __device__ __forceinline__ int64_t first_pixel(const AnyImage& x, int64_t channels, int64_t map,
                                                int64_t item, int columns, int stride) {
@@ -90,7 +90,7 @@ __device__ __forceinline__ int64_t first_pixel(const AnyImage& x, int64_t channe
 // ---- weights as factors ----
 
 // A matrix of columns by depths, as two TF32 each, in the order in which tensor cores take them:
-// [128 columns][8 depths][8 columns][lane]. Split once a call, and not by every block again.
+// [128 columns][8 depths][8 columns][lane]. It is split once per call, not by every block.
 constexpr int kTilesOfGroup = kColumns / 8;
 constexpr int kStepsOfSlice = 2;  // of 8 depths; whole slices, with zeros
 
@@ -114,7 +114,7 @@ struct Factor {
   __host__ __device__ int64_t size() const {
     return up(columns, kColumns) * steps * kTilesOfGroup * kWarp;
   }
-  // From 8 depths of a lane's column on, a tile of columns after the other kWarp apart.
+  // Points to 8 depths of a lane's column; the next tiles of columns follow at steps of kWarp.
   __device__ __forceinline__ const uint4* at(int column, int depth) const {
     const int step = column / kColumns * steps + depth / 8;
     return to + (int64_t{step} * kTilesOfGroup + column % kColumns / 8) * kWarp +
@@ -147,7 +147,7 @@ __device__ __forceinline__ SplitB factor_of(const uint4& packed) {
   return {{packed.x, packed.y}, {packed.z, packed.w}};
 }
 
-// Four of a factor's tiles, one after the other: there are no registers for more.
+// Four of a factor's tiles in turn, because there are no registers for more.
 template <bool kExactA, int kAll>
 __device__ __forceinline__ void add_four_tiles(float (&sums)[kRowTiles][kAll][4], int first,
                                                const SplitA (&a)[kRowTiles], const uint4* packed) {

@@ -7,16 +7,16 @@ namespace mghf::cuda {
 
 namespace {
 
-// Gradients are three products of bfloat16 (`SplitPair`), which cost half of what three of TF32 do and
-// leave an error of 5e-6.
+// Gradients use three products of bfloat16 (`SplitPair`), which cost half as much as three of TF32
+// and have an error of 5e-6.
 
 constexpr int kDepth = 32;            // of a slice
-constexpr int kPitch = kDepth + 4;    // of float32: no two threads of a load meet in a bank
-constexpr int kEights = kDepth / 8;   // of a slice, each of them of two pieces
+constexpr int kPitch = kDepth + 4;    // of float32, without bank conflicts
+constexpr int kEights = kDepth / 8;   // of a slice, each with two pieces
 constexpr int kPiecesOfSlice = 2 * kEights;
 
 // Eight neighbouring units of a row or column, as four pairs of big parts and, in the next piece,
-// of small ones: a row of the matrices that tensor cores are loaded with.
+// of small parts: a row of the matrices that load_matrices() loads.
 __host__ __device__ constexpr int pieces_of(int hidden) {
   return (hidden + kDepth - 1) / kDepth * kPiecesOfSlice;
 }
@@ -25,10 +25,10 @@ __host__ __device__ constexpr int pieces_of(int hidden) {
 // put into shared memory. Writes d_h as pieces (rows, pieces_of(hidden)), or else as numbers
 // (rows, hidden) together with d_y (rows, dimension).
 //
-// Reads d_e, e and the state, 30 MB, and writes 29 MB: 14 us. R 64 128 = 0.46 G multiply-adds by
-// three products of TF32: 9 us.
+// Predicted: reads d_e, e and the state, 30 MB, and writes 29 MB: 14 us. R 64 128 = 0.46 G
+// multiply-adds by three products of TF32: 9 us.
 template <bool kPieces>
-__global__ void __launch_bounds__(kThreads, kPieces && kClusters ? 2 : 1)  // or it spills
+__global__ void __launch_bounds__(kThreads, kPieces && kClusters ? 2 : 1)  // spills otherwise
     hidden_gradient(Patches p, EmbeddingGradient gradient, Factor weight2, uint32_t* pieces,
                     float* grad_hidden, float* grad_output) {
   __shared__ int64_t state_places[kRows], embedding_places[kRows], grad_places[kRows];
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kThreads, kPieces && kClusters ? 2 : 1)  // or
     for (int d = lane; d < p.dimension; d += kWarp) sum += grad_at(row, d) * embedding_at(row, d);
     MGHF_UNROLL_ALL
     for (int mask = kWarp / 2; mask > 0; mask /= 2) sum += __shfl_xor_sync(kAllLanes, sum, mask);
-    // At y = 0 the embedding is 0 as well; the least normal number only keeps 0/0 away.
+    // At y = 0 the embedding is 0 as well; the smallest normal number only prevents 0/0.
     const float least = norms[row] < kTiny ? kTiny : norms[row];
     if (lane == 0) along[row] = sum * ((least + kNormFloor) / least);
   }
@@ -101,10 +101,10 @@ __global__ void __launch_bounds__(kThreads, kPieces && kClusters ? 2 : 1)  // or
                                            first_d + first));
         }
       }
-      __syncthreads();  // the slice is used up
+      __syncthreads();  // the slice has been used
     }
 
-    // Computed again: kept over the products, it would spill.
+    // Recomputed, because kept during the products it would spill.
     const int64_t own_row = static_cast<int64_t>(opaque(static_cast<int>(blockIdx.x))) * kRows;
     const int state_word = 1 + (first_unit + place.warp_column) / 32;
     MGHF_UNROLL_ALL
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, kPieces && kClusters ? 2 : 1)  // or
           MGHF_UNROLL_ALL
           for (int c = 0; c < 2; ++c) {
             const float positive = words[j / 4] >> (unit + c) % 32 & 1 ? 1.0f : 0.0f;
-            // A product, so that a NaN stays one.
+            // A product and not a selection: a NaN must stay one.
             value[c] = unit + c < p.hidden ? sums[i][j][2 * half + c] * positive : 0.0f;
             if (!kPieces && unit + c < p.hidden) {
               grad_hidden[(own_row + row) * p.hidden + unit + c] = value[c];

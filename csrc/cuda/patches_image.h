@@ -7,7 +7,7 @@ namespace mghf::cuda {
 
 namespace {
 
-// W1 as [8 units][pixel][piece], and the factor of d_y.
+// Splits W1 into [8 units][pixel][piece], and the factor of d_y.
 __global__ void __launch_bounds__(kThreads)
     pack_for_gradient(Patches p, const float* weight1, uint32_t* pieces, Factor weight2) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
@@ -24,17 +24,17 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// The image falls into cells of stride x stride pixels. Pixel (r, p) of cell (i, j) is pixel
+// The image consists of cells of stride x stride pixels. Pixel (r, p) of cell (i, j) is pixel
 // (r + s stride, p + t stride) of patch (i - s, j - t), for all s, t that stay within the patch:
 //   d_x = sum_st sum_h W1[h][r + s stride][p + t stride] d_h[i - s, j - t][h]
 //
 // A product for each s, t: rows are pairs of a cell and a map, columns are 128 pixels of the cell.
-// `terms` patches lie one above the other on a cell's first rows of pixels, one less on the others,
-// and likewise on its first columns. A block's pixels are from one of these four regions, so that no
-// product is with zeros (with which a NaN of another patch would get in). Every pixel is written
-// once, or added to once. Slices of 32 hidden units, of d_h and of W1, double-buffered.
+// Vertically `terms` patches cover a cell's first rows of pixels, one less the other rows; likewise
+// horizontally with its first columns. A block's pixels are from one of these four regions, so no
+// weights are padded with zeros (through which a NaN of another patch would get in). Every pixel is
+// written once, or added to once. Slices of 32 hidden units, of d_h and of W1, are double-buffered.
 //
-// Writes the gradient (134 MB, 31 us; adding also reads it, 62 us). R 128 1024 = 7.4 G
+// Predicted: writes the gradient (134 MB, 31 us; adding also reads it, 62 us). R 128 1024 = 7.4 G
 // multiply-adds by three products of bfloat16: 74 us. The five tiles of 128 rows take 640 KB of d_h
 // and 512 KB of W1 from the second-level cache, all rows 0.56 GB: about 100 us at 5.5 TB/s, which
 // bounds it.
@@ -64,7 +64,7 @@ struct Regions {
   __host__ __device__ int64_t cells() const {
     return static_cast<int64_t>(cell_rows) * cell_columns;
   }
-  // Whether pixels of a cell may be taken by twos.
+  // Whether pixels of a cell may be taken in pairs.
   bool even(const Patches& p) const {
     return (p.size | p.stride | width | left) % 2 == 0;
   }
@@ -104,8 +104,8 @@ struct alignas(2 * sizeof(T)) Two {
   T first, second;
 };
 
-// Where a piece of a row or a column lies: [row][piece], and of eight rows each has its own order, so
-// that the same piece of all of them lies in all of the banks.
+// Index of a piece of a row or a column: [row][piece], with a different order of the pieces in each
+// of eight rows, so that the same piece of all of them is spread over all banks.
 __device__ __forceinline__ int piece_at(int row, int piece) {
   return row * kPiecesOfSlice + (piece ^ (row & 7));
 }
@@ -210,13 +210,13 @@ __global__ void __launch_bounds__(kThreads, 2)
   MGHF_UNROLL(1)
   for (int step = 0; step < steps; ++step) {
     wait_for_copies<0>();
-    __syncthreads();  // the slice is there, and the one before it used up
+    __syncthreads();  // the slice is complete, the previous one has been used
     if (step + 1 < steps) copy_step(step + 1);
     const uint4* const left = slices + step % 2 * kSliceSize;
     multiply_pieces(sums, left, left + kLeftSize, place, tile.pixels - place.warp_column);
   }
 
-  // The rows' cells, the first number of each and what of it is within the image.
+  // The rows' cells: the first element of each, and the part of it within the image.
   T* cells[kRowTiles][2];
   int heights[kRowTiles][2], widths[kRowTiles][2];
   MGHF_UNROLL_ALL

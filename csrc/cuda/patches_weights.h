@@ -7,13 +7,13 @@ namespace mghf::cuda {
 
 namespace {
 
-// partial[split] = left^T [right, 1] over a run of rows: (left_columns, right_columns + 1), of
-// which the last column is a bias's gradient. A block has 64 x 64 of it; a warp 32 x 32. kImplicit:
+// partial[split] = left^T [right, 1] over a run of rows: (left_columns, right_columns + 1), whose
+// last column is a bias's gradient. A block has 64 x 64 of it; a warp 32 x 32. kImplicit:
 // the right factor is the rows' patches in the image, not a matrix.
 //
-// d_W1 reads d_h and x, 163 MB (38 us); R 128 1024 = 7.4 G multiply-adds by three products of TF32:
-// 148 us. What it copies into shared memory comes there number by number and not ahead of time, so
-// that twice this is expected.
+// Predicted: d_W1 reads d_h and x, 163 MB (38 us); R 128 1024 = 7.4 G multiply-adds by three
+// products of TF32: 148 us. It copies into shared memory element by element, without prefetching,
+// so twice this is expected.
 constexpr int kOuterThreads = 128;
 constexpr int kOuter = 64;
 constexpr int kOuterPitch = kOuter + 8;
@@ -26,7 +26,7 @@ struct OuterProduct {
       : rows(rows),
         left_columns(static_cast<int>(left)),
         right_columns(static_cast<int>(right)) {
-    // Enough blocks to fill a GPU, but no more partial results than rows are worth.
+    // Enough blocks to fill a GPU, but at least 256 rows for each partial result.
     const int64_t most = smaller(smaller(1024 / (tiles() + 1), 64), rows / 256);
     run = up(up(rows, most > 0 ? most : 1), kDepth) * kDepth;
     splits = rows > 0 ? static_cast<int>(up(rows, run)) : 0;
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kOuterThreads)
     pixel_places[thread] = n / p.size * x.row_stride + n % p.size * x.column_stride;
   }
   for (int64_t first = begin; first < end; first += kDepth) {
-    __syncthreads();  // the last slice is used up
+    __syncthreads();  // the last slice has been used
     if (kImplicit && thread < kDepth) {
       const Row row(first + thread, p.maps, p.of_map(), p.maps_fastest);
       first_pixels[thread] = first_pixel(x, p.channels, row.map, row.item, p.columns, p.stride);
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kOuterThreads)
           first + k < end ? at_or_zero(left_rows, first + k, o.rows, first_m + m, o.left_columns)
                           : 0.0f;
     }
-    // Neighbouring threads read what lies side by side.
+    // Neighbouring threads read contiguous memory.
     const bool down = kImplicit && p.maps_fastest;
     MGHF_UNROLL(4)
     for (int c = thread; c < kDepth * kOuter; c += kOuterThreads) {

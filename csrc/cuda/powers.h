@@ -1,5 +1,5 @@
-// Powers of two, logarithms and what follows from them, in float32 and to its precision, by the
-// same operations on a GPU and on the host.
+// Powers of two, logarithms and functions of these, to float32's precision, by the same operations
+// on a GPU and on the host.
 #pragma once
 
 #include <math.h>
@@ -8,7 +8,7 @@
 
 namespace mghf::cuda {
 
-// A factor of which a product loses nothing: `low` is what float32 cut off `value`.
+// A factor for exact products: `low` is the rounding error of `value`.
 struct Factor {
   float value, low;
 

@@ -5,16 +5,16 @@
 //     dlog K_ij = W_ij - K_ij sum over the terms t of u^t_i (v^t dg^t)_j + (u^t df^t)_i v^(t-1)_j
 //     dsimilarity_ij = dlog K_ij dscore / dsimilarity / epsilon
 //
-// Forward: one launch. Backward: two, the iterations and the recursion in one, and the entries of
-// the gradient, which are independent of each other, from the terms that it leaves.
+// Forward: one launch. Backward: two, the first for the iterations and the recursion, the second
+// for the entries of the gradient, which are independent of each other.
 //
 // Predicted floor for B = 128, N = 441, float32 on an H200: 99.6 MB read and written, 46 us at 4.3 TB/s. The
 // 33 clusters of 4 blocks (226 KB of shared memory each) that run at a time solve a matrix each, in
 // four rounds; K is built in 7 us. An iteration takes a block's 196 KB and five shuffles a row
 // through the shared memory's pipe, 2100 cycles, and its exchange (a barrier of the cluster, two of
-// the block, 4 x 441 sums through distributed shared memory) some 1300: 1.8 us. All
+// the block, 4 x 441 sums through distributed shared memory) about 1300: 1.8 us. All
 // 50 iterations: 4 x (7 + 50 x 1.8) = 390 us, so 0.44 ms in all, and half of that for B = 64.
-// Backward: some 8 more sweeps, the gradient read twice, the entries in 70 us: about 0.65 ms.
+// Backward: about 8 more sweeps, the gradient read twice, the entries in 70 us: about 0.65 ms.
 #include "sinkhorn.h"
 
 #include "sinkhorn_gradient.h"
@@ -24,11 +24,11 @@ namespace mghf::cuda {
 namespace {
 
 constexpr int kThreads = kMostWarps * kWarp;
-// Part of the sum of |W| that the recursion may leave out.
+// Relative part of the sum of |W| that the recursion may leave out.
 constexpr float kNegligible = 1e-7f;
 
-// A warp takes rows. float32 needs no registers on its way into shared memory, so all of it is on its
-// way at once.
+// A warp takes rows. float32 is copied into shared memory without registers, so all copies are in
+// flight at once.
 template <bool kOnChip, class T>
 __device__ __forceinline__ void fill_rows(const Area& area, const Matrix<T>& matrix, int first,
                                           int n) {
@@ -49,7 +49,7 @@ __device__ __forceinline__ void fill_rows(const Area& area, const Matrix<T>& mat
   wait_for_copies<0>();
 }
 
-// The same for columns that lie side by side: 8 of one at a time.
+// The same for contiguous columns: 8 elements of one at a time.
 template <class T>
 __device__ __forceinline__ void fill_columns(const Area& area, const Matrix<T>& matrix, int first,
                                              int n) {
@@ -61,7 +61,7 @@ __device__ __forceinline__ void fill_columns(const Area& area, const Matrix<T>& 
   }
 }
 
-// A function of its own, because kernels need it in several places.
+// Not inlined, because kernels call it in several places.
 template <bool kOnChip>
 __device__ MGHF_NOINLINE void fill_area(Area area, Matrices similarity, int map, int first, int n) {
   with_element(similarity.element, [&](auto element) {
@@ -85,8 +85,8 @@ struct Given {
   }
 };
 
-// Writes plans, or leaves the terms of their gradient in the history if there is no `plan`. One kernel
-// for both: most of either are the iterations.
+// Writes plans, or the terms of their gradient to the history if `plan` is null. One kernel for
+// both, because most of each are the iterations.
 template <int kWords, bool kOnChip>
 __global__ void __launch_bounds__(kThreads, 1)
     transport(Problem p, Matrices similarity, Matrices grad, void* plan) {
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int left = block % tiles_j * kTileColumns + lane;
   const History h(p.history + map * p.history_floats, n, p.iterations);
   const int made = h.made();
-  // Places outside are taken for others inside, whose numbers are left alone.
+  // Indices outside are replaced by others inside, whose elements are not changed.
   int rows[kRows], columns[kWords];
   MGHF_UNROLL_ALL
   for (int g = 0; g < kRows; ++g) rows[g] = top + g < n ? top + g : n - 1;

@@ -41,7 +41,7 @@ __device__ __forceinline__ void Solver<kColumnWords, kOnChip>::recur(
   for (; t >= 1; --t) {
     const int now = t < made ? t : made, before = t - 1 < made ? t - 1 : made;
     const int term = t > made ? made + 1 : t;
-    const bool begun = t > made && t < solution.stands_for;  // the term has something already
+    const bool begun = t > made && t < solution.stands_for;  // the term already has a value
     const float *const new_v = h.v(now), *const old_v = h.v(before), *const new_u = h.u(now);
     MGHF_UNROLL(1)
     for (int j = thread; j < pitch; j += threads) {
@@ -90,7 +90,7 @@ __device__ __forceinline__ void Solver<kColumnWords, kOnChip>::recur(
   }
 }
 
-// The terms' sum where K stood on several bases: every entry is a power of its own.
+// The terms' sum where K had several bases: every entry is a power of its own.
 inline __device__ MGHF_NOINLINE float wide_correction(History h, Power power, int i, int j) {
   const int made = h.made(), last = h.last();
   float sum = 0;

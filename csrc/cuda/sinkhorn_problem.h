@@ -1,5 +1,5 @@
-// What the kernels of `sinkhorn` and `monce` solve: how a matrix is divided among blocks, what is
-// in memory, and the steps that a block's threads take together. See sinkhorn_solver.h.
+// The problem that the kernels of `sinkhorn` and `monce` solve: the division of a matrix among
+// blocks, its memory, and the steps that a block's threads take together. See sinkhorn_solver.h.
 #pragma once
 
 #include "powers.h"
@@ -13,7 +13,7 @@ constexpr float kSmallestSum = 1e-14f, kLargestSum = 1e14f;
 constexpr float kLargestExponent = 4194304.0f;  // 2^22: round_to_integer() is right up to there
 constexpr float kNoExponent = -1e9f;
 
-// Numbers that products stage where the warps' column sums are at other times, at least.
+// Minimum of the numbers that products stage in the memory of the warps' column sums.
 constexpr int kStaged = 512;
 
 // How a matrix is divided among the blocks, warps and lanes that solve it.
@@ -25,9 +25,9 @@ struct Division {
   int warps;
   int chunks;   // of 32 * words columns
   __host__ __device__ int pitch() const { return chunks * words * kWarp; }
-  // Numbers that lie beside K: vectors of rows and of columns.
+  // Numbers stored beside K: vectors of rows and of columns.
   __host__ __device__ int64_t vectors() const { return 6 * pitch() + 10 * rows; }
-  // Those of which the warps' column sums and the statistics are made, always in shared memory.
+  // Numbers of the warps' column sums and of the statistics, always in shared memory.
   __host__ __device__ int exchanged() const { return partial() + 24 + 16 * warps; }
   __host__ __device__ int partial() const {
     const int sums = warps * words * kWarp;
@@ -51,7 +51,7 @@ inline Division divided(int64_t n, int words, bool on_chip, int blocks) {
   return d;
 }
 
-// A matrix of more columns fits no single block's shared memory.
+// A matrix with more columns does not fit a single block's shared memory.
 constexpr int kWordsOfBlock = 8;
 
 inline const char* divide(int64_t n, Division& division) {
@@ -71,7 +71,7 @@ inline const char* divide(int64_t n, Division& division) {
   return nullptr;
 }
 
-// What the iterations of one matrix leave in the device's memory, for the gradient.
+// The iterates of one matrix in device memory, for the gradient.
 struct History {
   float* numbers;
   int* counts;
@@ -86,26 +86,26 @@ struct History {
         n(n),
         slots(iterations + 2) {}
 
-  // After iteration t.
+  // u after iteration t.
   __device__ float* u(int t) const { return numbers + t * n; }
   __device__ float* v(int t) const { return numbers + (slots + t) * n; }
   __device__ int& base(int t) const { return counts[4 + t]; }
-  // The exponents of a base, on which K stood.
+  // The exponents of one of K's bases.
   __device__ float* a(int base) const { return numbers + (2 * slots + base) * n; }
   __device__ float* b(int base) const { return numbers + (3 * slots + base) * n; }
-  // Per term of the gradient: v dg, with which the columns are weighted, and u df, the rows. The
-  // term of an iteration has its number, the sum of those after the last one made the next.
+  // Per term of the gradient: v dg, the weights of the columns, and u df, those of the rows. An
+  // iteration's term has its number; the sum of the terms after the last one made has the next.
   __device__ float* columns(int term) const { return numbers + (4 * slots + term) * n; }
   __device__ float* rows(int term) const { return numbers + (5 * slots + term) * n; }
-  // Iterations made (-1: none can be); the first and the last term.
+  // The number of iterations made (-1: impossible); the first and the last term.
   __device__ int& made() const { return counts[0]; }
   __device__ int& first() const { return counts[1]; }
   __device__ int& last() const { return counts[2]; }
 };
 
-// What the forward of `monce` leaves for its backward, the op's tensor: rows of n numbers for each
-// map. The first has how many iterations were made, 0 if the backward is to make them itself. Each of
-// the first iterations has four of the rest: u, v and room that other backends need.
+// The state that the forward of `monce` saves for its backward: rows of n numbers for each map. The
+// first row holds the number of iterations made, 0 if the backward has to repeat them. Then each of
+// the first iterations has four rows: u, v, and two for other backends.
 struct KeptIterates {
   int* rows = nullptr;
   int slots = 0;
@@ -124,7 +124,7 @@ struct Problem {
   int n, iterations;
   TransportCost cost;
   float tolerance;  // below 0: none
-  bool settle;      // leave out iterations that would change nothing that counts
+  bool settle;      // stop where further iterations would change the result negligibly
   Factor factor;    // score to exponent of two
   Division division;
   float* streamed;  // K and vectors of each matrix, where they are not on chip
@@ -158,9 +158,9 @@ inline int64_t solver_bytes(int64_t batch, int64_t n, int64_t iterations, bool b
   return batch * numbers * static_cast<int64_t>(sizeof(float));
 }
 
-// The block's rows, of which K and what it is made from take turns. Four columns trade places by row,
-// so that neither lanes with a row and its columns nor those of a tensor core's operands, 8 rows and
-// 4 columns, meet in a bank.
+// The block's rows, which hold the similarities and K in turn. Groups of four columns are permuted
+// by row, so that there are no bank conflicts, neither along a row nor among a tensor core's
+// operands of 8 rows and 4 columns.
 struct Area {
   float* numbers;
   int pitch, rows;
@@ -170,7 +170,7 @@ struct Area {
   }
 };
 
-// Calls f(r) for the warp's rows of so many.
+// Calls f(r) for the warp's share of that many rows.
 template <class F>
 __device__ __forceinline__ void for_rows_of_warp(int rows, const F& f) {
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
@@ -182,7 +182,8 @@ __device__ __forceinline__ void for_rows_of_warp(int rows, const F& f) {
   }
 }
 
-// What the plan maximises, up to a constant and a sign, which are u's and the factor's.
+// The score that the plan maximises, without a constant, which u absorbs, and without its sign,
+// which the factor has.
 __device__ __forceinline__ float score_of(float similarity, TransportCost cost) {
   return cost == TransportCost::exp ? -exponential(similarity) : similarity;
 }
@@ -198,13 +199,13 @@ struct Statistics {
 struct Range {
   float least, most;
 
-  // Drops NaN.
+  // Ignores NaN.
   __device__ __forceinline__ void take(float x) {
     least = least_of(least, x);
     most = most_of(most, x);
   }
 };
-// The ranges of the results of the column sums' exchange, and of the changes by them.
+// The ranges of the results of a sweep's column sums, and of their changes.
 struct Ranges {
   Range numbers{INFINITY, -INFINITY}, changes{INFINITY, -INFINITY};
 };
@@ -222,8 +223,8 @@ struct Most {
   __device__ __forceinline__ float operator()(float x, float y) const { return most_of(x, y); }
 };
 
-// Functions of their own, because kernels need them in several places: K of the similarities in the
-// area, whose first row is the matrix's row `first`, on the exponents a of the area's rows and b;
+// Not inlined, because kernels call them in several places. Builds K from the similarities in the
+// area, whose first row is the matrix's row `first`, with the exponents a of the area's rows and b.
 inline __device__ MGHF_NOINLINE void build_kernel(Area area, int first, int n, const float* a,
                                                   const float* b, TransportCost cost,
                                                   float factor, float factor_low) {
@@ -241,14 +242,13 @@ inline __device__ MGHF_NOINLINE void build_kernel(Area area, int first, int n, c
     }
   });
 }
-// and the power that an entry is before the exponents are taken out, for the iterations of which few
-// matrices need any.
+// An entry's power before the exponents are factored out, for iterations that few matrices need.
 inline __device__ MGHF_NOINLINE Power power_of_entry(float similarity, TransportCost cost,
                                                      float factor, float factor_low) {
   return power_of_two(score_of(similarity, cost), factor, factor_low);
 }
 
-// Combines the lanes' numbers, for all of them.
+// Combines the lanes' numbers; every lane gets the result.
 template <class Combine>
 __device__ __forceinline__ float across_lanes(float x, const Combine& combine) {
   MGHF_UNROLL_ALL
@@ -256,7 +256,7 @@ __device__ __forceinline__ float across_lanes(float x, const Combine& combine) {
   return x;
 }
 
-// A block's column sums from those of its warps, which lie one after the other.
+// A block's column sums from those of its warps, which are contiguous.
 template <class Combine>
 __device__ MGHF_NOINLINE void join_warps_of_block(const float* of_warps, int width, float* sums) {
   const int threads = static_cast<int>(blockDim.x);
@@ -268,9 +268,9 @@ __device__ MGHF_NOINLINE void join_warps_of_block(const float* of_warps, int wid
   }
 }
 
-// What the blocks of a cluster, each of its warps, have found: statistics, 8 numbers apart, and column
-// sums. Joins them in their order, statistics into `all`; returns where each thread finds the sums of
-// its own columns, which may be `joined`.
+// Joins the statistics (8 numbers apart) of all warps of a cluster's blocks, and their column sums,
+// in their order: statistics into `all`; returns where each thread finds the sums of its own
+// columns, which may be `joined`.
 template <class Combine>
 __device__ MGHF_NOINLINE const float* join_blocks(const float* of_warps, float* own, float* all,
                                                   float* sums, float* joined, int pitch,

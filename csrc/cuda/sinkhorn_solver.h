@@ -19,14 +19,14 @@
 // repeated with a maximum per row and per column (a log-sum-exp in base two), and K is rebuilt on
 // the new a and b. epsilon = 1 never needs that; 0.01 may, on widely spread similarities.
 //
-// For `monce` the iterations end where those to come would change nothing that counts (see
-// sinkhorn_settling.h). The gradient's recursion goes through all iterations, those left out included,
-// until what it could still add is negligible.
+// For `monce` the iterations end once further ones would change the result negligibly (see
+// sinkhorn_settling.h). The gradient's recursion goes through all iterations, including those that
+// were skipped, until what it could still add is negligible.
 #pragma once
 
 #include "sinkhorn_problem.h"
 
-#include "../common/sinkhorn_settling.h"  // after what defines __device__
+#include "../common/sinkhorn_settling.h"  // after the definition of __device__
 
 namespace mghf::cuda {
 
@@ -92,8 +92,8 @@ struct Solver {
     return History(p.history + map * p.history_floats, n, p.iterations);
   }
 
-  // Orders everything between the blocks that solve a matrix, if there are several, and is a barrier
-  // of each. In a single one the block's own barriers are enough.
+  // A barrier of the blocks that solve a matrix, if there are several, which orders their memory.
+  // For a single block its own barriers are enough.
   __device__ __forceinline__ void sync_all() const {
     if (kOnChip && blocks > 1) sync_cluster();
   }
@@ -105,7 +105,7 @@ struct Solver {
 
   // ---- K ----
 
-  // Builds K of the similarities in the area, on the exponents a of the block's rows and b.
+  // Builds K from the similarities in the area, with the exponents a of the block's rows and b.
   __device__ __forceinline__ void build(const float* a, const float* b) const {
     build_kernel(own_rows(), first, n, a, b, p.cost, p.factor.value, p.factor.low);
   }
@@ -113,7 +113,7 @@ struct Solver {
     return power_of_entry(similarity, p.cost, p.factor.value, p.factor.low);
   }
 
-  // Puts the rows' rounded maxima of y into a; the statistics show what is infinite, NaN or too
+  // Puts the rows' rounded maxima of y into a; the statistics show if any y is infinite, NaN or too
   // large.
   __device__ __forceinline__ void find_exponents(float* a, Statistics& statistics) const {
     bool bad = false;
@@ -136,8 +136,8 @@ struct Solver {
   // ---- sweeps ----
 
   // With r_i = sum_j x_ij weights_j and c = coefficient(row of the block, r_i), adds up c x_ij over
-  // the block's rows; x_ij = entry(row of the block, j, K_ij). The coefficient is that of all
-  // lanes. finish() writes the statistics once the coefficients are known.
+  // the block's rows; x_ij = entry(row of the block, j, K_ij). The coefficient must be the same in
+  // all lanes. finish() writes the statistics once the coefficients are known.
   template <int kRows = kOnChip ? kGroup : 1, class Entry, class Coefficient, class Finish>
   __device__ __forceinline__ void sweep(const float* weights, const Entry& entry,
                                         const Coefficient& coefficient, const Finish& finish) {
@@ -163,8 +163,8 @@ struct Solver {
       weight[k] = weights[lane + k * kWarp];
       total[k] = 0;
     }
-    // The warp's rows, as in for_rows(), some at a time; the next ones' entries are on their way
-    // while the lanes add up these, where registers allow.
+    // The warp's rows, as in for_rows(), some at a time; the next rows' entries are loaded while
+    // the lanes add up these, where registers allow.
     constexpr int kSteps = kGroup / kRows;
     constexpr bool kAhead = kOnChip && kRows == kGroup && kWords <= 14;
     const int next = warps * kGroup - (kGroup - kRows);
@@ -207,15 +207,15 @@ struct Solver {
     join_warps<Add>(0);
   }
 
-  // Combines f(total, row of the block, j, what the area has there) over the block's rows. On chip
-  // few matrices need it, and few columns at a time make a short loop.
+  // Combines f(total, row of the block, j, the area's entry) over the block's rows. On chip few
+  // matrices need it, so the loop is kept short, with few columns at a time.
   template <class Combine, class F>
   __device__ __forceinline__ void sweep_columns(const F& f) {
     constexpr int kTogether = !kOnChip ? kWords : kWords % 7 == 0 ? 7 : 4;
     for (int chunk = 0; chunk < chunks; ++chunk) {
       MGHF_UNROLL(1)
       for (int word = 0; word < kWords; word += kTogether) {
-        const int left = word * kWarp + lane;  // in the chunk
+        const int left = word * kWarp + lane;  // column of the chunk
         float total[kTogether];
         MGHF_UNROLL_ALL
         for (int k = 0; k < kTogether; ++k) total[k] = Combine::kNothing;
@@ -240,7 +240,7 @@ struct Solver {
     join_warps_of_block<Combine>(partial, kWidth, sums + turn * pitch + chunk * kWidth);
   }
 
-  // Writes the warp's statistics, which are lane 0's; called before a sweep's column sums.
+  // Writes the warp's statistics, which lane 0 has; called before a sweep's column sums.
   __device__ __forceinline__ void write_statistics(const Statistics& own) const {
     if (lane != 0) return;
     float* const to = warp_statistics + 8 * warp;
@@ -251,9 +251,9 @@ struct Solver {
     to[4] = own.total;
   }
 
-  // After a sweep: calls use(j, sum, changes), which returns a number and may give `changes`
-  // another, for the columns of the thread; returns the ranges, of the numbers for j < n. The
-  // statistics become those of the whole matrix.
+  // After a sweep: calls use(j, sum, changes) for the columns of the thread; use returns a number
+  // and may give `changes` another. Returns the ranges of the numbers for j < n. The statistics
+  // become those of the whole matrix.
   template <class Combine, class Use>
   __device__ __forceinline__ Ranges exchange(Statistics& statistics, const Use& use) {
     const float* const totals =
@@ -276,7 +276,7 @@ struct Solver {
 
   struct Progress {
     bool right;          // the sums are in the safe range
-    float error, spread;  // of the iterate before, and of the changes of v
+    float error, spread;  // error of the previous iterate, spread of the changes of v
     bool hopeless;
     bool even;  // v has no wide range
   };
@@ -300,8 +300,8 @@ struct Solver {
     v(t)[j] = j < n ? value : 0;
     if (p.history != nullptr && rank == 0 && j < n) history().v(t)[j] = value;
   }
-  // Leaves the exponents of a base for the gradient; every thread those it wrote or will not
-  // change.
+  // Stores the exponents of a base for the gradient; every thread stores those that it wrote, or
+  // that will not change.
   __device__ __forceinline__ void keep_base(int base) const {
     if (p.history == nullptr) return;
     for_rows([&](int r) {
@@ -337,15 +337,15 @@ struct Solver {
     return progress_of(statistics, ranges);
   }
 
-  // v 2^-b as a power of two, the rest of it from 1 to 2.
+  // v 2^-b as a power of two and a mantissa of 1 to 2.
   __device__ __forceinline__ static Power split(float v, float b) {
     const uint32_t bits = bits_as<uint32_t>(v);
     return {static_cast<float>(static_cast<int>(bits >> 23) - 127) - b,
             bits_as<float>((bits & 0x7fffff) | 0x3f800000)};
   }
 
-  // The first half of iteration t with the maximum exponent of every row and column taken out, from
-  // the exponents a and b of a base: u, and the exponents of the next base.
+  // The first half of iteration t with the maximum exponent of every row and column factored out,
+  // from the exponents a and b of a base: u, and the exponents of the next base.
   template <class Source>
   __device__ __forceinline__ Progress iterate_rows(const Source& source, int t, int base) {
     source.fill(*this);
@@ -385,7 +385,7 @@ struct Solver {
     return progress_of(statistics, {{1, 1}, {1, 1}});
   }
 
-  // The second half: v, after which K stands on the new base.
+  // The second half: v, after which K has the new base.
   __device__ __forceinline__ void iterate_columns(int t, int new_base) {
     build(a(new_base), b(new_base));
     keep_base(new_base);
@@ -399,14 +399,14 @@ struct Solver {
     });
   }
 
-  // What the iterations came to: how many were made, -1 if the similarities cannot be handled; how
-  // many they stand for; the base on which K stands.
+  // The result of the iterations: how many were made, -1 if the similarities cannot be handled; the
+  // number for which it is valid; K's base.
   struct Solution {
     int made, stands_for, base;
-    bool even;  // K stands on the first base, and v has no wide range
+    bool even;  // K has the first base, and v has no wide range
   };
 
-  // Leaves iterate t for the backward; the threads that keep_u() and keep_v() wrote it.
+  // Stores iterate t for the backward. The threads that wrote it in keep_u() and keep_v() do this.
   __device__ __forceinline__ void leave(int t) const {
     if (t > p.kept.slots) return;
     const KeptIterates kept = p.kept.of_map(map, n);
@@ -416,7 +416,7 @@ struct Solver {
     if (rank != 0) return;
     for (int j = thread; j < n; j += threads) kept.vector(t, 1, n)[j] = v(t)[j];
   }
-  // Ends what was left: how many, and zeros where there is nothing.
+  // Completes the stored state: the number of iterates, and zeros in the unused rows.
   __device__ __forceinline__ void finish_leaving(const Solution& solution) const {
     if (rank != 0) return;
     const KeptIterates kept = p.kept.of_map(map, n);
@@ -430,12 +430,12 @@ struct Solver {
     }
   }
 
-  // How many iterates were left; 0 where the iterations must be made again.
+  // The number of stored iterates; 0 if the iterations must be repeated.
   __device__ __forceinline__ int left() const {
     const int made = p.kept.of_map(map, n).made();
     return made < 1 || made > p.kept.slots ? 0 : made;
   }
-  // What solve() came to, from the iterates that were left.
+  // The result of solve(), from the stored iterates.
   __device__ __forceinline__ Solution resume(int made) {
     const KeptIterates kept = p.kept.of_map(map, n);
     for (int t = 1; t <= made; ++t) {
@@ -453,8 +453,8 @@ struct Solver {
     return {made, p.iterations, 0, ranges.numbers.most <= 1e6f * ranges.numbers.least};
   }
 
-  // The iterate before the first, and K on the first base. The statistics show similarities that
-  // cannot be handled.
+  // Sets the iterate before the first, and K with the first base. The statistics show similarities
+  // that cannot be handled.
   template <class Source>
   __device__ __forceinline__ Statistics start(const Source& source) {
     for (int r = thread; r < rows; r += threads) u(0)[r] = 1;
@@ -472,10 +472,10 @@ struct Solver {
   }
 
   // Runs the iterations. source.fill(solver) puts the similarities of the block's rows into the
-  // area, at which no thread looks any more, and then is a barrier of the block. Those on the
-  // diagonal do not matter.
-  // Leaves iterates for a backward if `leaving`, and takes those that a forward left if `resuming`: the
-  // code of the iterations is long, and stands in a kernel once.
+  // area, which no thread uses any more, and ends with a barrier of the block. Those on the
+  // diagonal do not matter. Stores iterates for a backward if `leaving`, and takes those of a
+  // forward if `resuming`. It is one function because its code is long, and a kernel should contain
+  // it once.
   template <class Source>
   __device__ __forceinline__ Solution solve(const Source& source, bool leaving,
                                             bool resuming = false) {
@@ -489,7 +489,7 @@ struct Solver {
       if (progress.hopeless) return {-1, 0, 0, false};
       const bool fast = progress.right;
       if (!fast) progress = iterate_rows(source, t, base);
-      // The error is that of iterate t - 1, which has none before the first.
+      // The error is that of iterate t - 1; the first iteration has none.
       if (p.tolerance >= 0 && t > 1 && progress.error <= p.tolerance) {
         if (!fast) build(a(base), b(base));
         return {t - 1, t - 1, base, false};
@@ -521,9 +521,9 @@ struct Solver {
 
   // The recursion from df and dg, iteration by iteration:
   //   B = u K v:  df -= B dg;  A = u K v of the iteration before:  dg = -A^T df, df = 0.
-  // Leaves the terms in the history. It ends when what is left of dg, an equal number in all
-  // columns aside, adds up to less than `negligible` over the iterations to come: A and B are
-  // averages, so the sum of |dg| never grows, and an equal dg in all columns cancels.
+  // Stores the terms in the history. It ends when the deviations of dg from its mean add up to less
+  // than `negligible` over the remaining iterations: A and B are averages, so the sum of |dg| never
+  // grows, and an equal dg in all columns cancels.
   template <class Source>
   __device__ __forceinline__ void recur(const Source& source, const Solution& solution,
                                         float negligible);

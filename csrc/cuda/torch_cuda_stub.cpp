@@ -1,5 +1,5 @@
-// Stands for torch's own libtorch_cuda.so where the kernels are linked beside a torch that has none.
-// It is never loaded: by the time the kernels are, torch has loaded its own.
+// A substitute for libtorch_cuda.so, to link the kernels with a torch that has none. It is never
+// loaded: torch has loaded its own library before the kernels.
 #include <cstdint>
 
 extern "C" __attribute__((visibility("default"))) int32_t aoti_torch_get_current_cuda_stream(

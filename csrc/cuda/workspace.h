@@ -1,12 +1,12 @@
-// The memory that an op's kernels need beside their results.
+// The workspace of an op's kernels.
 #pragma once
 
 #include "device.h"
 
 namespace mghf::cuda {
 
-// Hands out a workspace in pieces, one after the other, each aligned to 16 bytes. Without memory it
-// only adds up their sizes. A copy goes on from where it was made.
+// Hands out a workspace in consecutive pieces, each aligned to 16 bytes. Without memory it only
+// adds up their sizes. A copy continues from the same point.
 class Pieces {
  public:
   explicit Pieces(void* workspace = nullptr) : memory_(static_cast<unsigned char*>(workspace)) {}

@@ -19,7 +19,7 @@ using mghf::Tensor;
 
 constexpr double kVarianceFloor = 1e-8;
 constexpr int64_t kRunPixels = 8192;
-constexpr int64_t kMostRuns = 64;           // each has sums of its own
+constexpr int64_t kMostRuns = 64;           // each with its own sums
 constexpr int64_t kMostProducts = 1 << 20;  // float64 elements of all runs' products, 8 MiB
 
 // ---- argument checks ----
@@ -73,7 +73,7 @@ void merge(double* moments, const double* run, int64_t padded, int64_t channels,
   }
 }
 
-// The moments of a pair whose pixels lie one by one.
+// The moments of a pair that is stored pixel by pixel.
 void moments_of_runs(const mghf::ContentStyleKernels& kernels, const StylePair& pair,
                      Moments& moments) {
   const mghf::PixelRuns runs(pair.sr, kRunPixels, kMostRuns);
@@ -96,11 +96,11 @@ void moments_of_runs(const mghf::ContentStyleKernels& kernels, const StylePair& 
   }
 }
 
-// The range of a map for its histogram; NaN, as the entropy kernels want it, if it has none.
+// The range of a map for its histogram; NaN, as the entropy kernels expect, if it is not finite.
 std::pair<float, float> range_of(Moments& moments, int64_t b, int64_t c, bool sr) {
   const auto low = static_cast<float>(moments.of(b, sr ? mghf::kLowSr : mghf::kLowGt, c));
   const auto high = static_cast<float>(moments.of(b, sr ? mghf::kHighSr : mghf::kHighGt, c));
-  // A NaN or an infinity anywhere in the map has made its mean NaN.
+  // A NaN or an infinity anywhere in the map makes its mean NaN.
   const double mean = moments.of(b, sr ? mghf::kMeanSr : mghf::kMeanGt, c);
   if (std::isfinite(mean) && std::isfinite(high - low)) return {low, high};
   return {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::quiet_NaN()};
@@ -120,7 +120,7 @@ void moments_of(const mghf::ContentStyleKernels& kernels, const StylePair& pair,
                  });
 }
 
-// The entropies of both images' maps, (B, C) each, and the moments on the way.
+// The entropies of both images' maps, (B, C) each, and their moments.
 struct Entropies {
   std::vector<double> gt, sr;
 };
@@ -183,10 +183,11 @@ std::vector<int64_t> most_important(const std::vector<double>& importance, int64
   return order;
 }
 
-// The rows of the moments that the forward hands to the backward.
+// The rows of the moments that the forward returns for the backward.
 enum Row { kMeanS, kMeanG, kMeanD, kScale, kSlope, kExcess, kRows };
 
-// What correlation needs of a map: 1 - rho; its gradient is that of S per pixel, times -n,
+// The correlation term of a map, 1 - rho, and the coefficients of its gradient, which is, per pixel
+// of S and times -n,
 // scale (G - mean G) - slope (S - mean S) = excess (S - mean S) - scale (D - mean D), D = S - G.
 struct Correlation {
   double distance, scale, slope, excess;
@@ -200,7 +201,7 @@ struct Correlation {
     scale = 1 / root;
     slope = floored_s ? 0 : cov / var_s / root;
     if (!floored_s && !floored_g && var_d < root) {
-      // The pair is much alike: from the moments of D, as the others would cancel.
+      // Almost equal maps: from the moments of D, because those of S and G would cancel.
       const double apart = (2 * cov_sd - var_d) / (std::sqrt(var_s) + std::sqrt(var_g));
       distance = (var_d - apart * apart) / (2 * root);
       excess = cov_sd / var_s / root;
@@ -232,7 +233,7 @@ Result content_style(const Tensor& gt, const Tensor& sr, int64_t top_m, double a
   Tensor kept = mghf::new_tensor(sr, kept_shape, ScalarType::Long);
 
   Moments moments(pair, kernels.padded(channels));
-  // Without kept maps MGHF-n is all there is, and the moments are enough.
+  // Without kept maps only MGHF-n is left, for which the moments are enough.
   Entropies entropies;
   if (top_m == 0) {
     moments_of(kernels, pair, moments);

@@ -22,8 +22,8 @@ using mghf::Tensor;
 
 // ---- options ----
 
-// The largest float32 squared distance whose pair is positive by the reference's formula, which is
-// evaluated in float32 step by step as PyTorch does; below 0 if even a distance of 0 is not.
+// The largest float32 squared distance at which a pair is positive by the reference's formula,
+// evaluated in float32 step by step as PyTorch does; below 0 if there is none.
 float largest_positive(double threshold_db, bool rmse, double max_value, int64_t depth) {
   const float threshold = static_cast<float>(threshold_db);
   const float divisor = rmse ? static_cast<float>(std::sqrt(static_cast<double>(depth))) : 1.0f;
@@ -34,7 +34,7 @@ float largest_positive(double threshold_db, bool rmse, double max_value, int64_t
   };
   uint32_t yes = 0, no = __builtin_bit_cast(uint32_t, FLT_MAX) + 1;
   if (!positive(yes)) return -1;
-  while (no - yes > 1) {  // the bits of numbers of one sign are in the order of the numbers
+  while (no - yes > 1) {  // positive floats are ordered as their bits are
     const uint32_t middle = yes + (no - yes) / 2;
     (positive(middle) ? yes : no) = middle;
   }
@@ -45,7 +45,7 @@ float exponent(double temperature, const char* argument, bool inside) {
   STD_TORCH_CHECK(temperature > 0 && std::isfinite(temperature), argument, " is ", temperature,
                   "; allowed is a finite number above 0");
   const double log2_e = 1.4426950408889634;
-  // At most this, so that it stays finite; e^1e30 and e^-1e30 are infinity and 0 all the same.
+  // Bounded to stay finite; e^1e30 and e^-1e30 are infinity and 0 all the same.
   return static_cast<float>(std::min(inside ? log2_e / temperature : log2_e, 1e30));
 }
 
@@ -111,9 +111,9 @@ void for_each_pair(int64_t tiles, size_t workspace_bytes, const Task& task) {
 
 // ---- implementations ----
 
-// The loss, and for every row the sum of exp(cos(S_i, S_j)/t) + 2 exp(cos(G_i, S_j)/t) over its
-// positives and over its negatives, (2, P), the latter -1 where there are none. For the temperature
-// outside, exp(cos) stands for exp(cos/t).
+// The loss, and for every row the sums of exp(cos(S_i, S_j)/t) + 2 exp(cos(G_i, S_j)/t) over its
+// positives and its negatives, (2, P), the latter -1 where it has none. With the temperature
+// outside, exp(cos) takes the place of exp(cos/t).
 std::tuple<Tensor, Tensor> dec(const Tensor& sr, const Tensor& gt, double threshold_db,
                                double positive_temperature, double negative_temperature,
                                const std::string& temperature, const std::string& similarity,
@@ -150,7 +150,7 @@ std::tuple<Tensor, Tensor> dec(const Tensor& sr, const Tensor& gt, double thresh
     saved[i] = static_cast<float>(positive[i]);
     saved[count + i] = has_negative[i] ? static_cast<float>(negative[i]) : -1.0f;
     rows += has_negative[i];
-    // A row without negatives counts for nothing, but a NaN in it is a NaN in the loss.
+    // A row without negatives does not count, but a NaN in it makes the loss NaN.
     total += has_negative[i] ? std::log(positive[i]) - std::log(negative[i]) + offset
                              : 0 * std::log(positive[i]);
   }

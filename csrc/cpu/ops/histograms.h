@@ -17,7 +17,8 @@ inline void check_bins(int64_t bins) {
                   "; allowed is 2 to 2^24");
 }
 
-// Ranges of the maps of a stack that lies pixel by pixel: per image padded_channels() of each.
+// Ranges of the maps of a stack that is stored pixel by pixel: padded_channels() lows and highs per
+// image.
 struct StackRanges {
   std::vector<float> low, high;
 };

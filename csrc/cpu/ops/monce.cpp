@@ -65,7 +65,7 @@ std::tuple<Tensor, Tensor> monce(const Tensor& query, const Tensor& key, double 
   return {losses, state};
 }
 
-// `state` as the forward left it for the same arguments.
+// `state` is the one that the forward returned for the same arguments.
 Tensor monce_backward(const Tensor& grad, const Tensor& query, const Tensor& key,
                       const Tensor& state, double temperature, double epsilon, int64_t iterations,
                       double negative_weight, const std::string& cost,

@@ -72,7 +72,7 @@ PatchesGradient check_gradient(const PatchesOptions& options, const Tensor& grad
 
 // ---- implementations ----
 
-// Floats stay with the kernels that know nothing else: GCC compiles them better without the pairs.
+// Floats use the kernels without pairs, because GCC compiles those better.
 const auto& kernels_of(const PatchesOptions& options) {
   return options.pairs ? MGHF_BFLOAT16_KERNELS_OF(patches) : MGHF_KERNELS_OF(patches);
 }
@@ -82,8 +82,8 @@ int64_t groups(const PatchesOptions& options) {
   return (options.maps + lanes - 1) / lanes;
 }
 
-// Whether products of bfloat16 lose nothing in the forward: a rounded weight would flip the signs
-// of hidden units near 0, and with them the gradient.
+// Whether products of bfloat16 are exact in the forward: a rounded weight would flip the signs of
+// hidden units near 0, and with them the gradient.
 bool takes_pairs(const Tensor& image, const Tensor& weight1, int64_t patch_size) {
   if (!MGHF_BFLOAT16_KERNELS_OF(patches).pairs || image.scalar_type() != ScalarType::BFloat16 ||
       patch_size % 2 != 0) {
@@ -95,7 +95,8 @@ bool takes_pairs(const Tensor& image, const Tensor& weight1, int64_t patch_size)
   });
 }
 
-// (hidden, row, column) -> (row, hidden, column): what the kernels work on at a time lies together.
+// (hidden, row, column) -> (row, hidden, column), so that what a kernel reads at a time is
+// contiguous.
 Tensor by_patch_row(const Tensor& weight1, int64_t size) {
   const int64_t hidden = weight1.size(0);
   Tensor result = new_tensor(weight1, {size, hidden, size});

@@ -1,4 +1,4 @@
-// How ops that add over pixels cut a stack for the threads, and memory for what each part adds up.
+// How ops that sum over pixels divide a stack among threads, and memory for the partial sums.
 #pragma once
 
 #include <algorithm>
@@ -26,7 +26,7 @@ class Buffer {
   std::unique_ptr<T, Release> data_;
 };
 
-// How a stack's pixels are cut into runs that threads work on: by its shape alone.
+// The runs of a stack's pixels that threads work on; they depend on its shape alone.
 struct PixelRuns {
   int64_t pixels, count, length;
 

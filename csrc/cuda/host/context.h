@@ -1,6 +1,7 @@
-// Several stacks that one thread of the host runs on in turn. ucontext does it everywhere, but asks
-// the kernel for the signal mask at every switch, and AddressSanitizer then clears the stack's whole
-// shadow; where the few instructions that are needed are written down they are used instead.
+// Several stacks that one thread of the host runs on in turn. ucontext works everywhere, but makes
+// a system call for the signal mask at every switch, and AddressSanitizer then clears the stack's
+// whole shadow. On processors for which this file has the few necessary instructions, those are
+// used.
 #pragma once
 
 #include <cstddef>
@@ -9,8 +10,8 @@
 
 #if defined(__x86_64__)
 
-// Saves what a called function must preserve and the stack pointer, and goes on where the other
-// context was saved.
+// Saves the callee-saved registers and the stack pointer, and continues where the other context was
+// saved.
 extern "C" void mghf_host_switch(void** from, void* to);
 asm(R"(
 .text
@@ -38,10 +39,10 @@ namespace mghf::host {
 
 class Context {
  public:
-  // Will call `entry`, which must not return, on the stack of so many bytes.
+  // The context will call `entry`, which must not return, on the stack of that many bytes.
   void prepare(void* stack, size_t bytes, void (*entry)()) {
     constexpr size_t kSaved = 6;
-    uintptr_t words[kSaved + 2] = {};  // the registers, where to go, and no caller
+    uintptr_t words[kSaved + 2] = {};  // the registers, the entry, and no caller
     words[kSaved] = reinterpret_cast<uintptr_t>(entry);
     top_ = static_cast<unsigned char*>(stack) + bytes - sizeof words;
     std::memcpy(top_, words, sizeof words);

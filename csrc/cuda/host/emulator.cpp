@@ -1,4 +1,4 @@
-// Compiled without ThreadSanitizer, for all fibers work on what is here.
+// Compiled without ThreadSanitizer, because all fibers share this file's data.
 #include "emulator.h"
 
 #include <sys/mman.h>
@@ -26,8 +26,8 @@ namespace {
 constexpr size_t kStackBytes = 256 << 10;
 constexpr size_t kOutermostBytes = 4 << 10;
 
-// Two places for what ThreadSanitizer knows of a barrier: what threads at the next time release must
-// not be acquired by those that have still to leave this one.
+// Two addresses for ThreadSanitizer's state of a barrier, used in turn: what threads release at the
+// next wait must not be acquired by those that have yet to leave this one.
 struct Barrier {
   unsigned threads = 0, arrived = 0;
   uint64_t times = 0;
@@ -62,7 +62,7 @@ struct Block {
   std::unique_ptr<unsigned char[]> shared;
 };
 
-// What a fiber runs on. They are kept for the next launch: new memory costs more than a short kernel.
+// The stack of a fiber. Stacks are reused, because new memory costs more than a short kernel.
 struct Stack {
   void* memory = nullptr;
 #if defined(MGHF_THREAD_SANITIZER)
@@ -155,11 +155,11 @@ void wait(Barrier& barrier, bool orders_memory) {
   if (orders_memory) barrier.leave(time);
 }
 
-// A fiber is its thread in every cluster, one after the other: they have the same shared memory.
+// A fiber runs its thread of every cluster in turn; the clusters use the same shared memory.
 void live() {
   entered();
   Fiber* const self = fiber;
-  wait(launch->end, true);  // what the caller wrote is known to all
+  wait(launch->end, true);  // makes the caller's writes visible
   for (unsigned cluster = 0; cluster < launch->clusters; ++cluster) {
     self->block = cluster * launch->blocks_of_cluster + self->rank;
     block_index.x = self->block;
@@ -171,7 +171,7 @@ void live() {
   to_scheduler();
 }
 
-// The first so many, or none if there is no memory.
+// The first `number` stacks, or none if memory is short.
 const std::vector<Stack>& stacks(size_t number) {
   static std::vector<Stack> kept;
   while (kept.size() < number) {
@@ -189,8 +189,8 @@ const std::vector<Stack>& stacks(size_t number) {
   return kept;
 }
 
-// Removes AddressSanitizer's marks of frames that nobody returned from: the outermost, or all if
-// threads got stuck.
+// Removes AddressSanitizer's marks of frames that were never returned from: the outermost, or all
+// if threads got stuck.
 void forget_frames(const Stack& stack, bool stuck) {
 #if defined(__SANITIZE_ADDRESS__)
   const size_t bytes = stuck ? kStackBytes : kOutermostBytes;
@@ -221,7 +221,7 @@ void sync_cluster() { wait(launch->cluster, true); }
 const unsigned char* exchange(const void* own, size_t bytes) {
   Warp& warp = launch->blocks[fiber->rank].warps[fiber->thread / kWarp];
   auto& words = warp.words[warp.exchanging.times % 2];
-  // Not memcpy, into which ThreadSanitizer would look.
+  // Not memcpy, which ThreadSanitizer intercepts.
   for (size_t i = 0; i < bytes; ++i) {
     words[fiber->thread % kWarp][i] = static_cast<const volatile unsigned char*>(own)[i];
   }
@@ -285,7 +285,7 @@ const char* run(unsigned blocks, unsigned blocks_of_cluster, int threads, size_t
 #if defined(MGHF_THREAD_SANITIZER)
   __tsan_release(&own.end.known[0]);
 #endif
-  // Every second time the last thread is the first, so that what depends on the order shows.
+  // Every second pass begins with the last thread, so that results that depend on the order differ.
   size_t ended = 0;
   bool stuck = false;
   for (unsigned pass = 0; ended < own.fibers.size() && !stuck; ++pass) {

@@ -1,7 +1,8 @@
-// What the sources use of CUDA, for the host. The threads of a block, or of a cluster of blocks, are
-// fibers that one thread of the host runs in turn, each up to its next barrier. ThreadSanitizer knows
-// them as threads which nothing but barriers orders, so it finds a missing one whatever the order.
-// Shared memory is static or allocated to its size, so AddressSanitizer finds what lies outside.
+// The parts of CUDA that the sources use, for the host. The threads of a block, or of a cluster of
+// blocks, are fibers that one thread of the host runs in turn, each up to its next barrier.
+// ThreadSanitizer sees them as threads that only barriers order, so it finds a missing one whatever
+// the order. Shared memory is static or allocated to its size, so AddressSanitizer finds accesses
+// outside.
 // A barrier that not every thread reaches ends the launch with an error.
 #pragma once
 
@@ -34,22 +35,22 @@ constexpr size_t kMostExchanged = 64;  // bytes a thread
 // The running thread, and the sizes of its launch.
 extern Index thread_index, block_index, grid_size, block_size;
 
-// What tests may pretend that the GPU has.
+// Properties of the GPU, which tests may set.
 struct Gpu {
   int64_t shared_bytes = 227 << 10;
   bool clusters = true;
 };
 extern Gpu gpu;
 
-// While it is on, launches are counted and nothing is run, and workspaces are counted and not there:
-// what an op does to a GPU is known without its data.
+// While it is on, launches and workspaces are counted, and nothing is run or allocated, so that an
+// op's use of a GPU is known without data.
 struct Counting {
   bool on = false;
   int64_t launches = 0, workspace_bytes = 0;
 };
 extern Counting counting;
 
-// Runs the kernel for every thread of every block; returns what went wrong, or null.
+// Runs the kernel for every thread of every block; returns an error text, or null.
 const char* run(unsigned blocks, unsigned blocks_of_cluster, int threads, size_t shared_bytes,
                 const std::function<void()>& kernel);
 
@@ -61,12 +62,13 @@ void sync_block();
 void sync_warp();
 void sync_cluster();
 
-// Hands what every thread of the warp gives to all of them: 32 blocks of kMostExchanged bytes, until
-// the exchange after the next. All threads take part. Orders no memory, as on a GPU.
+// Returns what every thread of the warp passed, 32 blocks of kMostExchanged bytes, valid until the
+// exchange after the next. All threads of the warp must call it. As on a GPU it does not order
+// memory.
 const unsigned char* exchange(const void* own, size_t bytes);
 
-// Copies that are done when they are waited for, which is as late as they may be; zeros follow what
-// is present.
+// Asynchronous copies. They are made when they are waited for, the latest time possible; zeros
+// follow the bytes that are present.
 struct Copy {
   void* to;
   const void* from;
@@ -112,7 +114,7 @@ struct alignas(16) uint4 {
 inline void __syncthreads() { mghf::host::sync_block(); }
 inline void __syncwarp() { mghf::host::sync_warp(); }
 
-// Every thread of the warp has to take part.
+// Every thread of the warp must call it.
 template <class T>
 T __shfl_sync(unsigned, T value, int lane) {
   return mghf::host::exchanged(value, static_cast<unsigned>(lane));

@@ -1,5 +1,5 @@
-// The stand-in of ../ops/launcher.h for the host: the ops take tensors of any device, those of the
-// CPU, which the emulator works on, and those of "meta", whose launches are only counted.
+// ../ops/launcher.h for the host: the ops take CPU tensors, which the emulator works on, and
+// tensors of "meta", whose launches are only counted.
 #pragma once
 
 #include <cstring>
@@ -19,7 +19,7 @@ class Launcher {
   void* stream() const { return nullptr; }
 };
 
-// Full of NaN, so that what is read before it is written shows.
+// Filled with NaN, so that uninitialised reads show.
 inline Tensor new_workspace(const Tensor& like, int64_t bytes) {
   const Tensor workspace = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
   if (host::counting.on) {

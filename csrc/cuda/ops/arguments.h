@@ -1,4 +1,4 @@
-// What the CUDA implementations of the ops share: checks, and views for the kernels.
+// Shared by the CUDA implementations of the ops: checks, and views for the kernels.
 #pragma once
 
 #include "../../common/library.h"
@@ -34,7 +34,7 @@ inline void check_same_device(const Tensor& tensor, const char* argument, const 
                   " is not on the device of ", other_argument);
 }
 
-// Kernels find a pixel's bin in float32, whose integers end here.
+// Kernels compute a pixel's bin in float32, which has all integers up to here.
 inline void check_bins(int64_t bins) {
   STD_TORCH_CHECK(bins >= 2 && bins < int64_t{1} << 24, "bins is ", bins,
                   "; allowed are 2 to 16777215");

@@ -1,5 +1,5 @@
-// What the CUDA ops ask of PyTorch about the device. Its stand-in for the host is
-// ../host/launcher.h; everything else in this folder is the same code on both.
+// The CUDA ops' use of PyTorch's device functions. For the host ../host/launcher.h replaces it;
+// everything else in this folder is the same code on both.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

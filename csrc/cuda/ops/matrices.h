@@ -6,7 +6,7 @@
 
 namespace mghf::cuda {
 
-// A batch (B, rows, columns) of any size that the kernels take.
+// Checks a batch (B, rows, columns) and returns it for the kernels.
 inline Matrices check_matrices(const Tensor& tensor, const char* argument) {
   check_cuda(tensor, argument);
   check_dimensions(tensor, argument, 3);

@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor> monce_op(const Tensor& query, const Tensor& key, doub
   return {losses, state};
 }
 
-// `state` as the forward left it for the same arguments.
+// `state` is the one that the forward returned for the same arguments.
 Tensor monce_backward_op(const Tensor& grad, const Tensor& query, const Tensor& key,
                          const Tensor& state, double temperature, double epsilon, int64_t iterations,
                          double negative_weight, const std::string& cost,

@@ -19,7 +19,7 @@ const float* check_parameter(const Tensor& tensor, const char* argument, int64_t
   return tensor.const_data_ptr<float>();
 }
 
-// Without the biases.
+// The projection without its biases.
 Projection check_patches(const Tensor& x, const char* argument, const Tensor& weight1,
                          const Tensor& weight2, int64_t patch_size, int64_t stride) {
   constexpr int64_t kMost = int64_t{1} << 24;
