@@ -59,8 +59,8 @@ demo: $(STAMPS)/install  ## fine-tune a network with MGHF-c on photographs: ARGS
 test: $(STAMPS)/dev  ## run the whole test suite
 	$(BIN)/python -m pytest $(ARGS)
 
-# The package as it is installed, kernels/ in its place, for what cannot follow an editable install:
-# mypy, which looks at files, and a GPU's machine, whose Python is left as it is and may be without the
+# The package as it is installed, with kernels/ in its place, where an editable install will not do:
+# mypy, which looks at files, and a GPU's machine, whose Python stays unchanged and may lack the
 # setuptools that an installation needs.
 define copy_package
 rm -rf $(1) && mkdir -p $(1) && cp -rL mghf_fast $(1)/ && mkdir -p $(1)/mghf_fast/kernels && cp -r kernels/. $(1)/mghf_fast/kernels/
@@ -74,7 +74,7 @@ lint: $(STAMPS)/dev  ## ruff and mypy
 
 # The reference is plain PyTorch and left out. AMX is emulated, and of its tests only those of
 # bfloat16 run. What the machine lacks is left out. The tests that start a process for each instruction
-# set are told that they run in one already. Python's own leaks are none of ours.
+# set are configured to run in this one. Python's own leaks are ignored.
 OPS := $(sort $(patsubst csrc/ops/%.cpp,%,$(wildcard csrc/ops/*.cpp)))
 ASAN_ENVIRONMENT = MGHF_NATIVE_LIBRARY=$(abspath build/asan/libmghf_fast_cpu.so) \
     MGHF_TEST_CAPABILITY_CHILD=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
@@ -108,8 +108,8 @@ triton: $(STAMPS)/dev  ## the Triton kernels in Triton's interpreter, which need
 	    'out=$$($(BIN)/python -m pytest -q -p no:cacheprovider {} -k "$(TRITON_TESTS)" $(ARGS) 2>&1); code=$$?; \
 	     echo "{}"; echo "$$out"; test $$code = 0 -o $$code = 5'
 
-# Each kernel once for each architecture: none may spill or ask for more shared memory than there is.
-# ARGS=--all compiles every launch. The old Triton is the oldest that images for GPUs bring.
+# Each kernel once for each architecture: none may spill or need more shared memory than there is.
+# ARGS=--all compiles every launch. The old Triton is the oldest that GPU images come with.
 triton-resources: $(STAMPS)/dev  ## compile the Triton kernels ahead of time: registers, shared memory, spills: ARGS="--all gram"
 	$(BIN)/python -W ignore -m tools.resources $(ARGS)
 
@@ -120,7 +120,7 @@ triton-resources-old: $(STAMPS)/dev  ## the same with the oldest Triton that is 
 	PYTHONPATH=build/triton-$(OLD_TRITON) $(BIN)/python -W ignore -m tools.resources $(ARGS)
 
 # CUDA's compilers come complete as Python packages from version 13 on; nothing here needs a GPU or a
-# torch with CUDA. What fails is a kernel that spills, or asks for more shared memory than there is. All
+# torch with CUDA. It fails if a kernel spills or needs more shared memory than there is. All
 # architectures take many minutes: CUDA_ARCHS=all.
 CUDA_TOOLKIT := 13.0
 CUDA_ARCHS ?= 9.0a
@@ -160,9 +160,9 @@ cuda-host-address: $(STAMPS)/dev  ## the same under the address sanitizer
 
 # On a machine with an NVIDIA GPU: with its own Python, torch and Triton, and without the internet.
 # The package and its tests are copied, and nothing is installed but the wheels (of pytest and
-# hypothesis, say) in GPU_WHEELS; results go to benchmarks/ here. The CUDA kernels take part if `make cuda`
-# has built them and mghf_fast/lib has those of the CPU. Build output and logs: build/gpu. Rows name
-# the commit, which MGHF_COMMIT gives where the copy here is no repository.
+# hypothesis, say) in GPU_WHEELS; results go to benchmarks/ here. The CUDA kernels are included if
+# `make cuda` has built them and mghf_fast/lib has those of the CPU. Build output and logs: build/gpu.
+# Rows name the commit; set MGHF_COMMIT where this copy is not a repository.
 GPU_SITE := build/gpu/site
 gpu: export MGHF_CUDA_LIBRARY := $(or $(MGHF_CUDA_LIBRARY),$(wildcard $(CURDIR)/build/cuda/libmghf_fast_cuda.so))
 gpu:  ## test and measure on this machine's NVIDIA GPU: ARGS="--quick --baselines --dry-run" GPU_WHEELS=folder
@@ -184,9 +184,9 @@ wheel: $(STAMPS)/venv  ## build the wheel into dist/
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 	@ls dist/*.whl
 
-# Everything that a release has: without kernels, with those of the CPU, and with those of CUDA, for
-# every version in CUDA, whose compilers come from PyPI, or for the toolkit MGHF_CUDA_HOME instead.
-# Each library works under every Python and under every torch from 2.10 on.
+# All wheels of a release: without kernels, with those of the CPU, and with those of CUDA, for every
+# version in CUDA, whose compilers come from PyPI, or for the toolkit MGHF_CUDA_HOME instead. Each
+# library works under every Python and under every torch from 2.10 on.
 CUDA ?= 13.0 13.2
 HOMES = $(or $(MGHF_CUDA_HOME),$(foreach version,$(CUDA),$(call toolkit,$(version))))
 make_wheel = $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir
@@ -202,8 +202,8 @@ wheels: $(STAMPS)/dev $(if $(MGHF_CUDA_HOME),,$(CUDA:%=build/toolkits/%/installe
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair --exclude 'libtorch*' --wheel-dir dist build/wheels/*.whl
 	$(BIN)/python tools/audit_wheels.py dist/mghf_fast-$$($(BIN)/python -c 'import mghf_fast; print(mghf_fast.__version__)')*.whl
 
-# A wheel made with kernels, in an environment of its own and away from the source tree. Its torch is
-# the one of $(VENV), for to unpack it again takes longer than all else.
+# A wheel made with kernels, in its own environment and away from the source tree. Its torch is that
+# of $(VENV), because unpacking another would take longer than everything else.
 wheel-check: $(STAMPS)/venv  ## build the wheel, install it in an empty environment, try it there
 	rm -rf build/lib* build/bdist* build/wheel-check && mkdir -p build/wheel-check
 	MGHF_NATIVE=1 $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps \
@@ -215,8 +215,8 @@ wheel-check: $(STAMPS)/venv  ## build the wheel, install it in an empty environm
 	cd / && $(abspath build/wheel-check/venv/bin/python) -I $(abspath build/wheel-check/smoke_test.py) kernels
 	rm -rf build/wheel-check/venv
 
-# Needs those Pythons, and fetches those torches: for Pythons for which there is no file of it at hand,
-# torch comes with CUDA, 5 GB each.
+# Needs those Pythons, and downloads those torches; where pip finds no CPU build of torch for a Python
+# it comes with CUDA, 5 GB each.
 PYTHONS ?= $(PYTHON)
 TORCHES ?= $(TORCH:torch==%=%)
 wheel-matrix:  ## try the wheels in dist/: PYTHONS="python3.11 python3.12" TORCHES="2.11.0 2.13.0"

@@ -44,7 +44,7 @@ def compiler() -> str | None:
 
 
 def missing_tools() -> list[str]:
-    """What the kernels cannot be built without and is not here."""
+    """The requirements of building the kernels that are missing here."""
     missing = []
     if importlib.util.find_spec("torch") is None:
         missing.append("torch in the building environment (install it, then --no-build-isolation)")
@@ -70,8 +70,8 @@ def native_wanted() -> bool:
         sys.exit("MGHF_NATIVE=1, but the kernels cannot be built without " + " and ".join(missing))
     # The metadata step before it asks too: warn once.
     if missing and not {"dist_info", "egg_info"} & set(sys.argv):
-        wanting = " and of ".join(missing)
-        print(f"warning: mghf_fast without native kernels, for want of {wanting}", file=sys.stderr)
+        text = f"warning: mghf_fast is built without native kernels; missing: {', '.join(missing)}"
+        print(text, file=sys.stderr)
     return not missing
 
 
@@ -83,7 +83,7 @@ def nvcc() -> str | None:
 
 
 def cuda_version(nvcc: str) -> str:
-    """Such as "13.0"."""
+    """The release of a compiler, such as "13.0"."""
     text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     found = re.search(r"release (\d+\.\d+)", text)
     if found is None:
@@ -92,7 +92,8 @@ def cuda_version(nvcc: str) -> str:
 
 
 def cuda_of_torch() -> str | None:
-    """Of the torch in the building environment, from a file of it: importing it takes seconds."""
+    """The CUDA version of the torch in the building environment, read from one of its files because
+    importing it takes seconds."""
     torch = importlib.util.find_spec("torch")
     assert torch and torch.submodule_search_locations
     text = Path(torch.submodule_search_locations[0], "version.py").read_text()
@@ -129,7 +130,7 @@ def build_library(name: str, options: list[str], prefix: Path) -> None:
         f"-DMGHF_WERROR={os.environ.get('MGHF_WERROR', '0')}",
         *options,
     ]  # fmt: skip
-    # What was compiled before serves again, unless it was configured in another way.
+    # An earlier build is reused unless it was configured differently.
     stamp, wanted = work / "configured", "\n".join([str(compiler()), *configure])
     if not stamp.exists() or stamp.read_text() != wanted:
         configure.append("--fresh")
@@ -161,7 +162,7 @@ class build_native(Command):
     def run(self) -> None:
         target = ROOT if self.editable_mode else Path(str(self.build_lib)).resolve()
         prefix = target / "mghf_fast" / "lib"
-        # In a folder each, for the kernels of the CPU are the same whatever CUDA there is.
+        # Each in its own folder, because the CPU kernels do not depend on the version of CUDA.
         build_library("cpu", ["-DMGHF_CUDA=0"], prefix)
         if cuda_compiler is not None:
             options = ["-DMGHF_CUDA=1", f"-DCMAKE_CUDA_COMPILER={cuda_compiler}"]
@@ -169,7 +170,7 @@ class build_native(Command):
                 options.append(f"-DMGHF_CUDA_ARCHS={archs}")
             build_library("cuda", options, prefix)
 
-    # What setuptools asks a build step for; the files lie in place after run().
+    # setuptools requires this of a build step; the files are in place after run().
     def get_source_files(self) -> list[str]:
         return ["CMakeLists.txt", *(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.*"))]
 

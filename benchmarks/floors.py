@@ -1,15 +1,14 @@
-"""What an op must move and multiply at least, and how long that takes at the measured ceilings.
+"""The minimum that an op must move and multiply, and its time at the measured ceilings.
 
-Values: every input read once and every result written once, forward and backward each, for a
-backward is an operator of its own. Weights are too small to count. An op that needs several sweeps
-over a stack of features larger than the caches (a histogram needs the range first) cannot reach
-this, so "x times its floor" says how far away the op is, and not only its kernels, above each of
-which in kernels/ stands a floor of its own.
+Values: every input is read once and every result written once, in the forward and again in the
+backward, because that is a separate operator. Weights are too small to count. An op that needs
+several sweeps over a stack of features larger than the caches (a histogram needs the range first)
+cannot reach this, so "x times its floor" measures the op, not its kernels, each of which has its
+own floor above it in kernels/.
 
-Products: multiply-adds of matrix products and dense convolutions, those that the gradient computes
-again included, symmetric matrices as their half. Others: multiply-adds outside of those, where the
-formulas have them; of a Sinkhorn iteration's only one, since iterations that change nothing may be
-left out.
+Products: multiply-adds of matrix products and dense convolutions, including those that the gradient
+recomputes; symmetric matrices count half. Others: the remaining multiply-adds of the formulas. Only
+one Sinkhorn iteration counts, because iterations that change nothing may be skipped.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ DEC_PATCH = 8
 IMAGE = 3  # channels
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-TF32_PRODUCTS = 3  # of the halves of float32 operands make one of float32's accuracy
+TF32_PRODUCTS = 3  # of halves of the operands, for one product of float32's accuracy
 
 
 class Work(NamedTuple):
@@ -66,7 +65,7 @@ DEPTHWISE = SUBNETS * 9 * 2 * HALF
 
 def _block(shape: Shape, inputs: int, mix: int) -> tuple[Work, Work]:
     """An invertible block of ``inputs`` channels whose mix takes ``mix`` multiply-adds a pixel. The
-    gradient of the input computes all again but eta's projection."""
+    gradient of the input recomputes everything but eta's projection."""
     pixels = _pixels(shape)
     products = mix + EXPAND + PROJECT
     again = products - PROJECT // SUBNETS
@@ -82,7 +81,7 @@ def coupling(shape: Shape) -> tuple[Work, Work]:
 
 
 def extractor(shape: Shape) -> tuple[Work, Work]:
-    """The block with the 3x3 stem drawn into its mix."""
+    """The block with the 3x3 stem folded into its mix."""
     return _block(shape, IMAGE, 9 * IMAGE * CHANNELS)
 
 
@@ -101,7 +100,8 @@ def entropy(shape: Shape) -> tuple[Work, Work]:
 
 def content_style(shape: Shape) -> tuple[Work, Work]:
     """Forward: two bins and S^2, G^2, S G of every pair of values, and one product of the kept maps
-    for the difference of their Gram matrices. Backward: two coefficients a value, and Gram's."""
+    for the difference of their Gram matrices. Backward: two coefficients per value, and Gram's
+    product."""
     features, products = _features(shape), KEPT**2 * _pixels(shape)
     return Work(2 * features, products, 5 * features), Work(3 * features, products, 2 * features)
 
@@ -127,7 +127,7 @@ def sinkhorn(shape: Shape) -> tuple[Work, Work]:
 
 
 def monce(shape: Shape) -> tuple[Work, Work]:
-    """The similarities are cheaper to compute than to keep, so the gradient computes them again."""
+    """The similarities are cheaper to recompute than to keep, so the gradient recomputes them."""
     entries, embeddings = _matrix(shape), _embeddings(shape)
     product = entries * EMBEDDING
     return (
@@ -137,8 +137,8 @@ def monce(shape: Shape) -> tuple[Work, Work]:
 
 
 def dec(shape: Shape) -> tuple[Work, Work]:
-    """P^2 D multiply-adds for G S^T and, as halves, for S S^T and G G^T; all of them again and two
-    products more for the gradient."""
+    """P^2 D multiply-adds for G S^T and half of that each for S S^T and G G^T; the gradient repeats
+    them and takes two more products."""
     depth = IMAGE * DEC_PATCH**2
     count = _pixels(shape) // DEC_PATCH**2
     product = count**2 * depth
@@ -161,8 +161,8 @@ OPS: Mapping[str, Callable[[Shape], tuple[Work, Work]]] = {
 
 
 def works(op: str, shape: Shape, part: str) -> list[Work]:
-    """What runs one after the other in a part of a row. Of a whole loss these are its operators:
-    the features of both images, the terms and their gradients, and SR's way back."""
+    """The operators that run one after the other in a part of a row. For a whole loss: the features
+    of both images, the terms and their gradients, and SR's backward through the extractor."""
     if op in OPS:
         forward, backward = OPS[op](shape)
         return [forward] if part == "forward" or op == "entropy" else [forward, backward]
@@ -177,7 +177,7 @@ def works(op: str, shape: Shape, part: str) -> list[Work]:
 
 
 class Times(NamedTuple):
-    """Seconds: at the ceiling of the memory's bandwidth, at those of arithmetic, and the floor."""
+    """Seconds at the ceiling of memory bandwidth, at those of arithmetic, and the floor."""
 
     bytes: float
     arithmetic: float
@@ -185,7 +185,7 @@ class Times(NamedTuple):
 
 
 def times(work: Work, dtype: str, ceilings: Mapping[str, float]) -> Times:
-    """Memory, matrix units and the others can all be busy at once; the slowest is the floor."""
+    """Memory, matrix units and the rest can all be busy at once; the slowest is the floor."""
     if dtype == "float32":
         rate = max(ceilings["tf32_tflop_per_s"] / TF32_PRODUCTS, ceilings["float32_tflop_per_s"])
     else:
@@ -198,8 +198,8 @@ def times(work: Work, dtype: str, ceilings: Mapping[str, float]) -> Times:
 
 
 def annotate(row: dict[str, Any], ceilings: Mapping[str, float]) -> None:
-    """Adds to every timed part of a row of our kernels its floor in seconds, how many times the
-    floor it took, and which percentages of the measured ceilings these are."""
+    """Adds to every timed part of a row of our kernels its floor in seconds, the multiple of the
+    floor that it took, and its percentages of the measured ceilings."""
     if row["kind"] not in ("ours", "forced") or not ceilings:
         return
     batch, _, size, _ = map(int, row["shape"].split("x"))

@@ -1,10 +1,9 @@
-"""What needs an NVIDIA GPU, in one command: `make gpu`, or `python -m benchmarks.gpu`.
+"""Everything that needs an NVIDIA GPU, in one command: `make gpu`, or `python -m benchmarks.gpu`.
 
-Its parts, their order and their seconds are gpu_plan.py's. Each runs in processes of its own
-(gpu_parts.py, gpu_tests.py) under a time limit, and all together under one: a part that fails or
-takes too long does not lose the others, and what was measured is written after each, every row with
-its time and commit. The result is `benchmarks/results/<gpu>.json`, a table in Markdown beside it,
-and the same table in README.
+gpu_plan.py lists its parts, their order and their seconds. Each runs in its own processes
+(gpu_parts.py, gpu_tests.py) under a time limit, and all of them under another: a part that fails or
+takes too long does not lose the others, and results are written after each part, every row with its
+time and commit. The result is `benchmarks/results/<gpu>.json`, and a table in Markdown beside it.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ def part_command(part: str, file: Path, quick: bool) -> list[str]:
     return [sys.executable, "-m", "benchmarks.gpu_parts", part, str(file), *options]
 
 
-# ---- what the card is doing ----
+# ---- the state of the card ----
 
 REASONS = {
     0x1: "idle", 0x2: "application clocks", 0x4: "software power cap", 0x8: "hardware slowdown",
@@ -64,7 +63,7 @@ REASON_FIELDS = ("clocks_event_reasons.active", "clocks_throttle_reasons.active"
 
 
 def nvidia_smi(fields: Sequence[str]) -> list[str] | None:
-    """The values of one card, the current one; ``None`` where the program or a field is missing."""
+    """The values of the current card; ``None`` if the program or a field is missing."""
     card = []
     if torch.cuda.is_available():
         card = ["--id", f"GPU-{torch.cuda.get_device_properties(0).uuid}"]
@@ -80,7 +79,7 @@ def nvidia_smi(fields: Sequence[str]) -> list[str] | None:
 
 
 def state() -> dict[str, Any]:
-    """Driver, clocks, power, temperature, and what holds the clocks down; only reads."""
+    """Driver, clocks, power, temperature, and what limits the clocks; changes nothing."""
     found: dict[str, Any] = dict(zip(QUERY, nvidia_smi(list(QUERY.values())) or [], strict=False))
     for field in REASON_FIELDS:
         if reasons := nvidia_smi([field]):
@@ -101,7 +100,7 @@ def now() -> str:
 
 
 def facts() -> dict[str, Any]:
-    """Of the machine, with PyTorch's settings, which decide what eager convolutions compute in."""
+    """Facts of the machine, and PyTorch's settings for the precision of eager convolutions."""
     return machine_facts() | {
         "name": gpu_name(),
         "triton": gpu_setup.version_of("triton", "pytorch-triton"),
@@ -115,7 +114,7 @@ def facts() -> dict[str, Any]:
 
 
 def take(run: dict[str, Any], part: str, rows: list[dict[str, Any]]) -> None:
-    """Puts what a part wrote into the run, with when and by which commit."""
+    """Puts a part's rows into the run, with their time and commit."""
     dated = {"taken": now(), "commit": run["commit"]}
     if part == "ceilings":
         run["ceilings"] = rows[0] if rows else {}
@@ -146,7 +145,7 @@ def run_part(
     quick: bool,
     pairs: Sequence[dict[str, Any]],
 ) -> None:
-    """One part, into the run."""
+    """Runs one part and puts its result into the run."""
     file = folder / f"{part}.jsonl"
     file.unlink(missing_ok=True)
     dated = {"taken": now(), "commit": run["commit"]}
@@ -171,7 +170,7 @@ def run_part(
 def run_variants(
     pairs: Sequence[dict[str, Any]], folder: Path, limit: float
 ) -> tuple[str, list[dict[str, Any]]]:
-    """A process for each environment, all of them in turn and that twice."""
+    """Runs a process for each environment, all in turn, twice."""
     (wanted := folder / "pairs.json").write_text(json.dumps(pairs))
     file, begun, problems = folder / "variants.jsonl", time.monotonic(), []
     turns = gpu_variants.ROUNDS * gpu_variants.environments(pairs)
@@ -185,7 +184,7 @@ def run_variants(
             "--pairs", str(wanted), "--environment", json.dumps(environment),
         ]  # fmt: skip
         name = f"variants-{turn}"
-        # A turn gets its share, so that every pair is measured both ways.
+        # Every turn gets its share of the time, so that both ways of every pair are measured.
         ended = run_together({name: command}, folder, left / (len(turns) - turn), environment)
         problems += [how for how in ended.values() if how != "ok"]
     return "; ".join(problems) or "ok", gpu_variants.joined(read_rows(file), pairs)
@@ -199,7 +198,7 @@ def measure(
     save: Callable[[dict[str, Any]], None],
     pairs: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
-    """All parts, each saved as soon as it ended."""
+    """Runs all parts, and saves each as soon as it has ended."""
     run: dict[str, Any] = {
         "machine": facts(), "quick": quick, "taken": now(), "commit": gpu_setup.commit(),
         "ceilings": {}, "state": {"before": state()}, "parts": {}, "seconds": {}, "tests": {},
@@ -222,12 +221,12 @@ def measure(
     return run
 
 
-# ---- what a committed result answers ----
+# ---- rows from a committed result ----
 
 
 def carried(run: dict[str, Any], committed: dict[str, Any] | None) -> dict[str, Any]:
-    """The run with the rows of other libraries and of eager PyTorch that it did not measure, as the
-    committed result of the same GPU has them. Our own rows are never carried over."""
+    """The run, completed by rows of other libraries and of eager PyTorch from the committed result
+    of the same GPU. Our own rows are never taken from there."""
     if committed is None:
         return run
     measured = {(row["op"], row["shape"], row["form"]) for row in run["rows"]}
@@ -245,7 +244,7 @@ LISTS = ("failures", "profile", "variants", "counters", "values", "table5", "row
 
 
 def to_json(run: Mapping[str, Any]) -> str:
-    """Rows one a line, as in the other results."""
+    """One row per line, as in the other results."""
     lines = []
     for key, value in run.items():
         if key in LISTS:
@@ -297,10 +296,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if (problem := gpu_setup.problem_here()) is not None:
         print(f"make gpu: {problem}", file=sys.stderr)
         return 1
-    # A shell's background jobs ignore interrupts, and what they start inherits that.
+    # A shell's background jobs ignore interrupts, and their children inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     whole = not options.quick and options.only is None
-    # A folder is one of the repository's, wherever this copy of the package runs.
+    # The folder is in the repository, wherever this copy of the package runs.
     out = report.ROOT / (options.out or (results.RESULTS if whole else FOLDER))
     FOLDER.mkdir(parents=True, exist_ok=True)
     out.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""What a process of `make gpu` measures: ceilings, rows of an op, profiles, variants, values of all
-ops, Table 5.
+"""The measurements that a process of `make gpu` makes: ceilings, rows of an op, profiles, variants,
+values of all ops, Table 5.
 
-Each part writes its results line by line as it gets them, ours and the most wanted shapes first, so
-that whatever ends the process loses only what it had not come to.
+Each part writes its results line by line as it gets them, ours and the most important shapes first,
+so that a process that is ended early loses only the remaining ones.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ SIZES = (PAPER, Shape(1, 256), Shape(1, 1024), Shape(1, 2048))  # the paper's fi
 TRAINING = (Shape(4, 512), Shape(16, 256), LATENTS)
 TINY = Shape(1, 64)
 STEPS = (PAPER, Shape(1, 1024), Shape(16, 256), LATENTS, Shape(4, 512), Shape(1, 256))
-"""Where the losses are measured, what people train with first."""
+"""Shapes at which the losses are measured, those that people train with first."""
 OPS_AT = (PAPER, Shape(1, 1024), Shape(16, 256), LATENTS)
 WHOLE = ("mghf_c", "mghf_n")
 COMPILED_OPS = ("coupling", "content_style", "gram", "patches", "entropy", "dec")
 """Ops whose reference compiles in seconds; the Sinkhorn of 50 unrolled iterations does not."""
 COMPILED_ROWS = ("gram", "correlation", "awdfe_mse", "dfe_mse", "dfe", "vgg16")
-"""Rows of Table 5 of which the same is true."""
+"""Rows of Table 5 whose losses also compile in seconds."""
 
 AUTOTUNED, CAPTURED = " max-autotune", " CUDA graph"
 OURS = "mghf_fast"
 FORCED = {"cuda": "mghf_fast CUDA C++", "triton": "mghf_fast Triton"}
 IN_BFLOAT16 = " bfloat16"
 BUDGET = 0.12  # seconds of timed calls for a part of a row
-SLOW = 2.0  # seconds; a call that takes longer is the only one
+SLOW = 2.0  # seconds; a call that takes longer is not repeated
 CALLS = 100  # timed calls at most
-TOLERANCE = 2e-3  # of the part `values`, against the reference in float32
+TOLERANCE = 2e-3  # largest error of the part `values`, against the reference in float32
 
 Write = Callable[[dict[str, Any]], None]
 Function = Callable[[], object]
@@ -68,7 +68,7 @@ class Event(Protocol):
 
 
 class Gpu:
-    """Device time between events, and the peak of allocated memory."""
+    """Measures device time between events, and the peak of allocated memory."""
 
     def __init__(self) -> None:
         self.cache = torch.empty(64 << 20, dtype=torch.int32)
@@ -80,7 +80,7 @@ class Gpu:
         torch.cuda.synchronize()
 
     def flush(self) -> None:
-        """Overwrites the second-level cache, which a training step would not find filled either."""
+        """Overwrites the second-level cache: a training step would not find its inputs there."""
         self.cache.zero_()
 
     def clear(self) -> None:
@@ -88,7 +88,7 @@ class Gpu:
         torch.cuda.empty_cache()
 
     def peak(self, function: Function) -> int:
-        """Bytes allocated above those before the call."""
+        """The peak of allocated bytes during the call, above those before it."""
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         function()
@@ -125,7 +125,7 @@ class HostEvent:
 
 
 class Host:
-    """The same on a CPU, where this code is tested: no cache is flushed, nothing is captured."""
+    """The same on a CPU, for tests of this code: no cache is flushed, nothing is captured."""
 
     def event(self) -> Event:
         return HostEvent()
@@ -150,7 +150,7 @@ Clock = Gpu | Host
 def timed(
     clock: Clock, function: Function, budget: float = BUDGET, memory: bool = True
 ) -> Measurement:
-    """Durations on the device after two calls that compile, load and warm up; the second of them
+    """Durations on the device after two calls that compile, load and warm up, the second of which
     gives the peak memory."""
     function()
     clock.synchronize()
@@ -207,7 +207,7 @@ LAUNCHES = 200
 
 
 def launches(clock: Clock) -> dict[str, float]:
-    """What a kernel costs that does next to nothing, launched from Python and out of a graph."""
+    """The cost of a kernel that does next to nothing, launched from Python and from a graph."""
     x = torch.zeros(1)
 
     def many() -> None:
@@ -234,7 +234,7 @@ def tf32_products(allowed: bool) -> Iterator[None]:
 
 
 def with_backend(backend: str, form: Form) -> Form:
-    """The form on a backend of its own."""
+    """The form, on the given backend."""
 
     def make() -> Callable[..., Tensor]:
         function = form.make()
@@ -249,7 +249,7 @@ def with_backend(backend: str, form: Form) -> Form:
 
 
 def forced_forms(case: Case) -> dict[str, Form]:
-    """Those kernels, in two types, between which "auto" chooses by a table."""
+    """Forms of the kernels between which "auto" chooses by a table, in two dtypes."""
     if case.op not in OPS or any(OPS[case.op].why_not(backend) for backend in FORCED):
         return {}
     forms = {}
@@ -295,8 +295,8 @@ OWN, OTHERS, COMPILE = "own", "others", "compile"
 
 
 def shapes_of(op: str, quick: bool, which: str) -> list[Shape]:
-    """Ours at the shapes that people train with, the paper's first, others at these and at 2048 x
-    2048."""
+    """The shapes of an op's rows: for our kernels those that people train with, the paper's first;
+    for others these and 2048 x 2048."""
     whole = op in WHOLE
     if quick:
         return [PAPER, LATENTS] if whole else [PAPER]
@@ -307,8 +307,8 @@ def shapes_of(op: str, quick: bool, which: str) -> list[Shape]:
 
 def rows_of(case: Case, quick: bool, which: str) -> list[tuple[Shape, str]]:
     """The rows of an op in the order of measurement: its own, launched and as a captured graph;
-    those of others, of which libraries for one op are measured at the paper's size, and losses
-    that this one is to replace everywhere; what is compiled, at the paper's size."""
+    other libraries' (those for one op at the paper's size, the losses that this one replaces at
+    every size); compiled forms, at the paper's size."""
     forms = case.forms
     if which == COMPILE:
         allowed = (*WHOLE, *COMPILED_OPS)
@@ -328,7 +328,7 @@ def rows_of(case: Case, quick: bool, which: str) -> list[tuple[Shape, str]]:
 
 @contextlib.contextmanager
 def chosen(found: dict[str, str]) -> Iterator[None]:
-    """Which backend every op takes in the meantime."""
+    """Records which backend every op takes in this context."""
     choose = _dispatch.Op.choose
 
     def watch(op: _dispatch.Op, backend: str, *tensors: Tensor, **options: Any) -> Any:
@@ -352,7 +352,7 @@ def measure_part(
     part: str,
     backends: dict[str, str] | None = None,
 ) -> Measurement:
-    """A part of a row; ``backends`` is told which backend each op took."""
+    """Measures a part of a row; ``backends`` receives the backend that each op took."""
     form = case.forms[name]
     if form.package is not None and cases.package_version(form.package) is None:
         return Measurement(failure=f"{form.package} is not installed")
@@ -364,7 +364,7 @@ def measure_part(
             mode = "max-autotune" if autotuned else "default"
             function = torch.compile(function, mode=mode)
         step = case.step(function, shape, name, part)
-        # A captured graph, of which max-autotune makes use too, has its memory beforehand.
+        # A captured graph, which max-autotune uses too, has its memory before it runs.
         if form.kind == "ours":
             with chosen({} if backends is None else backends):
                 step()
@@ -377,7 +377,7 @@ def measure_part(
 def measure_op(clock: Clock, op: str, rows: list[tuple[Shape, str]], write: Write) -> None:
     case = cases.CASES[op]
     for shape, name in rows:
-        # Compiling takes the time: of compiled forms only what the tables show.
+        # Compiling is slow: compiled forms are only measured for the parts that the tables show.
         parts = [part_of(op)] if case.forms[name].compiled else case.parts_of(name)
         found: dict[str, Measurement] = {}
         backends: dict[str, str] = {}
@@ -393,7 +393,7 @@ def measure_op(clock: Clock, op: str, rows: list[tuple[Shape, str]], write: Writ
 def variants(
     clock: Clock, pairs: Sequence[dict[str, Any]], environment: dict[str, str], write: Write
 ) -> None:
-    """Both ways of every pair that want this environment, in turn."""
+    """Measures both ways of every pair that need this environment, in turn."""
     for index, pair in enumerate(pairs):
         for way in "ab":
             if pair[way].get("environment", {}) != environment:
@@ -410,7 +410,7 @@ def variants(
 
 
 def values(write: Write) -> None:
-    """Every op's result and gradient against the reference in float32, at a tiny size."""
+    """Compares every op's result and gradient with the reference in float32, at a tiny size."""
     for op in OPS:
         case = cases.CASES[op]
         ours = [name for name in (OURS, *FORCED.values()) if name in case.forms]
@@ -419,7 +419,7 @@ def values(write: Write) -> None:
             try:
                 outcomes = []
                 for form in (name, "eager"):
-                    torch.manual_seed(0)  # of the gradient that comes in
+                    torch.manual_seed(0)  # for the upstream gradient
                     result = case.step(case.forms[form].make(), TINY, form, part)()
                     (tensor,) = result if isinstance(result, tuple) else [result]
                     outcomes.append(tensor.double())
@@ -432,7 +432,7 @@ def values(write: Write) -> None:
 
 
 def table5(clock: Clock, size: int, quick: bool, write: Write) -> None:
-    """The rows of Table 5 with their counts, and what a step of each takes here."""
+    """The rows of Table 5 with their counts, and the measured time of a step of each."""
     for row in cost.table5(size, size):
         variants = ["mghf_fast"] if workloads.ROW_OPS[row.key] else []
         variants += ["reference"]
@@ -461,7 +461,7 @@ def table5(clock: Clock, size: int, quick: bool, write: Write) -> None:
 
 
 def run(part: str, write: Write, *, quick: bool, backend: str, size: int | None = None) -> None:
-    """One part on the default device; ``size`` replaces all sizes with a small one, in tests."""
+    """Runs one part on the default device. For tests ``size`` replaces all sizes by a small one."""
     clock: Clock = Gpu() if torch.get_default_device().type == "cuda" else Host()
     for op, case in cases.load_all().items():
         cases.CASES[op] = on_gpu(case)
@@ -490,7 +490,7 @@ def run(part: str, write: Write, *, quick: bool, backend: str, size: int | None 
 
 
 def run_variants(write: Write, pairs: Path, environment: str, size: int | None = None) -> None:
-    """What `variants` measures on the default device of a file of pairs."""
+    """Runs the part `variants` on the default device, for a file of pairs."""
     clock: Clock = Gpu() if torch.get_default_device().type == "cuda" else Host()
     cases.load_all()
     wanted = json.loads(pairs.read_text())

@@ -1,8 +1,8 @@
-"""What `make gpu` does, in which order, and how long each part may take: `--dry-run` prints it.
+"""The parts of `make gpu`, their order, and how long each may take: `--dry-run` prints it.
 
-What decides comes first: which kernels run and for how long, what "auto" takes at the shapes of
-training, the tests. What does not change from run to run, other libraries and eager PyTorch, is
-measured with --baselines alone; without it a committed result answers.
+The most important parts come first: which kernels run and for how long, the time of "auto" at the
+shapes of training, the tests. Other libraries and eager PyTorch do not change from run to run: they
+are only measured with --baselines, otherwise taken from a committed result.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 
 class Part(NamedTuple):
-    """``seconds`` at most."""
+    """A part that may take at most ``seconds``."""
 
     name: str
     seconds: float
@@ -55,8 +55,8 @@ QUICK = (
 PARTS = {part.name: part for part in (*QUICK, *PLAN, *BASELINES)}
 
 ALL_TIME, ALL_TIME_BASELINES, ALL_TIME_QUICK = 420.0, 570.0, 105.0
-LEAST = 5.0  # seconds without which no part is begun
-SAVING = 1.0  # seconds that a part needs to start and to be written down
+LEAST = 5.0  # seconds; with less time left no part is begun
+SAVING = 1.0  # seconds to start a part and to save its result
 
 
 def wanted(quick: bool, baselines: bool, only: Sequence[str] | None = None) -> list[Part]:
@@ -70,7 +70,7 @@ def all_time(quick: bool, baselines: bool) -> float:
 
 
 def described(parts: Sequence[Part], limit: float) -> str:
-    """The plan as text: when each part begins at the latest, and how long it may take."""
+    """The plan as text: the latest start of each part, and how long it may take."""
     lines, begin = [], 0.0
     for part in parts:
         lines.append(f"{begin:4.0f} s  {part.seconds:3.0f} s  {part.name:15} {part.what}")

@@ -1,4 +1,4 @@
-"""Processes of `make gpu`: side by side, under a time limit, each with a log of its own."""
+"""Processes of `make gpu`: side by side, under a time limit, each with its own log."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def run_together(
     limit: float,
     environment: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """Runs commands side by side and says how each ended: "ok", or why not. Their output goes to
-    <name>.log; what is over the limit is interrupted, and a little later ended together with the
+    """Runs commands side by side and returns how each ended: "ok", or why not. Their output goes to
+    <name>.log. A command over the limit is interrupted, and a little later killed together with the
     processes that it started."""
     children = {}
     for name, command in commands.items():
@@ -62,7 +62,7 @@ def wait_for(children: Iterable[subprocess.Popen[bytes]], limit: float) -> bool:
 
 
 def send(child: subprocess.Popen[bytes], number: int) -> None:
-    """To all processes of the child's group."""
+    """Sends a signal to all processes of the child's group."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child.pid, number)
 
@@ -73,12 +73,12 @@ def last_line(folder: Path, name: str) -> str:
 
 
 def without_folders(text: str) -> str:
-    """A result names no path of the machine that it was taken on."""
+    """The text without paths of this machine, which a result must not contain."""
     return re.sub(r"(?<![\w.])/(?:[\w.+-]+/)+", "", text)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Whole lines; the last may be cut short."""
+    """The rows of a file of JSON lines, without an incomplete last one."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith("\n")]

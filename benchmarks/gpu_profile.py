@@ -24,15 +24,16 @@ from . import cases
 from .cases import Case, Shape
 from .gpu_processes import run_together
 
-STEPS = 3  # of the profile, after as many that warm up
-LONGEST = 25  # kernels of a table
-NAME = 90  # characters of a kernel's
+STEPS = 3  # profiled, after as many to warm up
+LONGEST = 25  # kernels in a table
+NAME = 90  # characters of a kernel's name
 
 # ---- microseconds by kernel ----
 
 
 def kernel_name(name: str) -> str:
-    """Without namespaces, return type and arguments; of template arguments what has room."""
+    """A kernel's name without namespaces, return type and arguments, and with as many template
+    arguments as there is room for."""
     name = re.sub(r"\(anonymous namespace\)::|\b(?:mghf|cuda|at|native|std)::", "", name)
     name = re.sub(r"^void ", "", name)
     depth = 0
@@ -45,8 +46,8 @@ def kernel_name(name: str) -> str:
 
 
 def kernel_table(step: Callable[[], object], device: str) -> dict[str, Any]:
-    """Kernels of a step, the longest first, with microseconds and launches of one step; on a CPU
-    PyTorch's functions stand in for them."""
+    """Kernels of a step, the longest first, with microseconds and launches of one step. On a CPU
+    they are PyTorch's functions."""
     for _ in range(STEPS):
         step()
     on_gpu = device == "cuda"
@@ -103,8 +104,8 @@ def profiles(shapes: Sequence[Shape], write: Callable[[dict[str, Any]], None]) -
 
 @contextlib.contextmanager
 def watched(seen: list[Tensor]) -> Iterator[None]:
-    """What the Triton kernels' `solve` returns last, (maps, 2): iterations made, and how many they
-    stand for."""
+    """Collects the counts that the Triton kernels' `solve` returns, (maps, 2): iterations made, and
+    the number for which their result is valid."""
     solve = importlib.import_module("mghf_fast.kernels.sinkhorn").solve
 
     def watch(*arguments: Any, **options: Any) -> Any:
@@ -125,8 +126,8 @@ def watched(seen: list[Tensor]) -> Iterator[None]:
 
 
 def iterations(shape: Shape) -> dict[str, Any]:
-    """How many maps made how many iterations in one step of MGHF-c with Triton's kernels: the CUDA
-    kernels keep theirs to themselves."""
+    """How many maps made how many iterations in one step of MGHF-c with Triton's kernels. The CUDA
+    kernels do not return their counts."""
     seen: list[Tensor] = []
     try:
         with use_backend("triton"), watched(seen):
@@ -154,7 +155,7 @@ COUNTED = 6  # kernels
 
 
 def counter_command(program: str, names: Sequence[str], command: Sequence[str]) -> list[str]:
-    """ncu on the first launches of these kernels."""
+    """The command that runs ncu on the first launches of these kernels."""
     pattern = "|".join(re.escape(re.split(r"[<(]", name)[0]) for name in names)
     options = [
         "--csv", "--page", "raw", "--clock-control", "none", "--metrics", ",".join(METRICS),
@@ -165,7 +166,7 @@ def counter_command(program: str, names: Sequence[str], command: Sequence[str]) 
 
 
 def read_counters(text: str) -> list[dict[str, Any]]:
-    """Rows of ncu's CSV (a column for each metric, after a line of units), one a kernel."""
+    """Rows of ncu's CSV (a column for each metric, after a line of units), one per kernel."""
     lines = [line for line in text.splitlines() if line.startswith('"')]
     found: dict[str, dict[str, Any]] = {}
     for row in csv.DictReader(lines):
@@ -188,8 +189,8 @@ def longest(tables: Sequence[Mapping[str, Any]]) -> list[str]:
 def run_counters(
     tables: Sequence[Mapping[str, Any]], command: Sequence[str], folder: Path, limit: float
 ) -> tuple[str, list[dict[str, Any]]]:
-    """Counters of the longest kernels of the profile; or why there are none, which is no failure:
-    on many machines only an administrator may read them."""
+    """Counters of the longest kernels of the profile, or why there are none. That is not a failure,
+    because on many machines only an administrator may read them."""
     if (program := shutil.which(NCU)) is None:
         return "ok", [{"kernel": NCU, "failure": "is not installed"}]
     if not (names := longest(tables)):

@@ -1,4 +1,4 @@
-"""Whether this machine has what `make gpu` needs, told in one sentence. Imports nothing of that."""
+"""Whether this machine has what `make gpu` needs, in one sentence. It imports nothing of that."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def numbers(version: str) -> tuple[int, ...]:
 def problem(
     python: tuple[int, ...], torch: str | None, triton: str | None, has_gpu: bool
 ) -> str | None:
-    """The first thing that is missing, or ``None``."""
+    """A sentence on the first requirement that is missing, or ``None``."""
     found = {
         "Python": (".".join(map(str, python)), PYTHON),
         "torch": (torch, TORCH),
@@ -56,8 +56,8 @@ def problem_here() -> str | None:
 
 
 def commit() -> str:
-    """That of this package: MGHF_COMMIT where the machine has no repository, git's answer where it
-    has, with a plus where files differ from it; or "unknown"."""
+    """The commit of this package: MGHF_COMMIT, for machines without a repository; or that of git,
+    with a plus if files differ from it; or "unknown"."""
     if given := os.environ.get("MGHF_COMMIT"):
         return given
     command = ["git", "describe", "--always", "--abbrev=7", "--exclude=*", "--dirty=+"]

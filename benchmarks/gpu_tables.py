@@ -1,8 +1,8 @@
-"""The result of `make gpu` as Markdown, for README and beside the result.
+"""The result of `make gpu` as Markdown.
 
     python -m benchmarks.gpu_tables
 
-says which rules of `mghf_fast/preferences.py` the committed results of GPUs contradict.
+prints the rules of `mghf_fast/preferences.py` that the committed results of GPUs contradict.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ PEERS = {
     "LPIPS, AlexNet": ("LPIPS AlexNet",),
     "LPIPS, VGG-16": ("LPIPS VGG-16",),
 }
-"""Losses that this one is to replace: their rows in eager PyTorch."""
+"""Losses that this one replaces: their forms in eager PyTorch."""
 
 MARGIN = 1.05
-"""A difference between two kinds of kernels that counts."""
+"""Ratio of two kernels' times from which on their difference counts."""
 
 # ---- rows of a run ----
 
 
 def ours(run: Run, op: str, shape: str) -> Row | None:
-    """In float32, the faster of the two layouts."""
+    """Our row in float32, in the faster of the two layouts."""
     rows = select(run, op=op, shape=shape, kind="ours", dtype="float32")
     return fastest([r for r in rows if not r["form"].endswith(CAPTURED)], part_of(op))
 
 
 def by(row: Row | None, join: str = ", ") -> str:
-    """Whose kernels they were, if not those that "auto" takes."""
+    """The backends of a row, if they are not those that "auto" takes."""
     if row is None or row.get("backend") == "auto":
         return ""
     forced = {row["backend"]} if "backend" in row else {*row.get("backends", {}).values()}
@@ -54,7 +54,7 @@ def by(row: Row | None, join: str = ", ") -> str:
 
 
 def host(launched: Row | None, graph: Row | None, part: str) -> str:
-    """What launching from Python adds to the time on the device."""
+    """The time that launching from Python adds to that on the device."""
     a, b = value(launched, part), value(graph, part)
     return "" if a is None or b is None else duration(max(0.0, a - b))
 
@@ -70,7 +70,7 @@ def eager(run: Run, op: str, shape: str) -> Row | None:
 
 
 def floor(row: Row | None, part: str) -> str:
-    """Times the floor, and the percentages of the ceilings of memory and of arithmetic."""
+    """The multiple of the floor, and the percentages of the ceilings of memory and arithmetic."""
     if (times := value(row, part, "times_floor")) is None:
         return ""
     shares = (value(row, part, f"{kind}_percent") for kind in ("bandwidth", "arithmetic"))
@@ -117,7 +117,7 @@ def other_libraries(run: Run) -> str:
 
 
 def whole_steps(run: Run) -> str:
-    """The losses at every size, with those that they are to replace."""
+    """The losses at every size, beside those that they replace."""
     lines = []
     for op in WHOLE:
         for shape in map(str, (*TRAINING, *SIZES)):
@@ -185,7 +185,7 @@ def by_backend(run: Run) -> str:
 
 
 def _forced(run: Run) -> list[tuple[str, str, str, dict[str, float]]]:
-    """(op, shape, type, backend -> seconds) wherever both kinds of kernels were measured."""
+    """(op, shape, dtype, backend -> seconds) where both kinds of kernels were measured."""
     found: dict[tuple[str, str, str], dict[str, float]] = {}
     for row in select(run, kind="forced"):
         backend = next(b for b, name in FORCED.items() if row["form"].startswith(name))
@@ -202,7 +202,7 @@ def _forced(run: Run) -> list[tuple[str, str, str, dict[str, float]]]:
 
 
 def contradictions(run: Run, rules: Sequence[preferences.Rule] = preferences.RULES) -> list[str]:
-    """Where "auto" takes the kernels that this run found slower, by more than runs differ."""
+    """Cases in which "auto" takes kernels that this run found slower, by more than ``MARGIN``."""
     wrong = []
     for op, shape, dtype, times in _forced(run):
         batch, _, size, _ = map(int, shape.split("x"))
@@ -226,7 +226,7 @@ def _measured(part: dict[str, Any] | None) -> str:
 
 
 def ops_launched(run: Run) -> str:
-    """Our ops as "auto" has them, launched from Python and as graphs."""
+    """Our ops with the kernels that "auto" takes, launched from Python and as graphs."""
     lines = []
     for op, title in TITLES.items():
         for row in select(run, op=op, form="mghf_fast"):
@@ -258,7 +258,7 @@ def kernels(run: Run) -> str:
 
 
 def variants(run: Run) -> str:
-    """Every pair, with both measurements of either way in the order in which they were taken."""
+    """Every pair, with both measurements of each way in the order in which they were taken."""
 
     def way(found: dict[str, Any]) -> str:
         switches = [f"{k}={v}" for k, v in found.get("environment", {}).items()]
@@ -282,7 +282,7 @@ def counters(run: Run) -> str:
 
 
 def failed_tests(run: Run) -> str:
-    """What failed, could not be set up, or was cut off."""
+    """The tests that failed, could not be set up, or were cut off."""
     lines = [
         [f"`{f['test'].rpartition('/')[2] or f['run']}`", f["how"], f["message"].replace("|", "/")]
         for f in run["failures"]
@@ -294,7 +294,7 @@ def failed_tests(run: Run) -> str:
 
 
 def origin(run: Run) -> str:
-    """When and of which commit the rows are."""
+    """The dates and commits of the rows."""
     if "commit" not in run:
         return ""
     counts: dict[tuple[str, str], int] = {}
@@ -330,7 +330,7 @@ def conditions(run: Run) -> str:
 
 
 def complete(run: Run) -> str:
-    """What did not end well, and the tests."""
+    """The parts that failed, and the outcome of the tests."""
     tests = "; ".join(f"{name} {text}" for name, text in run["tests"].items())
     failed = "; ".join(f"{part} {text}" for part, text in run["parts"].items() if text != "ok")
     text = f"Tests on the device: {tests or 'none ran'}.\n"

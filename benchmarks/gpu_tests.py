@@ -1,4 +1,4 @@
-"""The tests of `make gpu`: processes that share the files, and what became of every test that did
+"""The tests of `make gpu`: processes that share the files, and the outcome of every test that did
 not pass. The sanitizer of the CUDA toolkit runs the same way."""
 
 from __future__ import annotations
@@ -28,21 +28,22 @@ SELECTIONS = {
 
 QUICK_TESTS = "(triton or cuda) and nan"
 SHARES = {("triton", "coupling"): 5, ("triton", "content_style"): 4, ("triton", "entropy"): 2}
-"""Processes for a file, if not one: it is Triton's compiler that these wait for."""
+"""Processes for a file, if more than one, because its tests wait for Triton's compiler."""
 
 SANITIZER = "compute-sanitizer"
 TOOLS = ("memcheck", "racecheck")
 RACES = "cuda and not triton and (several_blocks or upstream or stops_early or 5-0.02)"
-"""Three of Sinkhorn's tests failed on an H200 in CUDA, of which one is explained, and these are
-the likeliest for the others. So they run first, under racecheck."""
+"""Three of Sinkhorn's CUDA tests failed on an H200 (benchmarks/results/h200.md). One failure is
+explained; these tests are the likeliest to show the cause of the others. So they run first, under
+racecheck."""
 
 NO_PYTEST = "did not run: pytest is not installed (GPU_WHEELS=folder installs wheels)"
 MESSAGE = 300  # characters
 
 
 class Outcome(NamedTuple):
-    """How a part ended in a word, each of its processes in a line, and what did not pass:
-    {"run", "test", "how": "failed" | "error" | "cut off", "message"}."""
+    """The outcome of a part in a word, that of each of its processes in a line, and the tests that
+    did not pass: {"run", "test", "how": "failed" | "error" | "cut off", "message"}."""
 
     how: str
     summaries: dict[str, str]
@@ -72,7 +73,7 @@ def race_commands(program: str, folder: Path) -> dict[str, list[str]]:
 
 
 def run_tests(kind: str, folder: Path, limit: float) -> Outcome:
-    """The tests of a kind, all their processes at once; "races": some, under racecheck."""
+    """Runs the tests of a kind, all processes at once; of kind "races" some, under racecheck."""
     if importlib.util.find_spec("pytest") is None:
         return Outcome(NO_PYTEST, {}, [])
     if kind == "races":
@@ -84,7 +85,7 @@ def run_tests(kind: str, folder: Path, limit: float) -> Outcome:
     for name in commands:
         (folder / f"{name}.outcomes").unlink(missing_ok=True)
     ended = run_together(commands, folder, limit, ENVIRONMENT)
-    # pytest's 5 is that nothing was selected: an op without kernels there.
+    # pytest exits with 5 if no test was selected, as for an op without kernels there.
     ended = {n: "ok" if how.startswith("exit code 5") else how for n, how in ended.items()}
     summaries, failures = {}, []
     for name, how in ended.items():
@@ -96,8 +97,8 @@ def run_tests(kind: str, folder: Path, limit: float) -> Outcome:
 
 
 def told(events: Sequence[Mapping[str, Any]], how: str) -> tuple[str, list[dict[str, str]]]:
-    """A line of counts, and what did not pass, from what a process wrote until it ended as ``how``
-    says."""
+    """A line of counts, and the tests that did not pass, from the events that a process wrote until
+    it ended as ``how`` says."""
     counts = collections.Counter(event["event"] for event in events)
     failures = [
         {"test": e["test"], "how": e["event"], "message": without_folders(e["message"])[:MESSAGE]}
@@ -119,7 +120,7 @@ def told(events: Sequence[Mapping[str, Any]], how: str) -> tuple[str, list[dict[
 
 
 def run_sanitizer(command: Sequence[str], folder: Path, limit: float) -> Outcome:
-    """The command, to which a file is added, under each tool."""
+    """Runs the command, with an output file appended, under each tool."""
     if (program := shutil.which(SANITIZER)) is None:
         return Outcome("ok", {SANITIZER: "is not installed"}, [])
     commands = {}

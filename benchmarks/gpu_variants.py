@@ -1,5 +1,5 @@
 """Pairs of ways to compute the same thing, each measured twice in turn (A B A B), so that a drift
-of the clock is not taken for a difference.
+of the clock is not mistaken for a difference.
 
 A pair is {"name", "op", "shape": [batch, size], "a": WAY, "b": WAY}, and may have "part" ("step" by
 default) and "dtype" ("float32"). A way is {"backend": "cuda", "environment": {"MGHF_SWITCH": "1"}},
@@ -35,7 +35,7 @@ KEYS = {"name", "op", "shape", "part", "dtype", "a", "b"}
 
 
 def checked(pairs: Any, ops: Iterable[str]) -> list[dict[str, Any]]:
-    """The pairs of a file, or an error that says what is wrong with it."""
+    """The pairs of a file; raises ValueError if it is wrong."""
     if not isinstance(pairs, list):
         raise ValueError(f"--variants must hold a list of pairs, got {type(pairs).__name__}")
     for pair in pairs:
@@ -52,7 +52,7 @@ def checked(pairs: Any, ops: Iterable[str]) -> list[dict[str, Any]]:
 
 
 def environments(pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """The different ones, each of which needs a process; the empty one first."""
+    """The different environments of pairs, each of which needs a process; the empty one first."""
     texts = {json.dumps(pair[s].get("environment", {}), sort_keys=True)
              for pair, s in itertools.product(pairs, "ab")}  # fmt: skip
     return [json.loads(text) for text in sorted(texts, key=lambda text: (len(text), text))]
@@ -73,8 +73,8 @@ def shape_of(pair: Mapping[str, Any]) -> Shape:
 
 
 def joined(rows: Sequence[Mapping[str, Any]], pairs: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """What was measured, {"pair", "way", "part"}, as a row a pair: the medians of either way in the
-    order in which they were taken."""
+    """The measurements, {"pair", "way", "part"}, joined into one row per pair: the medians of each
+    way in the order in which they were taken."""
     found = []
     for index, pair in enumerate(pairs):
         row = dict(pair)
@@ -90,5 +90,5 @@ def joined(rows: Sequence[Mapping[str, Any]], pairs: Sequence[Mapping[str, Any]]
 
 
 def read(path: Path | None, ops: Iterable[str]) -> list[dict[str, Any]]:
-    """Ours, and those of a file."""
+    """The built-in pairs, and those of a file."""
     return PAIRS + ([] if path is None else checked(json.loads(path.read_text()), ops))

@@ -1,10 +1,10 @@
-"""What Python costs: microseconds of an op and of a loss's step, on tensors so small that next to
+"""The cost of Python: microseconds of an op and of a loss's step, on tensors so small that almost
 nothing else counts.
 
     python -m benchmarks.host [--rounds 300] [--backend reference]
 
-A GPU computes while Python goes on, so what is printed here is the shortest that a step can take
-there, whatever the GPU. On the CPU it includes the kernels of these sizes, a few microseconds each.
+A GPU computes while Python goes on, so this is the minimum time of a step there, whatever the GPU.
+On the CPU it includes the kernels at these sizes, a few microseconds each.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ STEP_BOUNDS = {"c": 600.0, "n": 300.0}
 
 
 class Row(NamedTuple):
-    """Medians, in microseconds, of the forward alone without a gradient, and with the backward."""
+    """Medians in microseconds: of the forward without a gradient, and of forward and backward."""
 
     name: str
     forward: float
@@ -48,7 +48,7 @@ def _median(work: Callable[[], Any], rounds: int) -> float:
 
 
 def measure(name: str, function: Callable[[Tensor], Tensor], x: Tensor, rounds: int) -> Row:
-    """A function of one tensor. Without a gradient where its result has none."""
+    """Measures a function of one tensor; ``step`` is None if its result has no gradient."""
 
     def forward() -> None:
         with torch.no_grad():
@@ -64,7 +64,7 @@ def measure(name: str, function: Callable[[Tensor], Tensor], x: Tensor, rounds: 
 
 
 def ops() -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
-    """Every op by name, and what it is applied to."""
+    """Every op by name, and its input."""
     maps, embeddings = torch.rand(1, 4, 6, 6), torch.rand(2, 4, 8)
     block = mghf_fast.nn.InvertibleBlock(4).requires_grad_(False).weights()
     projection = mghf_fast.nn.PatchProjection(4, 2, hidden=8, dimension=8)
@@ -85,8 +85,8 @@ def ops() -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
 
 
 def losses() -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
-    """MGHF with the layout of `perceptual-v1`, three blocks behind a squeeze, and the papers', one
-    block behind a convolution; of few channels, on images of one patch."""
+    """MGHF with the layout of `perceptual-v1`, three blocks behind a squeeze, and with that of the
+    papers, one block behind a convolution; with few channels, on images of one patch."""
     gt = torch.rand(1, 3, 8, 8)
     made: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {}
     layouts: dict[str, dict[str, Any]] = {

@@ -1,4 +1,4 @@
-"""How many of Sinkhorn's iterations the kernels make before they call a map settled.
+"""How many Sinkhorn iterations the kernels make before a map counts as settled.
 
     python -m benchmarks.iterations
     python -m benchmarks.iterations --pictures DIR --epsilon 1 0.1 0.05 --sizes 256 512 --maps 16
@@ -6,9 +6,9 @@
 Embeddings are the loss's own: photographs and their blurred copies, through the extractor that
 ships and an untrained one. On them the kernels' iterations run in float32 with their order of sums,
 without noise and with errors of 1.2e-7 and 2.4e-7 in every power and reciprocal, as a GPU's
-approximate instructions have them. A line says how many maps made how many iterations, by the rule
-of the kernels and by the one they had before, and how far the plan then is from that of all 50
-iterations in float64. "scaling" is the arithmetic of CUDA and the CPU, "powers" that of Triton.
+approximate instructions have them. A line shows how many maps made how many iterations, by the
+kernels' rule and by their previous one, and the distance of the plan from that of all 50 iterations
+in float64. "scaling" is the arithmetic of CUDA and the CPU, "powers" that of Triton.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ CLEAN, FASTEST, REST = 1e-5, 0.05, 1e-6
 
 
 def settled(spreads: Sequence[float]) -> int:
-    """After how many iterations the kernels stop: ``spreads`` are the differences between the
-    largest and the smallest relative change of v (or g) in each.
+    """The number of iterations after which the kernels stop. ``spreads`` are the differences
+    between the largest and the smallest relative change of v (or g) in each iteration.
 
     The changes that are still to come add up to rate / (1 - rate) times the last one. Where the
-    last one may be rounding it is taken to have fallen on at the rate last seen."""
+    last one may be rounding, it is assumed to have fallen at the rate seen last."""
     previous = rest = rate = 1.0
     for t, spread in enumerate(spreads, 1):
         if previous > CLEAN:
@@ -67,7 +67,8 @@ def settled(spreads: Sequence[float]) -> int:
 
 
 def settled_before(spreads: Sequence[float], rounding: float) -> int:
-    """By the rule of before: at most ``rounding``, and at most half of the one before."""
+    """The same by the previous rule: a spread of at most ``rounding``, and at most half of the one
+    before."""
     previous = 0.0
     for t, spread in enumerate(spreads, 1):
         if t > 1 and spread <= rounding and spread <= 0.5 * previous:
@@ -80,7 +81,7 @@ def settled_before(spreads: Sequence[float], rounding: float) -> int:
 
 
 def errors(of: Array, size: float) -> Array:
-    """Relative errors of up to ``size``, the same for the same number as an instruction's are."""
+    """Relative errors of up to ``size``, equal for equal numbers, as an instruction's are."""
     if size == 0:
         return np.float32(1) + np.zeros_like(of)
     mixed = (of.view(np.uint32) * np.uint32(2654435761)) >> np.uint32(8)
@@ -97,8 +98,9 @@ def pairwise(x: Array, axis: int) -> Array:
 
 
 def powers(scores: Array, noise: float, iterations: int) -> tuple[Spreads, Spreads]:
-    """Triton's: potentials as integers and rests of exponents of two, columns summed in blocks of
-    rows. The spreads of the changes of g, (maps, iterations), for the rule and the one before."""
+    """Triton's arithmetic: potentials as integers and rests of exponents of two, columns summed in
+    blocks of rows. Returns the spreads of the changes of g, (maps, iterations), for the rule and
+    for the previous one."""
     b, n, _ = scores.shape
     rows = max(1, 8192 // max(16, 1 << (n - 1).bit_length()))
     step = np.float32(math.log(2))
@@ -127,8 +129,9 @@ def powers(scores: Array, noise: float, iterations: int) -> tuple[Spreads, Sprea
 
 
 def scaling(scores: Array, noise: float, iterations: int) -> tuple[Spreads, Spreads]:
-    """CUDA's and the CPU's: u and v against K; a lane has every 32nd column, a warp pairs of rows.
-    The spreads of the changes of v for the rule, and those of u for the one before."""
+    """The arithmetic of CUDA and the CPU: u and v with K; a lane has every 32nd column, a warp
+    pairs of rows. Returns the spreads of the changes of v for the rule, and those of u for the
+    previous one."""
     b, n, _ = scores.shape
     kernel = np.exp(scores - scores.max(2, keepdims=True)).astype(np.float32)
     kernel = kernel * errors(kernel, noise) * (1 - np.eye(n, dtype=np.float32))
@@ -163,11 +166,12 @@ ARITHMETICS: dict[str, tuple[Callable[..., tuple[Spreads, Spreads]], float]] = {
     "powers": (powers, 1e-6),
     "scaling": (scaling, 5e-7),
 }
-"""And what the rule of before took for rounding, Triton's in powers of two."""
+"""Each arithmetic, and the largest spread that the previous rule took for rounding (Triton's in
+powers of two)."""
 
 
 def largest_rest(similarity: Tensor, epsilon: float, made: Sequence[int]) -> float:
-    """How far log plan is after so many iterations from that after all, at most, in float64."""
+    """The largest distance of log plan after so many iterations from that after all, in float64."""
     logs = similarity.double() / epsilon
     logs.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
     g = torch.zeros(logs.shape[:2], dtype=torch.float64).unsqueeze(1)
@@ -210,8 +214,8 @@ def fitted(picture: Tensor, size: int) -> Tensor:
 
 
 def embeddings(loss: MGHFLoss, picture: Tensor, size: int, maps: int) -> tuple[Tensor, Tensor]:
-    """Queries of the picture reduced by 4 and enlarged again, keys of the picture: what MGHF-c
-    contrasts, (maps, N, 64) each."""
+    """The embeddings that MGHF-c contrasts, (maps, N, 64) each: queries of the picture reduced by 4
+    and enlarged again, keys of the picture itself."""
     gt = fitted(picture, size)
     small = F.interpolate(gt, scale_factor=0.25, mode="bicubic", antialias=True)
     sr = F.interpolate(small, size=(size, size), mode="bicubic", align_corners=False).clamp(0, 1)
@@ -239,7 +243,7 @@ def histogram(counts: Sequence[int]) -> str:
 def lines(
     query: Tensor, key: Tensor, epsilon: float, noises: Sequence[float] = NOISES
 ) -> Iterator[tuple[str, float, list[int], list[int], float]]:
-    """Arithmetic, noise, the counts by the rule and by that of before, and the plan's distance."""
+    """Arithmetic, noise, the counts by the rule and the previous one, and the plan's distance."""
     similarity = query @ key.mT
     scores = (similarity / epsilon).numpy()
     for name, (iterate, rounding) in ARITHMETICS.items():

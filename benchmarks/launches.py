@@ -1,13 +1,14 @@
-"""What a step asks of a GPU, counted without one: launches of kernels and of PyTorch, and memory.
+"""What a step needs of a GPU, counted without one: launches of kernels and of PyTorch, and memory.
 
     python -m benchmarks.launches [--backend triton] [--shape 1x3x512x512] [--write]
 
 A whole step, forward and backward, runs on tensors of the device "meta", which have shapes and no
-memory. Triton's launches are noted in place of being compiled, as for `tools/cases.py`; those of
+memory. Triton's launches are recorded instead of being compiled, as in `tools/cases.py`; those of
 the CUDA kernels are counted by their host build (`make cuda-host`), which then runs nothing. Each
-operation of PyTorch that computes counts as one launch, which it is or is not by a few. Memory is
-that of all tensors alive, and of an op's workspace, above the two images. What Triton's `monce`
-takes at a time depends on the GPU's multiprocessors, of which a GPU that is only named has few.
+operation of PyTorch that computes counts as one launch, which may be wrong by a few. Memory is
+that of all live tensors and of an op's workspace, without the two images. The number of maps that
+Triton's `monce` takes at a time depends on the GPU's multiprocessors; without a GPU few are
+assumed.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ NO_LAUNCH = ("empty", "new_empty", "detach", "_unsafe_view")
 
 @dataclass
 class Counts:
-    """What a step asks for. ``kernels``: launches of this project's kernels by op."""
+    """The needs of a step. ``kernels``: launches of this project's kernels by op."""
 
     kernels: dict[str, int]
     pytorch: int = 0
@@ -61,7 +62,7 @@ class Counts:
 
 
 class _Counter(TorchDispatchMode):
-    """Counts operations and the memory of what they return."""
+    """Counts operations and the memory of their results."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,7 +76,7 @@ class _Counter(TorchDispatchMode):
         self.counts, self._alive = Counts({}), 0
 
     def named(self, op: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """``function``, whose launches are those of ``op``."""
+        """``function``, with its launches counted as those of ``op``."""
 
         def call(*arguments: Any) -> Any:
             before, self.op = self.op, op
@@ -89,7 +90,7 @@ class _Counter(TorchDispatchMode):
         self.counts.kernels[self.op] = self.counts.kernels.get(self.op, 0) + launches
 
     def need(self, more: int) -> None:
-        """Memory beside all tensors, for the time of an op."""
+        """Counts ``more`` bytes of memory besides all tensors, for the duration of an op."""
         self.counts.peak_bytes = max(self.counts.peak_bytes, self._alive + more)
 
     def keep(self, result: Any) -> None:
@@ -161,7 +162,7 @@ def _no_autocast(*_: Any, **__: Any) -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def _backend(name: str, counter: _Counter, module: Any) -> Iterator[None]:
-    """Tensors of the device "meta" are the backend's."""
+    """Makes the backend accept tensors of the device "meta"."""
 
     def choose(op: Op, backend: str, *tensors: Tensor, **options: Any) -> Any:
         found = op.implementation(name)
@@ -177,9 +178,9 @@ def _backend(name: str, counter: _Counter, module: Any) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(Op, "choose", choose))
-        # As for a call that nothing looks on to.
+        # As in a call that is neither traced nor transformed.
         stack.enter_context(mock.patch.object(step, "applies", lambda sr, gt: True))
-        # Which knows no such device.
+        # torch.autocast does not know the device "meta".
         stack.enter_context(mock.patch.object(torch, "autocast", _no_autocast))
         off = mock.patch.object(torch, "is_autocast_enabled", lambda device: False)
         stack.enter_context(off)
@@ -228,21 +229,21 @@ def count(
 
 
 AIM = 40
-"""Launches of an MGHF-c step at any shape. Nothing is there yet, and `launches.json` keeps what is.
-What is missing: fewer launches for `coupling`, whose parts go block by block and image by image;
-Triton's `monce` of many small maps in one launch; and PyTorch's own operations on scalars between
-the terms, 42 to 55 of them."""
+"""Aimed number of launches of an MGHF-c step at any shape. No configuration reaches it yet;
+`launches.json` keeps the actual numbers. Missing are: fewer launches for `coupling`, whose parts go
+block by block and image by image; many small maps in one launch in Triton's `monce`; and fewer of
+PyTorch's own operations on scalars between the terms, which are 42 to 55."""
 MOST_BYTES = 450 * MIB
-"""Above the images, at 512 x 512, on every backend."""
+"""Most memory besides the images, at 512 x 512, on every backend."""
 TABLE = Path(__file__).with_suffix(".json")
 
 
 def complaints(name: str, counts: Counts, bounds: dict[str, list[int]]) -> list[str]:
-    """Where a step asks for more than the committed table says, or than it may at all."""
+    """Sentences on what a step needs beyond the committed table or beyond the limits."""
     found = []
     mebibytes = math.ceil(counts.peak_bytes / MIB)
     if name not in bounds:
-        found.append(f"{name}: {TABLE.name} does not have it; --write makes it anew")
+        found.append(f"{name}: {TABLE.name} does not have it; --write rewrites the file")
     else:
         launches, most = bounds[name]
         if counts.launches > launches:
@@ -266,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=Path("build/cuda-host"),
         help="folder of the CUDA kernels' host build, for the backend cuda",
     )
-    parser.add_argument("--write", action="store_true", help=f"make {TABLE.name} anew")
+    parser.add_argument("--write", action="store_true", help=f"rewrite {TABLE.name}")
     options = parser.parse_args(arguments)
     if "cuda" in options.backend and (module := host_module(options.host_modules)) is None:
         print(

@@ -1,4 +1,4 @@
-"""Log-log plots as SVG: small, without a library, and the same bytes for the same numbers."""
+"""Log-log plots as small SVG files, without a library; equal numbers give equal bytes."""
 
 from __future__ import annotations
 

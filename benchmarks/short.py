@@ -1,5 +1,5 @@
 """README's small tables: the whole losses beside the VGG-16 loss on a device, below a sentence of
-judgement that follows from the figures by rule."""
+judgement that is derived from the figures by rule."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from .text import cell, table
 STEP = "step"
 LOSSES = {"mghf_n": "MGHF-n", "mghf_c": "MGHF-c"}
 SAME = 1.05
-"""Times whose ratio is within this are the same."""
+"""Times whose ratio is below this count as equal."""
 
 
 def vgg16(run: Run) -> Row | None:
-    """The loss that is to be replaced, in its fastest form of float32."""
+    """The loss that is replaced, in its fastest float32 form."""
     rows = [r for r in select(run, op="mghf_c", shape=str(PAPER)) if "VGG-16" in r["form"]]
     of_features = [r for r in rows if "LPIPS" not in r["form"] and r["dtype"] == "float32"]
     return fastest(of_features, STEP)
 
 
 def own(run: Run, op: str) -> Row | None:
-    """As "auto" has it, or as it was measured."""
+    """The row of the kernels that "auto" takes, or else the one that was measured."""
     if "ceilings" in run:
         return gpu_tables.ours(run, op, str(PAPER))
     return fastest(select(run, op=op, shape=str(PAPER), form="mghf_fast"), STEP)
@@ -73,5 +73,5 @@ def short(run: Run) -> str:
 
 
 def on_gpus() -> str:
-    """The same for every GPU that has a committed result."""
+    """Table and sentence for every GPU that has a committed result."""
     return "\n".join(map(short, gpu_tables.runs())) or gpu_tables.NONE

@@ -1,1 +1,1 @@
-"""What developers alone run: slow checks, compiled resources of kernels, checks of wheels."""
+"""Tools for developers: slow checks, compiled resources of kernels, checks of wheels."""

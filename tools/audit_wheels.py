@@ -1,4 +1,4 @@
-"""Checks wheels before they are given away: `python tools/audit_wheels.py dist/*.whl`.
+"""Checks wheels before they are published: `python tools/audit_wheels.py dist/*.whl`.
 
 A wheel with kernels may depend on the C++ runtime, on libtorch's C functions, and on nothing of
 libtorch's C++, which changes from release to release; its CUDA kernels bring CUDA's runtime along.

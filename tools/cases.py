@@ -1,9 +1,10 @@
 """Every kernel as the ops launch it at the paper's shapes, found without a GPU and without data.
 
 The ops' Triton backends run here on tensors of the device "meta", which have shapes and strides but
-no memory, for a GPU that is only named. Triton then asks for the compilation of every kernel, with
-all that the launch specialises it to, and its hook writes that down in place of compiling. So what
-is compiled ahead of time is what is launched, and a host that waited for a result would fail.
+no memory, for a GPU of a given architecture. Triton requests the compilation of every kernel with
+the specialisation of its launch, and a hook records the request instead of compiling. So the
+kernels compiled ahead of time are those that are launched, and host code that waited for a result
+would fail.
 
 The process can launch nothing afterwards.
 """
@@ -49,13 +50,13 @@ OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 
 
 class NoDevice:
-    """As much of a driver as finding out what to compile takes."""
+    """A driver without a device: just enough for Triton to determine what it would compile."""
 
     def __init__(self, architecture: int) -> None:
         self.target = GPUTarget("cuda", architecture, 32)
 
     def get_current_device(self) -> int:
-        return self.target.arch  # kernels are kept for each device, and so for each architecture
+        return self.target.arch  # Triton caches kernels per device, so each architecture is one
 
     def get_current_stream(self, device: int) -> int:
         return 0

@@ -1,13 +1,13 @@
 """Runs the slow checks whose sources changed since they last passed; `.ci/run` calls it.
 
     python tools/gate.py [--all] [asan ...]    runs what changed, or all; says what it skips
-    python tools/gate.py --passed asan         writes down that a check has passed as it is now
+    python tools/gate.py --passed asan         records that a check has passed as it is now
 
 A check is a target of the Makefile. It depends on the files in TARGETS, on the tests and tools that
 its recipe names and on what these import, on the recipe, and on the versions of torch and Triton. A
-digest of all that goes into `.ci/passed.json` when the check passes, and is committed, so that a
-clean clone knows. The system's compiler and processor and whatever else pip brings are not in it:
-for these everything runs once a week.
+digest of all that goes into `.ci/passed.json` when the check passes, and is committed, so that it
+holds for a clean clone. It does not cover the system's compiler, the processor and other packages:
+because of these everything runs once a week.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ LIBRARY = ("mghf_fast/*", "!mghf_fast/commands/*", "!mghf_fast/integrations/*")
 BUILD, PACKAGE = ("CMakeLists.txt", "pyproject.toml"), ("setup.py", "MANIFEST.in", "LICENSE")
 HOST = ("csrc/*", "!csrc/cpu/*", "tests/cuda_host*", *BUILD, *LIBRARY)
 TRITON = ("kernels/*.py", "pyproject.toml", *LIBRARY)
-# Patterns of paths, in which * takes folders too; "!" takes away from what those before it gave.
+# Patterns of paths, in which * matches folders too; "!" removes from the matches of those before
+# it.
 TARGETS: Mapping[str, Sequence[str]] = {
     "asan": ("csrc/*", "!csrc/cuda/*", *BUILD, *LIBRARY),
     "cuda": ("csrc/*", "!csrc/cpu/*", "!csrc/cuda/host/*", *BUILD),
@@ -39,7 +40,7 @@ TARGETS: Mapping[str, Sequence[str]] = {
     "wheel-check": ("csrc/*", "!csrc/cuda/*", "kernels/*.py", "mghf_fast/*", *BUILD, *PACKAGE),
 }
 ONLY_WITH_ALL = ("cuda-host-address", "triton-resources-old")
-ENVIRONMENT = {"MGHF_NATIVE": "1", "MGHF_WERROR": "1"}  # of each, whoever calls
+ENVIRONMENT = {"MGHF_NATIVE": "1", "MGHF_WERROR": "1"}  # of every check, whoever calls
 
 
 def tree(root: Path) -> set[str]:
@@ -52,14 +53,15 @@ def tree(root: Path) -> set[str]:
 
 
 def recipe(target: str, root: Path) -> str:
-    """All that make would run for the target, whatever is made already and wherever the root is."""
+    """The commands that make would run for the target from scratch, independent of the root's
+    path."""
     command = ["make", "--dry-run", "--always-make", "--no-print-directory", "VENV=.venv", target]
     text = subprocess.check_output(command, cwd=root, env=os.environ | ENVIRONMENT, text=True)
     return text.replace(str(root), "").replace(str(root).replace("/", "_"), "")
 
 
 def imported(path: str, root: Path, files: set[str]) -> set[str]:
-    """The files of the repository that a Python file imports; of a test within functions too."""
+    """The files of the repository that a Python file imports; a test's also within functions."""
     found, folder, module = set(), Path(path).parent.parts, ast.parse((root / path).read_text())
     for node in ast.walk(module) if path.startswith("tests/") else module.body:
         names = [alias.name for alias in getattr(node, "names", []) if isinstance(alias, ast.alias)]
@@ -73,7 +75,7 @@ def imported(path: str, root: Path, files: set[str]) -> set[str]:
 
 
 def select(patterns: Sequence[str], files: set[str]) -> set[str]:
-    """The files that the patterns give, and the patterns themselves that match none."""
+    """The files that the patterns match, and the patterns that match none."""
     found: set[str] = set()
     for pattern in patterns:
         matching = {path for path in files if fnmatchcase(path, pattern.lstrip("!"))}
@@ -82,13 +84,13 @@ def select(patterns: Sequence[str], files: set[str]) -> set[str]:
 
 
 def depends_on(target: str, root: Path = ROOT) -> list[str]:
-    """The files that the target's result depends on, and names of files that are no more."""
+    """The files that the target's result depends on, and patterns whose files were removed."""
     files, text = tree(root), recipe(target, root)
     found = select(TARGETS[target], files)
     scripts = re.findall(r"\b(?:tests/test_|tools/)[\w*]+\.py", text)
     scripts += [f"{name.replace('.', '/')}.py" for name in re.findall(r"-m (tools\.\w+)", text)]
     waiting = select(["tests/conftest.py"] * ("tests/" in text) + scripts, files)
-    # The library and the kernels take part as a whole, for the targets that have them above.
+    # The library and the kernels count as a whole for the targets that have them above.
     known = select((*LIBRARY, "kernels/*"), files)
     while waiting:
         found.add(path := waiting.pop())
@@ -107,7 +109,7 @@ def fingerprint(target: str, root: Path = ROOT) -> str:
 
 
 def passed(root: Path = ROOT) -> dict[str, str]:
-    """Target -> fingerprint with which it passed last."""
+    """Target -> the fingerprint with which it last passed."""
     path = root / ".ci" / "passed.json"
     return dict(json.loads(path.read_text())) if path.exists() else {}
 
@@ -118,7 +120,7 @@ def note(target: str, root: Path = ROOT) -> None:
 
 
 def run(target: str, root: Path, anyway: bool) -> bool:
-    """Whether the target passes, or passed before as it is now."""
+    """Runs the target unless it has passed with the same fingerprint; returns whether it passes."""
     before = fingerprint(target, root)
     if not anyway and passed(root).get(target) == before:
         print(f"{target}: skipped, nothing that it depends on has changed since it passed")

@@ -1,7 +1,7 @@
 """Lends this environment's torch to another of the same Python: `python lend_torch.py FOLDER`.
 
-The other environment gets links to torch and to what torch requires, so that pip takes them for
-installed; everything else a package requires it has to install itself.
+The other environment gets links to torch and its requirements, so that pip considers them
+installed; other requirements of a package must be installed there.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What no compiled kernel may do: spill registers, or ask for more shared memory than there is."""
+"""The limits of compiled kernels: no spilled registers, no more shared memory than there is."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import NamedTuple
 
 import triton
 
-# Bytes that a block may have. Code for sm_80 runs on sm_86 and sm_89 too, which have less of it.
+# Bytes that a block may have. Code for sm_80 also runs on sm_86 and sm_89, which have less.
 SHARED_LIMIT = {80: 99 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10,
                 120: 99 << 10}  # fmt: skip
 
 
 class Resources(NamedTuple):
-    """Registers and bytes spilled of a thread, bytes of shared memory of a block."""
+    """Registers and spilled bytes per thread, bytes of shared memory per block."""
 
     registers: int
     spilled_bytes: int
@@ -28,11 +28,11 @@ class Resources(NamedTuple):
 
 
 Table = Mapping[tuple[str, str], Resources]
-"""(kernel, with its case if there are several; architecture such as "sm_90a") -> what it takes."""
+"""(kernel, with its case if there are several; architecture such as "sm_90a") -> its resources."""
 
 
 def cuobjdump(path: Path) -> str:
-    """The resources of every function of an object file, by the tool that Triton brings along."""
+    """The resources of every function of an object file, by the tool that ships with Triton."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     command = [str(tool), "--dump-resource-usage", str(path)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -51,7 +51,8 @@ def problems(table: Table) -> list[str]:
 
 
 def tell(table: Table, compiler: str) -> int:
-    """Prints the table and what is wrong with it; the exit status. An empty table is wrong too."""
+    """Prints the table and the problems, and returns the exit status. An empty table is a
+    problem."""
     for (name, architecture), resources in table.items():
         print(f"{name}, {architecture}: {resources}")
     complaints = problems(table)

@@ -2,9 +2,9 @@
 
     python -m tools.native_resources build/cuda/libmghf_fast_cuda.so
 
-prints what each kernel takes, and fails where one spills or asks for more shared memory than there
-is. What a launch asks for in dynamic shared memory depends on the sizes of the problem and on the
-GPU, and is not in it.
+prints each kernel's resources, and fails if one spills or needs more shared memory than there is.
+A launch's dynamic shared memory, which depends on the sizes of the problem and on the GPU, is not
+included.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FUNCTION = re.compile(
 
 
 def demangled(names: Sequence[str]) -> list[str]:
-    """Without namespaces and parameters: `range_of_maps<float, true>`."""
+    """The names without namespaces and parameters: `range_of_maps<float, true>`."""
     run = subprocess.run(
         ["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True
     )
@@ -46,7 +46,7 @@ def demangled(names: Sequence[str]) -> list[str]:
 
 def parse(text: str) -> Table:
     """The table of all kernels and architectures in cuobjdump's list. Kernels of different files
-    may have one name, for they are in unnamed namespaces; those after the first are numbered."""
+    may have the same name, because they are in unnamed namespaces; later ones are numbered."""
     table: dict[tuple[str, str], Resources] = {}
     for part in re.split(r"^arch = ", text, flags=re.MULTILINE)[1:]:
         architecture = part.split(None, 1)[0]

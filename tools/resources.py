@@ -4,8 +4,8 @@
     python -m tools.resources --all      every launch of tools/cases.py, with all its options
     python -m tools.resources gram dec   only these ops, in either form
 
-Prints what each kernel takes, and fails where one spills or asks for more shared memory than the
-architecture has. The numbers are for reading: they change with every edit and every Triton.
+Prints each kernel's resources, and fails if one spills or needs more shared memory than the
+architecture has. The numbers are not compared: they change with every edit and every Triton.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ARCHITECTURES = (80, 90, 100)
 
 @functools.cache
 def rows(op: str, architecture: int) -> dict[str, Launch]:
-    """The launches of an op, each under a name that says op, kernel and case."""
+    """The launches of an op, each by a name of op, kernel and case."""
     found: dict[str, Launch] = {}
     for launch in launches(op, architecture):
         name = f"{op}: {launch.kernel.__name__}, {launch.case}"
@@ -74,7 +74,7 @@ def compile_row(job: tuple[str, int]) -> Resources:
 
 
 def _usage(binary: bytes) -> tuple[int, int]:
-    """Registers, and the stack that the compiler put on top of them, from the object code."""
+    """Registers, and the bytes of stack to which the compiler spilled, from the object code."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(binary)

@@ -1,5 +1,5 @@
-"""Tries an installed mghf_fast from outside its source tree: `python smoke_test.py [kernels]`; with
-the word, it must have some."""
+"""Tries an installed mghf_fast from outside its source tree: `python smoke_test.py [kernels]`. With
+the argument `kernels` it must have native kernels."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ from mghf_fast import native
 
 
 def check_kernels() -> str:
-    """That the kernels which this wheel has are those which this torch takes; in a few words."""
+    """Checks that the wheel's kernels are those that this torch can load; describes them."""
     facts = native.build_facts()
     if not facts:
         assert "kernels" not in sys.argv, "the wheel has no kernels"

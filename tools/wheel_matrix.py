@@ -1,10 +1,10 @@
-"""Tries wheels under several Pythons and torches, each pair in an environment of its own:
+"""Tries wheels under several Pythons and torches, each pair in its own environment:
 
     python tools/wheel_matrix.py dist/*.whl --python python3.11 python3.12 --torch 2.11.0 2.13.0
 
-Every wheel is installed away from the source tree and tried by smoke_test.py; that of the CPU
-then passes the tests of every op and loss, on its kernels. Environments stay in build/matrix for
-the next time; one with a torch for CUDA takes 5 GB.
+Every wheel is installed away from the source tree and tried by smoke_test.py; the CPU wheel must
+also pass the tests of every op and loss with its kernels. Environments are kept in build/matrix;
+one with a torch for CUDA takes 5 GB.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def environment(folder: Path, python: str, torch: str) -> Path:
 
 
 def try_wheel(wheel: Path, python: Path, folder: Path) -> str:
-    """What came of it, in a few words."""
+    """Tries a wheel; returns the result in a few words."""
     pip = [str(python), "-m", "pip", "install", "--quiet"]
     subprocess.check_call([*pip, str(wheel)])  # with what it depends on
     subprocess.check_call([*pip, "--force-reinstall", "--no-deps", str(wheel)])
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for torch in options.torch:
             inside = environment(options.folder, python, torch)
             for wheel in options.wheels:
-                pair = inside.parts[-3]  # of its own, so that two may run side by side
+                pair = inside.parts[-3]  # its own folder, so that two may run side by side
                 outcome = try_wheel(wheel.resolve(), inside, options.folder / "run" / pair)
                 failed |= outcome.startswith("FAILED")
                 print(f"{pair}  {wheel.name}: {outcome}", flush=True)

@@ -1,4 +1,4 @@
-"""What the features are worth: studies that take minutes to hours and write one result each.
+"""Studies of what the features are worth. They take minutes to hours and write one result each.
 
 minimiser       which picture minimises the distance to several that may be the truth; seconds
 probe           300 steps of fine-tuning, shift-tolerant LPIPS over PSNR; minutes

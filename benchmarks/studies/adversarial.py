@@ -3,7 +3,7 @@
 Non-saturating: the discriminator D minimises softplus(-D(gt)) + softplus(D(sr)), the network
 softplus(-D(sr)), means over D's patches. Layers are spectrally normalised (Miyato et al. 2018).
 Before the first use it learns for ``WARM_UP`` steps on pictures of the start network, so that the
-gradient whose length sets the weight says something.
+gradient whose length sets the weight is meaningful.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ LEARNING_RATE = 1e-3
 
 
 def discriminator(width: int = 32) -> nn.Sequential:
-    """(B, 3, H, W) -> (B, 1, H / 4, W / 4), each value of 23 x 23 pixels; always the same."""
+    """(B, 3, H, W) -> (B, 1, H / 4, W / 4), each value from 23 x 23 pixels; its initial weights are
+    always the same."""
 
     def layer(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Module:
         return spectral_norm(nn.Conv2d(inputs, outputs, size, stride, 1))
@@ -39,8 +40,8 @@ def discriminator(width: int = 32) -> nn.Sequential:
 
 
 class AdversarialTerm:
-    """(sr, gt of 0 to 1) -> the network's loss, a scalar. A call that is asked for a gradient takes
-    a step of the discriminator first."""
+    """(sr, gt of 0 to 1) -> the network's loss, a scalar. A call that needs a gradient first takes
+    a step of the discriminator."""
 
     def __init__(self) -> None:
         self.discriminator = discriminator()
@@ -49,7 +50,7 @@ class AdversarialTerm:
         )
 
     def prepare(self, start: nn.Module, data: Iterator[tuple[Tensor, Tensor]]) -> None:
-        """The warm-up, on (lr, gt) of ``data``."""
+        """Warms the discriminator up on (lr, gt) of ``data``."""
         for _ in range(WARM_UP):
             lr, gt = next(data)
             with torch.no_grad():
@@ -67,6 +68,6 @@ class AdversarialTerm:
     def __call__(self, sr: Tensor, gt: Tensor) -> Tensor:
         if sr.requires_grad:
             self._learn(sr.detach(), gt)
-        # Spectral norms are estimated anew by every forward in training.
+        # In training mode every forward re-estimates the spectral norms.
         self.discriminator.requires_grad_(False).eval()
         return F.softplus(-self.discriminator(2 * sr - 1)).mean()

@@ -1,6 +1,6 @@
-"""What a step of each loss costs beside the VGG-16 loss: forward and gradient to the picture.
+"""The cost of a step of each loss beside the VGG-16 loss: forward and gradient to the picture.
 
-All losses take turns in one process, so that whatever else the machine does meets them alike.
+All losses take turns in one process, so that other load of the machine affects them equally.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def measure(
         for name, term in terms.items():
             began = time.perf_counter()
             torch.autograd.grad(term(sr, gt), sr)
-            if turn:  # the first warms up
+            if turn:  # the first one warms up
                 seconds[name].append(time.perf_counter() - began)
     rows = []
     for name, found in seconds.items():

@@ -1,12 +1,12 @@
 """Comparison at equal PSNR, with intervals over seeds and pictures.
 
-An objective has three networks a seed: L1's, and two on the way to its own that lose more and more
-PSNR. Their mean qualities over the pictures are a curve, of which the point at L1's PSNR less a
-target is read, piecewise linearly and at most ``STRETCH`` times beyond its end; a curve that does
-not come so far gives its end, and that it was not reached is told. *As chosen* are the two networks
-as they are, whatever PSNR they have. Differences are paired: same seed, same pictures. The interval
-is the middle 95 % of ``RESAMPLES`` draws of seeds and of pictures with replacement, the whole
-computation done anew for each.
+An objective has three networks per seed: L1's, and two on the way to its own that lose more and
+more PSNR. Their mean qualities over the pictures form a curve. It is read at L1's PSNR minus a
+target, by piecewise linear interpolation, and extrapolation to at most ``STRETCH`` times its
+length. A curve that does not reach the target gives its end, and is reported as not reached. *As
+chosen* are the two networks as they are, whatever PSNR they have. Differences are paired: same
+seed, same pictures. The interval is the middle 95 % of ``RESAMPLES`` bootstrap samples of seeds and
+pictures, for each of which the whole computation is repeated.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Curves(NamedTuple):
 
 
 def at_loss(psnr: Array, distance: Array, target: float) -> tuple[Array, Array]:
-    """The distance where a curve has lost ``target`` dB, and whether it comes so far.
+    """The distance where a curve has lost ``target`` dB, and whether it gets there.
 
     Args:
         psnr, distance: (..., 3), means over pictures, L1's first.
@@ -49,7 +49,7 @@ def at_loss(psnr: Array, distance: Array, target: float) -> tuple[Array, Array]:
         before = start + (middle - start) * target / first
         after = middle + (end - middle) * (target - first) / (last - first)
         whole = start + (end - start) * target / last
-    after = np.where(last - first > 1e-3, after, whole)  # the two networks are one
+    after = np.where(last - first > 1e-3, after, whole)  # both networks are the same
     found = np.where(reached, np.where(early, before, after), end)
     return found, reached.astype(np.float64)
 
@@ -66,7 +66,7 @@ class Difference(NamedTuple):
     """The difference in PSNR, dB: 0 at equal PSNR, and the target against L1."""
 
     def outcome(self) -> str:
-        """Which is nearer, as of a distance less is better."""
+        """Which of the two is nearer to the truth; a smaller distance is better."""
         if self.high < 0:
             return BETTER
         return WORSE if self.low > 0 else EVEN
@@ -88,12 +88,12 @@ def difference(
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> Difference:
-    """``ours`` less ``theirs`` at L1's PSNR less ``target``; less L1 itself for None.
+    """``ours`` minus ``theirs``, or minus L1 itself for None, at L1's PSNR minus ``target``.
 
-    With ``chosen``, 1 or 2, of the network of that place as it is.
+    With ``chosen``, 1 or 2, the difference of the networks at that place as they are.
 
     Raises:
-        ValueError: other seeds or pictures.
+        ValueError: the two have different seeds or pictures.
     """
     if theirs is not None and theirs.psnr.shape != ours.psnr.shape:
         raise ValueError(
@@ -113,7 +113,7 @@ def difference(
         return at_loss(_means(curves.psnr, counts), means, target)
 
     found, reached = points(ours, ours.distance)
-    # The curve of PSNR over PSNR gives where the comparison really stands.
+    # The curve of PSNR over PSNR gives the PSNR at which the comparison is really made.
     fidelity = points(ours, ours.psnr)[0][0]
     if theirs is None:
         other, both = _means(ours.distance, counts)[..., 0], reached
@@ -144,7 +144,7 @@ def curves(
     metric: str,
     base: str = "l1",
 ) -> Curves:
-    """An objective's curves from what the test holds, the pictures pooled.
+    """An objective's curves from the test's record, the pictures pooled.
 
     Args:
         found: ``found[set][picture][network][metric]``.

@@ -43,7 +43,7 @@ class VGGLayer(nn.Module):
 
 
 def untrained(name: str, seed: int = SEED) -> DetailFeatureExtractor:
-    """One of ``UNTRAINED``, drawn from ``seed``; torch's random numbers are put back."""
+    """One of ``UNTRAINED``, initialised from ``seed``; torch's random state is restored."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return DetailFeatureExtractor(**UNTRAINED[name])
@@ -72,12 +72,12 @@ def load(name: str) -> nn.Module:
 
 
 def label(name: str) -> str:
-    """The name, of a file its own name without the folder."""
+    """The name; for a file its name without the folder."""
     return Path(name).name if name.endswith(".safetensors") else name
 
 
 def identity(name: str) -> str:
-    """Tells features of one name but other weights apart: of a file its digest, else the name."""
+    """A name that differs if the weights differ: a file's digest, else the name."""
     if name.endswith(".safetensors"):
         return f"{label(name)} {hashlib.sha256(Path(name).read_bytes()).hexdigest()[:16]}"
     return name

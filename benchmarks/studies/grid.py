@@ -1,10 +1,10 @@
-"""A grid in the pictures: pixel shuffle makes them in cells of four pixels, and a loss may allow,
-or a squeeze by 4 reward, a pattern that repeats with them.
+"""Measures a grid in the pictures: pixel shuffle makes them in cells of four pixels, and a loss may
+allow, or a squeeze by 4 reward, a pattern with that period.
 
-Such a pattern has its power at the frequencies that are multiples of a quarter of the sampling
-frequency. Measured is the power there over that around them, of the grey picture under a Hann
-window, as a geometric mean over the 15 frequencies and the pictures. Without a pattern it is 0.6 to
-1: a mean of logarithms of few values lies below the logarithm of theirs.
+Such a pattern has its power at the multiples of a quarter of the sampling frequency. The measure is
+the power there over that around them, of the grey picture under a Hann window, as a geometric mean
+over the 15 frequencies and the pictures. Without a pattern it is 0.6 to 1, because the mean of the
+logarithms of few values is below the logarithm of their mean.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def _around(power: Tensor, row: int, column: int, half: int) -> Tensor:
 
 
 def peaks(image: Tensor) -> float:
-    """The natural logarithm of power at the grid's frequencies over that around them, mean.
+    """Mean natural logarithm of the power at the grid's frequencies over that around them.
 
     Args:
-        image: (B, C, H, W), of which the mean over B and C is taken; sides of 28 pixels or more.
+        image: (B, C, H, W), averaged over C and B; sides of 28 pixels or more.
     """
     grey = image.double().mean((0, 1))
     height, width = (side - side % PERIOD for side in grey.shape)

@@ -1,15 +1,15 @@
-"""The minimiser test: which picture is nearest, in some features, to several that may be the truth?
+"""The minimiser test: in some features, which picture is nearest to several possible truths?
 
     python -m benchmarks.studies.minimiser --images photographs/ --features curved my.safetensors
 
-From a low resolution the truth is known up to detail. Here eight candidates y_k are one crop under
-sub-pixel shifts, and
+A low resolution determines the truth except for its detail. Here eight candidates y_k are one crop
+under sub-pixel shifts, and
 
     x* = argmin_x sum_k |F(x) - F(y_k)|^2,
 
-found by L-BFGS from the candidates' mean, is what a network would learn to answer. For F linear it
-is the mean, a blurred picture. Reported for shifts of up to 1 and up to 4 pixels either way and
-crops of 64 and 96 pixels, each figure the mean over the crops:
+found by L-BFGS from the candidates' mean, is what a network would learn to output. For a linear F
+it is the mean, a blurred picture. The result, for shifts of up to 1 and up to 4 pixels either way
+and crops of 64 and 96 pixels, consists of means over the crops of:
 
     hf energy   of x* above 0.125 cycles a pixel (what a picture four times smaller cannot carry),
                 relative to the candidates' own: 1 is as sharp as they are
@@ -47,12 +47,12 @@ from .extractors import Features
 WIDTHS, SIDES = (1.0, 4.0), (64, 96)
 CANDIDATES, CROPS, ITERATIONS = 8, 4, 60
 MARGIN = 16
-"""Pixels around a crop that are shifted with it and cut off."""
+"""Pixels around a crop that are shifted with it and then cut off."""
 
 
 def crops(folder: Path, side: int, count: int = CROPS) -> Tensor:
-    """The busiest window, with its margin, of ``count`` pictures spread over ``folder``:
-    (count, 3, side + 2 MARGIN, side + 2 MARGIN) of -1 to 1."""
+    """The most detailed window, with its margin, of each of ``count`` pictures spread over
+    ``folder``: (count, 3, side + 2 MARGIN, side + 2 MARGIN) of -1 to 1."""
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
     window, found = side + 2 * MARGIN, list[Pixels]()
     places = dict.fromkeys(int(i) for i in np.linspace(0, len(files) - 1, 3 * count))
@@ -72,8 +72,8 @@ def crops(folder: Path, side: int, count: int = CROPS) -> Tensor:
 
 
 def shifted(images: Tensor, offset: Sequence[float]) -> Tensor:
-    """The images moved by a part of a pixel, exactly: a phase in the spectrum of their mirrored
-    continuation, which has no jump at the border. (B, 3, H, W) -> the same."""
+    """The images shifted exactly by a fraction of a pixel: by a phase in the spectrum of their
+    mirrored continuation, which has no jump at the border. (B, 3, H, W) -> the same."""
     height, width = images.shape[2:]
     mirrored = torch.cat([images, images.flip(2)], 2)
     mirrored = torch.cat([mirrored, mirrored.flip(3)], 3).double()
@@ -119,7 +119,7 @@ def hf_energy(images: Tensor) -> Tensor:
 def minimise(features: Features, y: Tensor, iterations: int = ITERATIONS) -> tuple[Tensor, Tensor]:
     """x* of the candidates (K, B, 3, H, W), and the curvature at their mean, (B,).
 
-    sum_k |F(x) - F(y_k)|^2 is K |F(x) - mean F|^2 and a constant, so the mean is all it needs.
+    sum_k |F(x) - F(y_k)|^2 is K |F(x) - mean F|^2 plus a constant, so only the mean is needed.
     """
     with torch.no_grad():
         each = [_list(features(k)) for k in y]
@@ -139,7 +139,7 @@ def minimise(features: Features, y: Tensor, iterations: int = ITERATIONS) -> tup
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        # A number of order one for each pixel's share keeps the first step of the search in scale.
+        # Scaled so that each pixel's share is of order one, as the search's first step expects.
         loss = distance().sum() * x[0].numel()
         torch.autograd.backward(loss)
         return loss
@@ -175,7 +175,7 @@ def table(
     count: int = CROPS,
     iterations: int = ITERATIONS,
 ) -> list[dict[str, Any]]:
-    """A row for each features' name, crop side and width of the shifts; printed as it comes."""
+    """A row for each features' name, crop side and width of the shifts, printed when it is done."""
     rows: list[dict[str, Any]] = []
     print("features                          side  shift  hf energy    psnr  curvature  seconds")
     for name in names:

@@ -1,16 +1,16 @@
-"""The objectives of the study by name, each a term to stand beside L1.
+"""The objectives of the study by name, each a term to be added to L1.
 
-l1             nothing more
+l1             no further term
 mse            the mean squared error of pixels
-vgg            of VGG-16's relu3_3, trained weights (shift-tolerant LPIPS's)
+vgg            the loss of VGG-16's relu3_3, with trained weights (shift-tolerant LPIPS's)
 mghf-n:F       MGHF-n of the features F, a name or file of :mod:`.extractors`
-mghf-c:F       MGHF-c, with the weights of PRESET; mghf-c:F@2025 with another preset's;
+mghf-c:F       MGHF-c with the weights of PRESET; mghf-c:F@2025 with another preset's;
                mghf-c:F@2025-no-lip without a term: naive, mse, correlation, gram or lip
 csc:F, lip:F   content-style consistency, or local information, of the features F alone;
-               lip:pixels has no features at all
+               lip:pixels uses raw pixels
 dec            DECLoss
-gan            an adversarial loss, with a small discriminator of its own
-teacher        shift-tolerant LPIPS with VGG-16, whose distances the trained features learned
+gan            an adversarial loss with a small discriminator
+teacher        shift-tolerant LPIPS with VGG-16, from whose distances the trained features learned
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from .tuning import Term
 
 L1, PRESET = "l1", "balanced"
 TRAINED = "F"
-"""Stands in STUDY for the trained features."""
+"""The name of the trained features in STUDY."""
 
 
 class Row(NamedTuple):
-    """An objective of the study: name with ``F`` for the trained features, and what a page says."""
+    """An objective of the study: its name, with ``F`` for the trained features, and its title."""
 
     name: str
     title: str
@@ -74,9 +74,9 @@ ABLATION = (
         for part in PARTS
     ),
 )
-"""What each term gives, on the validation pictures."""
+"""Objectives that show the effect of each term, on the validation pictures."""
 VGG, DEFAULT = "vgg", "mghf-c:F"
-"""The loss to compare with, and the one whose worth is asked for."""
+"""The loss to compare with, and the one that is judged."""
 
 
 def _features(name: str) -> tuple[str, str, str]:
@@ -87,7 +87,7 @@ def _features(name: str) -> tuple[str, str, str]:
 
 
 def preset(name: str) -> Preset:
-    """The weights of a preset's name, of which ``-no-TERM`` leaves out terms.
+    """The weights of a preset's name; ``-no-TERM`` in it leaves out terms.
 
     Raises:
         ValueError: no such preset or term.
@@ -107,7 +107,7 @@ def preset(name: str) -> Preset:
 
 
 def build(name: str) -> Term:
-    """The term (sr, gt of 0 to 1) -> scalar of an objective's name, but not of L1's.
+    """The term (sr, gt of 0 to 1) -> scalar of an objective's name other than L1's.
 
     Raises:
         ValueError: no such objective or features.
@@ -154,7 +154,7 @@ def label(name: str) -> str:
 
 
 def terms(name: str) -> str:
-    """The weights of the terms that an objective's name stands for; empty without such weights."""
+    """The weights of an objective's terms as text; empty for an objective without any."""
     kind, _, weights = _features(name)
     return repr(preset(weights)) if kind == "mghf-c" else ""
 

@@ -1,9 +1,10 @@
 """The test pictures, opened once: every network of the protocol on every picture.
 
-A file for each picture, so that it resumes. It refuses to begin while a training of the protocol is
-missing, and keeps what was opened, when, and by which objectives and seeds; afterwards the folder's
-study is closed to other features, seeds and crops. Objectives may be judged later, as long as none
-is dropped: the record says which and when, and what was judged before stays as it was.
+There is a file for each picture, so that it can resume. It refuses to begin while a training of the
+protocol is missing, and records what was opened, when, and with which objectives and seeds;
+afterwards the folder's study allows no other features, seeds and crops. Objectives may be judged
+later, as long as none is dropped: the record says which and when, and earlier results do not
+change.
 
 ``WHOLE`` is a second record of the same networks, without a crop.
 """
@@ -30,9 +31,9 @@ SYNTHETIC = ("Set5", "BSD100", "Kodak24", "Urban12")
 REAL = ("RealSR", "DRealSR")
 SETS = (*SYNTHETIC, *REAL)
 TEST, WHOLE = "test", "whole"
-"""Records: the study's own, and that of whole pictures."""
+"""Names of the records: the study's own, and that of whole pictures."""
 WHOLE_SETS = ("Set5", "BSD100")
-"""Those whose pictures are small enough to be judged whole in minutes."""
+"""Test sets whose pictures are small enough to be judged whole in minutes."""
 
 
 class StillClosed(ValueError):
@@ -53,7 +54,7 @@ def _judging(study: Study) -> tuple[dict[str, CompactEDSR], dict[str, quality.Ju
 
 @dataclass(frozen=True)
 class Opened:
-    """A picture of a test set to be judged by a process of its own."""
+    """A picture of a test set, to be judged by its own process."""
 
     study: Study
     folder: Path
@@ -87,10 +88,10 @@ def _path(study: Study, record: str) -> Path:
 def open_test(
     study: Study, folder: Path, crop: int, sets: Sequence[str] = SETS, record: str = TEST
 ) -> list[Opened]:
-    """What is to be judged; records the opening.
+    """The pictures that are to be judged; records the opening.
 
     Raises:
-        StillClosed: trainings are missing, or it was opened by another protocol.
+        StillClosed: trainings are missing, or the test was opened with another protocol.
     """
     if missing := study.missing():
         raise StillClosed(
@@ -142,12 +143,12 @@ def of_whole(study: Study) -> Study:
 
 
 def open_whole(study: Study, folder: Path) -> list[Opened]:
-    """As :func:`open_test`, the default and what it is compared with, on whole pictures."""
+    """As :func:`open_test`, for the default and the losses to compare with, on whole pictures."""
     return open_test(of_whole(study), folder, 0, WHOLE_SETS, WHOLE)
 
 
 def judged(record: dict[str, Any]) -> list[str]:
-    """The objectives of an opening's record, those judged later at the end."""
+    """The objectives of an opening's record, with those judged later at the end."""
     later = [name for each in record.get("added", []) for name in each["objectives"]]
     return [*record["objectives"], *later]
 

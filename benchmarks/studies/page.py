@@ -1,7 +1,7 @@
-"""docs/features.md from the study's result: tables, a plot and verdicts between its markers.
+"""Generates docs/features.md from the study's result: tables, a plot and verdicts.
 
-A block between `<!-- features: KIND -->` and `<!-- features: end -->` is a function of the result
-that the page names in `<!-- features: from FILE -->`, a file of benchmarks/results.
+Each block between `<!-- features: KIND -->` and `<!-- features: end -->` is generated from the
+result that the page names in `<!-- features: from FILE -->`, a file of benchmarks/results.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def validation(result: Result) -> str:
 
 
 def ablation(result: Result) -> str:
-    """As :func:`validation`, of MGHF-c less each term and of each alone, with one seed."""
+    """As :func:`validation`, for MGHF-c without each term and for each term alone; one seed."""
     rows = result["ablation"]
     titles = {objectives.L1: "L1", **{row["objective"]: row["title"] for row in rows}}
     return _validation(rows, titles, 1)
@@ -111,7 +111,7 @@ def _difference(rows: list[dict[str, Any]]) -> str:
 
 
 def test_pictures(result: Result) -> str:
-    """Differences at equal PSNR, of the real ones also as chosen, and the curves."""
+    """Differences at equal PSNR, for the real degradations also as chosen, and the curves."""
     facts = result["test"]
     parts = []
     for group, how in ((g, h) for g in GROUPS for h in (EQUAL, CHOSEN)):
@@ -189,7 +189,7 @@ def whole(result: Result) -> str:
 
 
 def grid(result: Result) -> str:
-    """Power at the grid's frequencies over that around them."""
+    """The power at the grid's frequencies over that around them."""
     facts = result["grid"]
     titles = {"gt": "truth", **result["titles"]}
     rows = {(row["objective"], row["target"]): row["ratio"] for row in facts["rows"]}
@@ -245,7 +245,7 @@ TERMS = ("naive", "csc_mse", "csc_correlation", "csc_gram", "lip", "total")
 
 
 def terms(result: Result) -> str:
-    """Lengths of the terms' gradients over sizes of crops."""
+    """The lengths of the terms' gradients by size of the crops."""
     facts = result["terms"]
     body = [
         [
@@ -279,11 +279,11 @@ NEEDS = {
     "minimiser": "minimiser", "test": "test", "sets": "test", "cost": "cost", "terms": "terms",
     "ablation": "ablation", "whole": "whole", "grid": "grid",
 }  # fmt: skip
-"""Blocks that a part of the result is needed for."""
+"""The part of the result that each block needs."""
 
 
 def plot(result: Result) -> str | None:
-    """The curves on the pooled synthetic test sets; before the test on the validation pictures."""
+    """The curves on the pooled synthetic test sets or, before the test, on the validation set."""
     lines: list[plots.Curve] = []
     facts = result["test"]
     if facts is not None:
@@ -318,7 +318,7 @@ def plot(result: Result) -> str | None:
 
 
 def generate(page: str, result: Result | None) -> str:
-    """The page with its blocks as the result gives them; without one they say so."""
+    """The page with its blocks generated from the result; without one they say so."""
 
     def block(match: re.Match[str]) -> str:
         begin, kind, end = match.groups()

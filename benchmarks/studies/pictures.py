@@ -1,4 +1,4 @@
-"""The pictures of a study: ground truths to train on, and pairs to judge by."""
+"""The pictures of a study: ground truths for training, and pairs for judging."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mghf_fast.commands.pixels import Pixels
 from mghf_fast.commands.rasters import SUFFIXES
 
 SEED = 0
-"""Seed of the degradation of pictures to judge by; the same for every network."""
+"""Seed of the degradation of pictures for judging; the same for every network."""
 
 
 class Pair(NamedTuple):
@@ -27,7 +27,7 @@ class Pair(NamedTuple):
 
 
 def read(path: Path) -> Pixels:
-    """A picture as it is, without the rows and columns beyond a multiple of the scale."""
+    """A picture without the rows and columns beyond a multiple of the scale."""
     pixels = np.asarray(decode(path), dtype=np.uint8)
     height, width = (side // SCALE * SCALE for side in pixels.shape[:2])
     return np.ascontiguousarray(pixels[:height, :width])
@@ -56,8 +56,9 @@ def _centre(pixels: Pixels, side: int, scale: int = 1) -> Pixels:
 
 
 def degraded(folder: Path, crop: int = 0) -> list[Pair]:
-    """The pictures of a folder with the demo's degradation, drawn from a picture's name alone;
-    with ``crop`` the middle of that many pixels a side, degraded with the whole."""
+    """The pictures of a folder with the demo's degradation, whose random numbers depend on the
+    picture's name alone. ``crop`` keeps the middle of that many pixels a side, cut after
+    degrading the whole."""
     pairs = []
     for path in files(folder):
         name, gt = path.relative_to(folder).as_posix(), read(path)
@@ -83,7 +84,7 @@ def real(folder: Path, crop: int = 0) -> list[Pair]:
     "LR" or "lq", whose pictures match by their sorted names.
 
     Raises:
-        ValueError: not two such folders, another count, or sizes that are no four to one.
+        ValueError: there are not two such folders, their counts differ, or sizes are not 4 to 1.
     """
     below = [p for p in sorted(folder.rglob("*")) if p.is_dir()]
     high = [p for p in below if re.search(r"hr|gt", p.name.lower())]

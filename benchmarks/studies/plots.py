@@ -17,7 +17,7 @@ LEGEND = 18
 
 
 class Curve(NamedTuple):
-    """Points (x, y), the first the common one; ``strong`` is drawn thicker."""
+    """Points (x, y), the first common to all curves; a ``strong`` curve is drawn thicker."""
 
     legend: str
     points: Sequence[tuple[float, float]]
@@ -25,7 +25,7 @@ class Curve(NamedTuple):
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers between, five or so."""
+    """About five round numbers from ``low`` to ``high``."""
     step = 10 ** math.floor(math.log10((high - low) / 4))
     step *= next(m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= 6)
     first = math.ceil(low / step - 1e-9)

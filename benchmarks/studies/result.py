@@ -1,4 +1,4 @@
-"""The study's one JSON: what its files in ``--out`` say, taken together."""
+"""Collects the study's files in ``--out`` into its one JSON."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ def _networks(study: Study) -> Iterator[tuple[str, float | None, list[str]]]:
 
 
 def _points() -> Iterator[tuple[str, int | None, float]]:
-    """How, place among a curve's networks, and target of every comparison."""
+    """How the networks are compared, the place among a curve's networks, and the target."""
     for place, target in enumerate(TARGETS, 1):
         yield EQUAL, None, target
         yield CHOSEN, place, target
 
 
 def test_pictures(study: Study, which: str = opening.TEST) -> dict[str, Any] | None:
-    """Means of every set and differences at equal PSNR; None while the test is closed."""
+    """Means over every set and differences at equal PSNR; None while the test is closed."""
     opened = opening.opened(study, which)
     if opened is None:
         return None
@@ -122,7 +122,7 @@ def test_pictures(study: Study, which: str = opening.TEST) -> dict[str, Any] | N
 
 
 def collect(study: Study) -> dict[str, Any]:
-    """Everything that is there now."""
+    """Everything that has been measured so far."""
     facts = machine_facts(1)
     titles = {row.name: row.title for row in objectives.STUDY}
     result: dict[str, Any] = {

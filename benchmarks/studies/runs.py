@@ -1,8 +1,8 @@
-"""The trainings of the study: one file for each, so that they resume, and what is chosen by them.
+"""The trainings of the study, one file for each, so that they resume, and the choice of weights.
 
 A network's file is named by objective, gradient ratio and seed. Weights are chosen with seed 0 on
-the validation pictures alone: of the ratios the smallest whose network loses ``FULL_LOSS`` dB
-against L1, or the largest. Then each seed's network is drawn towards the seed's L1 network until it
+the validation pictures alone: the smallest ratio whose network loses ``FULL_LOSS`` dB against L1,
+or the largest. Then each seed's network is interpolated towards the seed's L1 network until it
 loses ``TARGETS`` dB on the validation pictures.
 """
 
@@ -32,7 +32,7 @@ FULL_LOSS = 0.55
 TARGETS = (0.3, 0.5)
 """dB below L1's PSNR."""
 TOLERANCE = 0.004
-"""Error allowed of the alpha at which a network loses the target."""
+"""Allowed error of the alpha at which a network loses the target."""
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -50,7 +50,7 @@ def slug(name: str) -> str:
 
 @dataclass(frozen=True)
 class Study:
-    """Where a study finds its pictures and keeps its files; travels to other processes.
+    """The settings of a study and the places of its files; it can be sent to other processes.
 
     ``names`` are the study's objectives, with ``F`` for the trained features ``features``.
     """
@@ -77,7 +77,7 @@ class Study:
         return tuple(name for name in self.names if name != objectives.L1)
 
     def of_one_seed(self) -> Study:
-        """The same with its first seed alone."""
+        """The same study with its first seed alone."""
         return dataclasses.replace(self, seeds=self.seeds[:1])
 
     def setup(self) -> Setup:
@@ -86,8 +86,8 @@ class Study:
         )
 
     def described(self) -> dict[str, Any]:
-        """What every file of the study depends on; a folder is of one such description. (Other
-        trained features have files of their own: the rest serves them too.)"""
+        """The facts on which every file of the study depends; a folder belongs to one description.
+        (Trained features are not among them: files that depend on them have their own names.)"""
         return {
             "start": hashlib.sha256(self.start.read_bytes()).hexdigest(),
             "steps": self.recipe.steps,
@@ -101,10 +101,10 @@ class Study:
         }
 
     def prepare(self) -> None:
-        """Makes the folder, or makes sure that it is this study's.
+        """Makes the folder, or checks that it belongs to this study.
 
         Raises:
-            ValueError: it is another's.
+            ValueError: it belongs to another.
         """
         path = self.out / "protocol.json"
         if path.exists():
@@ -119,7 +119,8 @@ class Study:
             write_json(path, self.described())
 
     def file_name(self, name: str) -> str:
-        """The objective's, with a digest of the trained features and the weights of the terms."""
+        """The objective's file name, with a digest of the trained features and the weights of the
+        terms."""
         full = self.full_name(name)
         depends = objectives.identity(full) if full != name else objectives.terms(name)
         return slug(name) + (
@@ -165,7 +166,8 @@ class Study:
         return tuned.network, row
 
     def choose(self, name: str) -> float:
-        """The objective's ratio, by seed 0 on the validation pictures; trains what it needs."""
+        """The objective's ratio, chosen with seed 0 on the validation pictures; trains the networks
+        that it needs."""
         for ratio in self.ratios:
             _, row = self.trained(name, ratio, 0)
             if row["l1_psnr"] - row["psnr"] >= FULL_LOSS:
@@ -173,7 +175,7 @@ class Study:
         return ratio
 
     def chosen(self, name: str) -> float | None:
-        """What :meth:`choose` gives, without training; None if a training is missing."""
+        """The result of :meth:`choose` without training; None if a training is missing."""
         for ratio in self.ratios:
             stem = self.stem(name, ratio, 0)
             facts = stem.with_name(stem.name + ".json")
@@ -220,7 +222,7 @@ class Study:
         return row
 
     def missing(self) -> list[str]:
-        """What of the protocol is not done, as "objective, seed"."""
+        """The missing trainings of the protocol, as "objective, seed"."""
         return [
             f"{name}, seed {seed}"
             for name in self.compared
@@ -229,7 +231,7 @@ class Study:
         ]
 
     def networks(self) -> dict[str, CompactEDSR]:
-        """What the test judges: ``start``, ``l1|seed|``, and ``objective|seed|target``."""
+        """The networks that the test judges: ``start``, ``l1|seed|``, ``objective|seed|target``."""
         setup = self.setup()
         found = {"start": setup.start}
         for seed in self.seeds:
@@ -238,7 +240,7 @@ class Study:
             for name in self.compared:
                 row = self.match(name, seed)
                 network, _ = self.trained(name, row["ratio"], seed)
-                # A loss that comes to no target has one network for all, and is judged once.
+                # A loss that reaches no target has one network for all, which is judged once.
                 by_alpha = {a: mixed(l1_network, network, a) for a in row["alphas"]}
                 for target, alpha in zip(TARGETS, row["alphas"], strict=True):
                     found[f"{name}|{seed}|{target:g}"] = by_alpha[alpha]

@@ -3,16 +3,16 @@
     python -m benchmarks.studies.start_network --images photographs/ --out build/start
     python -m benchmarks.studies.start_network --out build/start --ship --data "400 photographs ..."
 
-The first trains: random crops under the demo's degradation, Adam from 1e-3 down a cosine to 1e-5.
-Every 500 steps it writes a checkpoint, from which the same command goes on. The crops are a
-function of the seed and the step, so a run that was stopped ends as one that was not (on the same
-machine with the same number of threads). --steps may change on the way, which moves the cosine's
-end; the card then lists from which step on each was in force. It ends with start.safetensors and
-start.json.
+The first command trains: random crops under the demo's degradation, Adam with a rate from 1e-3 down
+a cosine to 1e-5. Every 500 steps it writes a checkpoint, from which the same command continues. The
+crops depend on the seed and the step alone, so an interruption does not change the result (on the
+same machine with the same number of threads). --steps may change in between, which moves the
+cosine's end; the card then lists the step from which each value was used. The results are
+start.safetensors and start.json.
 
-The second puts what a run has reached into the package, as demo-start.safetensors with its card,
-and the digest into mghf_fast/weights/__init__.py. It takes a checkpoint too, and the card then says
-how far it was.
+The second command puts a run's weights into the package, as demo-start.safetensors with its card,
+and the digest into mghf_fast/weights/__init__.py. It also accepts a checkpoint, and the card then
+says how far the run was.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ LEARNING_RATE, LAST_RATE = 1e-3, 1e-5
 CHECKPOINT_EVERY = 500
 CHECKPOINT, WEIGHTS, CARD = "checkpoint.pt", "start.safetensors", "start.json"
 LARGEST = 2**20
-"""Size that the weights that ship may have, bytes."""
+"""Most bytes of the shipped weights."""
 DIGESTS = Path(weights.__file__)
-"""The source file in which the digest stands."""
+"""The source file with the digest."""
 
 
 def photographs(folder: Path) -> list[Photograph]:
@@ -79,14 +79,14 @@ def learning_rate(step: int, steps: int) -> float:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The state that :func:`train` has written there; reading it runs no code.
+    """The state that :func:`train` wrote to the file; reading it runs no code.
 
     Raises:
-        SystemExit: it is no whole checkpoint.
+        SystemExit: it is not a whole checkpoint.
     """
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of a broken file, nearly anything
+    except Exception as error:  # a broken file may raise nearly anything
         raise SystemExit(f"{path} is not a whole checkpoint: {error}") from error
     return state
 
@@ -174,14 +174,14 @@ def encode(state: dict[str, torch.Tensor]) -> bytes:
 
 
 def ship(out: Path, data: str) -> None:
-    """Puts what the run in ``out`` has reached into the package, with its card and digest.
+    """Puts the weights of the run in ``out`` into the package, with their card and digest.
 
     Args:
-        data: what the pictures were, in words, for the card.
+        data: a description of the pictures for the card.
 
     Raises:
-        SystemExit: there is no run, its weights are not the network's or too large, or the digest
-            does not stand where it is looked for.
+        SystemExit: there is no run, its weights do not fit the network or are too large, or the
+            source file has no digest to replace.
     """
     path = out / CHECKPOINT
     if not path.is_file():

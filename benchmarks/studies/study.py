@@ -3,20 +3,20 @@
     python -m benchmarks.studies.study --pictures DIR --start FILE --features FILE --out DIR
 
 DIR holds ``train`` (or ``train/BSDS500``), ``test/Set14`` (validation) and the test sets. The
-parts, each of which goes on where it was stopped:
+parts, each of which continues where it was stopped:
 
-    minimiser   which picture minimises the distance to several that may be the truth
+    minimiser   which picture minimises the distance to several possible truths
     weights     each objective's weight, by seed 0 on the validation pictures
     train       every objective and seed, and the networks that lose 0.3 and 0.5 dB of L1's PSNR
     cost        a step of each loss beside the VGG-16 loss's
     terms       the gradient of each term of MGHF-c beside L1's, over sizes of crops
-    ablation    MGHF-c less each term, and each alone: seed 0, on the validation pictures
+    ablation    MGHF-c without each term, and each alone: seed 0, on the validation pictures
     grid        a pattern of four pixels in the pictures: seed 0, on the validation pictures
 
-``--open-test`` judges the networks on the test pictures, once, when all trainings are there;
+``--open-test`` judges the networks on the test pictures, once, after all trainings;
 ``--open-whole`` those of the default and the VGG-16 loss on whole pictures of Set5 and BSD100.
 ``--report`` writes benchmarks/results/<machine>-features.json, docs/features.md and its plot from
-what --out holds; without it they go to --out alone.
+the files in --out; without it they are only written to --out.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ def make(args: argparse.Namespace) -> Study:
         recipe=Recipe(args.steps, args.batch, args.patch),
     )
     for name in study.compared:
-        objectives.build(study.full_name(name))  # a wrong name is told now and not in an hour
+        objectives.build(study.full_name(name))  # reports a wrong name now and not in an hour
     study.prepare()
     return study
 

@@ -1,7 +1,7 @@
-"""How long the gradient of each term of MGHF-c is beside L1's, for crops of several sizes.
+"""The length of the gradient of each term of MGHF-c relative to L1's, for crops of several sizes.
 
-A weight beside L1 that is right for one size of crop is right for another as long as these lengths
-stay what they are. LIP's does not: the more patches there are, the more negatives.
+A weight beside L1 that is right for one size of crop is right for another if this length does not
+change. LIP's does: with more patches there are more negatives.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def lengths(loss: MGHFLoss, sr: Tensor, gt: Tensor) -> dict[str, float]:
     for name, factor in {**loss.preset.factors(), "total": 1.0}.items():
         if not factor:
             continue
-        # A forward of its own: terms share buffers of their gradients.
+        # A separate forward, because terms share the buffers of their gradients.
         (gradient,) = torch.autograd.grad(factor * loss.terms(sr, gt)[name], sr)
         found[name] = float(torch.linalg.vector_norm(gradient) / base)
     return found

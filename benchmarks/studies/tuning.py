@@ -1,4 +1,4 @@
-"""Fine-tuning of one start network with one objective, the same way in every study."""
+"""Fine-tuning of one start network with one objective, the same in every study."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ Term = Callable[[Tensor, Tensor], Tensor]
 """(sr, gt), both (B, 3, H, W) of 0 to 1 -> a scalar."""
 
 FIRST_BATCHES = 4
-"""On which gradients' lengths are compared."""
+"""The number of batches on which the gradients' lengths are compared."""
 WEIGHT_SEED = 0
 PREPARATION_SEED = 1000
-"""The seed of the batches from which a term learns before its first use; no training's."""
+"""The seed of the batches from which a term learns before its first use; no training uses it."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What all trainings of a study share."""
+    """The settings that all trainings of a study share."""
 
     steps: int = 300
     batch: int = 4
@@ -48,7 +48,7 @@ class Tuned(NamedTuple):
 
 
 def load_network(path: Path) -> CompactEDSR:
-    """The network in a .safetensors, or in a checkpoint of :mod:`.start_network`."""
+    """The network in a .safetensors file, or in a checkpoint of :mod:`.start_network`."""
     network = CompactEDSR(torch.Generator().manual_seed(0))
     if path.suffix == ".safetensors":
         from safetensors.torch import load
@@ -68,7 +68,7 @@ def save_network(path: Path, network: CompactEDSR) -> None:
 
 
 def mixed(first: CompactEDSR, second: CompactEDSR, alpha: float) -> CompactEDSR:
-    """The network of weights (1 - alpha) first + alpha second."""
+    """The network with the weights (1 - alpha) first + alpha second."""
     network = copy.deepcopy(first)
     other = second.state_dict()
     with torch.no_grad():
@@ -85,7 +85,7 @@ def crops(
 
 
 def gradient_length(term: Term, start: CompactEDSR, data: Sequence[tuple[Tensor, Tensor]]) -> float:
-    """Mean length of the gradient that a term sends into the start network's pictures."""
+    """Mean length of a term's gradient in the start network's pictures."""
     lengths = []
     for lr, gt in data:
         with torch.no_grad():
@@ -101,7 +101,7 @@ def unit_weight(
 ) -> float:
     """The weight that makes a term's gradient as long as L1's, on the first batches of seed 0.
 
-    A term with a ``prepare(start, data)`` has something to learn first, from batches of its own.
+    A term with a method ``prepare(start, data)`` first learns from separate batches.
     """
     prepare = getattr(term, "prepare", None)
     if prepare is not None:
@@ -122,7 +122,7 @@ def fine_tune(
     seed: int,
     label: str = "",
 ) -> Tuned:
-    """``L1 + weight * term`` from ``start``, which stays as it is; L1 alone without a term."""
+    """Fine-tunes a copy of ``start`` on ``L1 + weight * term``, or on L1 alone without a term."""
     network = copy.deepcopy(start).train()
 
     def objective(sr: Tensor, gt: Tensor) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
-"""What the figures say, in sentences that follow from them by rule, either way.
+"""The verdicts, in sentences that are derived from the figures by rule, whatever the outcome.
 
-Of two targets of PSNR an outcome is theirs if both intervals lie on one side of 0, and even
-otherwise; where an objective does not come to a target, that is told and nothing concluded.
+There are two targets of PSNR. A comparison is won or lost if the intervals at both lie on the same
+side of 0, and even otherwise. If an objective does not reach a target, the verdict says so and
+concludes nothing.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ THIRD, TENTH = 1 / 3, 0.1
 
 
 def select(result: Result, part: str = "test", **wanted: Any) -> list[dict[str, Any]]:
-    """The test's differences with these values."""
+    """The test's differences whose fields have these values."""
     rows = result[part]["differences"]
     return [row for row in rows if all(row[key] == wanted[key] for key in wanted)]
 
 
 def outcome(rows: list[dict[str, Any]]) -> str | None:
-    """The outcome of an objective's rows of all targets; None if one was not reached by every
-    seed, or there are none."""
+    """The outcome of an objective's rows of all targets; None if there are none, or if not every
+    seed reached its target."""
     if not rows or any(row["reached"] < 1 for row in rows):
         return None
     outcomes = {row["outcome"] for row in rows}
@@ -39,7 +40,7 @@ def outcome(rows: list[dict[str, Any]]) -> str | None:
 
 
 def figures(rows: list[dict[str, Any]]) -> str:
-    """``-0.0123 (-0.0150 to -0.0098) at -0.3 dB; ...``"""
+    """The figures as ``-0.0123 (-0.0150 to -0.0098) at -0.3 dB; ...``"""
     return "; ".join(
         f"{row['mean']:+.4f} ({row['low']:+.4f} to {row['high']:+.4f}) at -{row['target']:g} dB"
         for row in rows
@@ -56,7 +57,8 @@ WORDS = {
 def comparison(result: Result, name: str, against: str, group: str) -> str | None:
     """A sentence on one comparison by the primary judge; None if it was not made.
 
-    At equal PSNR; where that is not reached, of the networks chosen on the validation pictures.
+    It is made at equal PSNR or, if that is not reached, with the networks chosen on the validation
+    pictures.
     """
     wanted = {
         "objective": name, "against": against, "group": group, "metric": quality.PRIMARY,
@@ -83,7 +85,7 @@ def comparison(result: Result, name: str, against: str, group: str) -> str | Non
 
 
 def _second(result: Result, name: str, against: str, group: str) -> list[dict[str, Any]]:
-    """The second judge's rows: at equal PSNR, or else of the networks as chosen."""
+    """The second judge's rows: at equal PSNR, or else for the networks as chosen."""
     wanted = {
         "objective": name, "against": against, "group": group, "metric": quality.SECOND,
     }  # fmt: skip
@@ -92,7 +94,7 @@ def _second(result: Result, name: str, against: str, group: str) -> list[dict[st
 
 
 def second(result: Result, name: str, group: str) -> str | None:
-    """What the second judge says of the default."""
+    """A sentence on the second judge's comparison of the default."""
     parts = []
     for against, other in AGAINST.items():
         rows = _second(result, name, against, group)

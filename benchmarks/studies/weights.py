@@ -1,12 +1,12 @@
-"""Which weight beside L1: gradients in the parameters of a network, over crop sizes and training.
+"""Choosing a weight beside L1: gradients in a network's parameters by crop size and training.
 
     python -m benchmarks.studies.weights
 
-The demo's network on the demo's training photographs and degradation: untrained (bicubic
-interpolation), as it ships, and after 300 more steps on L1. For each loss of weight 1 the length of
-its gradient over L1's, median, least and most over batches, as mghf_fast.integrations.calibrate
-measures it. Writes the file of this machine into benchmarks/results and prints the table of
-docs/integrations.md.
+Takes the demo's network on the demo's training photographs and degradation: untrained (bicubic
+interpolation), as it ships, and after 300 more steps on L1. For each loss of weight 1 it measures
+the length of its gradient relative to L1's (median, minimum and maximum over batches), as
+mghf_fast.integrations.calibrate does. It writes this machine's file into benchmarks/results and
+prints the table of docs/integrations.md.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def losses() -> dict[str, Loss]:
-    """Every loss of the table, of weight 1, by the name it is shown under."""
+    """Every loss of the table, with weight 1, by its title."""
     found: dict[str, Loss] = {}
     for variant, extractor, preset in MGHF:
         name = f"MGHF-{variant}, `{extractor}`" + f', `"{preset}"`' * (variant == "c")
@@ -81,7 +81,7 @@ def networks(pairs: list[tuple[Tensor, Tensor]]) -> dict[str, nn.Module]:
 
 
 def rows(pairs: list[tuple[Tensor, Tensor]]) -> list[dict[str, Any]]:
-    """Median, least and most of the ratios, by network, crop and loss."""
+    """Median, minimum and maximum of the ratios, by network, crop and loss."""
     found = []
     for network_name, network in networks(pairs).items():
         for side in SIDES if network_name == "as it ships" else (128,):
@@ -97,7 +97,7 @@ def rows(pairs: list[tuple[Tensor, Tensor]]) -> list[dict[str, Any]]:
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:
-    """Markdown: a row a loss, a column a crop or network."""
+    """A Markdown table with a row per loss and a column per crop or network."""
     columns = list(dict.fromkeys((row["network"], row["crop"]) for row in found))
     lines = ["| loss of weight 1 | " + " | ".join(f"{n}, {c} px" for n, c in columns) + " |"]
     lines.append("| --- |" + " --- |" * len(columns))
