@@ -1,8 +1,8 @@
 """mghf_fast: fused perceptual losses for image super-resolution (MGHF, HF-Diff, DECLoss).
 
-What is public here is imported at its first use, so that the command line can print its help
-without PyTorch. A program that only runs a graph exported from these losses names none of it: it
-imports :mod:`mghf_fast.ops`, which registers the operators.
+Public names are imported at their first use, so that the command line can print its help without
+PyTorch. A program that only runs a graph exported from these losses needs none of them: it imports
+:mod:`mghf_fast.ops`, which registers the operators.
 """
 
 import importlib
@@ -55,14 +55,14 @@ __all__ = [
 ]
 
 
-if not TYPE_CHECKING:  # a checker would take any name for granted
+if not TYPE_CHECKING:  # a type checker would accept any name
 
     def __getattr__(name: str) -> Any:
         if name in _MODULES:
             return importlib.import_module(f".{name}", __name__)
         if name in _HOMES:
             value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
-            globals()[name] = value  # found without this function from now on
+            globals()[name] = value  # later look-ups bypass this function
             return value
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

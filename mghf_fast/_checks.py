@@ -16,8 +16,8 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_tensor(name: str, x: Any, shape: str, *, tangents: bool = False) -> None:
-    """A floating-point tensor with the dimensions that ``shape`` spells, as in "(B, C, H, W)", and
-    no empty one; with a tangent of forward-mode differentiation only if ``tangents``."""
+    """Requires a non-empty floating-point tensor with the dimensions that ``shape`` names, as in
+    "(B, C, H, W)". A tangent of forward-mode differentiation is allowed only with ``tangents``."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor of shape {shape}, got {type(x).__name__}")
     if x.dtype not in FLOATING:
@@ -31,13 +31,13 @@ def check_tensor(name: str, x: Any, shape: str, *, tangents: bool = False) -> No
 
 
 def refuse_tangent(name: str, x: Tensor) -> None:
-    """Operators of `torch.library` drop tangents, and the derivative would come out as 0."""
+    """Refuses a tangent: operators of `torch.library` drop it, and the derivative would be 0."""
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return
     if forward_ad.unpack_dual(x).tangent is not None:
         raise NotImplementedError(
             f"{name} carries a tangent, and the fused operators have no forward-mode derivative: "
-            f"take reverse mode, such as torch.autograd.grad"
+            f"use reverse mode, such as torch.autograd.grad"
         )
 
 
@@ -54,7 +54,7 @@ def check_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
 
 
 def check_pair(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    """Equal shapes and devices."""
+    """Requires equal shapes and devices."""
     if x.shape != other.shape:
         raise ValueError(
             f"{name} and {other_name} must have the same shape, "
@@ -64,18 +64,18 @@ def check_pair(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
 
 
 def check_order(name: str, x: Tensor, constant_name: str, constant: Tensor) -> None:
-    """Refuses a pair of which only the constant asks for a gradient, which would be lost without a
-    word: LPIPS is symmetric, and many callers write the ground truth first."""
+    """Refuses a pair in which only the constant requires a gradient, which would be lost silently:
+    LPIPS is symmetric, and many callers pass the ground truth first."""
     if torch.is_grad_enabled() and constant.requires_grad and not x.requires_grad:
         raise ValueError(
             f"{constant_name} requires a gradient and {name} does not, but the gradient goes to "
-            f"{name} alone: hand over {name} first and {constant_name} second, or detach "
+            f"{name} alone: pass {name} first and {constant_name} second, or detach "
             f"{constant_name}"
         )
 
 
 def promoted(x: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the floating type that holds both, as PyTorch's own operators promote."""
+    """Both tensors in their common floating type, by PyTorch's rules of promotion."""
     if x.dtype == other.dtype:
         return x, other
     dtype = torch.promote_types(x.dtype, other.dtype)
@@ -89,7 +89,8 @@ def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
 
 
 def check_integer(name: str, value: Any, low: int, high: int | None = None) -> int:
-    """An integer of Python, numpy or, under `torch.jit.trace`, a traced size; as Python's."""
+    """``value`` as a Python integer, from Python's, numpy's or, under `torch.jit.trace`, a traced
+    size."""
     if isinstance(value, Tensor) and is_traced():
         value = value.item()
     elif not isinstance(value, (int, torch.SymInt)) and isinstance(value, numbers.Integral):
@@ -103,12 +104,13 @@ def check_integer(name: str, value: Any, low: int, high: int | None = None) -> i
 
 
 def check_number(name: str, value: Any, *, positive: bool = False) -> float:
-    """A finite real number of Python or numpy, as Python's; with ``positive``, above zero."""
+    """``value``, a finite real number of Python or numpy, as Python's; with ``positive``, above
+    zero."""
     if not isinstance(value, (int, float)) and isinstance(value, numbers.Real):
         value = float(value)
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    # Comparisons and not math.isfinite, which torch.compile(dynamic=True) cannot trace; NaN fails.
+    # Not math.isfinite, which torch.compile(dynamic=True) cannot trace; NaN fails the comparisons.
     if not (-math.inf < value < math.inf) or (positive and value <= 0):
         kind = "finite and above 0" if positive else "finite"
         raise ValueError(f"{name} must be {kind}, got {value}")
@@ -116,7 +118,7 @@ def check_number(name: str, value: Any, *, positive: bool = False) -> float:
 
 
 def check_numbers(name: str, values: Any, count: int, *, positive: bool = False) -> list[float]:
-    """So many numbers, in a list, a tuple, an array or a configuration library's sequence."""
+    """``count`` numbers, from a list, a tuple, an array or a configuration library's sequence."""
     words = {2: "two", 3: "three"}
     try:
         if isinstance(values, (str, bytes)):

@@ -1,4 +1,4 @@
-"""Rows of all ranks, differentiable: what the losses over a whole distributed batch need."""
+"""Differentiable gathering of all ranks' rows, for losses over a whole distributed batch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class _GatherRows(torch.autograd.Function):
         own = torch.tensor([len(rows)], device=rows.device)
         counts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
         dist.all_gather(counts, own)
-        # The ranks may have unequal shares of an epoch's last batch; gathered are equal ones.
+        # Ranks may have unequal shares of an epoch's last batch, but all_gather needs equal ones.
         ctx.counts = [int(count) for count in counts]
         padded = rows.new_zeros((max(ctx.counts), *rows.shape[1:]))
         padded[: len(rows)] = rows
@@ -34,8 +34,8 @@ class _GatherRows(torch.autograd.Function):
 def gather_rows(rows: Tensor) -> Tensor:
     """(P, ...) of each rank -> (sum of every P, ...), in the order of the default group's ranks.
 
-    P may differ between the ranks; how many rows each has is asked for first, for which the host
-    waits. Without an initialised process group the rows themselves.
+    P may differ between the ranks; they exchange their numbers of rows first, for which the host
+    waits. Returns ``rows`` itself if no process group is initialised.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return rows

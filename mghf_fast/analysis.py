@@ -13,15 +13,15 @@ from . import _checks as check
 
 
 class CenterOrientedOptimization(NamedTuple):
-    """What the images that share one LR image say about an L2-trained model's output.
+    """What a set of HR images of one LR image predicts for an L2-trained model's output.
 
     Attributes:
-        entropy: of the candidates, in nats: ln N for up to as many candidates as pixels (eq. 22),
-            the Gaussian's n/2 (ln 2 pi + 1) + 1/2 ln |covariance| for more (eq. 23; the paper
-            prints the determinant without its logarithm). Minus infinity for a degenerate Gaussian.
-        midpoint: (C, H, W), the mean of the candidates: the output of least squared error.
-        distance: L, of the midpoint from the blurriest consistent image D+ x (eq. 17), the length
-            of the mean null-space component. It falls as the entropy grows (Theorem 1).
+        entropy: entropy of the candidates in nats: ln N for at most as many candidates as pixels
+            (eq. 22), the Gaussian's n/2 (ln 2 pi + 1) + 1/2 ln |covariance| for more (eq. 23; the
+            paper omits the logarithm). Minus infinity for a degenerate Gaussian.
+        midpoint: (C, H, W), the mean of the candidates: the output with minimal squared error.
+        distance: L, the distance of the midpoint from the blurriest consistent image D+ x (eq. 17):
+            the length of the mean null-space component. It falls as entropy grows (Theorem 1).
         spread: mean distance of the candidates from the midpoint. It grows with the entropy
             (Theorem 2).
     """
@@ -39,7 +39,7 @@ def center_oriented_optimization(candidates: Tensor, scale: int = 4) -> CenterOr
     repeats a pixel; v = (I - D+ D) y is a candidate's null-space component.
 
     Args:
-        candidates: (N, C, H, W), H and W multiples of ``scale``; small patches, as the Gaussian's
+        candidates: (N, C, H, W), H and W multiples of ``scale``. Use small patches: the Gaussian's
             covariance has (C H W)^2 entries.
         scale: the super-resolution factor.
     """

@@ -1,4 +1,4 @@
-"""Which backend runs an op: the user's choice, and why a backend cannot serve here."""
+"""The user's choice of backend, and why a backend cannot run on this machine."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def check_backend(name: object, argument: str = "backend") -> str:
 
 
 # A plain module global, not a context variable: torch.compile can guard on it, so a compiled
-# function is compiled anew when the backend changes instead of keeping the one it was traced with.
+# function is recompiled when the backend changes instead of keeping the one it was traced with.
 #
 # The environment's value is checked at its first use, so that importing the library never fails.
 _current = os.environ.get("MGHF_BACKEND", "auto")
 
 
 def current_backend(backend: str | None = None) -> str:
-    """The backend asked for: ``backend`` if it names one (``None`` and ``"auto"`` mean the same
-    everywhere, whatever holds around the call), else the innermost :class:`use_backend`'s, else
+    """The requested backend: ``backend`` if it names one, else (for ``None`` and ``"auto"`` alike)
+    the innermost :class:`use_backend`'s, else
     the environment variable ``MGHF_BACKEND``'s, else ``"auto"``."""
     if backend is None or backend == "auto":
         return check_backend(_current, "environment variable MGHF_BACKEND")
@@ -53,8 +53,8 @@ class use_backend:
     >>> with mghf_fast.use_backend("reference"):
     ...     loss = mghf_fast.MGHFLoss()(sr, gt)
 
-    The choice holds for the whole process, other threads included. A backend named here is forced:
-    an op that it cannot run raises ``RuntimeError`` and says why. ``"auto"`` takes the best backend
+    The choice applies to the whole process, other threads included. A backend named here is forced:
+    an op that it cannot run raises ``RuntimeError`` and says why. ``"auto"`` picks the best backend
     that can run each op.
 
     Raises:
@@ -87,7 +87,7 @@ def triton_is_interpreted() -> bool:
 
 
 def triton_version() -> str | None:
-    """Without importing it. PyTorch's nightly builds bring it under a name of their own."""
+    """Triton's version, found without importing it. PyTorch's nightly builds rename the package."""
     for package in ("triton", "pytorch-triton"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(package)
@@ -142,11 +142,11 @@ def available_backends() -> tuple[str, ...]:
     return tuple(b for b in BACKENDS if b not in missing)
 
 
-# ---- what the kernels of a backend take, whatever the op: `can_run` of the dialect ----
+# ---- what a backend's kernels support, whatever the op: the backends' `can_run` ----
 
 
 def can_run_reference(*tensors: Tensor, **options: Any) -> str | None:
-    """Plain PyTorch takes everything."""
+    """None: plain PyTorch supports everything."""
     return None
 
 
@@ -167,7 +167,7 @@ def can_run_cpu(*tensors: Tensor, **options: Any) -> str | None:
 
 @functools.cache
 def _triton_lacks(device: torch.device) -> str | None:
-    """What the Triton kernels miss in a GPU, or None."""
+    """What the Triton kernels need and a GPU lacks, or None."""
     if torch.version.hip is not None:
         return "its kernels are made for NVIDIA GPUs"
     if (capability := torch.cuda.get_device_capability(device)) < (8, 0):

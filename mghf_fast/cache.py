@@ -1,8 +1,8 @@
-"""What this library has found out about the user's GPUs: a JSON file in the user's cache folder.
+"""Measurements of the user's GPUs, kept in a JSON file in the user's cache folder.
 
-It holds, for each GPU with its driver, torch, Triton and version of this library, the table that
-`mghf-fast tune` measured and the kernels that were tried (:mod:`mghf_fast.trials`). A file that
-cannot be read, or of another format, is as none, and told once; nothing here raises in a training.
+For each combination of GPU, driver, torch, Triton and version of this library it holds the table
+that `mghf-fast tune` measured and the kernels that were tried (:mod:`mghf_fast.trials`). A file
+that is unreadable or of another format is ignored with one warning; reading never raises.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ VARIABLE = "MGHF_CACHE"
 
 
 def folder() -> Path:
-    """``$MGHF_CACHE``, else ``mghf_fast`` in the system's folder for caches."""
+    """``$MGHF_CACHE``, else ``mghf_fast`` in the system's cache folder."""
     if named := os.environ.get(VARIABLE):
         return Path(named)
     if sys.platform == "win32":
@@ -46,7 +46,7 @@ def path() -> Path:
 
 @functools.cache
 def identity(device: torch.device) -> str:
-    """The GPU and all that what is measured on it depends on."""
+    """The GPU, and the versions on which its measurements depend."""
     name = "cpu" if device.type != "cuda" else torch.cuda.get_device_name(device)
     driver = 0
     if device.type == "cuda":
@@ -78,7 +78,7 @@ def read() -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         _told(
             f"{file} cannot be used ({type(error).__name__}: {error}); what was measured on this "
-            "machine's GPUs is left out: `mghf-fast tune` writes the file anew"
+            "machine's GPUs is ignored: `mghf-fast tune` writes a new file"
         )
         return {}
     return dict(machines)
@@ -90,13 +90,13 @@ def _known(file: Path) -> dict[str, Any]:
 
 
 def known(device: torch.device) -> dict[str, Any]:
-    """What the file says of a device; read once a process."""
+    """The file's entry for a device; the file is read once per process."""
     found: dict[str, Any] = _known(path()).get(identity(device), {})
     return found
 
 
 def write(device: torch.device, part: str, value: Any) -> Path:
-    """Puts a part of what is known of a device into the file, whole or not at all.
+    """Stores one part of a device's entry; the file is replaced atomically.
 
     Raises:
         OSError: the folder or file cannot be written.
@@ -123,7 +123,7 @@ def _replace(file: Path, machines: dict[str, Any]) -> None:
 
 
 def clear() -> Path | None:
-    """Deletes the file; where it was, or None if there was none.
+    """Deletes the file; returns its path, or None if there was none.
 
     Raises:
         OSError: it cannot be deleted.

@@ -1,10 +1,10 @@
 """The library as functions.
 
-Each takes ``backend=None``: the innermost :class:`use_backend`'s choice, by default ``"auto"``, the
-best that can run. A name forces that backend.
+With ``backend=None`` a function follows the innermost :class:`use_backend`, by default ``"auto"``:
+the best backend that can run. A name forces that backend.
 
 Tensors are float32, float16, bfloat16 or (plain PyTorch only) float64, with any strides; sums and
-exponentials are taken in float32 (float64 for float64). Nothing is ever written into an argument.
+exponentials are computed in float32 (float64 for float64). No argument is ever modified.
 Common errors: ``TypeError`` for an argument of the wrong type or dtype, ``ValueError`` for a wrong
 shape, device or value, ``RuntimeError`` for a forced backend that cannot run, with its reason.
 """
@@ -89,7 +89,7 @@ def invertible_block(x: Tensor, weights: BlockWeights, *, backend: str | None = 
 
     Returns:
         (B, C, H, W), dtype and layout of ``x``. Differentiable in ``x`` and the weights; only the
-        input is kept for the backward.
+        input is saved for the backward.
     """
     _check_block("x", x, weights, (1, 3))
     options = (weights.activation, weights.subnet, weights.clamp, current_backend(backend))
@@ -112,7 +112,7 @@ def invertible_block_inverse(
 
     Raises:
         torch.linalg.LinAlgError: ``weights.mix_weight`` is singular. (The Triton and CUDA kernels
-            give NaN or infinities instead: to know, the host would have to wait for the GPU.)
+            give NaN or infinities instead: a check would make the host wait for the GPU.)
     """
     _check_block("y", y, weights, (1,))
     options = (weights.activation, weights.subnet, weights.clamp, current_backend(backend))
@@ -125,7 +125,7 @@ def channel_entropy(x: Tensor, bins: int = 256, *, backend: str | None = None) -
 
     Args:
         x: features, (B, C, H, W).
-        bins: equal bins over each map's own [min, max], 2 or more.
+        bins: number of equal bins over each map's own [min, max], 2 or more.
 
     Returns:
         (B, C), between 0 and 1, float32 (float64 for float64 input): 0 for a constant map, NaN for
@@ -164,7 +164,7 @@ class ContentStyleTerms(NamedTuple):
 
 
 def _feature_pair(gt: Tensor, sr: Tensor) -> tuple[Tensor, Tensor]:
-    """The checked pair in one dtype, gt detached."""
+    """Checks the pair; returns it in one dtype, gt detached."""
     check.check_tensor("gt", gt, "(B, C, H, W)")
     check.check_tensor("sr", sr, "(B, C, H, W)")
     check.check_pair("gt", gt, "sr", sr)
@@ -186,8 +186,8 @@ def content_style_terms(
     """MGHF-n and the three content-style terms of a pair of feature stacks (MGHF eqs. 3 to 7).
 
     Maps are weighted by w = (1 + alpha I)^gamma, where the importance I is one minus the mean
-    channel entropy of the two images' map; of each image the ``top_m`` most important are kept for
-    the last three terms. Weights and choice are constants under autograd.
+    channel entropy of the two images' map; the last three terms use the ``top_m`` most important
+    maps of each image. Weights and selection are constants under autograd.
 
     Args:
         gt: features of the ground truth, (B, C, H, W). Gets no gradient.
@@ -200,9 +200,10 @@ def content_style_terms(
             the H x H Gram matrix of each map.
 
     Returns:
-        ``naive`` mean squared difference of all C maps; ``mse`` the same, weighted, of the kept
-        ones; ``correlation`` one minus their mean Pearson correlation, 0 to 2; ``gram`` squared
-        difference of the weighted Gram matrices over M. Each (B,), float32 (float64 for float64).
+        ``naive``: mean squared difference of all C maps; ``mse``: the same for the kept maps,
+        weighted; ``correlation``: one minus their mean Pearson correlation, 0 to 2; ``gram``:
+        squared difference of the weighted Gram matrices over M. Each (B,), float32 (float64 for
+        float64).
     """
     gt, sr = _feature_pair(gt, sr)
     channels = check.check_integer("channels", sr.shape[1], 1)
@@ -228,7 +229,7 @@ def naive_term(*, gt: Tensor, sr: Tensor, backend: str | None = None) -> Tensor:
         sr: features of the super-resolved image, same shape.
 
     Returns:
-        (B,), float32 (float64 for float64). Nothing but the arguments is kept for the backward.
+        (B,), float32 (float64 for float64). Only the arguments are saved for the backward.
     """
     gt, sr = _feature_pair(gt, sr)
     naive: Tensor = ops.content_style.content_style(
@@ -240,7 +241,7 @@ def naive_term(*, gt: Tensor, sr: Tensor, backend: str | None = None) -> Tensor:
 def _check_patches(
     x: Tensor, parameters: tuple[Tensor, Tensor, Tensor, Tensor], patch_size: int, stride: int
 ) -> tuple[int, int]:
-    """The checked patch size and stride."""
+    """Checks all arguments; returns patch size and stride."""
     weight1, bias1, weight2, bias2 = parameters
     check.check_tensor("x", x, "(B, C, H, W)")
     patch_size = check.check_integer("patch_size", patch_size, 1)
@@ -288,7 +289,7 @@ def patch_projection(
 
     Returns:
         (B * C, N, D) in float32 (float64 for a float64 ``x``), N = ((H - patch_size) // stride + 1)
-        times the same of W, patches in row-major order; rows have length 1 (y / (|y| + 1e-7)).
+        times the same for W, patches in row-major order; rows have length 1 (y / (|y| + 1e-7)).
     """
     parameters = (weight1, bias1, weight2, bias2)
     sizes = _check_patches(x, parameters, patch_size, stride)
@@ -309,19 +310,18 @@ def sinkhorn_plan(
     """Entropic optimal transport plan between patches (MGHF eqs. 13 to 16, MoNCE).
 
     Args:
-        similarity: (B, N, N), rows are queries and columns keys; finite, as cosines, in [-1, 1]
-            (a forbidden pair of -inf is outside the contract, and what comes of it depends on the
-            backend).
-        cost: ``"hard"`` sends mass to similar pairs, ``"easy"`` to unlike ones, ``"exp"`` minimises
-            the papers' cost exp(s).
+        similarity: (B, N, N), rows are queries and columns keys; finite, in [-1, 1] like cosines
+            (-inf for a forbidden pair is not supported: the result depends on the backend).
+        cost: ``"hard"`` sends mass to similar pairs, ``"easy"`` to dissimilar ones, ``"exp"``
+            minimises the papers' cost exp(s).
         epsilon: entropic regularisation, above 0. From 0.005 up the plan of unit vectors is finite.
         iterations: Sinkhorn iterations, each the row then the column scaling.
-        tolerance: stop a matrix early, once its largest row-marginal error is at most this;
+        tolerance: a matrix stops early once its largest row-marginal error is at most this;
             ``None`` runs every iteration.
 
     Returns:
-        (B, N, N), the diagonal 0, columns sum to 1 and rows nearly so (:func:`marginal_error` says
-        how nearly). N = 1 gives 0. Differentiable through every iteration.
+        (B, N, N) with diagonal 0; columns sum to 1, rows approximately (:func:`marginal_error`
+        measures it). N = 1 gives 0. Differentiable through every iteration.
     """
     check.check_tensor("similarity", similarity, "(B, N, N)")
     if similarity.shape[1] != similarity.shape[2]:
@@ -353,7 +353,7 @@ def marginal_error(plan: Tensor) -> Tensor:
 
 
 def _embedding_pair(query: Tensor, key: Tensor, *, tangents: bool) -> tuple[Tensor, Tensor]:
-    """The checked pair in one dtype, the key detached."""
+    """Checks the pair; returns it in one dtype, the key detached."""
     check.check_tensor("query", query, "(B, N, D)", tangents=tangents)
     check.check_tensor("key", key, "(B, N, D)", tangents=tangents)
     check.check_pair("query", query, "key", key)
@@ -380,12 +380,12 @@ def monce_loss(
         query: embeddings of the SR patches, (B, N, D), unit rows.
         key: embeddings of the GT patches, same shape; patch i of both is the positive pair. Gets no
             gradient.
-        temperature: of the contrast, tau.
+        temperature: tau, the temperature of the contrast.
         epsilon: entropic regularisation of the plan.
         iterations: Sinkhorn iterations.
         negative_weight: Q, the weight of all negatives together.
         cost: as in :func:`sinkhorn_plan`.
-        plan_gradient: ``"exact"`` differentiates through the plan, ``"detach"`` takes it as given.
+        plan_gradient: ``"exact"`` differentiates through the plan, ``"detach"`` holds it constant.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` over images and patches.
 
     Returns:
@@ -455,17 +455,17 @@ def dec_loss(
         gt: ground truth, same shape. Gets no gradient.
         patch_size: side of the non-overlapping patches in pixels; H and W must be multiples.
         threshold_db: GT patches at least this similar (PSNR, dB) are positives of each other.
-        temperatures: of positives and of negatives.
-        temperature: ``"inside"`` the exponential; ``"outside"`` as printed, where the temperatures
-            move the value and no gradient.
+        temperatures: the temperature of positives and that of negatives.
+        temperature: ``"inside"`` the exponential; ``"outside"`` as printed in the paper, where the
+            temperatures change the value but not the gradient.
         similarity: ``"rmse"`` for a true PSNR, ``"l2"`` for the printed norm.
         max_value: the images' peak value (2 for images in [-1, 1]).
-        norm_floor: the least norm that a flattened patch is divided by, above 0. Default 0.02
-            ``max_value`` sqrt(C patch_size^2), the norm of an even grey of 5 of 255; 1e-8 is the
+        norm_floor: minimum norm by which a flattened patch is divided, above 0. Default 0.02
+            ``max_value`` sqrt(C patch_size^2), the norm of a uniform grey of 5 of 255; 1e-8 is the
             literal reading, with which a black patch has a gradient hundreds of times the usual.
         gather: contrast the patches of all ranks of the default process group (every rank gets the
-            loss of the whole batch, and DistributedDataParallel's mean the whole batch's gradient);
-            without an initialised group the same as ``False``. Ranks may have unequal batches.
+            loss of the whole batch; DistributedDataParallel's mean is the whole batch's gradient);
+            the same as ``False`` without an initialised group. Ranks may have unequal batches.
 
     Returns:
         A scalar, float32 (float64 for float64). Patches without a negative are left out; if none is

@@ -1,9 +1,8 @@
-"""Loads the compiled kernels, if this installation has them, and tells how they were built.
+"""Loads the compiled kernels, if this installation has them, and reports how they were built.
 
-There are two libraries: that of the CPU, which also defines the ops, and that of CUDA, which needs
-a torch with CUDA. Environment variables name other builds to load instead of the installed ones:
-MGHF_NATIVE_LIBRARY those of the CPU, such as the sanitized ones of `make asan`, MGHF_CUDA_LIBRARY
-those of CUDA. They must fit this torch.
+There are two libraries: the CPU's, which also defines the ops, and CUDA's, which needs a torch with
+CUDA. Environment variables replace them by other builds for this torch: MGHF_NATIVE_LIBRARY the
+CPU's, for example by the sanitized build of `make asan`, and MGHF_CUDA_LIBRARY CUDA's.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ LIBRARY_DIRECTORY = Path(__file__).parent / "lib"
 
 
 def _library(variable: str, name: str) -> Path:
-    """A library that may be loaded; it need not exist."""
+    """The path of the library to load; it need not exist."""
     named = os.environ.get(variable)
     return Path(named) if named else LIBRARY_DIRECTORY / name
 
@@ -36,7 +35,7 @@ def cuda_library() -> Path:
 
 
 def _load(library: Path, variable: str, what: str, how_to_get: str) -> str | None:
-    """``None`` when the library is loaded, else why it is not."""
+    """Loads a library; ``None`` on success, else the reason why not."""
     if not library.exists():
         if os.environ.get(variable):
             return f"environment variable {variable} is {str(library)!r}; no such file"
@@ -55,7 +54,7 @@ def _load(library: Path, variable: str, what: str, how_to_get: str) -> str | Non
 
 @functools.cache
 def unavailable_reason() -> str | None:
-    """Loads the CPU kernel library on the first call; ``None`` when it is there, else why not."""
+    """Loads the CPU kernel library on the first call; ``None`` on success, else why not."""
     return _load(
         cpu_library(),
         "MGHF_NATIVE_LIBRARY",
@@ -67,7 +66,7 @@ def unavailable_reason() -> str | None:
 
 @functools.cache
 def cuda_unavailable_reason() -> str | None:
-    """Loads the CUDA kernel library on the first call; ``None`` when it is there, else why not."""
+    """Loads the CUDA kernel library on the first call; ``None`` on success, else why not."""
     if torch.version.cuda is None:
         return f"this torch ({torch.__version__}) is built without CUDA"
     if (reason := unavailable_reason()) is not None:
@@ -83,14 +82,14 @@ def cuda_unavailable_reason() -> str | None:
 
 
 def cuda_ops() -> Any:
-    """The native ops as they are called with CUDA tensors. (Tests put the kernels on the host in
-    their place, see tests/emulated.py.)"""
+    """The native ops for CUDA tensors. (Tests replace them by the kernels built for the host, see
+    tests/emulated.py.)"""
     return torch.ops.mghf_native
 
 
 def _wrong_cuda() -> str | None:
-    """Whether the kernels are for another major version of CUDA than torch's, whose driver might
-    not know what they are compiled for."""
+    """A reason if the kernels' major version of CUDA is not torch's, whose driver may be too old
+    for them."""
     facts = build_facts(cuda_library()).get("cuda")
     if facts is None or torch.version.cuda is None:
         return None
@@ -105,8 +104,8 @@ def _wrong_cuda() -> str | None:
 
 
 def cuda_lacks(capability: tuple[int, int]) -> str | None:
-    """Why the CUDA kernels do not run on a GPU of this compute capability, or ``None``: code runs
-    on higher ones of the same major number, PTX on all higher ones."""
+    """Why the CUDA kernels do not run on a GPU of this compute capability, or ``None``: machine
+    code also runs on higher minor versions of the same major version, PTX on all higher ones."""
     facts = build_facts(cuda_library()).get("cuda") or {}
     having: list[str] = facts.get("architectures", [])
     for name in having:
@@ -131,7 +130,7 @@ def cuda_lacks(capability: tuple[int, int]) -> str | None:
 
 
 def build_facts(library: Path | None = None) -> dict[str, Any]:
-    """What the kernels were built with (compiler, flags, instruction sets, CUDA), maybe nothing."""
+    """The build's compiler, flags, instruction sets and CUDA; empty if it left no record."""
     file = (library or cpu_library()).with_name("build.json")
     if not file.exists():
         return {}

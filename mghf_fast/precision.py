@@ -13,12 +13,12 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def autocasting(device_type: str) -> bool:
-    """Whether autocast is on for a type of device; never on "meta", which has none."""
+    """Whether autocast is on for a device type; never for "meta", which has none."""
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[None]:
-    """Autocast off for a type of device, also for "meta", which `torch.autocast` refuses."""
+    """Turns autocast off for a device type, also for "meta", which `torch.autocast` refuses."""
     if device_type == "meta":
         return nullcontext()
     context: AbstractContextManager[None] = torch.autocast(device_type, enabled=False)

@@ -1,9 +1,9 @@
-"""Which of two kinds of kernels "auto" takes on an NVIDIA GPU where both can run: a line a rule.
+"""Whether "auto" prefers the CUDA or the Triton kernels of an op on an NVIDIA GPU that runs both.
 
-The first rule that fits decides: of those that `mghf-fast tune` has measured on this very GPU, then
-of the committed table. `python -m benchmarks.gpu_tables` says where the committed results of GPUs
-ask for another one, and a test holds the table to them. What no result has decided yet goes by the
-number of launches and of bytes that the kernels need.
+The first matching rule decides; the rules that `mghf-fast tune` measured on this very GPU come
+before the committed table. `python -m benchmarks.gpu_tables` says where committed GPU results call
+for another rule, and a test keeps the table in agreement with them. An op without a result yet is
+decided by the launches and memory traffic that its kernels need.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from . import cache
 
 
 class Rule(NamedTuple):
-    """``backends``, best first, for an op on tensors of these types (empty: of any) whose size (see
-    :func:`size_of`) is at least ``least`` and less than ``below``."""
+    """``backends``, best first, for an op on tensors of these types (empty: any type) whose size
+    (see :func:`size_of`) is at least ``least`` and less than ``below``."""
 
     op: str
     backends: tuple[str, ...]
@@ -37,9 +37,9 @@ class Rule(NamedTuple):
         )
 
 
-# An H200 found CUDA's monce twice as fast for 100 patches a map, Triton's for 441, and of the plans
-# alone in half precision Triton's for 441; bounds are the geometric mean of what was measured. From
-# 641 patches on a matrix is on no cluster's chip, and CUDA's monce streams it through one block.
+# On an H200 CUDA's monce was twice as fast with 100 patches a map, Triton's with 441; for sinkhorn
+# in half precision Triton's was faster with 441. Bounds are geometric means of measured sizes. From
+# 641 patches on a matrix exceeds a cluster's shared memory; CUDA's monce streams it by one block.
 MANY = 210
 ON_CHIP = 641
 HALVES = (torch.float16, torch.bfloat16)
@@ -55,15 +55,15 @@ DEVICES = ("cuda",)
 
 
 def size_of(op: str, shape: Sequence[int]) -> int:
-    """What a rule's bounds are about: the patches of a map, for `sinkhorn` and `monce`, and for the
-    others the elements of the first tensor, of this shape."""
+    """The size that a rule's bounds limit: patches per map for `sinkhorn` and `monce`, elements of
+    the first tensor, which has this shape, for the other ops."""
     return shape[1] if op in ("sinkhorn", "monce") else math.prod(shape)
 
 
 def preferred_kernels(
     op: str, dtype: torch.dtype, shape: Sequence[int], rules: Sequence[Rule] = RULES
 ) -> tuple[str, ...]:
-    """Backends with kernels for GPUs, best first."""
+    """The backends with kernels for GPUs, best first."""
     for rule in rules:
         if rule.fits(op, dtype, size_of(op, shape)):
             return rule.backends
@@ -72,8 +72,8 @@ def preferred_kernels(
 
 @functools.cache
 def tuned(device: torch.device) -> tuple[Rule, ...]:
-    """The rules that `mghf-fast tune` has found for a GPU, none before or where they do not make
-    sense."""
+    """The rules that `mghf-fast tune` has measured for a GPU; empty if there are none or they are
+    malformed."""
     if device.type not in DEVICES:
         return ()
     try:
@@ -93,18 +93,18 @@ def tuned(device: torch.device) -> tuple[Rule, ...]:
 
 
 forgotten = 0
-"""How often :func:`forget` was called: what was chosen before may have to be chosen again."""
+"""How often :func:`forget` was called; earlier choices may be out of date."""
 
 
 def forget() -> None:
-    """Lets the user's table be read again."""
+    """Makes the next choice read the user's table again."""
     global forgotten
     forgotten += 1
     tuned.cache_clear()
 
 
 def in_order(op: str, tensors: Sequence[Tensor], backends: Sequence[str]) -> tuple[str, ...]:
-    """``backends``, those with kernels for GPUs first, as the tables have them."""
+    """``backends`` reordered: those with kernels for GPUs first, in the order of the tables."""
     if not tensors:
         return tuple(backends)
     x = tensors[0]

@@ -1,9 +1,9 @@
-"""A problem of each op at a chosen size, for trying and timing kernels where no data are at hand.
+"""Synthetic problems of each op at a chosen size, for checking and timing kernels without data.
 
-The ops are called by their registered names, which needs no import: whoever asks for a problem runs
-one of them already, and the ops themselves try their kernels on these (:mod:`mghf_fast.trials`).
-Numbers are drawn on the CPU, the same ones for every device. The reference's float64 result is the
-measure, but where an op's decisions (bins, the maps kept) are float32 always: there its float32.
+The ops are called by their registered names, without an import: the caller has registered them
+already, and the ops check their own kernels on these problems (:mod:`mghf_fast.trials`). Random
+numbers are drawn on the CPU, so that they are the same for every device. The expected result is the
+reference's in float64, or in float32 for ops whose decisions (bins, kept maps) are always float32.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ Run = Callable[[tuple[Tensor, ...], str], Tensor]
 CHANNELS, PATCH_SIZE, STRIDE, BINS = 128, 32, 24, 256
 NORM_FLOOR = 0.02 * 192**0.5
 DRAWN: Any = {"device": "cpu", "dtype": torch.float32}
-"""Whatever the defaults of the program that asks."""
+"""Overrides the calling program's default device and dtype."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """``run(tensors, backend)`` computes the op; ``tensors[0]`` is what a gradient goes to, unless
-    the op has none. ``size`` is what the rules of :mod:`mghf_fast.preferences` go by."""
+    """``run(tensors, backend)`` computes the op; its gradient, if it has one, is with respect to
+    ``tensors[0]``. ``size`` is the one in the rules of :mod:`mghf_fast.preferences`."""
 
     op: str
     run: Run
@@ -40,7 +40,7 @@ class Problem:
         return Problem(self.op, self.run, moved, self.differentiable, self.exact)
 
     def results(self, backend: str) -> list[Tensor]:
-        """The op's result and, if it has one, its gradient for an upstream gradient of 1, 2, 3, 1,
+        """The op's result and its gradient, if it has one, for an upstream gradient of 1, 2, 3, 1,
         2, 3, ..., both detached."""
         leaf = self.tensors[0].detach().clone().requires_grad_(self.differentiable)
         with torch.enable_grad():
@@ -57,7 +57,7 @@ def _generator() -> torch.Generator:
 
 
 def _features(batch: int, side: int, count: int = 1, channels: int = CHANNELS) -> list[Tensor]:
-    """Stacks that resemble each other."""
+    """Similar stacks of feature maps."""
     shape = (batch, channels, side, side)
     first = torch.randn(shape, generator=_generator(), **DRAWN)
     if count == 1:
@@ -164,7 +164,7 @@ def monce(maps: int, count: int) -> Problem:
 
 
 def dec(batch: int, side: int) -> Problem:
-    """Of images, as patches of 8 x 8 pixels with their colours, (N, 192)."""
+    """`dec` on images cut into flattened patches of 8 x 8 pixels, (N, 192)."""
 
     def run(tensors: tuple[Tensor, ...], backend: str) -> Tensor:
         loss: Tensor
@@ -190,7 +190,7 @@ PROBLEMS: Mapping[str, Callable[..., Problem]] = {
     "monce": monce,
     "dec": dec,
 }
-"""By the op's name; arguments are a batch and a side in pixels, or maps and patches a map."""
+"""Op -> its problem; arguments are a batch and a side in pixels, or maps and patches per map."""
 
 SMALL: Mapping[str, tuple[int, int]] = {
     "coupling": (2, 19),
@@ -206,5 +206,5 @@ SMALL: Mapping[str, tuple[int, int]] = {
 
 
 def small(op: str) -> Problem:
-    """A problem of milliseconds, with sides that fit no tile."""
+    """A problem that takes milliseconds, with sides that are no multiple of any tile's."""
     return PROBLEMS[op](*SMALL[op])

@@ -1,4 +1,4 @@
-"""Whether the package is a folder of a checkout that is not installed, and what is then said."""
+"""Detects that the package is imported from a checkout that is not installed."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ BARE_SOURCE_TREE = (
 
 @functools.cache
 def is_bare_source_tree() -> bool:
-    """Whether this is the package's folder in a checkout, found because Python was started beside
-    it: the Triton kernels lie outside of it, and compiled ones only in an installation. Kernels that
+    """Whether the package was imported from a checkout only because Python was started there: it
+    then has neither Triton kernels, which lie outside the package, nor compiled ones. Kernels that
     an editable installation of another checkout offers do not count."""
     found = importlib.util.find_spec("mghf_fast.kernels")
     if found is None or found.origin is None:

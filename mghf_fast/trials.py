@@ -1,9 +1,9 @@
-"""Kernels on trial: those that no GPU of a kind has run yet are checked at their first use there.
+"""Trials: a kernel without a committed result for a kind of GPU is checked at its first use there.
 
-The check is a small problem of the op, result and gradient, against the reference. A kernel that
-differs, or fails, is left out of what ``"auto"`` takes on that device, with one warning that says
-what differed; a backend that is asked for by name is not tried. What passed is kept in the user's
-cache (:mod:`mghf_fast.cache`), so that a kernel is tried once for a GPU, driver and version.
+The trial runs a small problem of the op and compares result and gradient with the reference's.
+``"auto"`` avoids a kernel that differs or fails on that device, and one warning says what differed;
+a backend requested by name is not tried. Passed trials are kept in the user's cache
+(:mod:`mghf_fast.cache`), so that a kernel is tried once per GPU, driver and version.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ PROVEN: Mapping[tuple[str, str], tuple[tuple[int, int], ...]] = {
     ("triton", "patches"): HOPPER,
 }
 """(backend, op) -> compute capabilities whose committed result (benchmarks/results) was made by the
-kernels as they are now. ``tests/test_trials.py`` holds the sources to what was run."""
+current kernels. ``tests/test_trials.py`` compares the sources with those that were run."""
 
 TRIED = ("cuda", "triton")
 DEVICES = ("cuda",)
-"""Backends, and types of devices, on which a kernel is tried."""
+"""Types of devices on which kernels are tried."""
 RESULT, GRADIENT, HALF = 1e-4, 1e-3, 2e-2
-"""Largest relative L2 errors of a result and a gradient in float32, and of both in half
-precision: far above any rounding, far below any fault."""
+"""Largest allowed relative L2 errors of a result and of a gradient in float32, and of either in
+half precision: far above rounding, far below any fault."""
 
 
 class Outcome(NamedTuple):
-    """Relative L2 errors of a trial's result and, if there is one, of its gradient; and what
-    went wrong, in words, or None."""
+    """Relative L2 errors of a trial's result and, if any, gradient; and the failure in words, or
+    None."""
 
     errors: tuple[float, ...]
     failure: str | None
@@ -62,7 +62,7 @@ def _error(got: Tensor, expected: Tensor) -> float:
 
 
 def try_kernel(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> Outcome:
-    """Runs the op's small problem on a backend and on the reference. Raises nothing."""
+    """Runs the op's small problem on a backend and on the reference. Never raises."""
     try:
         problem = problems.small(op).to(device, dtype)
         got = problem.results(backend)
@@ -81,8 +81,8 @@ def try_kernel(op: str, backend: str, device: torch.device, dtype: torch.dtype) 
 
 
 def _apart(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> Outcome:
-    """:func:`try_kernel` in a thread of its own, whose autograd, autocast and streams are as new,
-    whatever the op that asks is in the middle of."""
+    """:func:`try_kernel` in a new thread, so that the caller's state of autograd, autocast and
+    streams does not affect it."""
     found: list[Outcome] = []
 
     def work() -> None:
@@ -115,8 +115,8 @@ def _capturing() -> bool:
 
 
 def refusal(op: str, backend: str, tensor: Tensor) -> str | None:
-    """Why a backend must not run this op on this tensor's device, None if it may; tries the kernel
-    at its first use there."""
+    """Why a backend must not run this op on this tensor's device, or None; tries the kernel at its
+    first use there."""
     key = (op, backend, tensor.device, tensor.dtype)
     if key in _known:
         return _known[key]
@@ -125,8 +125,8 @@ def refusal(op: str, backend: str, tensor: Tensor) -> str | None:
     if not on_trial(backend, op, _capability(tensor.device)):
         _known[key] = None
         return None
-    if _capturing():  # a trial waits for its result, which no capture allows
-        return "it is on trial here, and a CUDA graph is being captured: run a step before"
+    if _capturing():  # a trial waits for the GPU, which a capture forbids
+        return "it has not been tried here yet: run a step before capturing a CUDA graph"
     with _lock:
         if key not in _known:
             _known[key] = _decide(op, backend, tensor.device, tensor.dtype)
@@ -160,11 +160,11 @@ def _decide(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> 
 
 
 forgotten = 0
-"""How often :func:`forget` was called: what was chosen before may have to be chosen again."""
+"""How often :func:`forget` was called; earlier choices may be out of date."""
 
 
 def forget() -> None:
-    """Forgets what this process has tried, not what the cache holds."""
+    """Forgets this process's trials, but not the cache's."""
     global forgotten
     with _lock:
         forgotten += 1
@@ -172,15 +172,15 @@ def forget() -> None:
 
 
 def listed(device: torch.device) -> list[dict[str, Any]]:
-    """Every kernel on trial on a device: ``backend``, ``op``, ``state`` ("not tried", "passed" or
-    the failure) and the types tried; for `mghf-fast doctor`."""
+    """Every kernel subject to a trial on a device: ``backend``, ``op``, ``state`` ("not tried",
+    "passed" or the failure) and the types tried; for `mghf-fast doctor`."""
     capability = _capability(device)
     earlier: dict[str, Any] = cache.known(device).get("trials", {})
     rows = []
     for backend in TRIED:
         for op in problems.PROBLEMS:
             if backend == "cuda" and op == "dec":
-                continue  # has none
+                continue  # it has no kernel of the op
             if not on_trial(backend, op, capability):
                 continue
             tried = {

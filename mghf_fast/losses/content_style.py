@@ -54,7 +54,7 @@ class ContentStyleLoss(nn.Module):
         )
 
     def combine(self, terms: functional.ContentStyleTerms) -> Tensor:
-        """(B,): the weighted sum of the terms. One whose beta is 0 has no say, even infinite."""
+        """(B,): the weighted sum of the terms. A term with beta 0 is ignored, even if infinite."""
         weighted = [b * term for b, term in zip(self.betas, terms[1:], strict=True) if b]
         return functools.reduce(operator.add, weighted) if weighted else 0 * terms.mse
 

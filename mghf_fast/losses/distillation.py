@@ -21,8 +21,8 @@ Student = Callable[[Tensor, Tensor, int], Tensor]
 
 
 class DistillationTerms(NamedTuple):
-    """The three terms, scalars or (B,), and ``sr``, the student's image out of the consistency
-    cycle, which HF-Diff's perceptual and distribution terms compare with the ground truth."""
+    """The three terms, scalars or (B,), and ``sr``, the student's image from the consistency cycle,
+    which HF-Diff's perceptual and distribution terms compare with the ground truth."""
 
     distill: Tensor
     inverse: Tensor
@@ -40,7 +40,7 @@ def distillation_terms(
     *,
     reduction: str = "mean",
 ) -> DistillationTerms:
-    """Every tensor (B, C, H, W); ``final_timestep`` is T. No gradient reaches the teacher or gt.
+    """Tensors are (B, C, H, W); ``final_timestep`` is T. No gradient reaches the teacher or gt.
 
     ``reduction="none"`` gives every term per image, (B,).
     """

@@ -1,8 +1,8 @@
-"""Weights that nothing trains: modules within a loss whose tensors are buffers.
+"""Frozen weights: modules within a loss whose tensors are buffers instead of parameters.
 
-A parameter would follow a parent's ``requires_grad_(True)`` and an optimizer over a parent's
-parameters, and would stand in every checkpoint. A buffer follows ``.to()``, copies, pickles and
-DataParallel's replicas all the same.
+A parameter would be subject to a parent's ``requires_grad_(True)`` and to an optimizer of the
+parent's parameters, and would be part of every checkpoint. A buffer still follows ``.to()``,
+copies, pickles and DataParallel's replicas.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 
 class Unregistered(nn.Module):
-    """Runs a module that it does not register, for one whose parameters cannot become buffers: a
-    TorchScript module's are part of its program."""
+    """Runs a module without registering it. It is for TorchScript modules, whose parameters are
+    part of their program and cannot become buffers."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        # Past nn.Module's own bookkeeping. The copies by device are for DataParallel's replicas,
-        # which share this object; frozen weights stay good.
+        # Bypasses nn.Module's bookkeeping. The copies by device are for DataParallel's replicas,
+        # which share this object; frozen weights never go stale.
         self.__dict__["module"] = module
         self.__dict__["copies"] = {}
 
@@ -51,7 +51,7 @@ class Unregistered(nn.Module):
         return self
 
     def train(self, mode: bool = True) -> Unregistered:
-        return self  # in evaluation for good
+        return self  # always in evaluation mode
 
     def __getstate__(self) -> dict[str, Any]:
         state = {**self.__dict__, "copies": {}}
@@ -67,8 +67,8 @@ class Unregistered(nn.Module):
 
 
 def frozen_copy(module: nn.Module) -> nn.Module:
-    """A copy of ``module`` in evaluation mode. It copies tensors that a forward left on the module
-    too, as old-style weight and spectral norm do, which `copy.deepcopy` alone refuses."""
+    """A copy of ``module`` in evaluation mode. Unlike `copy.deepcopy` it also copies tensors that a
+    forward left on the module, as old-style weight and spectral norm do."""
     memo: dict[int, Any] = {}
     for part in module.modules():
         for tensor in (*vars(part).values(), *part._buffers.values()):
@@ -83,9 +83,9 @@ def freeze(module: nn.Module, *, persistent: bool = False) -> nn.Module:
     TorchScript module, an :class:`Unregistered` around it.
 
     Args:
-        persistent: whether the tensors belong into a ``state_dict()``.
+        persistent: whether the tensors are part of a ``state_dict()``.
     """
-    for weight in module.parameters():  # not module.requires_grad_, which TorchScript's lack
+    for weight in module.parameters():  # TorchScript modules lack requires_grad_
         weight.requires_grad_(False)
     if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
         return Unregistered(module)
@@ -110,8 +110,8 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def floating_type(module: nn.Module) -> torch.dtype:
-    """The floating type that a module computes in: that of its parameters, of its buffers if it has
-    none, float32 without either; of several types the one that holds all."""
+    """The floating type that a module computes in: the common type of its parameters, else of its
+    buffers, else float32."""
     for tensors in (module.parameters(), module.buffers()):
         if dtypes := {t.dtype for t in tensors if t.is_floating_point()}:
             dtype = dtypes.pop()
@@ -135,8 +135,8 @@ def digest(module: nn.Module) -> str:
 
 
 class HoldsFrozen(nn.Module):
-    """Base of losses with frozen parts. It loads a state_dict that holds their weights, as those of
-    earlier versions do; the weights are not taken over, and where they differ a warning says so."""
+    """Base of losses with frozen parts. It accepts a state_dict with frozen weights, as earlier
+    versions wrote, but keeps its own weights and warns if they differ."""
 
     frozen_parts: tuple[str, ...] = ()
 

@@ -25,9 +25,8 @@ class HFDiffLoss(nn.Module):
     Args:
         extractor, input_range, backend: as in :class:`MGHFLoss`.
         embedder: any callable from images (B, 3, H, W) to embeddings (B, D) or (B, T, D), such as a
-            frozen DINO-v2 with its own preprocessing; ``None`` leaves the JS term out. A module is
-            used as it is, but put into evaluation mode and kept there; whether its weights train is
-            yours to say.
+            frozen DINO-v2 with its own preprocessing; ``None`` omits the JS term. A module is used
+            without a copy and kept in evaluation mode; freezing its weights is up to the caller.
         eta1: weight of HF.
         eta2: weight of JS.
         reduction: ``"mean"`` for a scalar, ``"none"`` for one value per image, (B,).
@@ -62,7 +61,7 @@ class HFDiffLoss(nn.Module):
     def train(self, mode: bool = True) -> HFDiffLoss:
         super().train(mode)
         if isinstance(self.embedder, nn.Module):
-            self.embedder.eval()  # dropout would be another embedding in every call
+            self.embedder.eval()  # with dropout every call would give another embedding
         return self
 
     def terms(
@@ -76,7 +75,7 @@ class HFDiffLoss(nn.Module):
         terms = {"hf": self.perceptual(sr, gt)}
         total = self.eta1 * terms["hf"]
         if self.embedder is not None:
-            # Copies, for an embedder may begin with a layer that works in place.
+            # Copies, because an embedder may begin with an in-place layer.
             with torch.no_grad():
                 target = self.embedder(gt.detach().clone())
             terms["js"] = functional.js_divergence_loss(
@@ -105,8 +104,8 @@ class HFDiffLoss(nn.Module):
         """The loss, a scalar or (B,).
 
         Args:
-            sr: super-resolved image, (B, 3, H, W); in distillation the image ``distillation.sr``
-                out of the consistency cycle.
+            sr: super-resolved image, (B, 3, H, W); in distillation ``distillation.sr``, the image
+                from the consistency cycle.
             gt: ground truth, same shape. Gets no gradient.
             distillation: from :func:`distillation_terms`; ``None`` for plain fine-tuning with the
                 perceptual and distribution terms alone.

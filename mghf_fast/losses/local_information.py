@@ -21,23 +21,23 @@ class LocalInformationLoss(HoldsFrozen):
     """LIP: projected patches of every map, contrasted with transported negatives (MGHF eq. 8).
 
     Args:
-        patch_size: side of a patch in image pixels: 32, or ``"auto"``: the largest of 32, 16 and 8
-            that fits the image, with the stride scaled alike, for small images and latents.
+        patch_size: side of a patch in image pixels: 32; or, for small images and latents,
+            ``"auto"``: the largest of 32, 16 and 8 that fits the image, the stride in proportion.
         stride: distance between patches in image pixels, at ``patch_size`` 32.
         temperature, epsilon, iterations, negative_weight, cost, plan_gradient: as in
             :func:`functional.monce_loss`.
-        patch_reduction: over a map's patches, ``"mean"`` or ``"sum"`` (eq. 8 literally); over maps
-            always the mean.
-        trainable_projection: train the projection along; by default it is random and frozen: its
-            weights are buffers then, which no optimizer gets hold of.
-        seed: of the projection.
+        patch_reduction: over a map's patches, ``"mean"`` or ``"sum"`` (eq. 8 literally); maps are
+            always averaged.
+        trainable_projection: train the projection too; by default it is random and frozen, its
+            weights being buffers that no optimizer sees.
+        seed: seed of the projection.
         reduction: ``"mean"`` for a scalar, ``"none"`` for (B,).
         backend: ``"auto"`` or a backend's name.
-        save_weights: keep the frozen projection's weights in ``state_dict()``; the seed gives them
-            again. (Those of a trainable one are always there.)
-        downscale: image pixels to a pixel of the features, on each side; it must divide
-            ``patch_size`` and ``stride``. ``"auto"`` takes of its patches those of at least 2
-            pixels of the features and rounds their strides down to whole ones.
+        save_weights: keep the frozen projection's weights in ``state_dict()``, although the seed
+            reproduces them. (A trainable projection's are always there.)
+        downscale: image pixels per pixel of the features, along each side; it must divide
+            ``patch_size`` and ``stride``. ``"auto"`` uses only patches of at least 2 pixels of the
+            features and rounds their strides down to whole pixels.
     """
 
     def __init__(
@@ -69,8 +69,8 @@ class LocalInformationLoss(HoldsFrozen):
         automatic = _auto_sizes(downscale)
         if patch_size == "auto" and not automatic:
             raise ValueError(
-                f"patch_size 'auto' takes features at 1/{AUTO_PATCH_SIZES[0] // 2} of the "
-                f"resolution at the least, got the extractor's downscale {downscale}"
+                f"patch_size 'auto' needs features at 1/{AUTO_PATCH_SIZES[0] // 2} of the "
+                f"resolution or more, got the extractor's downscale {downscale}"
             )
         largest = patch_size if isinstance(patch_size, int) else AUTO_PATCH_SIZES[0]
         if largest % downscale or stride % downscale:
@@ -90,7 +90,7 @@ class LocalInformationLoss(HoldsFrozen):
         self.temperature, self.epsilon, self.iterations = temperature, epsilon, iterations
         self.negative_weight, self.cost, self.plan_gradient = negative_weight, cost, plan_gradient
         self.patch_reduction, self.reduction, self.backend = patch_reduction, reduction, backend
-        # From the side of a patch to the stride, in pixels of the features.
+        # Side of a patch -> stride, in pixels of the features.
         if isinstance(patch_size, int):
             strides = {patch_size // downscale: stride // downscale}
         else:
@@ -111,10 +111,10 @@ class LocalInformationLoss(HoldsFrozen):
             self.frozen_parts = () if save_weights else ("projections",)
 
     def check_size(self, height: int, width: int) -> None:
-        """Refuses an image, sides in pixels, that holds no patch.
+        """Checks that an image of these sides in pixels holds a patch.
 
         Raises:
-            ValueError: a side is below the smallest patch's.
+            ValueError: a side is smaller than the smallest patch.
         """
         least = min(int(size) for size in self.projections)
         if min(height, width) < least:
@@ -137,7 +137,7 @@ class LocalInformationLoss(HoldsFrozen):
         """Features of the super-resolved image and of the ground truth, (B, C, H, W) each.
 
         Raises:
-            ValueError: H or W times ``downscale`` is below a patch's side.
+            ValueError: H or W times ``downscale`` is smaller than a patch.
         """
         check.check_tensor("sr", sr, "(B, C, H, W)")
         check.check_tensor("gt", gt, "(B, C, H, W)")

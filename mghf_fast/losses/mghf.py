@@ -69,54 +69,53 @@ class MGHFLoss(HoldsFrozen):
 
     Args:
         variant: ``"c"`` comprehensive or ``"n"`` naive.
-        preset: ``"balanced"``, in which every term has a say; ``"2026"`` or ``"2025"``, the
-            published weights, also as numbers; or a :class:`Preset` of one's own.
-        extractor: any module (B, 3, H, W) -> (B, C, h, w); a frozen copy of it is kept, in
-            evaluation mode and with buffers for parameters, as a DataParallel replica has; the
-            module itself stays as it is. One whose features are at 1/r of the image's resolution
-            says so by an integer attribute ``downscale``, as :class:`DetailFeatureExtractor` does;
-            without it a pixel of the features counts as one of the image. Or a name:
-            ``"perceptual-v1"``, which ``None`` means too, trained to have a perceptual metric's
-            distances, behind a squeeze by 4; ``"procedural-v1"``, trained on procedural textures
-            alone; or ``"random"``, an untrained one with the curved start and a fixed seed.
+        preset: ``"balanced"``, in which every term contributes; ``"2026"`` or ``"2025"``, the
+            published weights, also given as integers; or a custom :class:`Preset`.
+        extractor: a module, a name or a file. A module (B, 3, H, W) -> (B, C, h, w) is copied; the
+            copy is frozen, in evaluation mode, with buffers in place of parameters. If its features
+            are at 1/r of the image's resolution, it needs the integer attribute ``downscale`` = r,
+            as :class:`DetailFeatureExtractor` has; the default is 1. Names are
+            ``"perceptual-v1"``, the default (``None``), trained to reproduce a perceptual metric's
+            distances, with a squeeze by 4; ``"procedural-v1"``, trained on procedural textures
+            only; and ``"random"``, untrained, with the curved start and a fixed seed.
             (PyTorch's own initialisation, with which MGHF-n is close to an MSE of pixels, is
-            ``DetailFeatureExtractor(init="linear", clamp=None)``.) Or the path of a file that
-            :meth:`DetailFeatureExtractor.save_pretrained` wrote, ``*.safetensors``.
+            ``DetailFeatureExtractor(init="linear", clamp=None)``.) A file is the path of
+            ``*.safetensors`` from :meth:`DetailFeatureExtractor.save_pretrained`.
         top_m: feature maps kept by the entropy score; default C // 2.
         reduction: ``"mean"`` for a scalar, ``"none"`` for one value per image, (B,).
         input_range: ``"0,1"`` maps images from [0, 1] to the [-1, 1] an extractor is trained on;
             ``"-1,1"`` and ``None`` pass them on unchanged. ``"0, 1"``, ``[0, 1]`` and ``(0, 1)``
-            mean the same. Nothing is clamped. With a range named, the first ``gt`` of all is looked
-            at (that one alone, as the look waits for a GPU; not in a compiled call), and values
-            that lie outside by more than half the range give one warning.
+            mean the same. Nothing is clamped. If a range is given, the first ``gt`` is checked
+            (only the first, because the check waits for the GPU; not in a compiled call): values
+            outside the range by more than half its width give one warning.
         backend: ``"auto"`` or a backend's name, for every op of the loss.
-        patch_size: of the local term, 32 or ``"auto"`` for images below 32 pixels: in image pixels,
-            like the preset's stride. The extractor's ``downscale`` must divide both.
+        patch_size: side of the local term's patches in image pixels, like the preset's stride: 32,
+            or ``"auto"`` for images below 32 pixels. ``downscale`` must divide both.
         save_weights: keep the weights of extractor and projection in ``state_dict()``, and load
-            them from there. By default a checkpoint holds none of them, and those of one that does
-            are dropped, with a warning if they are not this loss's.
+            them from there. By default a checkpoint holds none of them; weights in a checkpoint are
+            ignored, with a warning if they differ from this loss's.
 
-    ``loss.gammas = (0.28, 1, 8e-3)`` sets Gamma1 to Gamma3 between two steps. A compiled loss takes
-    the new numbers without being compiled again, unless a term is switched on or off thereby.
+    ``loss.gammas = (0.28, 1, 8e-3)`` sets Gamma1 to Gamma3 between steps. A compiled loss uses the
+    new values without being recompiled, unless they switch a term on or off.
 
-    A term of MGHF-c whose weight is 0 is not computed; but the content-style terms come out of one
-    op, MGHF-n included, which runs if one of the three has a weight. Images of which a side is no
-    multiple of ``downscale`` are continued by the extractor, patches included.
+    A term of MGHF-c with weight 0 is not computed; but MGHF-n and the content-style terms are the
+    results of one op, which runs if any content-style term has a weight. The extractor pads images
+    with a side that is no multiple of ``downscale``; patches cover the padding too.
 
-    It computes in float32, or the other type of an extractor's own weights, until the loss is cast,
-    also under autocast; ``sr`` and ``gt`` may be of any two floating types. No gradient reaches
-    ``gt``, which must not ask for one that ``sr`` does not ask for, or the extractor, whose weights
-    no parent and no optimizer can train. A NaN or an infinity in an image gives a NaN loss.
+    The loss computes in float32, or in the type of the extractor's own weights, until it is cast,
+    also under autocast; ``sr`` and ``gt`` may have different floating types. No gradient reaches
+    ``gt``, which must not require one if ``sr`` does not, or the extractor, whose weights no parent
+    module and no optimizer can train. A NaN or an infinity in an image gives a NaN loss.
 
-    An image that is even (all black, say) where ``gt`` is not has a gradient many thousand times
-    the usual, for the correlation divides by its deviation, floored at 1e-4, and the local term by
-    the length of an embedding: by the formulas, so clip gradients where a batch may hold one.
+    For a uniform image (such as all black) with a non-uniform ``gt`` the gradient is many thousand
+    times the usual one: the correlation divides by the image's deviation, floored at 1e-4, and the
+    local term by the length of an embedding. Clip gradients if a batch may hold such an image.
 
     `torch.export` of an example whose maps hold a single patch (32 to 55 pixels) makes "one patch"
     part of the program, which then refuses larger images: export from a larger example.
 
-    Beside L1 on images of 0 to 1 a weight of 0.1 sends a gradient about three times as long as
-    L1's; of ``variant="n"`` one of 0.04 does (``docs/features.md``).
+    Added to L1 on images in [0, 1], a weight of 0.1 gives a gradient about three times as long as
+    L1's; for ``variant="n"`` a weight of 0.04 does (``docs/features.md``).
 
     >>> loss = mghf_fast.MGHFLoss(input_range="0,1")
     >>> (l1(sr, gt) + 0.1 * loss(sr, gt)).backward()
@@ -144,12 +143,12 @@ class MGHFLoss(HoldsFrozen):
             top_m = check.check_integer("top_m", top_m, 1, getattr(network, "channels", None))
         self.variant, self.reduction = variant, reduction
         self.input_range = read_range(input_range)
-        # A list, so that DataParallel's replicas, which are shallow copies, look no second time.
+        # A list, so that DataParallel's replicas, which are shallow copies, share it.
         self._range_unchecked = [True] if self.input_range else []
         self.backend = check_backend(backend)
         self._downscale = downscale_of(network)
-        # The type and the device of the computation: it follows .to() and casts, and a replica has
-        # it, whatever the extractor is made of.
+        # Has the type and device of the computation: a buffer follows .to() and casts, and replicas
+        # have it, whatever the extractor consists of.
         likeness = torch.zeros((), dtype=floating_type(network))
         self.register_buffer("_likeness", likeness, persistent=False)
         self._likeness: Tensor
@@ -162,7 +161,7 @@ class MGHFLoss(HoldsFrozen):
         self._gammas = (gamma1, gamma2, gamma3)
         self._active = self._weighted()
         self._steps = step.Steps()
-        # The same for compiled code, to which a Python number is a constant.
+        # The same as a tensor for compiled code, in which a Python number is a constant.
         gammas = torch.tensor(self._gammas, dtype=torch.float64, device=self._likeness.device)
         self.register_buffer("_gamma_tensor", gammas, persistent=False)
         self._gamma_tensor: Tensor
@@ -191,18 +190,18 @@ class MGHFLoss(HoldsFrozen):
         except ValueError as error:
             if "lip" in self._active:
                 raise
-            # Patches that do not fit the features matter only once the local term has a weight.
+            # Unsuitable patches are an error only once the local term has a weight.
             self._local_problem = str(error)
             self.local_information = make_local(1)
 
     @property
     def gammas(self) -> tuple[float, float, float]:
-        """Gamma1 to Gamma3 of MGHF-c. They can be set, to three numbers; where one changes from or
-        to 0, its term is left out or computed from then on.
+        """Gamma1 to Gamma3 of MGHF-c. They can be set to three numbers; a term with weight 0 is not
+        computed.
 
         Raises:
-            ValueError: not three finite numbers; or the first weight of a local term whose patches
-                do not fit the extractor's ``downscale``.
+            ValueError: not three finite numbers; or a weight for the local term although its
+                patches do not fit the extractor's ``downscale``.
         """
         return self._gammas
 
@@ -218,7 +217,7 @@ class MGHFLoss(HoldsFrozen):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MGHFLoss:
         super()._apply(fn, recurse)
         gammas = self._gamma_tensor
-        if gammas.dtype != torch.float64:  # a cast of the loss is none of its weights
+        if gammas.dtype != torch.float64:  # a cast of the loss must not round its weights
             values = torch.tensor(self._gammas, dtype=torch.float64)
             self._gamma_tensor = values.to(gammas.device)
         return self
@@ -241,12 +240,12 @@ class MGHFLoss(HoldsFrozen):
         if isinstance(self.extractor, DetailFeatureExtractor):
             features: Tensor = self.extractor(image, backend=self.backend)
         else:
-            # A copy, for a foreign module may begin with a layer that works in place.
+            # A copy, because another module may begin with an in-place layer.
             features = self.extractor(image if self.input_range == "0,1" else image.clone())
         return features
 
     def _check_range(self, gt: Tensor) -> None:
-        """One warning, by the first image, for one that lies far outside the named range."""
+        """Warns if the first ``gt`` is far outside the configured range; ignores later ones."""
         if gt.device.type == "meta" or check.is_traced() or not self._range_unchecked:
             return
         if gt.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -259,12 +258,12 @@ class MGHFLoss(HoldsFrozen):
         if least < low - margin or most > high + margin:
             warnings.warn(
                 f"input_range is {self.input_range!r}, but gt reaches from {least:.3g} to "
-                f"{most:.3g}: the loss of images in another range has another scale",
+                f"{most:.3g}: images in another range change the scale of the loss",
                 stacklevel=2,
             )
 
     def _outputs(self, sr: Tensor, gt: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The total, reduced, and the terms that were computed, (B,) each."""
+        """The reduced total and the computed terms, (B,) each."""
         for name, image in (("sr", sr), ("gt", gt)):
             check.check_tensor(name, image, "(B, 3, H, W)", tangents=True)
         check.check_pair("sr", sr, "gt", gt)
@@ -276,7 +275,8 @@ class MGHFLoss(HoldsFrozen):
         if "lip" in self._active and self._downscale > 1:
             self.local_information.check_size(sr.shape[2], sr.shape[3])  # before it is padded
         weighted = self._active
-        # The projection sees only pixels that a patch covers, so alone it is checked for NaN.
+        # The local term alone takes the other path, which checks for NaN: patches need not cover
+        # every pixel.
         eager = weighted and weighted != ["lip"] and step.applies(sr, gt)
         autocast = autocasting(sr.device.type)
         with without_autocast(sr.device.type) if autocast else contextlib.nullcontext():
@@ -295,8 +295,8 @@ class MGHFLoss(HoldsFrozen):
             return total, terms
 
     def _compare(self, sr: Tensor, gt: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The total of two stacks of features, reduced, and the terms that have a weight, (B,)
-        each, put together from operators."""
+        """The reduced total and the terms with a weight, (B,) each, of two stacks of features,
+        composed of the library's operators."""
         terms: dict[str, Tensor] = {}
         parts: list[Tensor] = []
         gammas: Sequence[Tensor | float] = self._gammas
@@ -323,12 +323,11 @@ class MGHFLoss(HoldsFrozen):
         return x.mean() if self.reduction == "mean" else x
 
     def terms(self, sr: Tensor, gt: Tensor) -> dict[str, Tensor]:
-        """Every term by name, reduced like the loss and not yet weighted by the preset.
+        """Every term by name, reduced like the loss but not weighted by the preset.
 
         ``total`` is the loss itself. For ``variant="c"``: ``naive``, ``csc`` (the weighted sum of
-        ``csc_mse``, ``csc_correlation`` and ``csc_gram``) and ``lip``, as far as the preset gives
-        them a weight that is not 0 (``csc`` if it does to one of the three); for ``"n"``:
-        ``naive``.
+        ``csc_mse``, ``csc_correlation`` and ``csc_gram``) and ``lip``, each if the preset's weight
+        for it is not 0 (``csc`` if that of any of its three is not); for ``"n"``: ``naive``.
         """
         total, found = self._outputs(sr, gt)
         weighted = {*self._active, "csc"}
@@ -344,13 +343,13 @@ class MGHFLoss(HoldsFrozen):
         Raises:
             TypeError: not tensors, or not floating-point.
             ValueError: shapes or devices differ, channels do not fit the extractor, the image or
-                its features are smaller than a patch, or ``gt`` asks for a gradient and ``sr`` does
-                not: the two are swapped.
+                its features are smaller than a patch, or only ``gt`` requires a gradient, as when
+                the two are swapped.
         """
         return self._outputs(sr, gt)[0]
 
     def __repr__(self) -> str:
-        """One line: with the extractor's weights' digest, by which two losses can be told apart."""
+        """One line, with a digest of the extractor's weights that distinguishes losses."""
         parts: dict[str, Any] = {"variant": repr(self.variant)}
         if self.variant == "c":
             parts |= {

@@ -1,4 +1,4 @@
-"""Options of a loss as users and configuration files write them, read into what they mean."""
+"""Parses a loss's options as users and configuration files write them."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ RANGES = {"0,1": (0.0, 1.0), "-1,1": (-1.0, 1.0)}
 
 @dataclass(frozen=True)
 class Preset:
-    """The weights of MGHF-c: ``gammas`` of the naive, content-style and local terms (Gamma 1 to 3),
-    ``betas`` within content-style, ``alpha`` and ``gamma`` of the entropy weights, patch ``stride``
-    in pixels."""
+    """The weights of MGHF-c: ``gammas`` for the naive, content-style and local terms (Gamma1 to
+    Gamma3), ``betas`` within content-style, ``alpha`` and ``gamma`` for the entropy weights; and
+    the patches' ``stride`` in pixels."""
 
     gammas: tuple[float, float, float]
     betas: tuple[float, float, float]
@@ -34,14 +34,14 @@ class Preset:
     stride: int
 
     def factors(self) -> dict[str, float]:
-        """What the total takes each term times, by the names of :meth:`MGHFLoss.terms`."""
+        """Each term's factor in the total, by the names of :meth:`MGHFLoss.terms`."""
         return factors(self.gammas, self.betas)
 
 
 def factors(
     gammas: tuple[float, float, float], betas: tuple[float, float, float]
 ) -> dict[str, float]:
-    """What MGHF-c takes each term times, by name."""
+    """Each term's factor in MGHF-c, by name."""
     (gamma1, gamma2, gamma3), (beta1, beta2, beta3) = gammas, betas
     return {
         "naive": gamma1,
@@ -58,13 +58,13 @@ PRESETS = {
     "2025": Preset((2, 1.5, 1e-3), (0.1333, 1, 0.1333), 1.1, 2**0.5, 16),
 }
 """The published weights, by the year of the paper; and ``"balanced"``, for the features of
-``perceptual-v1``: of the gradients' lengths the naive term has three fifths and the others 3 to 24
-per cent each, for crops from 64 to 256 pixels (``docs/features.md``)."""
+``perceptual-v1``: the naive term contributes three fifths of the gradients' lengths and the others
+3 to 24 per cent each, for crops from 64 to 256 pixels (``docs/features.md``)."""
 
 
 RANDOM = "random"
 DEFAULT_EXTRACTOR = "perceptual-v1"
-"""The extractor of a loss that is given none: ``RANDOM``, or a name of :mod:`mghf_fast.weights`."""
+"""The default extractor of a loss: ``RANDOM``, or a name of :mod:`mghf_fast.weights`."""
 DEFAULT_PRESET = "balanced"
 
 
@@ -77,23 +77,23 @@ def random_extractor() -> DetailFeatureExtractor:
 
 
 def default_extractor() -> DetailFeatureExtractor:
-    """The extractor of a loss that is given none."""
+    """The default extractor of a loss."""
     return named_extractor(DEFAULT_EXTRACTOR)
 
 
 def named_extractor(name: str) -> DetailFeatureExtractor:
-    """``"random"`` or weights that ship, by their name."""
+    """The extractor ``"random"``, or one of the shipped weights, by name."""
     check.check_choice("extractor", name, (RANDOM, *weights.SHA256))
     return random_extractor() if name == RANDOM else DetailFeatureExtractor.from_pretrained(name)
 
 
 def read_extractor(value: Any) -> tuple[nn.Module, str]:
-    """The extractor that a loss may keep, in evaluation mode, and what to call it: of a module a
-    copy; of a name or of a path to a safetensors file what it stands for.
+    """The extractor for a loss to keep, in evaluation mode, and its name for display. ``value`` is
+    a module, which is copied, a name, a path to a safetensors file, or None.
 
     Raises:
         FileNotFoundError, ValueError: no such file; neither a name nor a safetensors file.
-        TypeError: something else.
+        TypeError: ``value`` has another type.
     """
     if value is None:
         value = DEFAULT_EXTRACTOR
@@ -117,7 +117,7 @@ def read_extractor(value: Any) -> tuple[nn.Module, str]:
 
 
 def read_preset(value: Any) -> tuple[Preset, str]:
-    """A preset by its name, which may be a number, or one's own; and what to call it."""
+    """A preset, and its name for display, from its name, its year as an integer, or a `Preset`."""
     if isinstance(value, Preset):
         gammas = check.check_numbers("preset.gammas", value.gammas, 3)
         betas = check.check_numbers("preset.betas", value.betas, 3)
@@ -141,8 +141,8 @@ def read_preset(value: Any) -> tuple[Preset, str]:
 
 
 def read_range(value: Any) -> str | None:
-    """``"0,1"``, ``"-1,1"`` or None, from a string with or without spaces and brackets, or from two
-    numbers."""
+    """``"0,1"``, ``"-1,1"`` or None, from None, a string with or without spaces and brackets, or
+    two numbers."""
     if value is None:
         return None
     bounds: tuple[float, ...] = ()
@@ -162,11 +162,11 @@ def read_range(value: Any) -> str | None:
 
 
 def downscale_of(extractor: nn.Module) -> int:
-    """Image pixels to a pixel of the extractor's features: its attribute ``downscale``, 1 without
-    (a layer of that name says nothing).
+    """Image pixels per pixel of the extractor's features: its attribute ``downscale``, by default 1
+    (a layer of that name is ignored).
 
     Raises:
-        TypeError, ValueError: the attribute is a number, but no integer of 1 or more.
+        TypeError, ValueError: the attribute is a number but not an integer of 1 or more.
     """
     downscale = getattr(extractor, "downscale", 1)
     if isinstance(downscale, (nn.Module, torch.Tensor)) or not hasattr(downscale, "__int__"):

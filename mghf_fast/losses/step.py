@@ -1,14 +1,14 @@
 """A step of :class:`MGHFLoss` in two autograd nodes, for calls that nothing traces.
 
-Put together from operators a step costs milliseconds of Python, more than a GPU needs for its
-kernels. The nodes here call the chosen backends themselves: :class:`_Extract` goes from the images
-to their features, :class:`_Compare` from the features to the terms and the total. There are two so
-that the features are released before the blocks are differentiated. A node owns the gradient that
-it makes, and may add to it in place.
+Composed of operators, a step costs milliseconds of Python, more than its kernels take on a GPU. The
+nodes here call the chosen backends directly: :class:`_Extract` maps the images to their features,
+:class:`_Compare` the features to the terms and the total. There are two so that the features are
+released before the blocks are differentiated. A node owns the gradient that it allocates, and may
+add to it in place.
 
-Backends are chosen, and frozen weights folded and packed, once for a size, type and device. Second
-derivatives and gradients with a batch dimension differentiate the loss that is put together from
-operators, which torch.compile, torch.export, torch.jit.trace and dispatch modes see too.
+Backends are chosen, and frozen weights folded and packed, once per size, type and device. Second
+derivatives, gradients with a batch dimension, torch.compile, torch.export, torch.jit.trace and
+dispatch modes use the loss composed of operators instead.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ if TYPE_CHECKING:
     from .mghf import MGHFLoss
 
 TOGETHER = 1 << 20
-"""Elements of a stack of features up to which both images go through the blocks as one batch: half
-of the launches, at the price of a copy of the images and of keeping the blocks' inputs of gt."""
+"""Up to so many elements in a stack of features both images go through the blocks as one batch:
+half of the launches, at the price of copying the images and saving the blocks' inputs for gt."""
 
 MOST_PLANS = 16
 
 Again = Callable[..., Sequence[Tensor]]
-"""The outputs of a node, put together from operators."""
+"""Computes a node's outputs by the library's operators."""
 
 
 def applies(sr: Tensor, gt: Tensor) -> bool:
-    """Whether these are plain tensors with memory that nothing traces or transforms."""
+    """Whether these are ordinary tensors with storage, not subject to tracing or transforms."""
     plain = (Tensor, nn.Parameter)
     return (
         not torch.compiler.is_compiling()
@@ -61,8 +61,8 @@ def applies(sr: Tensor, gt: Tensor) -> bool:
 
 
 def _capturing(x: Tensor) -> bool:
-    """Whether a CUDA graph is recorded, in which nothing can be planned: a plan copies numbers to
-    the GPU, and a kernel on trial waits for it."""
+    """Whether a CUDA graph is being captured, which rules out making a plan: that copies numbers to
+    the GPU, and a kernel's trial waits for it."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
@@ -72,7 +72,7 @@ def _version(x: Tensor) -> int:
 
 
 class _Weights:
-    """Which tensors a plan was made with: it is for these, as they were then."""
+    """Identifies the tensors, and their versions, for which a plan was made."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._modules = list(modules)
@@ -103,15 +103,15 @@ class _Extraction:
     weights: _Weights
     squeeze: SqueezeStem | None
     blocks: list[tuple[PackedWeights, tuple[Any, ...]]]
-    """Of each block its weights, and activation, sub-network and clamp."""
+    """Each block's weights, and its activation, sub-network and clamp."""
     coupling: Implementation
     together: bool
     dtype: torch.dtype
     from_unit_range: bool
-    """Whether images of 0 to 1 are brought to -1 to 1 first."""
+    """Whether images are mapped from [0, 1] to [-1, 1] first."""
 
     def prepared(self, images: Sequence[Tensor]) -> Tensor:
-        """The images, one after the other, as the stem takes them."""
+        """The images, concatenated, in the form that the stem takes."""
         x = images[0].to(self.dtype)
         if len(images) > 1:
             x = torch.cat((x, images[1].to(self.dtype)))
@@ -120,7 +120,7 @@ class _Extraction:
         return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
 
     def features(self, images: Sequence[Tensor], inputs: list[Tensor] | None) -> Tensor:
-        """Of the images one after the other. What the blocks start from goes into ``inputs``."""
+        """Features of the concatenated images. Appends each block's input to ``inputs``."""
         x = self.prepared(images)
         if self.squeeze is not None:
             x = self.squeeze.lifted(x)
@@ -131,7 +131,7 @@ class _Extraction:
         return x
 
     def gradient(self, grad: Tensor, inputs: list[Tensor], sr: Tensor) -> Tensor:
-        """Of the image, from that of its features. Empties ``inputs``."""
+        """The gradient in the image from that in its features. Empties ``inputs``."""
         for weights, options in reversed(self.blocks):
             grad = self.coupling.backward(grad, inputs.pop(), weights, *options, False)[0]
         if self.squeeze is not None:
@@ -140,14 +140,14 @@ class _Extraction:
 
 
 def _keeps_graph() -> bool:
-    """Whether the backward that runs may be followed by another one of the same graph."""
+    """Whether the running backward retains the graph for another one."""
     asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return asked is None or bool(asked())
 
 
 def _taken(ctx: Any) -> list[Tensor]:
-    """What a node has kept of its own, beside what autograd saves. Unless the graph stays the
-    caller alone has it then, and gives memory back as soon as a tensor is done with."""
+    """The tensors that a node has saved besides autograd's. Unless the graph is retained, the node
+    drops its references, so that the caller frees each tensor once it is no longer needed."""
     kept: list[Tensor] = ctx.kept
     if _keeps_graph():
         return list(kept)
@@ -156,7 +156,7 @@ def _taken(ctx: Any) -> list[Tensor]:
 
 
 class _Extract(torch.autograd.Function):
-    """The features of both images; the gradient of the first."""
+    """Images -> features of both; differentiable in the first image."""
 
     @staticmethod
     def forward(
@@ -188,21 +188,21 @@ class _Extract(torch.autograd.Function):
 
 @dataclasses.dataclass
 class _Comparison:
-    """The terms of two stacks of features of one size, and how the total weighs them."""
+    """The terms of two stacks of features of one size, and their weights in the total."""
 
     names: tuple[str, ...]
-    """Of the terms that are computed: ``naive`` always, and those with a weight."""
+    """Names of the computed terms: ``naive`` always, and those with a weight."""
     mean: bool
     """Whether the total is the mean over the images."""
     style: Implementation
     style_options: tuple[Any, ...]
     factors: Tensor | None
-    """(terms, 1): what the total takes each term times; None if it is ``naive`` itself."""
+    """(terms, 1): each term's factor in the total; None if the total is ``naive`` itself."""
     gradients: Tensor
-    """(terms, 1): the gradients in the terms for a gradient of 1 in the total. Of ``lip``, in each
-    of the losses that it is the mean of."""
+    """(terms, 1): the gradients in the terms for a gradient of 1 in the total; for ``lip``, that in
+    each of the losses over which it is a mean."""
     none: Tensor
-    """(B,) zeros, the gradient in a term without a weight."""
+    """(B,) zeros: the gradient in a term without a weight."""
     weights: _Weights | None = None
     patches: Implementation | None = None
     patches_options: tuple[Any, ...] = ()
@@ -211,7 +211,7 @@ class _Comparison:
 
 
 class _Compare(torch.autograd.Function):
-    """The total, (B,) or its mean, and the terms, (B,) each, as the comparison names them."""
+    """Features -> the total, (B,) or its mean, and the comparison's terms in order, (B,) each."""
 
     @staticmethod
     def forward(
@@ -227,7 +227,7 @@ class _Compare(torch.autograd.Function):
             found["lip"] = losses.view(images, -1).mean(1)
             kept += [query, state, key, iterates]
         terms = [found[name] for name in plan.names]
-        # A total that is MGHF-n alone is another view of it.
+        # If the total is MGHF-n alone, it is another view of the same tensor.
         total = naive.view(-1)
         if plan.factors is not None:
             total = (torch.stack(terms) * plan.factors).sum(0)
@@ -268,8 +268,8 @@ class _Compare(torch.autograd.Function):
         of_losses = in_terms["lip"].view(images, 1, 1)
         of_losses = of_losses.expand(-1, query.shape[0] // images, query.shape[1])
         of_losses = of_losses.reshape(query.shape[:2])
-        # First, as it needs the most memory beside the features. Then memory is given back, unless
-        # the graph stays.
+        # First, because it needs the most memory besides the features; its memory is freed
+        # afterwards, unless the graph is retained.
         grad_query = plan.monce.backward(of_losses, query, key, iterates, *plan.monce_options)
         del kept, key, iterates, of_losses
         grad_sr = plan.style.backward(*of_style, gt, sr, *statistics, plan.style_options[-1])
@@ -281,7 +281,7 @@ class _Compare(torch.autograd.Function):
 def _differentiated(
     again: Again, inputs: Sequence[Tensor], grads: Sequence[Tensor | None]
 ) -> Tensor:
-    """The gradient in the first of a node's inputs, by the operators."""
+    """The gradient in a node's first input, computed by the operators."""
     keep = torch.is_grad_enabled()
     with torch.enable_grad():
         outputs = again(*inputs)
@@ -295,7 +295,7 @@ def _differentiated(
 
 
 class Steps:
-    """What has been decided for a loss, by size, type and device. Neither copied nor pickled."""
+    """A loss's plans, by size, type and device. Neither copied nor pickled."""
 
     def __init__(self) -> None:
         self._plans: dict[Any, tuple[nn.Module, Any]] = {}
@@ -307,8 +307,8 @@ class Steps:
         return Steps, ()
 
     def find(self, key: Any, owner: nn.Module) -> Any:
-        """The plan of that key, if it is ``owner``'s: a replica of DataParallel shares this object,
-        and has an extractor of its own."""
+        """The plan for a key, if it is ``owner``'s: DataParallel's replicas share this object, but
+        each has its own extractor."""
         known, plan = self._plans.get(key, (None, None))
         return plan if known is owner else None
 
@@ -319,7 +319,7 @@ class Steps:
 
 
 def extract(loss: MGHFLoss, sr: Tensor, gt: Tensor) -> tuple[Tensor, Tensor]:
-    """The features of checked images."""
+    """The features of images that have been checked."""
     backend, dtype = current_backend(loss.backend), loss._likeness.dtype
     key = ("extract", backend, epoch(), sr.shape, sr.device, dtype)
     plan: _Extraction | None = loss._steps.find(key, loss.extractor)
@@ -342,7 +342,7 @@ def extract(loss: MGHFLoss, sr: Tensor, gt: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _plan_extraction(loss: MGHFLoss, sr: Tensor, backend: str) -> _Extraction | None:
-    """None where the extractor is not one that this file knows, or refuses the image."""
+    """A plan, or None if the extractor is of an unsupported kind or refuses the image."""
     extractor = loss.extractor
     if type(extractor) is not DetailFeatureExtractor:
         return None
@@ -383,12 +383,12 @@ def _plan_extraction(loss: MGHFLoss, sr: Tensor, backend: str) -> _Extraction | 
 
 
 def _of_shape(element: Tensor, *shape: int) -> Tensor:
-    """A tensor to choose a backend by, without memory of that size."""
+    """A tensor of this shape for choosing a backend, without memory of that size."""
     return element.expand(shape)
 
 
 def compare(loss: MGHFLoss, sr: Tensor, gt: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The total, reduced as the loss says, and the terms that it weighs, (B,) each, of features."""
+    """The reduced total and the weighted terms, (B,) each, of two stacks of features."""
     backend, style, local = (
         current_backend(loss.backend),
         loss.content_style,

@@ -38,7 +38,7 @@ class Bottleneck(nn.Module):
 
 
 class Conv2(nn.Module):
-    """The weights of one sub-network of two 3x3 convolutions, without biases (HF-Diff)."""
+    """The weights of one sub-network: two 3x3 convolutions without biases (HF-Diff)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -95,12 +95,13 @@ class InvertibleBlock(nn.Module):
         )
 
     def weights_after(self, stem: nn.Conv2d) -> BlockWeights:
-        """The weights with ``stem``, a 3x3 convolution in front of the block, folded into the mix:
-        of two linear layers one is left, which takes the image itself."""
+        """The weights with ``stem``, a 3x3 convolution before the block, folded into the mix: the
+        two linear layers become one, which takes the image itself."""
         weights = self.weights()
         assert stem.bias is not None
         with without_autocast(weights.mix_bias.device.type):
-            # In float64, so that rounding the product hides in which order threads add it up.
+            # In float64, so that the rounded product does not depend on the threads' summation
+            # order.
             mix, dtype = weights.mix_weight.flatten(1).double(), weights.mix_weight.dtype
             kernel = (mix @ stem.weight.flatten(1).double()).view(-1, *stem.weight.shape[1:])
             bias = mix @ stem.bias.double() + weights.mix_bias.double()
@@ -109,7 +110,7 @@ class InvertibleBlock(nn.Module):
     def forward(
         self, x: Tensor, *, stem: nn.Conv2d | None = None, backend: str | None = None
     ) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W); with a ``stem`` the block of its output.
+        """(B, C, H, W) -> (B, C, H, W); with ``stem`` the block is applied to the stem's output.
 
         Raises:
             RuntimeError: ``memory="store"`` under a backend other than ``"reference"``.
@@ -126,7 +127,7 @@ class InvertibleBlock(nn.Module):
         return functional.invertible_block(x, weights, backend=backend)
 
     def inverse(self, y: Tensor, *, backend: str | None = None) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W), the input that gives ``y``."""
+        """(B, C, H, W) -> (B, C, H, W): the input whose output is ``y``."""
         return functional.invertible_block_inverse(y, self.weights(), backend=backend)
 
     def log_det(self, x: Tensor) -> Tensor:
@@ -134,7 +135,7 @@ class InvertibleBlock(nn.Module):
         entropy, once averaged over images (MGHF eq. 29; `docs/theory.md`).
 
         The mix contributes H W log |det mix|, the couplings the sum of rho (of the clamped rho with
-        ``clamp``) over half the channels and all pixels; phi and eta contribute nothing. That needs
+        ``clamp``) over half the channels and all pixels; phi and eta contribute nothing. This needs
         no derivative of an activation, so it is exact at the kinks of ReLU6 too.
 
         Args:
@@ -163,7 +164,7 @@ class InvertibleBlock(nn.Module):
 
 
 def _check_regular(mix: Tensor) -> None:
-    """Refuses a matrix that is singular to float64, in which its determinant is taken."""
+    """Refuses a matrix that is singular in float64, in which its determinant is computed."""
     if not torch.isfinite(mix).all():
         return  # the result will be NaN
     singular = torch.linalg.svdvals(mix)
@@ -187,13 +188,14 @@ class DetailFeatureExtractor(nn.Module):
         blocks: K, number of invertible blocks.
         stem: ``"conv"``, one 3x3 with bias and zero padding; ``"residual"``, a ResNet block; or
             ``"squeeze"``, space to depth and an orthogonal lift: features at 1 / ``squeeze`` of the
-            resolution, at a ``squeeze`` squared of the cost and with as many times the field of
-            view, and the whole extractor invertible.
+            resolution, the cost divided and the field of view multiplied by ``squeeze`` squared,
+            and the whole extractor invertible.
         subnet, activation, memory, clamp: as in :class:`InvertibleBlock`.
         squeeze: r of the ``"squeeze"`` stem, 2, 4 or 8; C must be at least ``in_channels`` r^2.
-        init: ``"curved"``: on photographs of -1 to 1 the sub-networks bend and move their inputs
-            by twice their size (:mod:`mghf_fast.nn.start`). ``"linear"``: PyTorch's own, with which
-            a block is linear to three digits and the distance of its features an MSE of pixels.
+        init: ``"curved"``: nonlinear on photographs in [-1, 1], the sub-networks' outputs being
+            about twice the size of what they are added to (:mod:`mghf_fast.nn.start`).
+            ``"linear"``: PyTorch's own initialisation, with which a block is linear to three digits
+            and the distance between features is an MSE of pixels.
 
     With the defaults 72,704 parameters, 69,120 of them in the block. A new extractor is random;
     :meth:`from_pretrained` loads a trained one.
@@ -241,7 +243,7 @@ class DetailFeatureExtractor(nn.Module):
         if stem == "squeeze":
             self.config["squeeze"] = squeeze
         self.downscale = squeeze if stem == "squeeze" else 1
-        """Image pixels to a pixel of the features."""
+        """Image pixels per pixel of the features, along each side."""
         self.stem = make_stem(stem, in_channels, channels, squeeze)
         self.blocks = nn.ModuleList(
             InvertibleBlock(
@@ -264,7 +266,7 @@ class DetailFeatureExtractor(nn.Module):
 
         Returns:
             (B, C, H, W), for a ``"squeeze"`` stem (B, C, ceil(H / r), ceil(W / r)); channels_last
-            on the CPU, elsewhere in the layout that the stem gives.
+            on the CPU, elsewhere in the layout of the stem's output.
         """
         check.check_tensor("image", image, "(B, in_channels, H, W)", tangents=True)
         if image.shape[1] != self.in_channels:
@@ -274,11 +276,11 @@ class DetailFeatureExtractor(nn.Module):
                 f"DetailFeatureExtractor(in_channels={image.shape[1]})"
             )
         if image.device.type == "cpu":
-            # The features take the image's layout, and everything on the CPU, the kernels as well
-            # as PyTorch, is faster on channels_last.
+            # The features take the image's layout, and on the CPU both the kernels and PyTorch are
+            # faster on channels_last.
             image = image.contiguous(memory_format=torch.channels_last)
         first, *others = self.blocks
-        # Drawn into the first mix, the stem's features are neither computed nor kept.
+        # With the stem folded into the first mix, its features are neither computed nor saved.
         drawn_in = isinstance(self.stem, nn.Conv2d)
         x: Tensor = (
             first(image, stem=self.stem, backend=backend)
@@ -312,11 +314,11 @@ class DetailFeatureExtractor(nn.Module):
         return float(error / torch.linalg.vector_norm(features.double()))
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Writes the weights and the configuration to one file, ``*.safetensors``.
+        """Writes weights and configuration to one file, ``*.safetensors``.
 
         Raises:
-            ValueError: another file name.
-            FileExistsError: the file exists; nothing is overwritten.
+            ValueError: ``path`` has another suffix.
+            FileExistsError: ``path`` exists; nothing is overwritten.
         """
         path = Path(path)
         if path.suffix != ".safetensors":
@@ -326,24 +328,24 @@ class DetailFeatureExtractor(nn.Module):
         path.write_bytes(self.to_safetensors())
 
     def to_safetensors(self) -> bytes:
-        """The content of the file that :meth:`save_pretrained` writes; equal for equal weights."""
+        """The bytes that :meth:`save_pretrained` writes; equal for equal weights."""
         from safetensors.torch import save
 
-        # Not the state_dict, which lacks the weights of an extractor that a loss has frozen.
+        # Not state_dict(), which lacks the weights of an extractor frozen by a loss.
         tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         return save(state, metadata={"mghf_fast": json.dumps(self.config)})
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path) -> DetailFeatureExtractor:
-        """Loads an extractor by the name of weights that ship (:mod:`mghf_fast.weights`), or from a
-        safetensors file that :meth:`save_pretrained` wrote. Other formats are refused: unpickling
-        runs code. Takes nothing from torch's random numbers.
+        """Loads an extractor by the name of shipped weights (:mod:`mghf_fast.weights`), or from a
+        safetensors file that :meth:`save_pretrained` wrote. Other formats are refused, because
+        unpickling runs code. The state of torch's random generator does not change.
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: an unknown name; not a safetensors file, truncated, altered (weights that
-                ship), or not an extractor's.
+            ValueError: an unknown name; or the file is not in safetensors format, truncated, not an
+                extractor's, or, for shipped weights, altered.
         """
         if isinstance(name_or_path, str) and name_or_path in weights.SHA256:
             return cls._from_safetensors(weights.read(name_or_path), name_or_path)
@@ -367,13 +369,13 @@ class DetailFeatureExtractor(nn.Module):
             state = load(content)
         except SafetensorError as error:
             raise ValueError(f"{name!r} is not a whole safetensors file: {error}") from error
-        # The format: the header's length in 8 bytes, and the header, which has been checked now.
+        # The header's length in 8 bytes, then the header, which was checked above.
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         metadata = header.get("__metadata__", {})
         if "mghf_fast" not in metadata:
             raise ValueError(f"{name!r} holds no mghf_fast extractor: its metadata lacks one")
         try:
-            # Files of before 0.2 may be silent about the clamp, which was off then.
+            # Files from before 0.2 may not mention the clamp, which was off then.
             config = {"clamp": None, **json.loads(metadata["mghf_fast"])}
             with reproducibly():
                 extractor = cls(**config, init="linear")

@@ -1,4 +1,4 @@
-"""Weights drawn alike whatever the ambient device and dtype."""
+"""Initial weights that do not depend on the default device and dtype."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 @contextmanager
 def reproducibly(seed: int | None = None) -> Iterator[None]:
-    """Modules made within have the same weights everywhere: drawn on the CPU, as a GPU draws other
-    numbers, and in float32, whatever the ambient device and dtype; from ``seed``, if it is given.
-    The generator is put back as it was."""
+    """Modules made in this context have the same weights everywhere: they are drawn on the CPU,
+    because a GPU draws other numbers, and in float32, whatever the default device and dtype. A
+    ``seed`` is used for the context only; the generator's state is restored."""
     ambient = torch.get_default_dtype()
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         if seed is not None:
@@ -27,9 +27,9 @@ def reproducibly(seed: int | None = None) -> Iterator[None]:
 
 @torch.no_grad()
 def orthogonal(weight: Tensor, gain: float = 1.0) -> None:
-    """:func:`torch.nn.init.orthogonal_` of the same random numbers, for half precision too, in
-    which PyTorch has no QR, and with the same bits on any number of threads: a float64 QR,
-    rounded."""
+    """:func:`torch.nn.init.orthogonal_` by a float64 QR of the same random numbers, rounded: it
+    supports half precision, for which PyTorch has no QR, and gives the same bits on any number of
+    threads."""
     rows = weight.shape[0]
     dtype = torch.promote_types(weight.dtype, torch.float32)
     drawn = torch.empty(rows, weight.numel() // rows, dtype=dtype, device=weight.device).normal_()

@@ -21,7 +21,7 @@ class PatchProjection(nn.Module):
         hidden: width of the hidden layer.
         dimension: width D of an embedding.
         trainable: whether the weights get gradients; frozen by default.
-        seed: of the Xavier initialisation, so that two processes have the same projection.
+        seed: seed of the Xavier initialisation, so that all processes have the same projection.
 
     With the defaults 139,456 parameters, as in the paper.
     """

@@ -1,24 +1,24 @@
 """The weights that a new extractor starts from.
 
-PyTorch's own initialisation makes the sub-networks' outputs so small beside what they are added to
-that a block is linear to three digits, and the distance of its features an MSE of pixels: the
-picture that minimises it, when the truth is uncertain, is the blurred mean. A *curved* start draws
-every layer so that, on photographs of -1 to 1,
+With PyTorch's own initialisation the sub-networks' outputs are so small compared to what they are
+added to that a block is linear to three digits, and the distance between features is an MSE of
+pixels: if the ground truth is uncertain, the picture that minimises it is the blurred mean. The
+*curved* start draws every layer so that, on photographs in [-1, 1], root mean squares are
 
-    the input of a coupling         has a root mean square of 1,
-    every pre-activation            of 2, where ReLU6 bends on both sides,
-    the outputs of phi and eta      of 2, of rho 1/2.
+    the input of a coupling         1,
+    every pre-activation            2, where ReLU6 is nonlinear on both sides,
+    the outputs of phi and eta      2, and of rho 1/2.
 
-A linear layer whose n weights for an output have the variance g^2 / n turns a root mean square of m
-into g m, whatever the correlations of its input (over the draw of the weights); so the gains g
-follow from the second moments of the layers before, and no picture is needed.
+A linear layer with n weights per output, each of variance g^2 / n, turns a root mean square of m
+into g m in expectation over the weights, whatever the correlations of its input. So the gains g
+follow from the second moments of the preceding layers, and no picture is needed.
 
-The rule takes pre-activations for Gaussian. Those of photographs are not, and lose more to ReLU6:
-on four of them, three seeds and one block the input of the coupling has 1.0 to 1.1, pre-activations
-1.4 to 2.4, phi's output 1.4 to 1.8, eta's 1.1 to 1.6, rho's 0.3 to 0.45. Later blocks have inputs
-of 0.6 to 0.9. Between candidates shifted by a pixel, |F(mean) - mean F|^2 is 0.08 to 0.2 of the
-features' variance (three blocks behind a squeeze: 0.17 to 0.35), in the linear start 0.001 (0.003);
-it is 0.005 to 0.03 for softplus, which hardly bends within 2.
+The rule assumes Gaussian pre-activations. Those of photographs are not Gaussian, and lose more to
+ReLU6: measured on four of them with three seeds and one block, the coupling's input is 1.0 to 1.1,
+pre-activations 1.4 to 2.4, phi's output 1.4 to 1.8, eta's 1.1 to 1.6, rho's 0.3 to 0.45. Later
+blocks have inputs of 0.6 to 0.9. For candidates shifted by a pixel, |F(mean) - mean F|^2 is 0.08 to
+0.2 of the features' variance (three blocks after a squeeze: 0.17 to 0.35), with the linear start
+0.001 (0.003); it is 0.005 to 0.03 for softplus, which is nearly linear within 2.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 STARTS = ("curved", "linear")
 
 PHOTOGRAPH_RMS = 0.556
-"""Root mean square of photographs of -1 to 1: of 131 from BSDS500 and ImageNet."""
+"""Root mean square of photographs in [-1, 1], measured on 131 from BSDS500 and ImageNet."""
 PRE_ACTIVATION, SHIFT, LOG_SCALE = 2.0, 2.0, 0.5
-"""Root mean squares of pre-activations, of what phi and eta give, and of what rho gives."""
+"""Root mean squares of pre-activations, of the outputs of phi and eta, and of rho's output."""
 ACTIVATED = {"relu6": 1.411, "softplus": 1.527, "leaky_relu": 1.415}
 """Root mean square of an activation of N(0, PRE_ACTIVATION^2)."""
 
@@ -58,7 +58,7 @@ def _draw(weight: Tensor, gain: float) -> None:
 def curve_block(block: InvertibleBlock, input_rms: float) -> None:
     """Draws the weights of an :class:`InvertibleBlock` from torch's random numbers.
 
-    The mix is orthogonal times 1 / ``input_rms``, ``input_rms`` being the block's input's.
+    The mix is orthogonal, divided by ``input_rms``, the root mean square of the block's input.
     """
     orthogonal(block.mix.weight, gain=1 / input_rms)
     assert block.mix.bias is not None
@@ -79,8 +79,8 @@ def curve_block(block: InvertibleBlock, input_rms: float) -> None:
 
 @torch.no_grad()
 def curve_stem(stem: nn.Module) -> float:
-    """Draws a stem's weights so that photographs give features of a root mean square of 1, and
-    returns the one to expect."""
+    """Draws a stem's weights so that photographs give features with a root mean square of about 1,
+    and returns the expected one."""
     if isinstance(stem, nn.Conv2d):
         _draw(stem.weight, 1 / PHOTOGRAPH_RMS)
         assert stem.bias is not None
@@ -89,8 +89,8 @@ def curve_stem(stem: nn.Module) -> float:
         channels, inputs = stem.lift.weight.shape
         orthogonal(stem.lift.weight, gain=math.sqrt(channels / inputs) / PHOTOGRAPH_RMS)
     elif isinstance(stem, ResidualStem):
-        # As its batch norms bring it about once they have statistics. Either ReLU halves the mean
-        # square, the last one of the sum of two 1.
+        # As the batch norms will do once they have statistics. Each ReLU halves the mean square;
+        # the last one acts on the sum of two branches of mean square 1.
         _draw(stem.conv1.weight, 1 / PHOTOGRAPH_RMS)
         _draw(stem.conv2.weight, math.sqrt(2))
         _draw(stem.shortcut.weight, 1 / PHOTOGRAPH_RMS)

@@ -1,4 +1,4 @@
-"""What stands before the invertible blocks and gives them their channels."""
+"""The stems: layers before the invertible blocks that produce their channels."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ class ResidualStem(nn.Module):
 
 
 def reflected(x: Tensor, dim: int, count: int) -> Tensor:
-    """``x`` continued by ``count`` entries of its mirror image past the end of ``dim``, which is
-    longer than ``count``."""
-    # torch.nn.functional.pad adds up its gradient in another order on every run on a GPU.
+    """``x`` padded by reflection with ``count`` entries at the end of ``dim``, which is longer than
+    ``count``."""
+    # On a GPU the gradient of torch.nn.functional.pad is summed in a nondeterministic order.
     if not count:
         return x
     return torch.cat((x, x.narrow(dim, x.shape[dim] - 1 - count, count).flip(dim)), dim)
 
 
 def unreflected(grad: Tensor, dim: int, size: int) -> Tensor:
-    """The gradient in ``x`` of ``size`` along ``dim``, from that in ``reflected(x, dim, ...)``."""
+    """The gradient in ``x``, which has ``size`` along ``dim``, from that in the padded ``x``."""
     count = grad.shape[dim] - size
     if not count:
         return grad
@@ -49,15 +49,15 @@ def unreflected(grad: Tensor, dim: int, size: int) -> Tensor:
 
 
 class SqueezeStem(nn.Module):
-    """Space to depth, then an orthogonal lift to more channels: at 1/r of the resolution, and
+    """Space to depth, then an orthogonal lift to more channels: features at 1/r of the resolution;
     invertible.
 
     Pixel (r i + p, r j + q) of colour k becomes channel (k r + p) r + q at (i, j), the order of
-    :func:`torch.nn.functional.pixel_unshuffle`. Sides that are no multiple of r are continued by
+    :func:`torch.nn.functional.pixel_unshuffle`. Sides that are no multiple of r are padded by
     reflection.
 
     Args:
-        in_channels: of the image.
+        in_channels: channels of the image.
         channels: C, at least ``in_channels`` r^2, or the lift would lose some of the image.
         squeeze: r.
     """
@@ -70,10 +70,10 @@ class SqueezeStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) -> (B, C, ceil(H / r), ceil(W / r)), channels_last; dtype of the
-        image, under autocast float32 at least.
+        image, under autocast at least float32.
 
         Raises:
-            ValueError: a side of fewer than r pixels.
+            ValueError: a side has fewer than r pixels.
         """
         r = self.squeeze
         if min(x.shape[2:]) < r:
@@ -81,7 +81,7 @@ class SqueezeStem(nn.Module):
                 f"image must be at least {r} pixels high and wide for squeeze {r}, got "
                 f"{x.shape[2]} x {x.shape[3]}"
             )
-        # Autocast leaves the blocks' arithmetic in float32, and so this.
+        # Under autocast the blocks compute in float32, and so does the stem.
         dtype = torch.promote_types(x.dtype, self.lift.weight.dtype)
         if autocasting(x.device.type):
             with without_autocast(x.device.type):
@@ -89,7 +89,7 @@ class SqueezeStem(nn.Module):
         return self.lifted(x.to(dtype)).to(x.dtype)
 
     def lifted(self, x: Tensor) -> Tensor:
-        """:meth:`forward` of an image that is checked and of the weights' type or a wider one."""
+        """:meth:`forward` for a checked image whose type is at least as wide as the weights'."""
         r = self.squeeze
         x = reflected(reflected(x, 2, -x.shape[2] % r), 3, -x.shape[3] % r)
         batch, colours, height, width = x.shape
@@ -101,7 +101,7 @@ class SqueezeStem(nn.Module):
         """The gradient in an image of ``height`` x ``width``, from that in its features."""
         r = self.squeeze
         batch, _, rows, columns = grad.shape
-        # Autocast would round the product, where the backward runs under it.
+        # If the backward runs under autocast, it would round the product.
         if autocasting(grad.device.type):
             with without_autocast(grad.device.type):
                 return self.pull_back(grad, height, width)

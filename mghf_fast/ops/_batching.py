@@ -1,5 +1,5 @@
-"""Gradients under `torch.vmap`, which is how autograd takes several at once (`is_grads_batched`,
-`jacobian(vectorize=True)`)."""
+"""Gradients under `torch.vmap`, which autograd uses to compute several at once
+(`is_grads_batched`, `jacobian(vectorize=True)`)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 def is_batched(*tensors: Tensor) -> bool:
-    """Whether one of them carries a dimension of vmap, new or old. PyTorch runs an operator over it
-    one by one, but none that takes or returns a list of tensors or writes into an argument; of
-    these the backward then is the reference's, in plain PyTorch, as for a second derivative."""
+    """Whether a tensor carries a dimension of vmap, of either implementation. PyTorch then loops
+    over that dimension, except for operators that take or return a list of tensors or write into
+    an argument: for these the backward is the reference's, as for a second derivative."""
     if torch.compiler.is_compiling():
         return False
     functorch = torch._C._functorch

@@ -1,8 +1,8 @@
 """What every op shares: a table of backends, the choice among them, and its registration.
 
 An op is a pair of `torch.library` operators, `mghf_fast::<op>` and `mghf_fast::<op>_backward`. The
-backend is an argument of both and is resolved inside, at run time: nothing about the machine is
-asked while torch.compile traces.
+backend is an argument of both and is resolved inside, at run time: torch.compile's tracing queries
+nothing about the machine.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ logger = logging.getLogger("mghf_fast")
 
 
 def epoch() -> tuple[int, int]:
-    """Within one, :meth:`Op.choose` of equal arguments gives the same; a trial's result or a tuned
-    table that is forgotten begins another."""
+    """A counter: while it is unchanged, :meth:`Op.choose` gives the same result for the same
+    arguments. It changes when trials or the tuned table are forgotten."""
     return trials.forgotten, preferences.forgotten
 
 
@@ -35,10 +35,11 @@ def _no_gradient(*_: Any) -> Any:
 
 @dataclass(frozen=True)
 class Implementation:
-    """One backend of one op, in the dialect that all of them speak: ``forward`` and ``backward``
-    take and return what the op's two operators do, without the backend's name. ``can_run`` gets the
-    op's tensors, and by keyword the options on which kernels depend, and says why it can't, or
-    None. ``add_backward`` is `patches`' own: it adds the gradient of x to its first argument."""
+    """One backend of one op, with the interface common to all: ``forward`` and ``backward`` have
+    the signatures of the op's two operators, without the backend's name. ``can_run`` takes the op's
+    tensors, and as keywords the options on which kernels depend, and returns why it cannot run, or
+    None. Only `patches` has ``add_backward``, which adds the gradient of x to its first argument.
+    """
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]
@@ -73,8 +74,8 @@ class Op:
         self._logged: set[str] = set()
 
     def implement(self, backend: str, module: Any) -> None:
-        """``module`` has the functions of :class:`Implementation`; or it is the name of such a
-        module, which is imported at its first use."""
+        """Registers ``module``, which has the functions of :class:`Implementation`; a module given
+        by name is imported at its first use."""
         self._modules[backend] = module
 
     @property
@@ -115,7 +116,7 @@ class Op:
         return self.implementation(self.preferred(*tensors, **options))
 
     def preferred(self, *tensors: Tensor, **options: Any) -> str:
-        """The backend that "auto" picks; why not a better one is logged once."""
+        """The backend that "auto" picks; logs once why it rejects a better one."""
         for candidate in preferences.in_order(self.name, tensors, BACKENDS):
             reason = self.why_not(candidate, *tensors, **options)
             if candidate == "triton" and triton_is_interpreted():
@@ -131,6 +132,6 @@ class Op:
 
 
 def double_backward_requested() -> bool:
-    """Whether autograd is recording the backward itself (`create_graph=True`). The backward then
-    runs as the reference's, in plain differentiable PyTorch; kernels have no second derivative."""
+    """Whether autograd is recording the backward itself (`create_graph=True`). Kernels have no
+    second derivative, so the backward is then the reference's, in differentiable PyTorch."""
     return torch.is_grad_enabled()

@@ -1,8 +1,8 @@
-"""How the ops become operators of `torch.library`, at little cost in Python.
+"""Registers the ops as operators of `torch.library` with little overhead in Python.
 
-`torch.library.custom_op` and `register_autograd` would do, and take 40 microseconds more for a
-forward and backward: they walk through every argument as a tree. Here one autograd node is made
-straight from the arguments, and only lists of tensors are opened.
+`torch.library.custom_op` and `register_autograd` would work, but take 40 microseconds more for a
+forward and backward, because they traverse every argument as a tree. Here one autograd node is made
+directly from the arguments, and only lists of tensors are flattened.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 class Operator:
     """``mghf_fast::<name of the function>``, which runs ``function`` on any device.
 
-    The schema follows from the function's annotations; nothing of its arguments is written into.
+    The schema is inferred from the function's annotations; no argument is modified.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -37,14 +37,13 @@ class Operator:
         return self.overload(*arguments)
 
     def fake(self, function: Function) -> Function:
-        """Registers what the results look like, of tensors without memory."""
+        """Registers the function that gives the shapes, types and strides of the results."""
         torch.library.register_fake(f"mghf_fast::{self.__name__}", function, lib=_LIBRARY)
         return function
 
     def in_float32_under_autocast(self) -> None:
-        """Under autocast the op's float16 and bfloat16 inputs are cast to float32 first: its sums
-        and exponentials are taken in float32 anyway, and half-precision inputs would only lose
-        digits."""
+        """Makes autocast cast the op's float16 and bfloat16 inputs to float32: its sums and
+        exponentials are in float32 anyway, and half-precision inputs would only lose digits."""
         for device in ("cpu", "cuda"):
             name = f"mghf_fast::{self.__name__}"
             torch.library.register_autocast(name, device, torch.float32, lib=_LIBRARY)
@@ -53,8 +52,8 @@ class Operator:
         self, backward: Callable[..., Any], setup_context: Callable[[Any, Any, Any], None]
     ) -> None:
         """Registers the gradient, as `torch.library.register_autograd` does: ``setup_context(ctx,
-        inputs, output)`` keeps what ``backward(ctx, *grads)`` needs, which gives the gradient of
-        each argument, for a list of tensors a list."""
+        inputs, output)`` saves what ``backward(ctx, *grads)`` needs, which returns the gradient of
+        each argument, a list for a list of tensors."""
         overload = self.overload
 
         class Node(torch.autograd.Function):

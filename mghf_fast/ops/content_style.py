@@ -16,7 +16,7 @@ from .native.content_style import ContentStyle
 from .vocabulary import ContentStyleOutputs
 
 importance_weights = reference.importance_weights
-"""Indices and weights of the kept maps, both (B, M), in plain PyTorch."""
+"""Indices and weights of the kept maps, both (B, M); plain PyTorch."""
 
 OP = Op("content_style")
 OP.implement("reference", reference)

@@ -15,9 +15,9 @@ from .layout import empty_like_laid_out, laid_out_as
 from .native.coupling import Coupling
 
 plain_block, plain_inverse = reference.invertible_block, reference.invertible_block_inverse
-"""The block and its inverse of (x, BlockWeights) in plain PyTorch, which autograd walks through."""
+"""The block and its inverse as functions of (x, BlockWeights) in plain, differentiable PyTorch."""
 log_det = reference.invertible_block_log_det
-"""log |det| of the block's Jacobian at every image, (B,), likewise: no backend has a kernel."""
+"""log |det| of the block's Jacobian for each image, (B,), likewise; no backend has a kernel."""
 
 
 OP = Op("coupling")
@@ -119,14 +119,14 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 def _inverse_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    # The inverse serves reconstruction and checks, which rarely need a gradient: plain autograd
-    # through the reference is enough.
+    # The inverse is used for reconstruction and checks, which rarely need a gradient: autograd
+    # through the reference is fast enough.
     again = double_backward_requested()
     saved = ctx.saved_tensors
     with torch.enable_grad():
-        # Not the tensors themselves: they may have a history that leads to each other, as where y
-        # comes out of the same block, and the derivative would walk through it. Views keep to the
-        # op, and a derivative of the derivative still reaches what they are views of.
+        # Not the tensors themselves: one may depend on another, as when y is the same block's
+        # output, and the derivative would follow that path too. Views stop it at the op's inputs,
+        # and a second derivative still reaches the tensors that they are views of.
         inputs = [t.view_as(t) if again else t.detach() for t in saved]
         inputs = [t if t.requires_grad else t.detach().requires_grad_() for t in inputs]
         x = reference.inverse(inputs[0], inputs[1:], *ctx.options)

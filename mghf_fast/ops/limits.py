@@ -1,4 +1,4 @@
-"""Limits that the kernels of several backends share: each function says why they can't, or None."""
+"""Limits shared by several backends' kernels: each function returns why they can't run, or None."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def only_bottleneck(subnet: str) -> str | None:
 
 
 def block_channels(tensors: Sequence[Tensor]) -> int:
-    """Channels of the block whose weights are among the tensors, 0 without: the bias of the mix is
-    the only vector among them, and has as many."""
+    """Channels of the block whose weights are among the tensors, or 0: the mix's bias is the only
+    vector among them and has one entry per channel."""
     return max((t.shape[0] for t in tensors if t.dim() == 1), default=0)
 
 
@@ -26,7 +26,7 @@ def only_channel_gram(gram: str) -> str | None:
 
 
 def temperature_too_low(temperatures: tuple[float, float, str]) -> str | None:
-    """Of `dec`: the temperatures of positives and negatives, and where they stand."""
+    """Checks `dec`'s temperatures: the positives', the negatives', and "inside" or "outside"."""
     *values, place = temperatures
     if place == "inside" and (least := min(values)) < LEAST_TEMPERATURE:
         return (

@@ -15,7 +15,7 @@ from .native.monce import Monce
 from .vocabulary import monce_state_shape
 
 patch_nce = reference.patch_nce
-"""(B, N, D) x 2 -> (B, N), every negative weighs one, in plain PyTorch."""
+"""(B, N, D) x 2 -> (B, N); every negative has weight 1; plain PyTorch."""
 
 
 OP = Op("monce")
@@ -59,7 +59,7 @@ def monce_backward(
     plan_gradient: str,
     backend: str,
 ) -> Tensor:
-    # Chosen by the forward's tensors alone, so that it is the backend that made the state.
+    # Chosen by the forward's tensors only, so that it is the backend that produced the state.
     run = OP.choose(backend, query, key).backward
     options = (temperature, epsilon, iterations, negative_weight, cost, plan_gradient)
     return run(grad, query, key, state, *options).contiguous()

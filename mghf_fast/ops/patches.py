@@ -1,12 +1,12 @@
 """The contract of `patches`: the strided patch projection.
 
-Embeddings are float32 for images of half precision too (float64 for float64): they are a small part
-of the features' size, and rounded ones would cost the gradient more than its own rounding does.
+Embeddings are float32 for images of half precision too (float64 for float64): they are much smaller
+than the features, and rounding them would cost the gradient more accuracy than its own rounding.
 
 Besides the embeddings the forward returns a `state` for the backward, int32 (N, 1 + ceil(hidden /
-32), B C): per patch and map the bits of the norm |y|, then one bit per hidden unit, whether it is
-above 0. From the two the gradient of the image needs neither the image nor its hidden layer again.
-The reference starts from the image and leaves its state at 0.
+32), B C): per patch and map the bits of the norm |y|, then one bit per hidden unit, set if it is
+above 0. With both, the gradient in the image needs neither the image nor a recomputed hidden layer.
+The reference recomputes from the image and leaves its state at 0.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def patches_backward(
 ) -> list[Tensor]:
     """[gradient of x], followed by those of the weights and biases if they are needed."""
     parameters = (weight1, bias1, weight2, bias2)
-    # Chosen by the forward's tensors alone, so that it is the backend that made the state.
+    # Chosen by the forward's tensors only, so that it is the backend that produced the state.
     run = OP.choose(backend, x, *parameters).backward
     options = (patch_size, stride, need_weights)
     grad_x, *grads = run(grad, embedding, state, x, *parameters, *options)

@@ -1,8 +1,7 @@
-"""The ops' vocabulary: the strings that their options allow, their limits, the weights of a block,
-and the shapes of what a forward leaves for its backward.
+"""The ops' vocabulary: their options' allowed strings and limits, a block's weights, and the shapes
+of what a forward saves for its backward.
 
-Everything that speaks of an op takes it from here. The module imports nothing of the package, so
-contracts and backends alike may import it.
+The module imports nothing of the package, so that contracts and backends alike can import it.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ class BlockWeights(NamedTuple):
     """The weights of an invertible block, kernels in PyTorch's (out, in, kh, kw) layout.
 
     ``mix_weight`` is (C, C, 1, 1); or (C, any, 3, 3), a convolution with zero padding, for a block
-    whose mix has swallowed the linear layer before it (such a block has no inverse).
+    with the preceding linear layer folded into the mix (such a block has no inverse).
 
     ``phi``, ``rho`` and ``eta`` hold (expand, depthwise, project) for ``subnet="bottleneck"``,
     (expand, project) for ``"conv2"``.
@@ -54,8 +53,8 @@ class BlockWeights(NamedTuple):
 
 
 class PackedWeights(list[Tensor]):
-    """The tensors of a block whose weights stay as they are, and as ``flat`` all of their numbers
-    in float32, which is what the compiled kernels take."""
+    """A block's frozen weights, and in ``flat`` all of their numbers in float32, the form that the
+    compiled kernels take."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         super().__init__(tensors)
@@ -63,7 +62,7 @@ class PackedWeights(list[Tensor]):
 
 
 def flat(tensors: list[Tensor]) -> Tensor:
-    """The numbers of all tensors, one after the other, in float32."""
+    """All tensors, flattened and concatenated, in float32."""
     if isinstance(tensors, PackedWeights):
         return tensors.flat
     return torch.cat([t.detach().float().flatten() for t in tensors])
@@ -83,10 +82,10 @@ def weight_shapes(
 
 
 def inverted_mix(weights: list[Tensor], *, check: bool) -> list[Tensor]:
-    """The weights of a block's inverse, float32 its mix: the mix's inverse (C, C), minus its
-    product with the bias, and the rest as it is. With ``check`` a singular mix raises
-    ``torch.linalg.LinAlgError``; without, the inverse has NaN or infinities, and no device is
-    waited for."""
+    """The weights of a block's inverse: the mix's inverse (C, C) in float32, minus its product with
+    the bias, and the other weights unchanged. With ``check`` a singular mix raises
+    ``torch.linalg.LinAlgError``; otherwise the inverse has NaN or infinities, and the host does not
+    wait for the device."""
     mix, bias, *rest = weights
     matrix = mix.detach().flatten(1).double()
     inverse = torch.linalg.inv(matrix) if check else torch.linalg.inv_ex(matrix).inverse
@@ -96,12 +95,12 @@ def inverted_mix(weights: list[Tensor], *, check: bool) -> list[Tensor]:
 # ---- content_style ----
 
 # naive, mse, correlation, gram: (B,) each; kept, weights: (B, M); moments: (B, 6, M);
-# difference: (B, M, M), or (B, 0, 0) for gram="map". The last two are the statistics with which the
-# backward is one sweep.
+# difference: (B, M, M), or (B, 0, 0) for gram="map". The last two are statistics that reduce the
+# backward to one sweep.
 ContentStyleOutputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 VARIANCE_FLOOR = 1e-8
-"""The least variance of a map in its correlation."""
+"""Minimum variance of a map in its correlation."""
 
 
 # ---- patches ----
@@ -122,11 +121,11 @@ COSTS = ("hard", "easy", "exp")
 PLAN_GRADIENTS = ("exact", "detach")
 
 MOST_PATCHES = 1 << 20
-"""Patches of a map that the compiled CUDA kernels take."""
+"""Maximum number of patches per map in the compiled CUDA kernels."""
 
 KEPT = 6
-"""Sinkhorn iterations that the forward of `monce` leaves for its backward: as many as epsilon 1
-takes."""
+"""Maximum number of Sinkhorn iterations that the forward of `monce` saves for its backward: enough
+for epsilon 1."""
 
 
 def kept_iterations(iterations: int) -> int:
@@ -134,20 +133,21 @@ def kept_iterations(iterations: int) -> int:
 
 
 def monce_state_shape(query: Tensor, iterations: int) -> tuple[int, int, int]:
-    """The shape of what the forward of `monce` leaves, int32: a row with the number of iterations
-    made, 0 if the backward is to find out itself, and four rows for each iteration kept, as the
-    backend likes."""
+    """The shape of the forward's state in `monce`, int32: a row with the number of iterations made,
+    0 if the backward must recompute them, and four rows for each kept iteration in a layout of the
+    backend's."""
     return (query.shape[0], 1 + 4 * kept_iterations(iterations), query.shape[1])
 
 
 # ---- dec ----
 
 RMS_FLOOR = 0.02
-"""The default floor of norms: a patch's root mean square, in units of ``max_value``. The gradient
-of a patch is inverse to its norm; at this floor a black patch's is of the size of a dark one's."""
+"""The default floor of norms, as a patch's root mean square in units of ``max_value``. A patch's
+gradient is inversely proportional to its norm; with this floor a black patch's is about as large as
+a dark one's."""
 SIMILARITIES = ("rmse", "l2")
 TEMPERATURES = ("inside", "outside")
 
 LEAST_TEMPERATURE = 0.013
-"""What the kernels take. They add up exp(cos / t) as it is: at this temperature float32 holds the
-sums of 45,000 patches that are all alike. The reference scales every row by its largest term."""
+"""Minimum temperature in the kernels, which sum exp(cos / t) unscaled: at this temperature float32
+holds the sums of 45,000 identical patches. The reference scales every row by its largest term."""
