@@ -1,10 +1,10 @@
-"""MGHF beside L1 under DistributedDataParallel.
+"""MGHF added to L1 under DistributedDataParallel.
 
     torchrun --nproc_per_node 2 examples/ddp.py --steps 20
 
-The loss is not wrapped: it has nothing to train and nothing to synchronise. Each process compares
-its own images, and DDP averages the network's gradients. (:class:`mghf_fast.DECLoss` compares all
-patches of a batch with each other; ``gather=True`` makes that all patches of all processes.)
+The loss is not wrapped, because it has nothing to train or synchronise. Each process compares its
+own images, and DDP averages the network's gradients. (:class:`mghf_fast.DECLoss` compares all
+patches of a batch with each other; with ``gather=True`` it compares those of all processes.)
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What both examples train: a small network for x4, on pairs of crops.
+"""The network and data of both examples: a small network for x4, trained on pairs of crops.
 
-The data are smooth noise here, so that the examples run as they are; put your own in
+The data are smooth noise, so that the examples run without files; put your own data in
 :func:`batches`. Images are (B, 3, H, W) in [0, 1].
 """
 
@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 WEIGHT = 0.1
-"""The weight of MGHF-c with its default extractor, ``perceptual-v1``, and preset, beside L1 of 1.
-``mghf-fast calibrate`` measures it for your network."""
+"""The weight of MGHF-c with its default extractor, ``perceptual-v1``, and preset, relative to L1
+with weight 1. ``mghf-fast calibrate`` measures it for your network."""
 
 
 def network() -> nn.Module:
@@ -30,7 +30,7 @@ def network() -> nn.Module:
 def batches(
     steps: int, seed: int, batch: int = 2, side: int = 64
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """``steps`` pairs of a low resolution and its ground truth."""
+    """Yields ``steps`` batches of low-resolution images and their ground truths."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         coarse = torch.rand(batch, 3, side // 8, side // 8, generator=generator)

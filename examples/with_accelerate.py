@@ -1,9 +1,9 @@
-"""MGHF beside L1 with Hugging Face's accelerate.
+"""MGHF added to L1 with Hugging Face's accelerate.
 
     accelerate launch --num_processes 2 examples/with_accelerate.py --steps 20
 
-The loss is moved to the device and not prepared: prepared, it would be saved by ``save_state`` as a
-model of its own. Under ``--mixed_precision`` it computes in float32 all the same.
+The loss is moved to the device but not prepared, because ``save_state`` would save a prepared loss
+as another model. Under ``--mixed_precision`` it still computes in float32.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no")
     arguments = parser.parse_args()
 
-    # Without `cpu` a machine that has no GPU would train one network a process, unconnected.
+    # Without `cpu`, on a machine without a GPU each process would train its own network.
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(), mixed_precision=arguments.mixed_precision
     )

@@ -40,7 +40,7 @@ def test_one_distance_an_image(variant: str, images: tuple[torch.Tensor, torch.T
 def test_a_swapped_call_is_refused(images: tuple[torch.Tensor, torch.Tensor]) -> None:
     sr, gt = images
     loss = lpips.LPIPS()
-    with pytest.raises(ValueError, match=r"in1 asks for a gradient and in0 does not: .* \(in0\)"):
+    with pytest.raises(ValueError, match=r"in1 requires a gradient and in0 does not: .* \(in0\)"):
         loss(gt, sr)
     with torch.no_grad():  # a metric may be called in any order
         assert loss(gt, sr).shape == (2, 1, 1, 1)

@@ -55,7 +55,7 @@ def test_metric_and_loss(
     weights = torch.tensor([[3.0], [1.0]])
     weighted = create_metric(name, as_loss=True, loss_weight=weights)
     torch.testing.assert_close(weighted(*images), (0.75 * expected[0] + 0.25 * expected[1]))
-    with pytest.raises(ValueError, match="y asks for a gradient and x does not"):
+    with pytest.raises(ValueError, match="y requires a gradient and x does not"):
         loss(images[1], images[0])
 
 

@@ -212,7 +212,7 @@ def test_every_adapter(name: str, images: Images) -> None:
     torch.testing.assert_close(value, expected(images))
     assert torch.equal(copy.deepcopy(loss)(sr, gt), value)
     # A swapped call would train nothing and say nothing.
-    with pytest.raises(ValueError, match=f"{second} asks for a gradient and .* does not"):
+    with pytest.raises(ValueError, match=f"{second} requires a gradient and .* does not"):
         loss(gt, sr)
     with torch.no_grad():
         loss(gt, sr)

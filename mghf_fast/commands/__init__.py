@@ -1,1 +1,1 @@
-"""The command line and its applications: the library beside it imports nothing of them."""
+"""The command line and its applications; the library imports nothing from here."""

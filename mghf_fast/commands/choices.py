@@ -1,5 +1,5 @@
-"""What the library allows, for the options of commands: written here once more, so that ``--help``
-waits for no PyTorch. ``tests/test_arrows.py`` holds every line to the library's own."""
+"""The library's allowed values, for the options of commands: repeated here so that ``--help`` need
+not import PyTorch. ``tests/test_arrows.py`` compares every line with the library's own."""
 
 from __future__ import annotations
 

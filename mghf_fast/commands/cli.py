@@ -1,7 +1,7 @@
 """The command `mghf-fast` and its sub-commands.
 
 A sub-command is a module with ``add_arguments(parser)`` and ``run(arguments) -> exit code``. Only
-the one that is called is imported, so that ``--help`` waits for nothing.
+the requested one is imported, so that ``--help`` is fast.
 """
 
 from __future__ import annotations
@@ -86,11 +86,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Args:
-        arguments: the words after ``mghf-fast``; ``None`` takes them from the process.
+        arguments: the words after ``mghf-fast``; ``None`` takes them from ``sys.argv``.
 
     Returns:
-        The exit code: the command's own, 2 for a user's mistake (told in one line on stderr), 130
-        when interrupted.
+        The exit code: the command's own, 2 for a user's mistake (reported in one line on stderr),
+        130 when interrupted.
     """
     _ready_streams()
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -110,11 +110,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         missing = (error.name or str(error)).partition(".")[0]
         if missing == "mghf_fast":
-            raise  # a fault of ours, not a missing dependency
+            raise  # a bug of ours, not a missing dependency
         install = INSTALL.get(command or "", "pip install mghf_fast")
         return _fail(f"{command or 'this'} needs the package {missing!r}: {install}")
     except BrokenPipeError:
-        # The reader (`| head`) has gone; python must not complain about it again at its exit.
+        # The reader (`| head`) has closed the pipe; Python must not report it again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError) as error:
@@ -124,8 +124,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _ready_streams() -> None:
-    """A result that was written is no failure because its name can't be told: what the terminal's
-    encoding lacks is written as an escape, and a closed stream (None) swallows what is said."""
+    """Keeps printing from failing: characters that the terminal's encoding lacks are escaped, and
+    output to a closed stream (None) is discarded."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:

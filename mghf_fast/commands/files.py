@@ -1,4 +1,4 @@
-"""How commands write files: whole or not at all."""
+"""Atomic writing of files for the commands."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from pathlib import Path
 
 
 def temporary(path: Path) -> Path:
-    """Where this process puts a file's content until it is complete: beside the file, hidden."""
+    """The hidden file in the same folder that holds the content until it is complete."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file by bringing a complete one to the disk and renaming it into place.
+    """Writes a complete temporary file to the disk and renames it into place.
 
     Raises:
-        OSError: the system refuses (a full disk, for one); the earlier file of that name is then
-            untouched, and nothing else is left behind.
+        OSError: the system refuses (for example, the disk is full); an earlier file of that name is
+            then untouched, and no temporary file is left.
     """
     unfinished = temporary(path)
     try:
@@ -31,7 +31,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """The renaming itself to the disk, where the system knows folders as files."""
+    """Writes a renaming to the disk, on systems that can open folders."""
     if not hasattr(os, "O_DIRECTORY"):
         return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -42,11 +42,11 @@ def _sync_folder(folder: Path) -> None:
 
 
 def refusal(path: Path, error: OSError) -> str:
-    """What a user is told of a file that could not be written."""
+    """The message for a file that could not be written."""
     return f"{path}: cannot be written ({error.strerror})"
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes unfinished files of a process that was killed while it wrote."""
+    """Removes temporary files of processes that were killed while writing."""
     for path in folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What a reader must know of a machine to judge what was measured on it."""
+"""The facts about a machine that a reader needs to judge a measurement on it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .. import __version__
 
 
 def cpu_model() -> str:
-    """The processor's name as the system gives it."""
+    """The processor's name as reported by the system."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -25,14 +25,14 @@ def cpu_model() -> str:
 
 
 def machine_facts(threads: int | None = None) -> dict[str, Any]:
-    """What a reader must know of the machine to judge a measurement.
+    """The facts about this machine that a reader needs to judge a measurement.
 
     Args:
         threads: PyTorch's CPU threads; ``None`` for those of this process.
 
     Returns:
         ``cpu`` (name), ``cores``, ``threads``, ``isa`` (PyTorch's CPU capability), ``memory_gib``,
-        ``load`` (processes that wanted a core in the last minute), ``gpu`` (name or ``None``),
+        ``load`` (load average of the last minute), ``gpu`` (name or ``None``),
         ``os``, ``python``, ``torch``, ``mghf_fast``.
     """
     try:

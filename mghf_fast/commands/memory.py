@@ -1,4 +1,4 @@
-"""The memory of this process: how far a piece of work raises it, and how much is to be had."""
+"""The memory of this process: its peak during a piece of work, and how much is available."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _HIGH_WATER, _RESIDENT = "VmHWM", "VmRSS"
 
 
 def _bytes_of(file: str, field: str) -> int | None:
-    """A line of a file below /proc, such as ``VmRSS:  1024 kB``; None where there is none."""
+    """A field of a file in /proc, such as ``VmRSS:  1024 kB``; None if it is missing."""
     try:
         for line in Path(file).read_text().splitlines():
             if line.startswith(field + ":"):
@@ -25,25 +25,25 @@ def _bytes_of(file: str, field: str) -> int | None:
 
 
 def resident_bytes() -> int | None:
-    """Resident memory of this process; None where the system does not tell (not Linux)."""
+    """Resident memory of this process; None if the system does not report it (not Linux)."""
     return _bytes_of("/proc/self/status", _RESIDENT)
 
 
 def available_memory() -> int | None:
-    """Bytes a new allocation may take without swapping; None where the system is silent."""
+    """Bytes available without swapping; None if the system does not report it."""
     return _bytes_of("/proc/meminfo", "MemAvailable")
 
 
 def _return_freed_memory() -> None:
-    """Hands what the allocator keeps for reuse back to the system, or a later peak would hide in
-    it."""
+    """Returns the memory that the allocator keeps for reuse to the system; otherwise it would hide
+    a later peak."""
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # glibc alone has it
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # only glibc has it
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def _reset_high_water() -> bool:
-    """Lets the kernel's mark of the highest resident memory start from the present level."""
+    """Resets the kernel's high-water mark of resident memory to the present level."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -54,13 +54,13 @@ def _reset_high_water() -> bool:
 class PeakMemory:
     """Context manager: the largest rise of resident memory over its level at entry.
 
-    It is the kernel's high-water mark, so a short-lived buffer counts as much as a lasting one.
-    Free memory goes back to the system first, so that work done earlier does not hide the rise.
-    The mark is the process's: another one of these within the block would reset it.
+    It reads the kernel's high-water mark, so short-lived buffers count too. Freed memory is
+    returned to the system first, so that earlier work does not hide the rise. There is one mark per
+    process: a nested instance would reset it.
     """
 
     rise: int | None = None
-    """Bytes, after the block; None where the system does not tell."""
+    """Bytes, set after the block; None if the system does not report it."""
 
     def __enter__(self) -> PeakMemory:
         _return_freed_memory()
@@ -70,7 +70,7 @@ class PeakMemory:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves out the work within, and what the allocator would keep of its memory."""
+        """Excludes the work in this context, and the freed memory that it leaves."""
         self._note()
         yield
         _return_freed_memory()
@@ -94,10 +94,10 @@ class PeakMemory:
 
 def peak_memory(function: Callable[[], object]) -> int | None:
     """Calls ``function`` once and returns by how many bytes the resident memory peaked above its
-    level before the call. None where the system does not tell.
+    level before the call; None if the system does not report it.
 
-    Where the high-water mark cannot be reset (not Linux), the result is right only in a process
-    that has not used more memory before.
+    If the high-water mark cannot be reset (not Linux), the result is right only in a process that
+    has not used more memory before.
     """
     before = _most_ever()
     with PeakMemory() as memory:

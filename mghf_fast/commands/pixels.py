@@ -1,4 +1,4 @@
-"""Pictures as numbers, and their luma, as every command counts them."""
+"""Pictures as arrays, and the luma used by every command."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy.typing as npt
 Pixels = npt.NDArray[np.uint8]
 """An RGB picture, ``(H, W, 3)``, 0 to 255."""
 Plane = npt.NDArray[np.float64]
-"""One number a pixel, ``(H, W)``."""
+"""One number per pixel, ``(H, W)``."""
 
 
 def luma(pixels: Pixels) -> Plane:

@@ -1,4 +1,4 @@
-"""The one way in which commands open picture files: upright, 8 bits a channel."""
+"""How all commands read picture files: upright, 8 bits per channel."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
-"""Of the files in a folder that are taken for pictures."""
+"""Suffixes of the files in a folder that count as pictures."""
 _TURNED = (5, 6, 7, 8)
-"""Values of EXIF's orientation that exchange width and height."""
+"""EXIF orientations that swap width and height."""
 
 
 def printable(text: str) -> str:
-    """``text`` with whatever a terminal or UTF-8 cannot show written as an escape."""
+    """``text`` with escapes for the characters that a terminal or UTF-8 cannot show."""
     text = text.encode("utf-8", "backslashreplace").decode()
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
@@ -28,7 +28,7 @@ def _source(file: Path | bytes) -> Path | io.BytesIO:
         return io.BytesIO(file)
     if file.is_dir():
         raise ValueError("a directory, not a picture's file")
-    # A pipe would be waited for until somebody writes into it.
+    # Opening a pipe would block until another process writes to it.
     if file.exists() and not stat.S_ISREG(file.stat().st_mode):
         raise ValueError("not a regular file")
     return file
@@ -39,15 +39,15 @@ def _reason(error: Exception) -> ValueError:
 
 
 def upright(file: Path | bytes) -> Image.Image:
-    """A picture file, decoded and turned as its EXIF orientation says, in the mode that it has.
+    """A decoded picture file, rotated by its EXIF orientation, in the file's own mode.
 
     Args:
         file: a path or the content.
 
     Raises:
-        ValueError: no regular file, no whole picture, or one of more than 8 bits a channel (16-bit
-            grey, integers, floating point), which a conversion would clip; the message is the
-            reason.
+        ValueError: not a regular file, not a complete picture, or more than 8 bits per channel
+            (16-bit grey, integers, floating point), which a conversion would clip; the message is
+            the reason.
     """
     from PIL import Image, ImageOps
 
@@ -58,31 +58,31 @@ def upright(file: Path | bytes) -> Image.Image:
             with Image.open(source) as opened:
                 mode = opened.mode
                 if mode[0] not in "IF":
-                    # In place: a copy of a large picture is as large again.
+                    # In place, because a copy would double the memory of a large picture.
                     ImageOps.exif_transpose(opened, in_place=True)
                     opened.load()
                     return opened
-    except Exception as error:  # a decoder may raise nearly anything on a broken file
+    except Exception as error:  # decoders raise many types on a broken file
         raise _reason(error) from error
     raise ValueError(f"its pixel format {mode} is not 8 bits a channel")
 
 
 def rgb(file: Path | bytes) -> Image.Image:
-    """:func:`upright` in RGB: grey three times, CMYK and palettes as colours, no transparency."""
+    """:func:`upright` converted to RGB from any mode; transparency is dropped."""
     image = upright(file)
     if image.mode == "RGB":
         return image
     try:
         return image.convert("RGB")
-    except Exception as error:  # a mode that converts into nothing
+    except Exception as error:  # a mode without a conversion to RGB
         raise _reason(error) from error
 
 
 def size(file: Path | bytes) -> tuple[int, int]:
-    """Width and height of :func:`upright`, from the file's header.
+    """Width and height of :func:`upright`, read from the file's header.
 
     Raises:
-        ValueError: as there.
+        ValueError: as in :func:`upright`.
     """
     from PIL import Image
 

@@ -1,5 +1,5 @@
-"""The losses in the trainers that people use: a module a trainer, each with that trainer's calling
-convention. ``docs/integrations.md`` shows each in use.
+"""Adapters for popular trainers: one module per trainer, with that trainer's calling convention.
+``docs/integrations.md`` shows each in use.
 
-Nothing here is imported by ``import mghf_fast``, and a module imports its own trainer only.
+``import mghf_fast`` imports none of them, and each module imports only its own trainer.
 """

@@ -1,5 +1,5 @@
-"""What every adapter shares: :class:`MGHFLoss` built from a configuration's values, video
-flattened, and the order of the arguments checked under the names that the trainer's users know."""
+"""The common base of the adapters: it builds :class:`MGHFLoss` from a configuration's values,
+flattens video, and checks the order of the arguments under the trainer's names for them."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from ..losses import MGHFLoss
 from ..losses.mghf import DEFAULT_PRESET, Preset
 
 DEFAULT_WEIGHT = 0.1
-"""Beside L1 of weight 1 on images of 0 to 1, for the default extractor and preset."""
+"""Weight relative to L1 with weight 1 on images in [0, 1], for the default extractor and preset."""
 
 
 class Criterion(nn.Module):
     """:class:`mghf_fast.MGHFLoss` as trainers call it.
 
-    Differs from it in the defaults: ``input_range="0,1"``, which is what trainers' images have, and
+    Two defaults differ: ``input_range="0,1"``, the range of trainers' images, and
     ``patch_size="auto"``, so that crops below 32 pixels work. Video ``(B, T, 3, H, W)`` counts as
     B times T images.
 
     Args:
         variant, preset, extractor, top_m, reduction, input_range, patch_size, backend: as in
-            :class:`mghf_fast.MGHFLoss`, and as configuration files spell them: ``preset: 2026``,
+            :class:`mghf_fast.MGHFLoss`, in the forms of configuration files too: ``preset: 2026``,
             ``input_range: [0, 1]``, ``extractor: /path/to/mine.safetensors``.
     """
 
@@ -56,12 +56,12 @@ class Criterion(nn.Module):
         )
 
     def terms(self, sr: Tensor, gt: Tensor) -> dict[str, Tensor]:
-        """What each term adds to the loss, by name: the values add up to :meth:`forward`'s."""
+        """Each term's contribution to the loss, by name; their sum is :meth:`forward`'s result."""
         sr, gt, frames = pair(sr, gt)
         terms = self.loss.terms(sr, gt)
         if self.loss.variant == "n":
             return {"naive": _per_clip(terms["naive"], frames)}
-        # The loss's own gammas, which can be set between two steps.
+        # The loss's current gammas, which can be set between steps.
         factors = dataclasses.replace(self.loss.preset, gammas=self.loss.gammas).factors()
         return {
             name: _per_clip(factor * terms[name], frames)
@@ -74,22 +74,22 @@ class Criterion(nn.Module):
         ``reduction="none"``.
 
         Raises:
-            ValueError: ``gt`` asks for a gradient and ``sr`` does not, so the two are swapped; or
-                as :class:`mghf_fast.MGHFLoss`.
+            ValueError: only ``gt`` requires a gradient, as when the two are swapped; or as
+                :class:`mghf_fast.MGHFLoss`.
         """
         sr, gt, frames = pair(sr, gt)
         return _per_clip(self.loss(sr, gt), frames)
 
 
 OPTIONS = tuple(name for name in inspect.signature(Criterion.__init__).parameters if name != "self")
-"""What a configuration may say of the loss itself."""
+"""The loss's options that a configuration may set."""
 
 
 def check_options(owner: str, given: Mapping[str, Any], allowed: Iterable[str]) -> None:
-    """Refuses a keyword that ``owner`` does not know, with those that it does.
+    """Refuses a keyword that ``owner`` does not know, and lists the allowed ones.
 
     Raises:
-        TypeError: as Python itself for an unknown keyword, which trainers show as it is.
+        TypeError: for an unknown keyword, as Python does.
     """
     allowed = tuple(allowed)
     if unknown := sorted(set(given) - set(allowed)):
@@ -100,16 +100,16 @@ def check_options(owner: str, given: Mapping[str, Any], allowed: Iterable[str]) 
 
 
 def check_order(sr: Tensor, gt: Tensor, names: tuple[str, str] = ("sr", "gt")) -> None:
-    """Refuses a swapped call. The loss lets no gradient reach its second argument, so a call in the
-    wrong order would train nothing and say nothing.
+    """Refuses swapped arguments. No gradient reaches the loss's second argument, so they would
+    silently train nothing.
 
     Raises:
-        ValueError: the second image asks for a gradient and the first does not.
+        ValueError: the second image requires a gradient and the first does not.
     """
     if torch.is_grad_enabled() and gt.requires_grad and not sr.requires_grad:
         first, second = names
         raise ValueError(
-            f"{second} asks for a gradient and {first} does not: the super-resolved image comes "
+            f"{second} requires a gradient and {first} does not: the super-resolved image comes "
             f"first ({first}), the ground truth second ({second})"
         )
 
@@ -117,10 +117,10 @@ def check_order(sr: Tensor, gt: Tensor, names: tuple[str, str] = ("sr", "gt")) -
 def pair(
     sr: Tensor, gt: Tensor, names: tuple[str, str] = ("sr", "gt")
 ) -> tuple[Tensor, Tensor, int]:
-    """Both images of four dimensions, and the frames of a clip (1 for images).
+    """Both images with four dimensions, and the number of frames per clip (1 for images).
 
     Raises:
-        TypeError: one is no tensor.
+        TypeError: one is not a tensor.
         ValueError: as :func:`check_order`.
     """
     for name, image in zip(names, (sr, gt), strict=True):
@@ -133,5 +133,5 @@ def pair(
 
 
 def _per_clip(value: Tensor, frames: int) -> Tensor:
-    """One value per image -> one per clip; a scalar stays."""
+    """One value per image -> one per clip; a scalar is unchanged."""
     return value.view(-1, frames).mean(1) if value.dim() and frames > 1 else value

@@ -2,15 +2,15 @@
 
     python -m mghf_fast.integrations.basicsr -opt options/train/mine.yml
 
-is BasicSR's own ``basicsr/train.py`` with both losses known, and takes the same arguments. In a
-launcher of one's own ``import mghf_fast.integrations.basicsr`` is enough. In the options:
+runs BasicSR's own ``basicsr/train.py`` with both losses registered, and takes the same arguments.
+In your own launcher ``import mghf_fast.integrations.basicsr`` is enough. In the options:
 
     train:
       pixel_opt: {type: L1Loss, loss_weight: 1.0, reduction: mean}
       perceptual_opt: {type: MGHFLoss, perceptual_weight: 0.1, extractor: perceptual-v1}
 
-BasicSR asks its perceptual slot for a pair, which it logs as ``l_percep`` and ``l_style``, and its
-pixel slot for one number; it applies no weight itself.
+BasicSR expects a pair from its perceptual slot, which it logs as ``l_percep`` and ``l_style``, and
+a single value from its pixel slot; it applies no weight itself.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class MGHFLoss(nn.Module):
     Args:
         perceptual_weight: factor of MGHF.
         returns: ``"pair"`` for BasicSR's perceptual slot, ``"scalar"`` for its pixel slot.
-        dec_weight: factor of :class:`mghf_fast.DECLoss`, the second of the pair; 0 leaves it out.
+        dec_weight: factor of :class:`mghf_fast.DECLoss`, the second of the pair; 0 omits it.
         options: as :class:`mghf_fast.MGHFLoss` takes them (``variant``, ``preset``, ``extractor``,
             ``top_m``, ``input_range``, ``patch_size``, ``backend``), with ``input_range="0,1"``
             and ``patch_size="auto"`` unless given.
@@ -101,8 +101,8 @@ class DECLoss(nn.Module):
 
 
 def supply_functional_tensor() -> None:
-    """Puts back ``torchvision.transforms.functional_tensor``, of which BasicSR 1.4.2 imports one
-    function and which torchvision has not had since 0.17."""
+    """Restores ``torchvision.transforms.functional_tensor``, from which BasicSR 1.4.2 imports one
+    function and which torchvision removed in 0.17."""
     name = "torchvision.transforms.functional_tensor"
     if name in sys.modules or importlib.util.find_spec(name) is not None:
         return
@@ -114,15 +114,15 @@ def supply_functional_tensor() -> None:
 
 
 def train() -> None:
-    """BasicSR's training, with the process's own arguments (``-opt FILE`` and so on). Results go
-    into ``experiments/`` of the current folder."""
+    """BasicSR's training, with the process's own arguments (``-opt FILE`` and so on). Results go to
+    ``experiments/`` in the current folder."""
     from basicsr.train import train_pipeline
 
     train_pipeline(os.getcwd())
 
 
 if __name__ == "__main__":
-    # By its real name, so that the registry does not meet these classes twice.
+    # By its real name, so that these classes are not registered twice.
     from mghf_fast.integrations import basicsr
 
     basicsr.train()

@@ -1,9 +1,8 @@
-"""The weight at which a loss moves a network as far as its pixel loss does.
+"""Finds the weight at which a loss's gradient is as long as the pixel loss's.
 
-A weight that was right for another loss, another extractor or another crop size says nothing about
-this one: the values of two losses can be alike and their gradients a hundred times apart. What a
-weight does is the length of the gradient *in the network's parameters*, so that is what is
-measured.
+A weight that suited another loss, extractor or crop size says nothing about this one: two losses
+with similar values can have gradients of lengths a hundred times apart. The effect of a weight is
+the length of the gradient *in the network's parameters*, which is therefore measured here.
 
     from mghf_fast.integrations.calibrate import weight_for
     weight = weight_for(mghf_fast.MGHFLoss(input_range="0,1"), net, batches, ratio=1.0)
@@ -29,12 +28,12 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Calibration:
-    """Lengths of two losses' gradients, a pair a batch.
+    """Lengths of two losses' gradients, one entry per batch.
 
     Attributes:
         loss: length of the loss's gradient at weight 1, L2 norm over all parameters.
         pixel: length of the pixel loss's gradient.
-        cosine: of the angle between the two gradients, -1 to 1.
+        cosine: cosine of the angle between the two gradients, -1 to 1.
     """
 
     loss: tuple[float, ...]
@@ -43,20 +42,19 @@ class Calibration:
 
     @property
     def ratios(self) -> tuple[float, ...]:
-        """The loss's length over the pixel loss's, a batch each."""
+        """Length of the loss's gradient divided by the pixel loss's, for each batch."""
         return tuple(a / b for a, b in zip(self.loss, self.pixel, strict=True))
 
     @property
     def ratio(self) -> float:
-        """The median over the batches: how many times the pixel loss's gradient the loss's is, at
-        weight 1."""
+        """The median over the batches of :attr:`ratios`, at weight 1."""
         return statistics.median(self.ratios)
 
     def weight(self, ratio: float = 1.0) -> float:
         """The weight at which the loss's gradient is ``ratio`` times as long as the pixel loss's.
 
         Raises:
-            TypeError, ValueError: ``ratio`` is no number above 0.
+            TypeError, ValueError: ``ratio`` is not a number above 0.
         """
         check_number("ratio", ratio, positive=True)
         return ratio / self.ratio
@@ -72,8 +70,8 @@ def weight_for(
     """The factor of ``loss`` at which its gradient in the parameters of ``net`` is ``ratio`` times
     as long as that of ``pixel``: the median over the batches.
 
-    It holds for this network at this point of its training and for this crop size; for a network
-    that has learned nothing yet it is of little use. Arguments and errors as :func:`measure`.
+    The result is valid for this network at this point of its training and for this crop size; for
+    an untrained network it is of little use. Arguments and errors as in :func:`measure`.
     """
     check_number("ratio", ratio, positive=True)
     return measure(loss, net, batches, pixel).weight(ratio)
@@ -87,18 +85,18 @@ def measure(
 ) -> Calibration:
     """Both losses' gradients in the parameters of ``net``, batch by batch.
 
-    Nothing is changed: no ``.grad`` is written, and buffers (the statistics of batch norms) are put
-    back. The network stays in the mode, training or not, that it is in.
+    Nothing is changed: no ``.grad`` is written, and buffers (the statistics of batch norms) are
+    restored. The network stays in its mode, training or evaluation.
 
     Args:
-        loss: from (sr, gt) to a scalar, of weight 1.
-        net: from a low-resolution batch to ``sr``; at least one parameter must be trainable.
-        batches: pairs (low resolution, ground truth), moved to the network's device. Six or more
-            make a median that means something; an endless iterable never returns.
-        pixel: what ``loss`` is compared with, from (sr, gt) to a scalar.
+        loss: (sr, gt) -> scalar, with weight 1.
+        net: low-resolution batch -> ``sr``; at least one parameter must be trainable.
+        batches: pairs (low resolution, ground truth), moved to the network's device. Use six or
+            more for a meaningful median; with an endless iterable the call never returns.
+        pixel: the pixel loss, (sr, gt) -> scalar.
 
     Raises:
-        TypeError: a loss that returns no scalar tensor.
+        TypeError: a loss does not return a scalar tensor.
         ValueError: no batch, no trainable parameter, a gradient that is 0 or not finite.
     """
     parameters = [p for p in net.parameters() if p.requires_grad]
@@ -150,5 +148,5 @@ def _scalar(name: str, value: object) -> Tensor:
 
 
 def _flat(gradients: Iterable[Tensor | None]) -> Tensor:
-    # In double precision: the squares of many small numbers are added up.
+    # In float64, because the squares of many small numbers are summed.
     return torch.cat([g.double().flatten() for g in gradients if g is not None])

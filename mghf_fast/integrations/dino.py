@@ -3,8 +3,8 @@
     from mghf_fast.integrations import dino
     loss = mghf_fast.HFDiffLoss(embedder=dino.from_timm())
 
-Each downloads the weights that its library downloads. A model that is already there, or one of
-one's own, goes into :class:`Embedder`.
+Each lets its library download the weights. Pass a model that is already loaded, or your own, to
+:class:`Embedder`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .._checks import check_choice, check_integer, check_tensor
 __all__ = ["Embedder", "from_hub", "from_timm", "from_transformers"]
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Mean and deviation of ImageNet's pictures in [0, 1], with which DINO-v2 was trained."""
+"""Mean and deviation of ImageNet's pictures in [0, 1], as in DINO-v2's training."""
 TOKENS = ("class", "patch")
 RANGES = ("0,1", "-1,1")
 
@@ -32,13 +32,13 @@ class Embedder(nn.Module):
     (bilinear, antialiased) to the nearest multiples of the model's patch. Gradients reach it.
 
     Args:
-        model: a DINO-v2 of torch.hub (``forward_features`` gives a dictionary of tokens), a vision
-            transformer of timm (it gives one tensor) or of transformers (a call gives
-            ``last_hidden_state``). It is frozen and put into evaluation mode, not copied.
-        tokens: ``"class"`` for the class token, (B, D), or ``"patch"`` for one embedding a patch,
-            (B, T, D).
-        input_range: of the images, ``"0,1"`` or ``"-1,1"``, which is HF-Diff's.
-        patch_size: of the model; ``None`` asks it, and takes 14 if it does not say.
+        model: a DINO-v2 from torch.hub (``forward_features`` returns a dictionary of tokens), a
+            vision transformer from timm (it returns one tensor) or from transformers (a call
+            returns ``last_hidden_state``). It is frozen and set to evaluation mode, not copied.
+        tokens: ``"class"`` for the class token, (B, D), or ``"patch"`` for one embedding per
+            patch, (B, T, D).
+        input_range: range of the images, ``"0,1"`` or ``"-1,1"``, which is HF-Diff's.
+        patch_size: the model's; ``None`` reads it from the model, with a default of 14.
     """
 
     mean: Tensor
@@ -69,11 +69,11 @@ class Embedder(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> Embedder:
-        """Stays in evaluation mode: dropout would make another embedding of the same image."""
+        """Stays in evaluation mode: with dropout the same image would get another embedding."""
         return super().train(False)
 
     def prepared(self, image: Tensor) -> Tensor:
-        """What the model sees of an image."""
+        """The model's input for an image."""
         check_tensor("image", image, "(B, 3, H, W)")
         if image.shape[1] != 3:
             raise ValueError(f"image must have 3 channels, got {image.shape[1]}")
@@ -90,7 +90,7 @@ class Embedder(nn.Module):
         """(B, 3, H, W) -> (B, D), or (B, T, D) with ``tokens="patch"``.
 
         Raises:
-            TypeError, ValueError: no image of 3 channels; a model whose output is unknown.
+            TypeError, ValueError: not an image with 3 channels; a model with unknown output.
         """
         x = self.prepared(image)
         forward_features = getattr(self.model, "forward_features", None)
@@ -131,8 +131,7 @@ def from_timm(
     input_range: str = "-1,1",
     **options: Any,
 ) -> Embedder:
-    """DINO-v2 by ``timm.create_model``, pretrained and for images of any size unless ``options``
-    say otherwise."""
+    """DINO-v2 by ``timm.create_model``, by default pretrained and for images of any size."""
     import timm
 
     options = {"pretrained": True, "num_classes": 0, "dynamic_img_size": True, **options}

@@ -3,7 +3,7 @@
     from models.loss import GANLoss
     from mghf_fast.integrations.kair import PerceptualLoss
 
-and in the options (JSON) name the loss where a VGG's norm was named:
+and in the options (JSON) name the loss in place of the VGG's norm:
 
     "F_lossfn_type": "mghf-c", "F_lossfn_weight": 0.1, "F_weights": {"extractor": "perceptual-v1"}
 
@@ -26,18 +26,18 @@ KAIRS = ("l1", "l2")
 
 
 class MGHF(nn.Module):
-    """MGHF in the shape of KAIR's perceptual loss.
+    """MGHF with the interface of KAIR's perceptual loss.
 
     Attributes:
-        vgg: what KAIR wraps into ``DataParallel``: the whole loss, from both images.
-        lossfn: what KAIR moves to the device: nothing.
+        vgg: the module that KAIR wraps into ``DataParallel``: the whole loss, from both images.
+        lossfn: the module that KAIR moves to the device: an empty one.
     """
 
     def __init__(self, variant: str, input_range: str, options: Mapping[str, Any]) -> None:
         super().__init__()
         known = [o for o in OPTIONS if o not in ("variant", "input_range", "reduction")]
         check_options("F_weights", options, known)
-        # A value an image: of several GPUs each gives its own images'.
+        # One value per image, because each of several GPUs returns the values of its own images.
         self.vgg: nn.Module = Criterion(
             variant, input_range=input_range, reduction="none", **options
         )
@@ -61,14 +61,14 @@ def PerceptualLoss(
 
     Args:
         feature_layer, use_input_norm: for KAIR's own VGG loss.
-        weights: of the VGG's layers; of MGHF a mapping of ``preset``, ``extractor``, ``top_m``,
-            ``patch_size``, ``backend``, or a list, which is not used.
+        weights: weights of the VGG's layers; for MGHF a mapping with ``preset``, ``extractor``,
+            ``top_m``, ``patch_size``, ``backend``, or a list, which is ignored.
         lossfn_type: ``"mghf-c"``, ``"mghf-n"``, or ``"l1"``, ``"l2"`` for KAIR's own.
         use_range_norm: the images are in [-1, 1], not in [0, 1].
 
     Raises:
         ValueError: another ``lossfn_type``.
-        TypeError: an option that MGHF does not have.
+        TypeError: an option unknown to MGHF.
     """
     if lossfn_type in KINDS:
         options = weights if isinstance(weights, Mapping) else {}

@@ -1,10 +1,10 @@
-"""LPIPS's interface (richzhang/PerceptualSimilarity 0.1.4) over MGHF: for code that says
-``import lpips``, such as ResShift, OSEDiff and diffusers' training scripts.
+"""MGHF with LPIPS's interface (richzhang/PerceptualSimilarity 0.1.4), for code with ``import
+lpips``, such as ResShift, OSEDiff and diffusers' training scripts.
 
     from mghf_fast.integrations import lpips          # was: import lpips
     net_lpips = lpips.LPIPS(net="mghf-c").cuda()      # was: net="vgg"
 
-The distance of the same name from the package ``lpips`` is another one: weights do not carry over.
+The package ``lpips`` computes another distance, so weights of the loss do not carry over.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class LPIPS(nn.Module):
         net: ``"mghf-c"`` or ``"mghf-n"``.
         spatial, pnet_tune: must be ``False``: there is no map of distances, and the extractor
             stays frozen.
-        pretrained, version, lpips, pnet_rand, use_dropout, model_path, eval_mode, verbose: taken
-            and not used.
+        pretrained, version, lpips, pnet_rand, use_dropout, model_path, eval_mode, verbose: accepted
+            and ignored.
         options: ``preset``, ``extractor``, ``top_m``, ``patch_size``, ``backend`` of
             :class:`mghf_fast.MGHFLoss`; ``patch_size`` is ``"auto"`` unless given.
 
     Raises:
-        ValueError: ``net`` is another network's name; or what cannot be had is asked for.
+        ValueError: ``net`` is another network's name; or ``spatial`` or ``pnet_tune`` is not False.
         TypeError: an unknown option.
     """
 
@@ -78,13 +78,13 @@ class LPIPS(nn.Module):
 
         Args:
             in0: the super-resolved image, (B, 3, H, W), in [-1, 1]; in [0, 1] with ``normalize``.
-            in1: the ground truth, alike.
+            in1: the ground truth, same shape and range.
             retPerLayer: return the pair of the distance and its weighted terms, a list of
                 (B, 1, 1, 1) that adds up to it.
             normalize: the images are in [0, 1].
 
         Raises:
-            ValueError: ``in1`` asks for a gradient and ``in0`` does not, so the two are swapped.
+            ValueError: only ``in1`` requires a gradient, as when the two are swapped.
         """
         check_order(in0, in1, ("in0", "in1"))
         if normalize:

@@ -1,6 +1,6 @@
 """neosr (neosr-project/neosr): ``mghf_loss`` in its ``LOSS_REGISTRY``.
 
-The registry fills itself from files of the trainer's folder. Put one there, of one line:
+The registry imports files from the trainer's folder. Add one with a single line:
 
     # neosr/losses/mghf_loss.py
     from mghf_fast.integrations.neosr import mghf_loss  # noqa: F401
@@ -48,6 +48,6 @@ class mghf_loss(nn.Module):
         self.criterion = Criterion(**options)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Images (B, 3, H, W) twice, ``x`` the network's -> the weighted loss, a scalar."""
+        """Images (B, 3, H, W) twice, ``x`` from the network -> the weighted loss, a scalar."""
         x, y, _ = pair(x, y, ("x", "y"))
         return self.loss_weight * self.criterion(x, y)

@@ -36,7 +36,7 @@ class MGHF(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Images (B, 3, H, W), or grey ones (B, 1, H, W), twice; ``y`` the ground truth -> (B, 1),
-        less is better."""
+        lower is better."""
         x, y, _ = pair(x, y, ("x", "y"))
         if x.dim() == y.dim() == 4:
             x, y = (i.expand(-1, 3, -1, -1) if i.shape[1] == 1 else i for i in (x, y))

@@ -1,7 +1,7 @@
 """ResShift (zsyOAOA/ResShift), whose diffusion SinSR distils.
 
 Its trainer ``TrainerDifIRLPIPS`` makes ``lpips.LPIPS(net="vgg")``: import :class:`LPIPS` from here
-and say ``net="mghf-c"``. To distil it as HF-Diff does, :func:`student` takes its diffusion too.
+and pass ``net="mghf-c"``. To distil it as HF-Diff does, pass its diffusion to :func:`student`.
 """
 
 from .lpips import LPIPS

@@ -1,4 +1,4 @@
-"""SinSR (wyf0912/SinSR) as HF-Diff trains it: the student of its ``training_losses_distill``.
+"""The student of SinSR (wyf0912/SinSR) for HF-Diff, as in its ``training_losses_distill``.
 
 With T the last step of the diffusion, z_T the noisy start, z^_0 the teacher's output and f the
 network, SinSR's three terms (``learn_xT`` and ``finetune_use_gt: 1``) are
@@ -7,12 +7,12 @@ network, SinSR's three terms (``learn_xT`` and ``finetune_use_gt: 1``) are
     mse_xT  mean (f(s(z^_0), 0) - z_T)^2
     mse_gt  mean (f(s(stopgrad f(s(z_0), 0)), T) - z_0)^2
 
-where s(z) = ``diffusion._scale_input(z, T)`` divides a state by what its deviation is *at T*, in
-the calls too that tell the network step 0. A student that scales for the step it tells computes
+where s(z) = ``diffusion._scale_input(z, T)`` divides a state by its deviation *at T*, also in the
+calls that pass step 0 to the network. A student that scales for the step that it passes computes
 another inverse term.
 
-:func:`student` is f(s(.), .), which :func:`mghf_fast.losses.distillation.distillation_terms` and
-``HFDiffLoss.distil`` take; their distill, inverse and consistency are then SinSR's.
+:func:`student` returns f(s(.), .) for :func:`mghf_fast.losses.distillation.distillation_terms` and
+``HFDiffLoss.distil``; their distill, inverse and consistency are then SinSR's.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ def student(
     model: Callable[..., Tensor],
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> Student:
-    """The one-step student ``(x, y, timestep) -> Tensor`` out of SinSR's network.
+    """The one-step student ``(x, y, timestep) -> Tensor`` from SinSR's network.
 
     Args:
         diffusion: SinSR's or ResShift's ``GaussianDiffusion``: ``num_timesteps`` and
             ``_scale_input(x, t)`` are used.
         model: its network, called as ``model(x, t, **model_kwargs)`` with ``t`` (B,) of int64.
-        model_kwargs: what the trainer passes on, ``{"lq": lq}`` where the network is conditioned.
+        model_kwargs: the trainer's keyword arguments, ``{"lq": lq}`` for a conditioned network.
             The student's own ``y`` is therefore not used.
     """
     last, more = final_timestep(diffusion), dict(model_kwargs or {})

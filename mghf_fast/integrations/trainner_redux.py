@@ -1,6 +1,6 @@
 """traiNNer-redux (the-database/traiNNer-redux): ``mghfloss`` in its ``LOSS_REGISTRY``.
 
-The registry fills itself from files of the trainer's folder. Put one there, of one line:
+The registry imports files from the trainer's folder. Add one with a single line:
 
     # traiNNer/losses/mghf_loss.py
     from mghf_fast.integrations.trainner_redux import MGHFLoss  # noqa: F401
@@ -33,11 +33,11 @@ class MGHFLoss(nn.Module):
     """``type: mghfloss``; in the log ``l_g_mghf``.
 
     Args:
-        loss_weight: what the trainer multiplies by. Below 0 it compares with the enlarged low
-            resolution instead of the ground truth, as for every loss of that trainer.
+        loss_weight: the factor by which the trainer multiplies. If it is negative, the trainer
+            passes the enlarged low resolution instead of the ground truth, as for all its losses.
         variant, preset, extractor, top_m, input_range, patch_size, backend: as in
             :class:`mghf_fast.MGHFLoss`.
-        terms: log each weighted term by itself, as ``l_g_mghf_naive`` and so on.
+        terms: log each weighted term separately, as ``l_g_mghf_naive`` and so on.
     """
 
     def __init__(
@@ -73,5 +73,5 @@ class MGHFLoss(nn.Module):
             return self.criterion(output, target)
         terms: dict[str, Tensor] = self.criterion.terms(output, target)
         total = torch.stack(list(terms.values())).sum()
-        # The trainer leaves out parts that are not above 0, a NaN too; as a whole it is seen.
+        # The trainer skips parts that are not above 0, NaN included; it sees a NaN in the total.
         return terms if total.isfinite() else total

@@ -2,5 +2,5 @@
 
 One file per op, its equations on top. The forward functions are differentiable by autograd at any
 float dtype; the `*_backward` functions are the closed forms that every kernel implements. As a
-backend a file speaks the ops' dialect: `forward`, `backward`, `can_run` (see `ops/_dispatch.py`).
+backend a file has the common interface `forward`, `backward`, `can_run` (see `ops/_dispatch.py`).
 """

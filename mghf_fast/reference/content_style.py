@@ -2,14 +2,14 @@
 
     naive = mean (S - G)^2                                                     over all C maps
     I = ((1 - H(G)) + (1 - H(S))) / 2,   w = (1 + alpha I)^gamma               H: channel entropy
-    of each image the M maps with the largest I are kept (ties: the lower index)
+    each image's M maps with the largest I are kept (ties: the lower index)
     mse  = mean over kept maps and pixels of w^2 (S - G)^2
     correlation = 1 - mean over kept maps of cov(G, S) / sqrt(max(var G, f) max(var S, f)), f = 1e-8
     gram = (1 / M) sum (D_ij)^2,   D = Gram(w S) - Gram(w G),  Gram(F) = F F^T / (M H W)
     or, gram="map":  (1 / M) sum over maps of sum (D_ij)^2, with Gram(F) = F F^T / W of an H x W map
 
-The Gram difference is taken as written, of two products: maps whose mean is far above their
-deviation lose digits in float32 (0.1 % of the term at 100 to 1). The compiled kernels do not.
+The Gram difference is computed as written, from two products: maps whose mean is far above their
+deviation lose digits in float32 (0.1 % of the term at 100 to 1). The compiled kernels avoid this.
 The weights are constants. Gradient of S, n = H W, m the mean, rho a map's correlation:
 
     naive: 2 (S - G) / (C n)          mse: 2 w^2 (S - G) / (M n)
@@ -19,7 +19,7 @@ The weights are constants. Gradient of S, n = H W, m the mean, rho a map's corre
 
 The forward also returns what a backward needs of the maps to be one sweep over S and G: `moments`,
 for each kept map m_S, m_G, m_(S-G), 1 / sqrt(..), rho / var S and the difference of these two, and
-the matrix D (empty for gram="map"). The backward here computes them anew, so that it can itself be
+the matrix D (empty for gram="map"). The backward here recomputes them, so that it can itself be
 differentiated.
 """
 
@@ -39,9 +39,9 @@ def importance_weights(
 ) -> tuple[Tensor, Tensor]:
     """Indices and weights of the kept maps, both (B, M), most important first."""
     importance = 1 - (precise_entropy(gt, bins) + precise_entropy(sr, bins)) / 2
-    # A stable sort and not topk, which leaves the order of ties open. NaN counts as the largest,
-    # so a map with a NaN is always kept and the loss becomes NaN. Compared in float32, in which
-    # what is equal but for rounding is equal.
+    # A stable sort, because topk does not define the order of ties. NaN counts as the largest, so a
+    # map with a NaN is always kept and the loss becomes NaN. Compared in float32, so that rounding
+    # errors of float64 break no ties.
     kept = importance.float().sort(dim=1, descending=True, stable=True)[1][:, :top_m].contiguous()
     weights = (1 + alpha * importance.gather(1, kept)) ** gamma
     return kept, weights.to(accumulation_dtype(sr.dtype))
@@ -153,7 +153,7 @@ def backward(
     difference: Tensor,
     gram: str,
 ) -> Tensor:
-    """The statistics are computed again: they depend on ``sr``, and this may be differentiated."""
+    """Recomputes the statistics: they depend on ``sr``, and this may be differentiated."""
     grads = (grad_naive, grad_mse, grad_correlation, grad_gram)
     return content_style_backward(*grads, gt, sr, kept, weights, gram)
 

@@ -1,7 +1,7 @@
 """The invertible block (HF-Diff eq. 5; MGHF's detail feature extractor is a chain of these).
 
     x = mix(x)                                    dense 1x1, C -> C, bias; or, with the extractor's
-                                                  stem drawn into it, 3x3 with zero padding, any
+                                                  stem folded into it, 3x3 with zero padding, any
                                                   number of channels -> C
     z1, z2 = halves(x)
     z2 <- z2 + phi(z1)
@@ -85,7 +85,7 @@ def _subnet(x: Tensor, kernels: tuple[Tensor, ...], activation: str) -> Tensor:
 def _subnet_backward(
     grad: Tensor, x: Tensor, kernels: tuple[Tensor, ...], activation: str, need_weights: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """Gradients of the sub-network's input and, where asked for, of its kernels."""
+    """Gradients of the sub-network's input and, if requested, of its kernels."""
     if len(kernels) == 2:
         expand, project = kernels
         padded = _pad(x)
@@ -144,7 +144,7 @@ def invertible_block(x: Tensor, weights: BlockWeights) -> Tensor:
 
 
 def invertible_block_inverse(y: Tensor, weights: BlockWeights) -> Tensor:
-    """(B, C, H, W) -> (B, C, H, W), so that ``invertible_block`` gives ``y`` back."""
+    """(B, C, H, W) -> (B, C, H, W): the input for which ``invertible_block`` returns ``y``."""
     dtype = y.dtype
     y, w = _in_accumulation_dtype(y, weights)
     z1, z2 = y.chunk(2, 1)
@@ -163,8 +163,8 @@ def invertible_block_log_det(x: Tensor, weights: BlockWeights) -> Tensor:
     z1, z2 = _mix(x, w).chunk(2, 1)
     z2 = z2 + _subnet(z1, w.phi, w.activation)
     log_scale = _log_scale(_subnet(z2, w.rho, w.activation), w.clamp)
-    # Multiplied by the number of pixels, an error in the mix's share would show. (Apple's GPUs have
-    # no float64.)
+    # In float64, because an error in the mix's share is multiplied by the number of pixels.
+    # (Apple's GPUs have no float64.)
     mix = w.mix_weight.flatten(1)
     mix = mix if x.device.type == "mps" else mix.double()
     of_mix = torch.linalg.slogdet(mix).logabsdet * (x.shape[2] * x.shape[3])

@@ -18,15 +18,15 @@ from ..precision import accumulation_dtype
 
 
 def precise_entropy(x: Tensor, bins: int) -> Tensor:
-    """(B, C, H, W) -> (B, C) in float64, so that maps with equal counts in another order, or pairs
-    of maps with equal sums, do not differ by rounding: ties among them stay ties. (In float32 on
-    Apple's GPUs, which have no float64.)"""
+    """(B, C, H, W) -> (B, C) in float64, so that rounding does not break ties between maps with
+    equal counts in another order, or pairs of maps with equal sums. (In float32 on Apple's GPUs,
+    which have no float64.)"""
     # Bins are decided in float32 even for float64 input, so that every backend counts alike.
     maps = x.detach().flatten(2).flatten(0, 1).float()
     low, high = maps.aminmax(dim=1, keepdim=True)
     position = (maps - low) / (high - low) * bins
-    # 0/0 in a constant map and whatever came of a NaN or an infinity go to the first bin, so that
-    # no index is out of range; the last lines give these maps their value.
+    # 0/0 in a constant map and the results of NaN or infinity go to the first bin, so that no index
+    # is out of range; the last lines give these maps their value.
     index = position.nan_to_num(0, bins - 1, 0).floor().clamp(0, bins - 1).long()
     one = torch.ones((), dtype=torch.int64, device=x.device)
     counts = torch.zeros(maps.shape[0], bins, dtype=torch.int64, device=x.device)

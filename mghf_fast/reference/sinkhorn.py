@@ -22,7 +22,8 @@ from ..precision import accumulation_dtype
 
 
 def transport_score(similarity: Tensor, cost: str) -> Tensor:
-    """What the plan maximises: ``"hard"`` favours similar pairs, the others unlike ones."""
+    """The score that the plan maximises: ``"hard"`` favours similar pairs, the others dissimilar
+    ones."""
     if cost == "hard":
         return similarity
     if cost == "easy":
@@ -47,7 +48,7 @@ def _potentials(
     for step in range(iterations):
         new_f = -torch.logsumexp(log_kernel + g.unsqueeze(1), 2)
         if tolerance is not None and step > 0:
-            # exp(f - new_f) is the row sum of the plan as it stands.
+            # exp(f - new_f) is the row sum of the current plan.
             error = (torch.exp(f - new_f) - 1).abs().amax(1, keepdim=True)
             active = active & ~(error <= tolerance)
             if not active.any():
@@ -94,7 +95,7 @@ def log_sinkhorn_plan_backward(
         columns = torch.exp(log_kernel + f.unsqueeze(2) + g.unsqueeze(1)) * grad_g.unsqueeze(1)
         rows = torch.exp(log_kernel + f.unsqueeze(2) + previous_g.unsqueeze(1))
         rows = rows * (grad_f - columns.sum(2)).unsqueeze(2)
-        # A matrix that had already come to rest took no part in this iteration.
+        # A matrix that had already converged took no part in this iteration.
         resting = ~active
         grad_log_kernel = grad_log_kernel - (columns + rows).masked_fill(resting.unsqueeze(2), 0)
         grad_g = torch.where(active, -rows.sum(1), grad_g)

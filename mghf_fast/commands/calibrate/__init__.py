@@ -1,1 +1,1 @@
-"""The weight of the loss beside a pixel loss."""
+"""Finds the weight of the loss relative to a pixel loss."""

@@ -1,5 +1,5 @@
-"""``mghf-fast calibrate``: its options, and what it prints. What is measured, and why, stands in
-:mod:`mghf_fast.integrations.calibrate`."""
+"""``mghf-fast calibrate``: its options and output. :mod:`mghf_fast.integrations.calibrate` says
+what is measured, and why."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..choices import DEFAULT_EXTRACTOR, DEFAULT_PRESET, PRESETS, VARIANTS
 from ..demo.settings import SCALE
 
 PIXEL_LOSSES = {"l1": "l1_loss", "l2": "mse_loss"}
-"""By their names in torch.nn.functional."""
+"""Option -> function of torch.nn.functional."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "low",
         type=Path,
         metavar="LR",
-        help="a folder of the network's inputs; or, of the ground truths' size, of its outputs",
+        help="a folder of the network's inputs; or of its outputs, which have the truths' size",
     )
     parser.add_argument(
         "high", type=Path, metavar="HR", help="a folder of the ground truths, by the same names"
@@ -28,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--network",
         metavar="MODULE:NAME",
-        help="what is called, without arguments, for the network (default: the demo's, if the "
-        f"pairs are of scale {SCALE}; for pairs of one size the gradient in the picture)",
+        help="called without arguments to make the network (default: the demo's, for pairs of "
+        f"scale {SCALE}; for pairs of equal size the gradient in the picture itself)",
     )
     parser.add_argument(
         "--weights", type=Path, metavar="FILE", help="the network's: .safetensors, .pth or .pt"
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=1.0,
         metavar="X",
-        help="how many times as long as the pixel loss's the gradient shall be "
+        help="wanted ratio of the loss's gradient length to the pixel loss's "
         "(default: %(default)s)",
     )
     parser.add_argument("--variant", choices=VARIANTS, default="c", help="default: %(default)s")
@@ -54,9 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pixel", choices=tuple(PIXEL_LOSSES), default="l1", help="default: %(default)s"
     )
     for name, default, text in (
-        ("crop", 128, "side of a crop of the ground truth, pixels: take your training's"),
-        ("batch", 4, "crops in a batch: take your training's"),
-        ("batches", 8, "batches, of which the median is taken"),
+        ("crop", 128, "side of a crop of the ground truth, pixels: use your training's"),
+        ("batch", 4, "crops in a batch: use your training's"),
+        ("batches", 8, "number of batches, whose median is reported"),
         ("seed", 0, "decides the crops"),
     ):
         parser.add_argument(

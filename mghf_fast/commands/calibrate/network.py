@@ -1,4 +1,4 @@
-"""The network whose gradients are compared: the user's, the one that ships, or the pixels."""
+"""The network whose gradients are compared: the user's, the shipped one, or just the pixels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..demo.settings import SCALE
 
 
 class Picture(nn.Module):
-    """The picture itself as what is trained: its parameter, of zeros, is added to the input."""
+    """Trains the picture itself: a parameter, initially zero, is added to the input."""
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
@@ -26,10 +26,10 @@ class Picture(nn.Module):
 
 
 def make_network(call: str | None, scale: int, batch: int, crop: int) -> tuple[str, nn.Module]:
-    """The network, and what it is called in the report.
+    """The name of the trained parameters for the report, and the network.
 
     Raises:
-        ValueError: it cannot be had from ``call``; or none is named and none ships for the scale.
+        ValueError: ``call`` does not make a network; or it is None and none ships for the scale.
     """
     if call is None:
         if scale == 1:
@@ -43,7 +43,7 @@ def make_network(call: str | None, scale: int, batch: int, crop: int) -> tuple[s
     module, _, name = call.partition(":")
     if not module or not name:
         raise ValueError(f"--network must be MODULE:NAME, got {call!r}")
-    sys.path.insert(0, "")  # a module of the current folder, as `python -m` finds it
+    sys.path.insert(0, "")  # finds modules in the current folder, as `python -m` does
     try:
         network = getattr(importlib.import_module(module), name)()
     except (ImportError, AttributeError, TypeError) as error:
@@ -58,13 +58,13 @@ def make_network(call: str | None, scale: int, batch: int, crop: int) -> tuple[s
 
 
 def load_weights(network: nn.Module, path: Path) -> None:
-    """Loads a file's tensors, or those that trainers put under ``params_ema`` or ``params``.
+    """Loads a file's tensors, or those under the trainers' keys ``params_ema`` or ``params``.
 
     Raises:
-        ValueError: the file is no file of weights, or of another network.
-        OSError: the system does not give it.
+        ValueError: the file does not hold weights, or holds another network's.
+        OSError: the file cannot be read.
     """
-    with path.open("rb"):  # what the system says of a missing file is clearer
+    with path.open("rb"):  # gives a clearer message for a missing file
         pass
     try:
         if path.suffix == ".safetensors":
@@ -78,6 +78,6 @@ def load_weights(network: nn.Module, path: Path) -> None:
                     state = state[key]
                     break
         network.load_state_dict(state)  # type: ignore[arg-type]
-    except Exception as error:  # unpicklers and load_state_dict raise nearly anything
+    except Exception as error:  # unpicklers and load_state_dict raise many types
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"--weights {path}: {reason}") from error

@@ -1,4 +1,4 @@
-"""The pairs of pictures that a weight is found on, and crops of them."""
+"""The pairs of pictures on which a weight is measured, and crops of them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ..evaluate.pictures import pair, read
 
 
 def load(low: Path, high: Path, crop: int) -> tuple[list[tuple[Tensor, Tensor]], int]:
-    """The pairs that have room for a crop, (3, h, w) and (3, H, W) of uint8, and their scale.
+    """The pairs large enough for a crop, (3, h, w) and (3, H, W) of uint8, and their scale.
 
     Raises:
-        ValueError, OSError: no pairs, sides that are no common multiple, crops that do not fit.
+        ValueError, OSError: no pairs, no common integer scale, or no pair that fits a crop.
     """
     pairs: list[tuple[Tensor, Tensor]] = []
     scale: int | None = None

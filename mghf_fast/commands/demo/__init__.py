@@ -1,9 +1,9 @@
-"""Photographs, a small super-resolution network, and the question what MGHF-c does to its pictures.
+"""Shows on photographs what MGHF-c does to the outputs of a small super-resolution network.
 
-A compact EDSR that ships, trained on L1, is fine-tuned twice, with the same batches, learning rates
+The shipped compact EDSR, trained on L1, is fine-tuned twice, with the same batches, learning rates
 and number of steps: on L1 alone, and on L1 + MGHF-c. Photographs held out from all training are
-then measured as ``mghf-fast evaluate`` measures, and shown. With ``--ablation`` the rows of the
-paper's Tables 4 and 6 are trained in the same way.
+then measured as by ``mghf-fast evaluate``, and shown. With ``--ablation`` the rows of the paper's
+Tables 4 and 6 are trained in the same way.
 
 This package needs the extra ``demo`` (``pip install "mghf_fast[demo]"``); importing it does not.
 """
@@ -23,14 +23,14 @@ def run(settings: DemoSettings | None = None) -> dict[str, Any]:
     """Runs the demo: trains, prints the table, writes the report.
 
     ``report.html``, ``metrics.json`` and ``comparison.png`` go to ``settings.out``. The global
-    random state and the number of threads are left as they were.
+    random state and the number of threads do not change.
 
     Args:
         settings: see :class:`DemoSettings`; None for the defaults.
 
     Returns:
-        What ``metrics.json`` holds. With one seed, machine and number of threads everything but
-        ``cost`` repeats exactly.
+        The content of ``metrics.json``. With the same seed, machine and number of threads
+        everything but ``cost`` repeats exactly.
 
     Raises:
         DemoError: bad settings, too few pictures, or results that cannot be written; the message
@@ -64,8 +64,8 @@ def run_ablation(settings: DemoSettings | None = None) -> dict[str, Any]:
         settings: see :class:`DemoSettings`; None for the defaults.
 
     Returns:
-        What ``ablation.json`` holds; with one seed, machine and number of threads everything but
-        ``seconds`` and ``step_seconds`` repeats exactly.
+        The content of ``ablation.json``; with the same seed, machine and number of threads
+        everything but ``seconds`` and ``step_seconds`` repeats exactly.
 
     Raises:
         DemoError, ModuleNotFoundError: as :func:`run`.

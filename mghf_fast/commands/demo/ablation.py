@@ -1,9 +1,9 @@
-"""``mghf-fast demo --ablation``: the rows of the paper's Tables 4 and 6, over the demo's harness.
+"""``mghf-fast demo --ablation``: the rows of the paper's Tables 4 and 6, trained like the demo's.
 
 Every row is one fine-tuning from the demo's start, with its batches, schedule and number of steps,
 on L1 + w * objective. The weight w makes the objective's gradient on the super-resolved picture,
-averaged over the first batches, as long as that of the demo's own MGHF-c with its weight: rows
-differ by the direction in which they pull, not by how hard.
+averaged over the first batches, as long as that of the demo's own weighted MGHF-c: rows differ in
+the direction of their gradients, not in the length.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ VGG, LPIPS = "VGG-16 loss", "LPIPS loss"
 
 @dataclass(frozen=True)
 class Row:
-    """An objective beside L1; ``paper`` holds the published figures, by table.
+    """An objective added to L1, with the published figures.
 
-    ``table6`` is (PSNR, SSIM, LPIPS) of OSEDiff on DRealSR, ``table4`` NIQE of SinSR on DIV2K-Val,
-    RealSet65 and RealSR.
+    ``table6`` is (PSNR, SSIM, LPIPS) for OSEDiff on DRealSR, ``table4`` NIQE for SinSR on
+    DIV2K-Val, RealSet65 and RealSR.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Row:
 def _only(
     gammas: tuple[int, int, int], betas: tuple[int, int, int] = (1, 1, 1)
 ) -> Callable[[], Objective]:
-    """MGHF-c of the demo's preset with some of its weights set to 0: where a factor is 0."""
+    """MGHF-c with the demo's preset, each weight multiplied by its factor, 0 or 1."""
     preset: Preset = PRESETS[losses.PRESET]
     g1, g2, g3 = (weight * kept for weight, kept in zip(preset.gammas, gammas, strict=True))
     b1, b2, b3 = (weight * kept for weight, kept in zip(preset.betas, betas, strict=True))
@@ -82,19 +82,19 @@ ROWS = (
     Row(VGG, objectives.vgg16, None, (5.97, 5.63, 6.15), needs_vgg=True),
     Row(LPIPS, objectives.lpips_vgg, None, (6.06, 5.84, 6.36), needs_vgg=True),
 )
-"""In the order of training; Table 6 first, then what Table 4 adds."""
+"""In the order of training: Table 6 first, then the rows that only Table 4 has."""
 
 
 def measure(settings: DemoSettings) -> dict[str, Any]:
     """Trains and measures every row; writes no file.
 
     Returns:
-        What ``ablation.json`` holds: ``rows`` with the objective's ``name``, ``weight``, mean
+        The content of ``ablation.json``: ``rows`` with the objective's ``name``, ``weight``, mean
         ``quality`` over the held-out photographs, ``step_seconds`` and the paper's figures.
 
     Raises:
-        DemoError: too few usable pictures, a loss that is no finite number, or an objective
-            without a gradient.
+        DemoError: too few usable pictures, a loss that is not finite, or an objective without a
+            gradient.
     """
     began = time.perf_counter()
     with pipeline.threads_of(settings):

@@ -1,4 +1,4 @@
-"""Line charts as inline SVG. Colours are CSS classes, so that they follow light and dark."""
+"""Line charts as inline SVG. Colours are CSS classes, so that they suit light and dark pages."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def line_chart(
     """An SVG element with axes, grid, legend and the curves.
 
     Args:
-        description: what a screen reader says.
+        description: text for screen readers.
         band: start and end on the x axis of a shaded part, and its label.
     """
     x_low, x_high = (f([v for line in lines for v in line.x]) for f in (min, max))

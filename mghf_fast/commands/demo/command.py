@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--from-scratch",
         action="store_true",
-        help="train the start network first, for a moment, instead of taking the one that ships",
+        help="train the start network first, briefly, instead of using the shipped one",
     )
     parser.add_argument(
         "--ablation",
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="of everything random: same seed, same numbers (default: %(default)s)",
+        help="seed of everything random: same seed, same numbers (default: %(default)s)",
     )
     parser.add_argument(
         "--threads",
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the demo; returns 0. Mistakes are errors, which the command line tells."""
+    """Runs the demo; returns 0. A user's mistakes raise errors, which the command line reports."""
     settings = DemoSettings(
         out=args.out,
         images=args.images,

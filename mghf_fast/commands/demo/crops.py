@@ -22,7 +22,7 @@ COLUMNS = {
 
 
 def crops(result: Result, index: int) -> dict[str, Pixels]:
-    """By method, in the order of ``COLUMNS``, the crops of held-out photograph ``index``."""
+    """Method -> crop of held-out photograph ``index``, in the order of ``COLUMNS``."""
     photograph = result.held_out[index]
     pictures = {method: each[index] for method, each in result.pictures.items()}
     pictures[GROUND_TRUTH] = photograph.gt
@@ -37,7 +37,7 @@ def png(pixels: Pixels) -> bytes:
 
 
 def comparison_strip(result: Result, zoom: int = 2) -> bytes:
-    """All crops in one labelled PNG: a row for each photograph, a column for each method."""
+    """All crops in one labelled PNG: a row per photograph, a column per method."""
     gap, header, tile = 6, 30, result.held_out[0].side * zoom
     rows = len(result.held_out)
     size = (4 * tile + 5 * gap, header + rows * (tile + gap))

@@ -1,8 +1,8 @@
 """The seeded blind degradation: blur, downsampling by 4, noise, JPEG, each of random strength.
 
-The order is that of Zhang et al. (2021) and Real-ESRGAN's first stage, at moderate strength: what
-a small network can learn to undo within a minute. NumPy alone, so that batches are the same for any
-number of PyTorch threads and do not fight with them.
+The order is that of Zhang et al. (2021) and Real-ESRGAN's first stage, at a moderate strength that
+a small network can learn to undo within a minute. It uses only NumPy, so that batches are the same
+for any number of PyTorch threads and do not compete with them.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ Plane = npt.NDArray[np.float64]
 
 KERNEL_SIZE = 21
 BLUR_SIGMA = (0.4, 1.6)
-"""Standard deviations along both axes of the Gaussian, ground-truth pixels."""
+"""Range of the Gaussian's standard deviations along both axes, ground-truth pixels."""
 NOISE_SIGMA = (0.0, 3.0)
-"""Standard deviation of the Gaussian noise, of 255."""
+"""Range of the Gaussian noise's standard deviation, on a scale of 0 to 255."""
 JPEG_QUALITY = (80, 95)
 
 
 def gaussian_kernel(sigma_x: float, sigma_y: float, angle: float) -> Plane:
-    """A Gaussian turned by ``angle`` radians: ``(KERNEL_SIZE, KERNEL_SIZE)``, sum 1."""
+    """A Gaussian rotated by ``angle`` radians: ``(KERNEL_SIZE, KERNEL_SIZE)``, sum 1."""
     axis = np.arange(KERNEL_SIZE) - KERNEL_SIZE // 2
     y, x = np.meshgrid(axis, axis, indexing="ij")
     along = x * math.cos(angle) + y * math.sin(angle)
@@ -38,14 +38,14 @@ def gaussian_kernel(sigma_x: float, sigma_y: float, angle: float) -> Plane:
 
 
 def blur(image: Plane, kernel: Plane) -> Plane:
-    """Convolves each channel of ``(H, W, 3)`` with ``kernel``, the border reflected."""
+    """Convolves each channel of ``(H, W, 3)`` with ``kernel``; the border is reflected."""
     edge = KERNEL_SIZE // 2
     padded = np.pad(image, ((edge, edge), (edge, edge), (0, 0)), mode="reflect")
     size = padded.shape[:2]
     spectrum = np.fft.rfft2(padded, axes=(0, 1)) * np.fft.rfft2(kernel, size)[..., None]
     blurred = np.fft.irfft2(spectrum, size, axes=(0, 1))
-    # The kernel starts at the origin, not centred on it: everything moved by `edge`, and what
-    # wrapped around lies in the part cut off.
+    # The kernel starts at the origin instead of being centred on it: everything is shifted by
+    # `edge`, and the part that wrapped around is cut off.
     return blurred[2 * edge :, 2 * edge :]
 
 
@@ -69,10 +69,10 @@ def _jpeg(pixels: Pixels, quality: int) -> Pixels:
 def degrade(gt: Pixels, random: np.random.Generator) -> Pixels:
     """The low-resolution picture of ``gt``: ``(H, W, 3)`` -> ``(H / 4, W / 4, 3)``, 8 bits.
 
-    Every choice is drawn from ``random`` and from nothing else, so a seed repeats it.
+    Every choice is drawn from ``random`` alone, so a seed repeats it.
 
     Raises:
-        ValueError: a side of ``gt`` is no multiple of 4 or shorter than 16.
+        ValueError: a side of ``gt`` is not a multiple of 4 or shorter than 16.
     """
     height, width = gt.shape[:2]
     if height % SCALE or width % SCALE or min(height, width) < 16:

@@ -1,4 +1,4 @@
-"""The two objectives that the demo compares, and what is set in the second."""
+"""The two objectives that the demo compares, and the settings of the second."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from .objectives import l1 as l1
 from .objectives import mghf, with_l1
 
 EXTRACTOR = DEFAULT_EXTRACTOR
-"""Name of the feature extractor: the one of a loss that is given none."""
+"""Name of the feature extractor, a loss's default."""
 PRESET = DEFAULT_PRESET
 """Weights of the terms within MGHF-c."""
 MGHF_WEIGHT = 0.1
-"""w in ``L1 + w * MGHF-c``, the value that stands in the loss, with both terms as means over the
-batch. What it amounts to depends on extractor and preset: each report says how long the gradient of
-w * MGHF-c is beside L1's, and ``--ablation`` gives every other objective that length."""
+"""w in ``L1 + w * MGHF-c``, both terms being means over the batch. Its effect depends on extractor
+and preset: each report gives the length of the gradient of w * MGHF-c relative to L1's, and
+``--ablation`` gives every other objective that length."""
 
 
 def l1_with_mghf() -> Objective:

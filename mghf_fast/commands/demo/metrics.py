@@ -1,5 +1,5 @@
-"""How a super-resolved photograph is measured against its ground truth: with the functions of
-``mghf-fast evaluate``, without a border of 4 pixels."""
+"""Measures a super-resolved photograph against its ground truth with the functions of ``mghf-fast
+evaluate``, excluding a border of 4 pixels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = [
 ]  # fmt: skip
 
 BAND = 0.5 / SCALE
-"""Lower edge of the high-frequency band, cycles a pixel."""
+"""Lower edge of the high-frequency band, cycles per pixel."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,11 @@ class Quality:
     """One picture's measures, or the mean of several pictures'."""
 
     psnr: float
-    """In the papers' convention (luma of 16 to 235), dB; higher is better."""
+    """In the papers' convention (luma in 16 to 235), dB; higher is better."""
     ssim: float
     """In the papers' convention; 1 is best."""
     stlpips: float | None
-    """Shift-tolerant LPIPS, AlexNet, lower is better; None where its package is missing."""
+    """Shift-tolerant LPIPS, AlexNet, lower is better; None if its package is missing."""
     hf_error: float
     """Mean over the band's rings of abs(10 log10(power of SR / power of GT)), dB; 0 is best."""
     hf_energy: float
@@ -42,7 +42,7 @@ class Quality:
 
     @staticmethod
     def mean(qualities: list[Quality]) -> Quality:
-        """The mean of each measure; None for one that any picture lacks."""
+        """The mean of each measure; None for a measure that any picture lacks."""
 
         def of(values: list[float | None]) -> float | None:
             present = [v for v in values if v is not None]
@@ -56,7 +56,7 @@ def measure(sr: Pixels, gt: Pixels, judge: Judge | None = None) -> Quality:
     """Measures ``sr`` against ``gt``, both ``(H, W, 3)`` with 8 bits and of one size.
 
     Args:
-        judge: what :func:`judge` gives; without it ``stlpips`` is None.
+        judge: result of :func:`judge`; without it ``stlpips`` is None.
     """
     check_pair(sr, gt)
     s, g = (without_border(p, SCALE) for p in (sr, gt))

@@ -11,7 +11,7 @@ from ... import weights
 from .settings import SCALE
 
 START_NAME = "demo-start"
-"""The weights that ship (:mod:`mghf_fast.weights`) of the network which the demo fine-tunes."""
+"""Name of the shipped weights (:mod:`mghf_fast.weights`) that the demo fine-tunes."""
 
 
 class ResidualBlock(nn.Module):
@@ -33,10 +33,10 @@ class CompactEDSR(nn.Module):
 
     Head convolution, residual blocks under a global skip, two pixel shuffles, tail convolution,
     and the bicubic enlargement added at the end. The tail starts at zero: an untrained network
-    *is* bicubic interpolation. 232,963 parameters as it stands.
+    *is* bicubic interpolation. With the defaults it has 232,963 parameters.
 
     Args:
-        generator: source of the initial weights; the global one is not touched.
+        generator: source of the initial weights; the global one is not used.
     """
 
     def __init__(
@@ -77,11 +77,11 @@ class CompactEDSR(nn.Module):
 
 
 def shipped_start() -> CompactEDSR:
-    """The network that ships, trained on L1; its card is ``weights.card(START_NAME)``.
+    """The shipped network, trained on L1; its card is ``weights.card(START_NAME)``.
 
     Raises:
         ValueError: the file is not the one that shipped.
-        FileNotFoundError: it is not there.
+        FileNotFoundError: the file is missing.
     """
     network = CompactEDSR(torch.Generator())
     network.load_state_dict(load(weights.read(START_NAME)))

@@ -1,7 +1,7 @@
 """Training objectives: L1, MGHF, and the perceptual losses that it is compared with.
 
-An objective takes the super-resolved picture and the ground truth, ``(B, 3, H, W)`` each, of 0 to
-1, and gives its terms by name; ``"total"`` is the one to minimise.
+An objective takes the super-resolved picture and the ground truth, ``(B, 3, H, W)`` each in [0, 1],
+and returns its terms by name; ``"total"`` is the one to minimise.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Objective = Callable[[Tensor, Tensor], dict[str, Tensor]]
 """``(sr, gt)`` -> terms by name; ``"total"`` is the one to minimise."""
 
 FIRST_BATCHES = 4
-"""Batches over which the length of a gradient is averaged."""
+"""Number of batches over which the length of a gradient is averaged."""
 
 
 def l1(sr: Tensor, gt: Tensor) -> dict[str, Tensor]:
@@ -49,11 +49,11 @@ def vgg16(layers: int = 3) -> Objective:
     """The VGG-16 perceptual loss with trained weights: the mean squared error of one layer's
     features.
 
-    The network is the VGG-16 of shift-tolerant LPIPS, trained on ImageNet and with a blur before
-    each of its strided steps.
+    The network is the VGG-16 of shift-tolerant LPIPS, trained on ImageNet, with a blur before each
+    strided step.
 
     Args:
-        layers: 1 to 5, relu1_2 to relu5_3.
+        layers: 1 to 5, for relu1_2 to relu5_3.
 
     Raises:
         ModuleNotFoundError: ``stlpips_pytorch`` is not installed.
@@ -91,8 +91,8 @@ def lpips_vgg() -> Objective:
 
 
 def with_l1(objective: Objective, weight: float, name: str = "perceptual") -> Objective:
-    """``L1 + weight * objective``; the terms hold ``"l1"``, ``objective``'s own, and its total
-    without the weight under ``name``."""
+    """``L1 + weight * objective``; the terms are ``"l1"``, ``objective``'s own, and its unweighted
+    total under ``name``."""
 
     def both(sr: Tensor, gt: Tensor) -> dict[str, Tensor]:
         mae, terms = F.l1_loss(sr, gt), objective(sr, gt)
@@ -109,13 +109,13 @@ def gradient_length(
     data: Iterable[tuple[Tensor, Tensor]],
     count: int = FIRST_BATCHES,
 ) -> float:
-    """Mean Euclidean length of the gradient that ``objective`` sends into ``network``'s picture.
+    """Mean Euclidean length of ``objective``'s gradient in ``network``'s output.
 
-    Losses have scales of their own; with weights that bring their gradients to one length beside
-    L1's they are compared by direction alone.
+    Losses differ in scale; with weights that give their gradients equal lengths relative to L1's,
+    they are compared by direction alone.
 
     Args:
-        data: gives ``(lr, gt)`` batches, of which the first ``count`` are used.
+        data: yields ``(lr, gt)`` batches, of which the first ``count`` are used.
     """
     lengths = []
     for lr, gt in itertools.islice(data, count):

@@ -1,4 +1,4 @@
-"""The result files: written whole or not at all, and never over a file of someone else's."""
+"""The result files: written atomically, and never over a file that the demo did not write."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from ..files import refusal, temporary, write_whole
 from .settings import DemoError
 
 GENERATOR = "mghf-fast demo"
-"""Stands near the beginning of every file the demo writes, and tells its own from others."""
+"""Marks the beginning of every file that the demo writes, so that it recognises its own."""
 
 REPORT, METRICS, COMPARISON = "report.html", "metrics.json", "comparison.png"
 ABLATION = "ablation.json"
 
 
 def prepare(out: Path, names: Sequence[str] = (REPORT, METRICS, COMPARISON)) -> None:
-    """Makes ``out`` if it is missing, and makes sure that the results can be written there.
+    """Makes ``out`` if it is missing, and checks that the results can be written there.
 
     Args:
-        names: of the files that will be written.
+        names: names of the files that will be written.
 
     Raises:
         DemoError: ``out`` is not a directory, cannot be written to, or holds a file with the name
-            of a result that the demo has not written.
+            of a result that the demo did not write.
     """
     if out.exists() and not out.is_dir():
         raise DemoError(f"--out {out}: this is a file; a directory is needed")
@@ -46,7 +46,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def write(out: Path, name: str, content: bytes) -> Path:
-    """Writes ``out / name`` by renaming a complete file into place.
+    """Writes ``out / name`` atomically.
 
     Raises:
         DemoError: the system refuses; an earlier file of that name is then untouched.

@@ -1,4 +1,4 @@
-"""The photographs: those that come with scikit-image and scikit-learn, or the user's own."""
+"""The photographs: those in scikit-image and scikit-learn, or the user's own."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from ..rasters import SUFFIXES, printable
 from .settings import SCALE, SMALLEST_SIDE, DemoError, random_source
 
 LONGEST_SIDE = 1024
-"""Larger pictures are reduced to this (pixels): time and memory stay bounded."""
+"""Larger pictures are reduced to this many pixels, to bound time and memory."""
 
 MOST_PICTURES = 64
 HELD_OUT = 3
 
-# The files are opened by path: skimage.data may download what a wheel does not carry.
-# The held-out three are in the public domain, so crops of them may be shown anywhere.
+# The files are opened by path, because skimage.data may download missing ones.
+# The three held-out ones are in the public domain, so crops of them may be shown anywhere.
 BUNDLED_HELD_OUT = (
     ("skimage", "data/astronaut.png"),
     ("skimage", "data/chelsea.png"),
@@ -43,7 +43,7 @@ BUNDLED_TRAINING = (
 
 @dataclass(frozen=True)
 class Photograph:
-    """A ground truth with sides that are multiples of the scale, and a name to show."""
+    """A ground truth, its sides multiples of the scale, and its name for display."""
 
     name: str
     pixels: Pixels
@@ -58,7 +58,7 @@ class Collection:
     skipped: list[tuple[str, str]] = field(default_factory=list)
     """Name and reason of each file that was not used."""
     unread: int = 0
-    """Files left alone because there were already enough pictures."""
+    """Number of files not read because there were already enough pictures."""
 
 
 def decode(path: Path) -> Image.Image:
@@ -92,7 +92,7 @@ def bundled() -> Collection:
     """The photographs inside the installed scikit-image and scikit-learn; never downloads.
 
     Raises:
-        DemoError: fewer than two training or no held-out photographs are there.
+        DemoError: fewer than two training photographs or no held-out ones are installed.
     """
     skipped: list[tuple[str, str]] = []
 
@@ -132,8 +132,8 @@ def from_directory(directory: Path, seed: int, exclude: Path | None = None) -> C
 
     Args:
         directory: searched recursively for jpg, png, webp, bmp and tiff files.
-        seed: decides the split, and which pictures are taken if there are very many.
-        exclude: a directory left out of the search (the results of an earlier run).
+        seed: decides the split, and which pictures are used if there are very many.
+        exclude: a directory that is not searched (the results of an earlier run).
 
     Raises:
         DemoError: no such directory, or fewer than two usable pictures in it.
@@ -156,7 +156,7 @@ def from_directory(directory: Path, seed: int, exclude: Path | None = None) -> C
         except ValueError as error:
             skipped.append((name, str(error)))
             continue
-        # A copy on the other side of the split would let the training see a held-out picture.
+        # With a copy on the other side of the split, training would see a held-out picture.
         digest = hashlib.sha256(pixels.tobytes()).hexdigest()
         if digest in seen:
             skipped.append((name, f"the same picture as {seen[digest]}"))

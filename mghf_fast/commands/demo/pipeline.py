@@ -39,18 +39,18 @@ METHODS = (BICUBIC, START, L1, MGHF)
 
 @dataclass
 class Setup:
-    """What every training of a run has in common."""
+    """The data and start network that all trainings of a run share."""
 
     settings: DemoSettings
     collection: Collection
     held_out: list[HeldOut]
     start: CompactEDSR
     pretraining: Training | None
-    """How ``start`` came about; None if it is the network that ships."""
+    """The training of ``start``; None if it is the shipped network."""
     judge: Judge | None
 
     def crops(self, purpose: str = "fine-tuning") -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches for ``purpose``, the same at every call."""
+        """The batches for ``purpose``, the same on every call."""
         source = random_source(self.settings.seed, purpose)
         photographs = self.collection.training
         return batches(photographs, self.settings.batch, self.settings.patch, source)
@@ -70,21 +70,21 @@ class Setup:
 
 @dataclass
 class Result:
-    """Everything a run found out."""
+    """The results of a run."""
 
     setup: Setup
     gradient_ratio: float
-    """Length of the weighted MGHF-c's gradient on the super-resolved picture over that of L1's, on
-    the first batches."""
+    """Length of the weighted MGHF-c's gradient on the super-resolved picture divided by that of
+    L1's, on the first batches."""
     trainings: dict[str, Training]
-    """By method: L1 and MGHF-c."""
+    """Method (L1, MGHF-c) -> training."""
     pictures: dict[str, list[Pixels]]
-    """By method, one for each held-out photograph."""
+    """Method -> one picture per held-out photograph."""
     quality: dict[str, list[Quality]]
-    """By method, one for each held-out photograph."""
+    """Method -> one quality per held-out photograph."""
     spectra: dict[str, list[float]]
-    """By method and for "ground truth": power in each ring, mean over the held-out photographs;
-    "frequency" holds the rings' centres in cycles a pixel."""
+    """Method, and "ground truth" -> power in each ring, mean over the held-out photographs;
+    "frequency" -> the rings' centres in cycles per pixel."""
     machine: dict[str, str]
     seconds: float
 
@@ -137,7 +137,7 @@ def _say(text: str) -> None:
 
 
 def describe_collection(collection: Collection) -> list[str]:
-    """What is used and what is not, in a few lines."""
+    """A few lines on which files are used and which are not."""
     held_out = ", ".join(p.name for p in collection.held_out)
     lines = [f"{len(collection.training)} photographs to train on, held out: {held_out}"]
     if collection.skipped:
@@ -161,7 +161,7 @@ def _spectra(pictures: dict[str, list[Pixels]]) -> dict[str, list[float]]:
 
 @contextmanager
 def threads_of(settings: DemoSettings) -> Iterator[None]:
-    """PyTorch with the run's number of threads, and afterwards with the one it had."""
+    """Sets PyTorch's number of threads for the run and restores it afterwards."""
     before = torch.get_num_threads()
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
@@ -175,7 +175,7 @@ def set_up(settings: DemoSettings) -> Setup:
     """Reads the photographs, and loads or trains the start network.
 
     Raises:
-        DemoError: too few usable pictures, or a loss that is no finite number.
+        DemoError: too few usable pictures, or a loss that is not finite.
     """
     if settings.images is None:
         collection = bundled()
@@ -200,7 +200,7 @@ def set_up(settings: DemoSettings) -> Setup:
 
 
 def gradient_ratio(setup: Setup) -> float:
-    """How long the gradient of the demo's weighted MGHF-c is, in lengths of L1's."""
+    """Length of the gradient of the demo's weighted MGHF-c divided by that of L1's."""
     mghf = objectives.mghf(losses.EXTRACTOR, "c", losses.PRESET)
     lengths = [objectives.gradient_length(o, setup.start, setup.crops()) for o in (mghf, losses.l1)]
     return losses.MGHF_WEIGHT * lengths[0] / max(lengths[1], 1e-30)
@@ -210,7 +210,7 @@ def compare(settings: DemoSettings) -> Result:
     """Trains and measures; writes no file.
 
     Raises:
-        DemoError: too few usable pictures, or a loss that is no finite number.
+        DemoError: too few usable pictures, or a loss that is not finite.
     """
     began = time.perf_counter()
     with threads_of(settings):

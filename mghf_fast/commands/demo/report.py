@@ -1,4 +1,4 @@
-"""``report.html``: one file that needs nothing else, neither network nor script."""
+"""``report.html``: one self-contained file without scripts."""
 
 from __future__ import annotations
 
@@ -249,7 +249,7 @@ def render(result: Result) -> str:
     remarks = "".join(f"<p>{_text(r)}</p>" for r in summary.remarks(result))
     held_out = "Mean over the held-out photographs while fine-tuning"
     terms = result.trainings[MGHF]
-    # A preset may leave terms out, and the distance is there only with its package.
+    # A preset may omit terms, and the distance needs its package.
     names = {
         "stlpips": "ST-LPIPS on held-out crops",
         "mghf": "MGHF-c on held-out crops",
@@ -289,13 +289,13 @@ def render(result: Result) -> str:
 <p class="muted">A small super-resolution network that was trained on L1 was fine-tuned twice
 from the same start: on L1, and on L1 with MGHF-c. PSNR rewards the mean of all pictures that fit
 the input, which is blurred; ST-LPIPS (a distance tuned on human judgements, where its package is
-installed) asks how alike two pictures look. &ldquo;High frequency&rdquo; (HF) is everything above
-{BAND:g} cycles per pixel, which a picture four times smaller cannot carry: what is there, the
-network has put there. More energy is not by itself better: the correlation says how much of it is
-in the right place.</p>
+installed) measures how similar two pictures look. &ldquo;High frequency&rdquo; (HF) is everything
+above {BAND:g} cycles per pixel, which a picture four times smaller cannot represent: the network
+has added all of it. More energy is not better in itself: the correlation says how much of it is in
+the right place.</p>
 <h2>Held-out photographs</h2>
-<p class="muted">Of each photograph the {side} x {side} window with the strongest gradients in the
-ground truth, enlarged without smoothing. The figures below the crops are those of the whole
+<p class="muted">Each photograph's {side} x {side} window with the strongest gradients in the ground
+truth, enlarged without smoothing. The figures below the crops are those of the whole
 photograph.</p>
 {_crops(result)}
 <h2>Figures</h2>
@@ -305,9 +305,9 @@ photograph.</p>
 {_spectrum_chart(result)}
 <h2>While fine-tuning</h2>
 <p class="muted">On the held-out photographs (the loss: on the crops shown above) at
-{result.settings.checkpoints} checkpoints; on the training batches at every step, thick the moving
-average. Each batch has other crops and another degradation, hence the jumps, which are the same in
-both trainings. Terms are shown without their weights.</p>
+{result.settings.checkpoints} checkpoints; on the training batches at every step, with the moving
+average as a thick line. Each batch has other crops and another degradation, hence the jumps, which
+are the same in both trainings. Terms are shown without their weights.</p>
 <div class="charts">{charts}</div>
 <h2>How to repeat this</h2>
 <p class="muted">Same seed, machine and number of threads: same figures, times and memory

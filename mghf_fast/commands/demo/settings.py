@@ -1,4 +1,4 @@
-"""What a run of the demo can be told, and how a bad setting is refused."""
+"""The settings of a demo run, and their checks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SMALLEST_SIDE = 96
 
 
 class DemoError(ValueError):
-    """The demo cannot go on; the message is one line written for the user."""
+    """The demo cannot continue; the message is one line for the user."""
 
 
 @dataclass(frozen=True)
@@ -27,16 +27,16 @@ class DemoSettings:
     """The settings of one run.
 
     Args:
-        out: directory of the results, made if missing.
+        out: directory for the results, made if missing.
         images: directory of the user's pictures, searched recursively; None for the bundled ones.
         steps: fine-tuning steps of each training, at least 1.
-        seed: of everything random, 0 to 2**63 - 1.
-        threads: CPU threads for PyTorch; None leaves them as they are.
-        from_scratch: start from a network trained on L1 here and now instead of the one that ships.
-        pretrain_steps: its steps, at least 1; without ``from_scratch`` there are none.
-        batch: crops a step.
-        patch: side of a ground-truth crop in pixels, a multiple of 4; LIP needs more than one
-            32 x 32 patch in it, so 56 is the least.
+        seed: seed of everything random, 0 to 2**63 - 1.
+        threads: CPU threads for PyTorch; None does not change them.
+        from_scratch: first train a start network on L1 instead of using the shipped one.
+        pretrain_steps: steps of that training, at least 1; only used with ``from_scratch``.
+        batch: crops per step.
+        patch: side of a ground-truth crop in pixels, a multiple of 4, at least 56: LIP needs more
+            than one 32 x 32 patch in it.
         checkpoints: how often each fine-tuning measures the held-out photographs.
     """
 
@@ -78,6 +78,6 @@ class DemoSettings:
 
 
 def random_source(seed: int, *purpose: str | int) -> np.random.Generator:
-    """A generator of its own for each purpose: adding one use of chance never moves another."""
+    """A separate generator for each purpose: a new use of randomness never changes another."""
     words = [p if isinstance(p, int) else zlib.crc32(p.encode("utf-8", "replace")) for p in purpose]
     return np.random.default_rng([seed, *words])

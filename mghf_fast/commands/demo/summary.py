@@ -1,4 +1,4 @@
-"""A run in words: the table and the sentences that the terminal and the report both show."""
+"""A run in words: the table and the sentences shown in both terminal and report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .pipeline import BICUBIC, L1, METHODS, MGHF, START, Result
 
 EVALUATE = 'pip install "mghf_fast[evaluate]"'
 
-# "Start" is the network both trainings begin with.
+# "Start" is the network from which both trainings begin.
 METHOD_LABELS = {
     BICUBIC: "bicubic",
     START: "start",
@@ -36,7 +36,7 @@ COLUMNS = (
 )
 
 DIFFERENCE = 0.01
-"""Relative change of the deciding measure below which two methods count as equal."""
+"""Relative change of the main measure below which two methods count as equal."""
 
 BETTER, WORSE, EQUAL = "better", "worse", "no difference"
 
@@ -47,7 +47,7 @@ def distance(value: float | None) -> str:
 
 
 def table(result: Result) -> list[list[str]]:
-    """One row of texts for each method, in the order of ``COLUMNS``."""
+    """One row of texts per method, in the order of ``COLUMNS``."""
     rows = []
     for method in METHODS:
         q = result.mean(method)
@@ -76,14 +76,14 @@ def table(result: Result) -> list[list[str]]:
 
 
 def table_text(result: Result) -> str:
-    """The table in aligned plain text, with what each column is below it."""
+    """The table as aligned plain text, with explanations of the columns below it."""
     notes = [f"  {title}: {note}" for title, note in COLUMNS if note]
     return "\n".join([aligned([[title for title, _ in COLUMNS], *table(result)]), "", *notes])
 
 
 def aligned(rows: list[list[str]]) -> str:
-    """Rows of texts as plain text with a rule below the first: the first column to the left, the
-    others to the right."""
+    """Rows of texts as plain text with a rule below the first row: the first column is aligned to
+    the left, the others to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join(
@@ -96,14 +96,14 @@ def aligned(rows: list[list[str]]) -> str:
 
 
 def deciding(quality: Quality) -> float:
-    """What decides which picture is better, lower is better: ST-LPIPS, or without its package the
-    error of the high-frequency spectrum."""
+    """The measure that decides which picture is better, lower is better: ST-LPIPS, or without its
+    package the error of the high-frequency spectrum."""
     return quality.hf_error if quality.stlpips is None else quality.stlpips
 
 
 def verdict(result: Result) -> str:
-    """``BETTER``, ``WORSE`` or ``EQUAL``: MGHF-c against L1 alone, by the mean over the held-out
-    photographs of the deciding measure; equal is a change of less than ``DIFFERENCE``."""
+    """``BETTER``, ``WORSE`` or ``EQUAL``: MGHF-c against L1 alone, by the mean of the main measure
+    over the held-out photographs; a change of less than ``DIFFERENCE`` counts as equal."""
     mghf, l1 = (deciding(result.mean(method)) for method in (MGHF, L1))
     if abs(mghf - l1) <= DIFFERENCE * l1:
         return EQUAL
@@ -111,7 +111,7 @@ def verdict(result: Result) -> str:
 
 
 def headline(result: Result) -> str:
-    """The answer to the demo's question, either way, with the figures and what they cost."""
+    """Whether MGHF-c is better or worse, with the figures and the cost in PSNR."""
     mghf, l1 = result.mean(MGHF), result.mean(L1)
     wins = sum(
         deciding(m) < deciding(n)
@@ -143,7 +143,7 @@ def headline(result: Result) -> str:
 
 
 def remarks(result: Result) -> list[str]:
-    """What else must be said for the headline not to mislead."""
+    """The remarks without which the headline would mislead."""
     mghf, l1 = result.mean(MGHF), result.mean(L1)
 
     def change(delta: float, digits: int) -> str:
@@ -159,8 +159,8 @@ def remarks(result: Result) -> list[str]:
     ]
     if not result.judged:
         lines.append(
-            "ST-LPIPS was not measured, so the spectrum decided, which does not know what people "
-            f"see; {EVALUATE} gives it."
+            "ST-LPIPS was not measured, so the spectrum decided, which is no measure of human "
+            f"perception; {EVALUATE} gives it."
         )
     if max(mghf.hf_energy, l1.hf_energy) > 1:
         lines.append("An energy above 100 % is more than the ground truth has: too much, not more.")

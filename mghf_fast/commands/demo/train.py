@@ -1,4 +1,4 @@
-"""Training: the same loop, batches and schedule for every objective."""
+"""Training, with the same loop, batches and schedule for every objective."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from .photographs import Photograph
 from .settings import SCALE, DemoError, random_source
 
 MARGIN = 16
-"""Ground-truth pixels around a crop that are degraded with it and cut off: a crop inside a
-photograph has no border of its own."""
+"""Ground-truth pixels around a crop that are degraded with it and then cut off, so that the crop
+has no border effects."""
 
 CROP = 192
-"""Side of the crop that is shown of a held-out photograph, pixels; of smaller ones less."""
+"""Side in pixels of the crop shown of a held-out photograph; smaller for smaller photographs."""
 
 
 def to_tensor(pixels: Pixels) -> Tensor:
-    """``(H, W, 3)`` of 0 to 255 -> ``(1, 3, H, W)`` of 0 to 1."""
+    """``(H, W, 3)`` in 0 to 255 -> ``(1, 3, H, W)`` in [0, 1]."""
     return torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1)[None] / 255
 
 
@@ -44,7 +44,7 @@ def to_pixels(image: Tensor) -> Pixels:
 def batches(
     photographs: list[Photograph], batch: int, patch: int, random: np.random.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless random crops, flipped and turned, each degraded in its own way.
+    """Endless random crops, flipped and rotated, each degraded in its own way.
 
     Yields:
         ``lr (batch, 3, patch / 4, patch / 4)`` and ``gt (batch, 3, patch, patch)``, 0 to 1.
@@ -74,7 +74,7 @@ def batches(
 def busiest_window(gt: Pixels, side: int = CROP) -> tuple[int, int]:
     """Top and left of the window with the largest sum of gradient magnitudes.
 
-    It looks at the ground truth alone, so no method's result can choose what is shown.
+    It uses only the ground truth, so that no method's result influences what is shown.
     """
     dy, dx = np.gradient(luminance(gt))
     sums = np.pad(np.hypot(dy, dx).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
@@ -85,7 +85,7 @@ def busiest_window(gt: Pixels, side: int = CROP) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A held-out photograph with its degraded version and the place of the crop to show."""
+    """A held-out photograph with its degraded version and the position of the crop to show."""
 
     name: str
     gt: Pixels
@@ -102,7 +102,7 @@ class HeldOut:
 def hold_out(photographs: list[Photograph], seed: int) -> list[HeldOut]:
     """Degrades each photograph in a way that depends on ``seed`` and its name.
 
-    The crops to show are of one size, ``CROP`` or the shortest side there is.
+    The crops to show have one size, ``CROP`` or the shortest side of any photograph.
     """
     side = min([CROP, *(min(p.pixels.shape[:2]) for p in photographs)])
     return [
@@ -125,13 +125,13 @@ def super_resolve(network: Callable[[Tensor], Tensor], lr: Pixels) -> Pixels:
 
 @dataclass
 class Training:
-    """What one training did; seconds and bytes differ from run to run, nothing else does."""
+    """The record of one training; only seconds and bytes differ from run to run."""
 
     label: str
     terms: dict[str, list[float]] = field(default_factory=dict)
     """Every loss term at every step."""
     checkpoints: list[int] = field(default_factory=list)
-    """Steps done at each measurement of the held-out photographs."""
+    """Number of steps done at each measurement of the held-out photographs."""
     quality: list[Quality] = field(default_factory=list)
     """Mean over the held-out photographs at each checkpoint."""
     held_out_terms: dict[str, list[float]] = field(default_factory=dict)
@@ -179,16 +179,16 @@ def train(
     """Trains ``network`` in place with Adam.
 
     Args:
-        data: gives ``(lr, gt)`` batches.
+        data: yields ``(lr, gt)`` batches.
         objective: see :mod:`mghf_fast.commands.demo.objectives`.
-        label: shown beside the progress bar and in the report.
-        held_out: measured before the first step and ``checkpoints`` times after, if any.
-        probe: an objective that is measured with them, on their crops.
-        judge: of the perceptual distance, on the same crops (of whole photographs it would take
+        label: name for the progress bar and the report.
+        held_out: photographs measured before the first step and ``checkpoints`` times after it.
+        probe: an objective that is measured then too, on their crops.
+        judge: perceptual distance measured on the same crops (on whole photographs it would take
             longer than the training).
 
     Raises:
-        DemoError: the loss stopped being a finite number.
+        DemoError: the loss is no longer finite.
     """
     record = Training(label)
     optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate, betas=(0.9, 0.99))
@@ -229,8 +229,8 @@ def train(
             start = time.perf_counter()
             optimizer.zero_grad(set_to_none=True)
             sr = network(lr)
-            # The gradient stops at a leaf between network and loss, so that the loss and its
-            # backward can be timed apart; the result is that of one backward pass.
+            # A leaf between network and loss splits the backward pass, so that the loss can be
+            # timed separately; the gradients are the same.
             leaf = sr.detach().requires_grad_()
             loss_start = time.perf_counter()
             terms = objective(leaf, gt)

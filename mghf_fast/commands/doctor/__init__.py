@@ -1,1 +1,1 @@
-"""What this installation can do on this machine, and why not the rest."""
+"""Examines what this installation can do on this machine, and why not the rest."""

@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints the report; 0 when every backend that is there computes correctly, 1 otherwise."""
+    """Prints the report; returns 0 if every available backend computes correctly, else 1."""
     from .examination import examine, report
 
     facts = examine()

@@ -1,4 +1,4 @@
-"""What this installation can do on this machine and why not the rest."""
+"""Finds out what this installation can do on this machine, and why not the rest."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def self_check() -> dict[str, dict[str, Any]]:
 
 
 def gpus() -> list[dict[str, Any]]:
-    """What is known of each NVIDIA GPU here: ``identity``, ``tuned`` (when `mghf-fast tune` ran, or
-    None) with its ``rules``, and the kernels on trial (see :func:`mghf_fast.trials.listed`)."""
+    """The cached facts about each NVIDIA GPU: ``identity``, ``tuned`` (when `mghf-fast tune` ran,
+    or None) with its ``rules``, and the trials (see :func:`mghf_fast.trials.listed`)."""
     if not torch.cuda.is_available():
         return []
     found = []

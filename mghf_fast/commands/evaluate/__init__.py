@@ -1,1 +1,1 @@
-"""How super-resolved pictures are measured: ``mghf-fast evaluate``, the demo and the studies."""
+"""Measures super-resolved pictures for ``mghf-fast evaluate``, the demo and the studies."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .pictures import Pair
 
-# Those of measures.MEASURES, which is not imported for --help.
+# The names in measures.MEASURES, which --help must not import.
 METRICS = (
     "psnr_y, ssim_y, psnr_y_full, psnr_rgb, ssim_rgb, stlpips_alex, stlpips_vgg, niqe, niqe_hr, "
     "hf_error, hf_energy, hf_correlation, sharpness"
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="pixels left out on each side (default: %(default)s; for bicubic benchmarks often "
+        help="pixels cut off on each side (default: %(default)s; for bicubic benchmarks often "
         "the scale)",
     )
     parser.add_argument(
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--metrics",
         metavar="LIST",
-        help=f"some of these, with commas (default: all whose package is installed): {METRICS}",
+        help=f"comma-separated, among (default: all whose package is installed): {METRICS}",
     )
     parser.add_argument("--force", action="store_true", help="replace the FILE of --json")
 
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     meter = measures.Meter(selection.names, args.border, args.scale)
 
     def show(*lines: str) -> None:
-        # The JSON has the standard output for itself.
+        # Standard output is reserved for the JSON.
         print(*lines, sep="\n", file=sys.stderr if args.json == "-" else sys.stdout, flush=True)
 
     last = f"mean of {len(pairs)}"
@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_target(path: Path, force: bool, pairs: list[Pair]) -> None:
-    """Whether ``--json`` may be written to ``path``, before anything is computed."""
+    """Checks that ``--json`` may be written to ``path``, before anything is computed."""
     if path.is_dir():
         raise IsADirectoryError(f"--json {path} is a folder")
     if not path.parent.is_dir():

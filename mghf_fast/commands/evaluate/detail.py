@@ -1,8 +1,8 @@
-"""How much high frequency a super-resolved picture holds, and how much of it is right.
+"""How much high frequency a super-resolved picture has, and how much of it is right.
 
 "High frequency" is the band above the Nyquist frequency of the low-resolution picture, 0.5 / scale
-cycles a pixel: what that picture cannot carry, so all of it comes from the method. Everything is
-measured on the luminance Y (BT.601, full range).
+cycles per pixel: that picture cannot represent it, so all of it comes from the method. Everything
+is measured on the luminance Y (BT.601, full range).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .metrics import check_pair
 
 SCALE = 4
 RADIAL_BINS = 48
-# Power spectral density of rounding to 8 bits: below it a spectrum says nothing about a picture.
+# Power spectral density of rounding to 8 bits; below it a spectrum carries no information.
 QUANTISATION_POWER = 1 / 255**2 / 12
 
 
@@ -37,7 +37,7 @@ class Detail:
 
 
 def _spectrum(plane: Plane) -> npt.NDArray[np.complex128]:
-    # The window keeps the jump between opposite borders from leaking over the whole spectrum.
+    # The window keeps the jump between opposite borders from leaking into the whole spectrum.
     window = np.outer(np.hanning(plane.shape[0]), np.hanning(plane.shape[1]))
     window /= np.sqrt(np.sum(window**2))
     return np.fft.fft2((plane - plane.mean()) * window)
@@ -54,8 +54,8 @@ def radial_power(plane: Plane) -> tuple[Plane, Plane]:
     """Power spectral density over rings of equal frequency.
 
     Returns:
-        The rings' centres (cycles a pixel, 0 to 0.5) and the mean power in each, both
-        ``(RADIAL_BINS,)``. A white picture of variance v has the power v in every ring.
+        The rings' centres (cycles per pixel, 0 to 0.5) and the mean power in each, both
+        ``(RADIAL_BINS,)``. White noise of variance v has power v in every ring.
     """
     edges = np.linspace(0, 0.5, RADIAL_BINS + 1)
     ring = np.digitize(_frequency(plane).ravel(), edges) - 1
@@ -76,10 +76,10 @@ def detail(sr: Pixels, gt: Pixels, scale: float = SCALE) -> Detail:
     """Measures ``sr`` against ``gt``, both ``(H, W, 3)`` of uint8 and of one size.
 
     Args:
-        scale: the super-resolution factor, above 1; it decides where the band begins.
+        scale: the super-resolution factor, above 1; it determines where the band begins.
 
     Raises:
-        ValueError: bad pictures or a bad scale.
+        ValueError: shapes, dtypes or ``scale`` are not allowed.
     """
     check_pair(sr, gt)
     if not scale > 1:
@@ -93,7 +93,7 @@ def detail(sr: Pixels, gt: Pixels, scale: float = SCALE) -> Detail:
 
     in_band = _frequency(g) >= band
     band_s, band_g = _spectrum(s)[in_band], _spectrum(g)[in_band]
-    # One grey level of white noise, so that flat pictures give finite ratios.
+    # The rounding's noise, so that flat pictures give finite ratios.
     floor = QUANTISATION_POWER * band_g.size
     energy_s, energy_g = (float(np.sum(np.abs(b) ** 2)) + floor for b in (band_s, band_g))
     shared = float(np.sum((band_s * band_g.conj()).real)) + floor

@@ -1,4 +1,4 @@
-"""The measures that ``mghf-fast evaluate`` reports: names, meaning, and how they are computed."""
+"""The measures that ``mghf-fast evaluate`` reports: names, meanings and functions."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ class Measure:
     """A column of the table."""
 
     name: str
-    """In the JSON file and for ``--metrics``."""
+    """Its name in the JSON file and for ``--metrics``."""
     heading: tuple[str, str, str]
-    """Two lines, and which values are good."""
+    """Two lines of heading, and which values are good."""
     digits: int
     least_side: int
-    """Shortest side of a picture, pixels; smaller ones have no value."""
+    """Minimum side of a picture in pixels; smaller ones have no value."""
     text: str
 
 
-# The spectrum of a smaller picture has too few frequencies for a band.
+# The spectrum of a smaller picture has too few frequencies in the band.
 DETAIL_SIDE = 32
 NIQE_WARNING = (
     "NIQE looks at one picture alone and can reward artefacts; read it beside the other measures "
@@ -111,14 +111,14 @@ DETAIL = ("hf_error", "hf_energy", "hf_correlation", "sharpness")
 
 @dataclass(frozen=True)
 class Selection:
-    """What will be measured, and what will not and why."""
+    """The measures to compute, and why others are not available."""
 
     names: tuple[str, ...]
     missing: dict[str, str] = field(default_factory=dict)
 
 
 def select(wanted: str | None) -> Selection:
-    """The measures of a comma-separated list, in the table's order; None for all that can be.
+    """The measures in a comma-separated list, in the table's order; None selects all available.
 
     Raises:
         ValueError: an unknown name, NIQE alone, or a measure whose package is not installed.
@@ -141,18 +141,18 @@ def select(wanted: str | None) -> Selection:
         asked.add("niqe_hr")
     for name in MEASURES:
         if name in asked and name in reasons:
-            # Not ModuleNotFoundError: the reason names the package and how it installs.
+            # Not ModuleNotFoundError: the reason already says which package to install, and how.
             raise ValueError(f"--metrics {name}: {reasons[name]}")
     return Selection(tuple(name for name in MEASURES if name in asked))
 
 
 class Meter:
-    """Measures pairs of pictures; loads what the chosen measures need once.
+    """Measures pairs of pictures; loads the networks and models of the chosen measures once.
 
     Args:
-        names: of ``MEASURES``.
-        border: pixels left out on each side.
-        scale: the super-resolution factor, from which the high-frequency band follows.
+        names: names in ``MEASURES``.
+        border: pixels cut off on each side.
+        scale: the super-resolution factor, which determines the high-frequency band.
     """
 
     def __init__(self, names: Sequence[str], border: int = 0, scale: float = 4) -> None:
@@ -164,7 +164,7 @@ class Meter:
         self._model = natural.load_model() if set(WITHOUT_TRUTH) & set(names) else None
 
     def __call__(self, sr: Pixels, hr: Pixels) -> dict[str, float | None]:
-        """The measures of a pair, ``(H, W, 3)`` of uint8 each; None where a side is too small."""
+        """The measures of a pair, ``(H, W, 3)`` of uint8 each; None if a side is too small."""
         sr, hr = (without_border(picture, self.border) for picture in (sr, hr))
         least = min(hr.shape[:2])
         possible = [name for name in self.names if least >= MEASURES[name].least_side]

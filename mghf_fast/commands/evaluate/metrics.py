@@ -1,8 +1,8 @@
-"""Fidelity: PSNR and SSIM, and shift-tolerant LPIPS as the judge, of 8-bit RGB pictures.
+"""PSNR and SSIM, and shift-tolerant LPIPS as the judge, for 8-bit RGB pictures.
 
-The papers' convention is on the luma Y of BT.601 within 16 to 235, as Matlab's ``rgb2ycbcr`` gives
-it, not rounded, with 255 as the range all the same: 1.3 dB more than the same error has on the
-luminance of 0 to 255. That is why the full-range measures have names of their own.
+The papers' convention uses the luma Y of BT.601 in 16 to 235, as Matlab's ``rgb2ycbcr`` gives it,
+not rounded, but 255 as its range. The same error then has 1.3 dB more than on luminance in 0 to
+255, so the full-range measures have separate names.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from ..pixels import Pixels, luma, luminance
 Judge = Callable[[Pixels, Pixels], float]
 
 EQUAL = 100.0
-"""PSNR of equal pictures, dB, and the highest there is: means and tables stay finite."""
+"""PSNR of equal pictures and maximum of all, dB, so that means and tables stay finite."""
 SSIM_SIGMA = 1.5
 SSIM_WINDOW = 11
-"""Sides of the window of SSIM and so the smallest side of a picture, pixels."""
+"""Side of SSIM's window, and so the minimum side of a picture, pixels."""
 
 
 def check_pair(sr: Pixels, gt: Pixels) -> None:
-    """Both must be ``(H, W, 3)`` of 8 bits and of one size.
+    """Requires two pictures ``(H, W, 3)`` of uint8 and of one size.
 
     Raises:
-        ValueError: they are not.
+        ValueError: another shape or dtype, or different sizes.
     """
     for name, picture in (("sr", sr), ("gt", gt)):
         if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
@@ -41,7 +41,7 @@ def check_pair(sr: Pixels, gt: Pixels) -> None:
 
 
 def without_border(picture: Pixels, border: int) -> Pixels:
-    """The picture less ``border`` pixels on each side."""
+    """The picture without ``border`` pixels on each side."""
     return picture[border : picture.shape[0] - border, border : picture.shape[1] - border]
 
 
@@ -70,7 +70,7 @@ def _ssim(sr: npt.NDArray[np.float64], gt: npt.NDArray[np.float64]) -> float:
 
 
 def psnr_y(sr: Pixels, gt: Pixels) -> float:
-    """PSNR in the papers' convention, dB: on :func:`luma`. Arrays ``(H, W, 3)`` of uint8.
+    """PSNR in the papers' convention, dB, on :func:`luma`. Arrays ``(H, W, 3)`` of uint8.
 
     Raises:
         ValueError: another shape or dtype, or different sizes.
@@ -84,26 +84,26 @@ def ssim_y(sr: Pixels, gt: Pixels) -> float:
     K1 0.01, K2 0.03, range 255, mean over the pixels whose window is inside the picture.
 
     Raises:
-        ValueError: as :func:`psnr_y`; and a side below 11 pixels.
+        ValueError: as :func:`psnr_y`; or a side is below 11 pixels.
     """
     check_pair(sr, gt)
     return _ssim(luma(sr), luma(gt))
 
 
 def psnr_y_full(sr: Pixels, gt: Pixels) -> float:
-    """PSNR of the luminance in full range, dB: otherwise as :func:`psnr_y`."""
+    """PSNR of the luminance in full range, dB; otherwise as :func:`psnr_y`."""
     check_pair(sr, gt)
     return _psnr(luminance(sr) * 255, luminance(gt) * 255)
 
 
 def psnr_rgb(sr: Pixels, gt: Pixels) -> float:
-    """PSNR over the three channels together, dB: otherwise as :func:`psnr_y`."""
+    """PSNR over the three channels together, dB; otherwise as :func:`psnr_y`."""
     check_pair(sr, gt)
     return _psnr(sr.astype(np.float64), gt.astype(np.float64))
 
 
 def ssim_rgb(sr: Pixels, gt: Pixels) -> float:
-    """Mean of the three channels' SSIM: otherwise as :func:`ssim_y`."""
+    """Mean of the three channels' SSIM; otherwise as :func:`ssim_y`."""
     check_pair(sr, gt)
     return _ssim(sr.astype(np.float64), gt.astype(np.float64))
 
@@ -115,8 +115,8 @@ def judge(net: str = "alex") -> Judge | None:
         net: ``"alex"`` (the judge of this project's studies) or ``"vgg"``.
 
     Returns:
-        ``f(sr, gt)`` of ``(H, W, 3)`` uint8 arrays with sides of at least 48 pixels; 0 for equal
-        ones, lower is more alike. It raises ValueError for others.
+        ``f(sr, gt)`` for ``(H, W, 3)`` uint8 arrays with sides of at least 48 pixels; 0 for equal
+        ones, lower is more similar. It raises ValueError for others.
     """
     import torch
     from torch import Tensor

@@ -1,12 +1,12 @@
 """NIQE (Mittal, Soundararajan and Bovik, "Making a completely blind image quality analyzer").
 
-A picture's local contrasts, normalised, are described by 18 numbers a block of 96 x 96 pixels and
-18 more at half the size; the score is the Mahalanobis distance of their Gaussian from the one of
-undistorted photographs. It sees no ground truth and can reward artefacts: on RealSR's 100 camera
+A picture's normalised local contrasts are described by 18 numbers per block of 96 x 96 pixels and
+18 more at half the size; the score is the Mahalanobis distance of their Gaussian from that of
+undistorted photographs. It uses no ground truth and can reward artefacts: on RealSR's 100 camera
 pictures the outputs of OSEDiff, a generative network, score 5.69 and the photographs 6.29.
 
-The published Gaussian comes in BasicSR's package, of which only that file is read: importing it
-needs torchvision and more. The score follows Matlab's program, as BasicSR's does.
+The published Gaussian is in BasicSR's package, of which only that file is read, because importing
+the package needs torchvision and more. The score follows the Matlab program, as BasicSR's does.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..pixels import Pixels, Plane, luma
 PACKAGE = "basicsr"
 BLOCK = 96
 LEAST_BLOCKS = 2
-# Neighbours whose products are described beside the contrasts: right, below, and both diagonals.
+# Neighbours whose products with a contrast are described too: right, below, and both diagonals.
 NEIGHBOURS = ((0, 1), (1, 0), (1, 1), (1, -1))
 
 
@@ -74,20 +74,19 @@ def load_model() -> Model:
 
 
 def fits(height: int, width: int) -> bool:
-    """Whether a picture of this size has blocks enough."""
+    """Whether a picture of this size has enough blocks."""
     return (height // BLOCK) * (width // BLOCK) >= LEAST_BLOCKS
 
 
 def niqe(pixels: Pixels, model: Model | None = None) -> float | None:
-    """The score of a picture, lower is more natural.
+    """The score of a picture; lower is more natural.
 
     Args:
-        pixels: ``(H, W, 3)`` of uint8; what exceeds whole blocks at its right and bottom is left
-            out.
-        model: what :func:`load_model` gives, which is also the default.
+        pixels: ``(H, W, 3)`` of uint8; partial blocks at the right and bottom are ignored.
+        model: result of :func:`load_model`, which is also the default.
 
     Returns:
-        None for a picture with fewer than two blocks that are not flat.
+        The score; None for a picture with fewer than two blocks that are not flat.
 
     Raises:
         ModuleNotFoundError: as :func:`load_model`.
@@ -104,13 +103,13 @@ def niqe(pixels: Pixels, model: Model | None = None) -> float | None:
     if len(whole) < LEAST_BLOCKS:
         return None
     away = model.mean - np.nanmean(features, axis=0)
-    # The pseudo-inverse: fewer blocks than features leave the covariance singular.
+    # Pseudo-inverse, because with fewer blocks than features the covariance is singular.
     inverse = np.linalg.pinv((model.covariance + np.cov(whole, rowvar=False)) / 2)
     return float(np.sqrt(away @ inverse @ away))
 
 
 def _halved(plane: Plane) -> Plane:
-    """Half the size by an antialiased cubic, the borders mirrored as Matlab does."""
+    """Half the size by an antialiased cubic filter, with Matlab's mirrored borders."""
     margin = 8
     padded = np.pad(plane, margin, mode="symmetric").astype(np.float32)
     height, width = padded.shape
@@ -139,7 +138,7 @@ def _features(plane: Plane, block: int) -> Plane:
 
 @lru_cache(maxsize=1)
 def _shape_table() -> tuple[Plane, Plane]:
-    """Shapes of a generalised Gaussian, and E|x|^2 / E x^2 of each, which rises with it."""
+    """Shape parameters of a generalised Gaussian, and E|x|^2 / E x^2 for each, which increases."""
     shapes = np.arange(0.2, 10.001, 0.001)
     ratios = gamma(2 / shapes) ** 2 / (gamma(1 / shapes) * gamma(3 / shapes))
     return shapes, ratios

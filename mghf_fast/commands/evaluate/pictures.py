@@ -1,4 +1,4 @@
-"""Which pictures belong together, and how one is read."""
+"""Pairs pictures with their ground truths, and reads them."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from ..pixels import Pixels
 from ..rasters import SUFFIXES, printable
 
 SHOWN_NAMES = 8
-"""How many names an error lists; of the others it says how many there are."""
+"""Number of names that an error lists; it counts the others."""
 
-# What tools put behind a picture's name: x4, 4x, SRF_4, SR, HR, GT, LR4, out ...
+# Suffixes that tools append to a picture's name: x4, 4x, SRF_4, SR, HR, GT, LR4, out ...
 _MARK = r"(?:x\d+(?:\.\d+)?|\d+x|srf[_-]?\d+|sr|hr|gt|lr\d*|lq|hq|out|output|result)"
 _MARKS = re.compile(rf"(?:[ ._-]{_MARK})+$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A super-resolved picture's file and its ground truth's, and the name they are shown by."""
+    """The files of a super-resolved picture and its ground truth, and their name for display."""
 
     name: str
     sr: Path
@@ -112,12 +112,12 @@ def _shown(path: Path) -> str:
 
 
 def check_sizes(pairs: list[Pair], border: int = 0) -> None:
-    """Looks into the files' headers, so that a wrong one is found before anything is computed.
+    """Checks sizes in the files' headers, so that errors are found before anything is computed.
 
     Raises:
-        ValueError: pictures of different sizes, a file that is no picture, or a picture of which a
-            ``border`` on each side leaves nothing; it names them.
-        OSError: the system does not give a file.
+        ValueError: pictures of different sizes, a file that is no picture, or a picture that is
+            empty without a ``border`` on each side; the message names them.
+        OSError: a file cannot be read.
     """
     unequal = []
     for p in pairs:
@@ -139,8 +139,8 @@ def check_sizes(pairs: list[Pair], border: int = 0) -> None:
 
 
 def _size(path: Path) -> tuple[int, int]:
-    """Width and height of a picture as it is looked at."""
-    with path.open("rb"):  # what the system says of a missing file is clearer than a decoder
+    """Width and height of a picture when upright."""
+    with path.open("rb"):  # gives a clearer message for a missing file than a decoder
         pass
     try:
         return rasters.size(path)
@@ -151,14 +151,14 @@ def _size(path: Path) -> tuple[int, int]:
 def read(path: Path) -> tuple[Pixels, bool]:
     """One picture: ``(H, W, 3)`` of uint8, upright.
 
-    A grey one gets three equal channels. A transparent one is laid on white, as what its hidden
-    pixels hold is nobody's to judge.
+    A grey picture gets three equal channels. A transparent one is composited on white, because the
+    colours of its hidden pixels are arbitrary.
 
     Returns:
         The pixels, and whether any was transparent.
 
     Raises:
-        ValueError: the file is no picture, or not one of 8 bits a channel.
+        ValueError: the file is not a picture with 8 bits per channel.
     """
     try:
         image = rasters.upright(path)

@@ -44,7 +44,7 @@ class Table:
 
     Args:
         names: the measures.
-        labels: what stands in front of the lines, for the width of that column.
+        labels: the lines' labels, for the width of their column.
     """
 
     def __init__(self, names: Sequence[str], labels: Sequence[str]) -> None:
@@ -75,7 +75,7 @@ class Table:
 
 
 def notes(rows: Sequence[Row], selection: Selection, border: int, scale: float) -> list[str]:
-    """What a reader of the figures has to know."""
+    """What a reader of the figures must know."""
     names = selection.names
     cut = "no border is cut" if border == 0 else f"{border} pixels are cut on each side"
     found = [
@@ -84,7 +84,7 @@ def notes(rows: Sequence[Row], selection: Selection, border: int, scale: float) 
     ]
     if set(names) & set(DETAIL):
         found.append(
-            f"HF: the frequencies that a low resolution of 1/{scale:g} cannot hold; error in dB, "
+            f"HF: the frequencies that a resolution of 1/{scale:g} cannot represent; error in dB, "
             "energy as SR / HR, correlation of SR and HR; sharpness: gradients, SR / HR."
         )
     if "niqe" in names:
@@ -117,7 +117,7 @@ def notes_text(texts: Sequence[str]) -> list[str]:
 
 
 def to_json(rows: Sequence[Row], selection: Selection, border: int, scale: float) -> dict[str, Any]:
-    """Everything, for ``--json``."""
+    """The content of ``--json``."""
     return {
         "generator": f"mghf-fast evaluate {__version__}",
         "border": border,

@@ -3,10 +3,10 @@
     d(x, y) = sum over five layers of mean over pixels of  w . (u(x) - u(y))^2,   u = f / |f|
 
 with f a layer's features, |f| their length over the channels of a pixel, and w >= 0 weights tuned
-on human judgements. The networks are AlexNet and VGG-16, trained on ImageNet, whose strided steps
-are replaced by ones of stride 1 and a blur.
+on human judgements. The networks are AlexNet and VGG-16, trained on ImageNet, with each strided
+step replaced by one of stride 1 and a blur that downsamples.
 
-Only that package's weight files are read, without running its code: its modules import torchvision,
+Only that package's weight files are read; its code, which does not run, imports torchvision,
 IPython and torchsummary, none of which the distance needs.
 """
 
@@ -43,7 +43,7 @@ _VGG = (
 )  # fmt: skip
 LAYERS = {"alex": _ALEX, "vgg": _VGG}
 SMALLEST_SIDE = 48
-"""Shortest side of an image, in pixels: below it the last layers have nothing to pad."""
+"""Minimum side of an image in pixels; smaller ones leave the last layers too few to pad."""
 
 
 def unavailable_reason() -> str | None:
@@ -61,7 +61,7 @@ def weights_file(net: str) -> Path:
 
     Raises:
         ModuleNotFoundError: the package is not installed; the message says what to install.
-        FileNotFoundError: it is, without that file.
+        FileNotFoundError: the installed package lacks the file.
     """
     if (reason := unavailable_reason()) is not None:
         raise ModuleNotFoundError(reason, name=PACKAGE)
@@ -96,7 +96,7 @@ class ShiftTolerantLPIPS(nn.Module):
         self.net, self._layers = net, LAYERS[net]
         self.kernels = nn.ParameterList(state[name] for name in kernels)
         self.biases = nn.ParameterList(state[n.replace(".weight", ".bias")] for n in kernels)
-        # Dropout stands before these 1x1 convolutions while they are tuned, and not afterwards.
+        # These 1x1 convolutions follow dropout only during their tuning.
         self.judgements = nn.ParameterList(state[f"lin{i}.model.1.weight"] for i in range(5))
         self.register_buffer("shift", state["scaling_layer.shift"], persistent=False)
         self.register_buffer("scale", state["scaling_layer.scale"], persistent=False)
@@ -105,7 +105,7 @@ class ShiftTolerantLPIPS(nn.Module):
         self.requires_grad_(False)
 
     def features(self, image: Tensor, layers: int = 5) -> list[Tensor]:
-        """The first ``layers`` layers' features of an image, (B, 3, H, W) of 0 to 1."""
+        """The features of an image, (B, 3, H, W) in [0, 1], in the first ``layers`` layers."""
         check.check_tensor("image", image, "(B, 3, H, W)")
         if image.shape[1] != 3 or min(image.shape[2:]) < SMALLEST_SIDE:
             raise ValueError(
@@ -113,7 +113,7 @@ class ShiftTolerantLPIPS(nn.Module):
                 f"{tuple(image.shape)}"
             )
         x = (image * 2 - 1 - self.shift) / self.scale
-        if x.device.type == "cpu":  # where convolutions are 1.7 times as fast in this layout
+        if x.device.type == "cpu":  # convolutions are 1.7 times as fast in this layout
             x = x.contiguous(memory_format=torch.channels_last)
         taps: list[Tensor] = []
         convolution = 0
@@ -146,6 +146,6 @@ class ShiftTolerantLPIPS(nn.Module):
         return total
 
     def forward(self, sr: Tensor, gt: Tensor) -> Tensor:
-        """(B, 3, H, W) each, 0 to 1 -> (B,), 0 for equal images; lower is more alike."""
+        """(B, 3, H, W) each, in [0, 1] -> (B,), 0 for equal images; lower is more similar."""
         check.check_pair("sr", sr, "gt", gt)
         return self.compare(self.features(sr), self.features(gt))

@@ -1,4 +1,4 @@
-"""Batches of a source, prepared by other processes, for one rank and from any step on."""
+"""Batches of a source for one rank, prepared by worker processes, starting at any step."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ class Batch(NamedTuple):
 
     @property
     def readable(self) -> bool:
-        """Whether there is a picture for every place."""
+        """Whether every image could be read."""
         return not bool((self.labels == NO_LABEL).any())
 
 
 def scaled(images: Tensor, device: torch.device) -> Tensor:
-    """8 bits -> float32, -1 to 1, on ``device``."""
+    """8 bits -> float32 in [-1, 1] on ``device``."""
     return images.to(device, non_blocking=True).float() / 127.5 - 1
 
 
 def _collate(items: list[Item]) -> Batch:
     pixels = torch.from_numpy(np.stack([item.pixels for item in items]))
-    # Seen as (B, 3, S, S) it is channels_last, which is what the extractor takes.
+    # As (B, 3, S, S) it is channels_last, the extractor's preferred layout.
     return Batch(
         pixels.permute(0, 3, 1, 2),
         torch.tensor([item.label for item in items]),
@@ -66,15 +66,15 @@ class _Positions:
 
 
 def one_thread(worker: int) -> None:
-    """For a process that prepares batches."""
+    """Initialises a worker process."""
     torch.set_num_threads(1)
 
 
 def training_batches(
     source: Source, first: int, last: int, *, batch: int, rank: int, ranks: int, workers: int
 ) -> Iterator[Batch]:
-    """The batches of the steps ``first`` to ``last - 1``: of each ``batch`` images, a multiple of
-    ``ranks``, the share of this rank."""
+    """This rank's share of the batches of steps ``first`` to ``last - 1``; ``batch``, the images
+    of all ranks in a step, is a multiple of ``ranks``."""
     return iter(
         DataLoader(
             _Images(source, held_out=False),

@@ -1,4 +1,4 @@
-"""What a finished pretraining leaves: the extractor, and a card that says where it comes from."""
+"""Exports a finished pretraining: the extractor, and a model card with its origin."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WEIGHTS, CARD = "extractor.safetensors", "extractor.json"
 
 
 def card(run: Run, described: dict[str, Any], weights: bytes, factor: float) -> dict[str, Any]:
-    """The model card, for JSON; ``factor`` is the one drawn into the weights."""
+    """The model card, for JSON; ``factor`` is the one folded into the weights."""
     settings = run.settings
     machine = machine_facts(settings.threads)
     return {

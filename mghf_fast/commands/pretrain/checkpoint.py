@@ -1,8 +1,8 @@
-"""Checkpoints: whole or not there, and never a program.
+"""Checkpoints, written atomically and read without running code.
 
-A checkpoint is written beside the old one, brought to the disk and then renamed over it, so that
-whenever the process or the machine dies, one whole checkpoint is left. It holds tensors, numbers
-and text only, and is read with ``weights_only``, which runs no code.
+A checkpoint is written beside the old one, flushed to the disk and then renamed over it, so that a
+complete checkpoint is left whenever the process or the machine dies. It holds only tensors, numbers
+and text, and is read with ``weights_only``.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from .settings import PretrainError
 FORMAT = 1
 NAME = "checkpoint.pt"
 UNSAID = {"objective": "classes", "init": "linear"}
-"""What a checkpoint means by leaving it out: before 0.2 there was nothing else."""
+"""The values of settings that a checkpoint from before 0.2 lacks: there were no others."""
 
 
 def write(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all (:func:`mghf_fast.commands.files.write_whole`).
+    """Writes a file atomically (:func:`mghf_fast.commands.files.write_whole`).
 
     Raises:
-        PretrainError: the system refuses (a full disk, for one); the earlier file of that name is
-            then untouched, and nothing else is left behind.
+        PretrainError: the system refuses (for example, the disk is full); an earlier file of that
+            name is then untouched, and no temporary file is left.
     """
     try:
         write_whole(path, content)
@@ -49,11 +49,11 @@ def decode(content: bytes, path: Path, configuration: dict[str, Any]) -> dict[st
     """The state in a checkpoint's bytes, which came from ``path``.
 
     Raises:
-        PretrainError: it is no checkpoint, not a whole one, or one of another configuration.
+        PretrainError: not a complete checkpoint, or one with another configuration.
     """
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # of a broken file, nearly anything
+    except Exception as error:  # a broken file raises many types
         raise PretrainError(f"{path} is not a whole checkpoint") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise PretrainError(f"{path} is no checkpoint of this version's format")

@@ -1,4 +1,4 @@
-"""Algorithm 1 of MGHF: the extractor is trained as the front of a classifier."""
+"""Algorithm 1 of MGHF: the extractor is trained as the first part of a classifier."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .scale import power_of_two, response, scale_features
 from .settings import Settings
 
 SCALE_IMAGES = 64
-"""Held-out images on which the features' scale is found."""
+"""Number of held-out images on which the features' scale is measured."""
 
 
 def build(settings: Settings, classes: int) -> Classifier:
@@ -94,7 +94,8 @@ class ClassesRun(Run):
         }
 
     def exported(self) -> tuple[DetailFeatureExtractor, float]:
-        """With features of the scale that they had before the first step (see :mod:`.scale`)."""
+        """The extractor with its features rescaled to their scale before the first step (see
+        :mod:`.scale`), and the factor."""
         extractor = copy.deepcopy(self.network.extractor).cpu().eval()
         before = build(self.settings, len(self.source.classes)).extractor.eval()
         batch = next(held_out_batches(self.source, SCALE_IMAGES, 0, 1))

@@ -26,10 +26,10 @@ _HELP: dict[str, str] = {
     "data": f"{PROCEDURAL!r}, the built-in pictures; or, for classes, a directory with a folder of "
     "pictures for each class, or tar files in webdataset's layout; for distances, directories of "
     "pictures at any depth",
-    "out": "where checkpoint, weights and model card go",
+    "out": "directory for checkpoint, weights and model card",
     "epochs": "passes over the data",
     "steps": "optimizer steps, instead of --epochs",
-    "batch": "images a step, over all processes together; for distances, pairs",
+    "batch": "images per step, over all processes together; for distances, pairs",
     "size": "side of the training images, pixels",
     "learning_rate": "Adam's learning rate",
     "lr_decay": "factor of the learning rate",
@@ -40,35 +40,35 @@ _HELP: dict[str, str] = {
     "channels": "feature maps of the extractor",
     "blocks": "invertible blocks",
     "stem": "of the extractor",
-    "squeeze": "of a squeeze stem: image pixels to a pixel of the features, along a side",
+    "squeeze": "for a squeeze stem: image pixels per pixel of the features, along a side",
     "subnet": "of the blocks",
     "activation": "of the blocks",
-    "clamp": "bound of the blocks' log scale; none: free",
+    "clamp": "bound of the blocks' log scale; none: unbounded",
     "init": "weights that the extractor starts from",
     "stages": "widths of the CNN stages behind the extractor",
-    "teacher": "whose distances are learned",
+    "teacher": "network whose distances are learned",
     "networks": "super-resolution networks whose outputs pictures are compared with: safetensors "
     f"files of the demo's network, or {SHIPPED_NETWORK!r}",
     "gain": "the features' mean squared difference for a teacher's distance of 1",
     "hint": "weight of the fit to the teacher's features",
     "log_distance": "weight of the fit to the logarithm of its distances",
-    "octave_guard": "weight of the penalty on octaves of detail that are answered unequally",
+    "octave_guard": "weight of the penalty on unequal responses to octaves of detail",
     "noise_guard": "weight of the penalty on noise that costs less than blur",
-    "inverse_guard": "weight of the penalty on blocks that are hard to undo",
+    "inverse_guard": "weight of the penalty on blocks that are hard to invert",
     "blur_aversion": "weight of the penalty on the mean of candidates that is nearer to one of "
     "them than they are to each other",
     "seed": "of everything random",
     "epoch_images": "procedural pictures in an epoch",
     "held_out": "images that are never trained on; of files at most a fifth",
-    "skip_limit": "unreadable pictures that are passed over, in all",
+    "skip_limit": "number of unreadable pictures that are skipped, in all",
     "amp": "autocast; float16 with a gradient scaler, on GPUs",
     "device": "where it runs",
     "threads": "CPU threads of PyTorch",
     "workers": "processes that prepare images",
     "log_every": "steps between two entries of the curve",
-    "evaluate_every": "steps between two looks at the held-out images",
+    "evaluate_every": "steps between two evaluations on the held-out images",
     "checkpoint_every": "steps between two checkpoints",
-    "resume": "go on from the checkpoint in --out, if there is one",
+    "resume": "continue from the checkpoint in --out, if there is one",
     "tensorboard": "write TensorBoard's event files too",
 }
 _CHOICES: dict[str, tuple[Any, ...]] = {
@@ -79,7 +79,7 @@ _SEVERAL = ("data", "stages", "networks")
 
 
 def clamp(word: str) -> float | None:
-    """``--clamp``: a number, or "none"."""
+    """Parses ``--clamp``: a number, or "none"."""
     return None if word == "none" else float(word)
 
 
@@ -98,7 +98,7 @@ def _words(value: Any) -> str:
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
-    """The default as help tells it; if it depends on the objective, each one's."""
+    """The default for the help text; each objective's if it depends on the objective."""
     if field.default is not None:
         return f" (default: {_words(field.default)})"
     own = {o: DEFAULTS[o][field.name] for o in OBJECTIVES if field.name in DEFAULTS[o]}
@@ -108,7 +108,7 @@ def _default(field: dataclasses.Field[Any]) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``mghf-fast pretrain``: one for each of the settings."""
+    """Adds the options of ``mghf-fast pretrain``, one for each setting."""
     for field in dataclasses.fields(Settings):
         name, default = field.name, field.default
         if isinstance(default, bool):
@@ -135,7 +135,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Trains, or estimates; returns 0. Mistakes are errors, which the command line tells."""
+    """Trains or estimates; returns 0. A user's mistakes raise errors, which the command line
+    reports."""
     values: dict[str, Any] = {
         field.name: getattr(arguments, field.name) for field in dataclasses.fields(Settings)
     }

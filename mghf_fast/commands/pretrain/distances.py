@@ -4,14 +4,14 @@ For pairs of a picture y and a distorted one x, with F the extractor's features 
 of their channels, so that |F(x) - F(y)|^2 over pixels is MGHF-n, and f the teacher's times the root
 of ``gain``:
 
-* hint: |F(x) - F(y) - R (f(x) - f(y))|^2 over the teacher's distance, pair by pair. R takes the
-  teacher's many channels to the extractor's few as nearly isometrically as can be: it has
-  orthonormal rows, and is the solution of Procrustes' problem for a running average of the
-  differences' cross-covariance. No gradient flows through it.
-* distance: Huber's loss of log |F(x) - F(y)|^2 - log |f(x) - f(y)|^2.
+* hint: |F(x) - F(y) - R (f(x) - f(y))|^2 divided by the teacher's distance, pair by pair. R maps
+  the teacher's many channels to the extractor's few as isometrically as possible: it has
+  orthonormal rows, and solves Procrustes' problem for a running average of the differences'
+  cross-covariance. No gradient flows through it.
+* distance: Huber loss of log |F(x) - F(y)|^2 - log |f(x) - f(y)|^2.
 * the penalties of :mod:`.guards`.
-* blur aversion, if wanted: softplus(log d(a, b) - log d(mean, b)) for candidates a, b of one
-  picture, so that another sharp one is nearer than the blurred mean.
+* blur aversion, optional: softplus(log d(a, b) - log d(mean, b)) for candidates a, b of one
+  picture, so that another sharp candidate is nearer than the blurred mean.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from .settings import PROCEDURAL, Settings
 from .teachers import differences, distance, make_teacher, on_grid
 
 AVERAGED = 0.98
-"""What a step leaves of the running average of the cross-covariance."""
+"""Decay per step of the running average of the cross-covariance."""
 HUBER = 0.5
-"""Logarithms up to which Huber's loss is a square."""
+"""Threshold of the Huber loss, in logarithms."""
 BETAS = (0.9, 0.99)
 _SMALL_DISTANCE, _SMALL_SQUARE = 1e-7, 1e-8
 
@@ -50,7 +50,7 @@ class Extracting(TrainedNetwork):
         self.extractor = extractor
 
     def forward(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W), -1 to 1 -> features divided by the root of their channels."""
+        """(B, 3, H, W) in [-1, 1] -> features divided by the root of their number of channels."""
         features: Tensor = self.extractor(image)
         return features / math.sqrt(self.extractor.channels)
 
@@ -64,8 +64,8 @@ def build(settings: Settings) -> Extracting:
 
 def polar(matrix: Tensor) -> Tensor:
     """The matrix with orthonormal columns that is nearest to ``matrix``, (N, C), N >= C."""
-    # By the small C x C matrix, in double: twenty times faster than the singular values of the
-    # large one. What has no weight at all is left out instead of turned anywhere.
+    # By the small C x C matrix in float64, twenty times faster than an SVD of the large one.
+    # Directions with singular value 0 are dropped, not rotated arbitrarily.
     tall = matrix.double()
     values, vectors = torch.linalg.eigh(tall.T @ tall)
     kept = values > values[-1] * 1e-12
@@ -77,8 +77,8 @@ class Fit:
     """How the features' differences of a batch fit the teacher's.
 
     Args:
-        features: differences of the extractor's, (B, C, h, w).
-        layers: the teacher's on the same grid (:func:`.teachers.on_grid`).
+        features: differences of the extractor's features, (B, C, h, w).
+        layers: differences of the teacher's, on the same grid (:func:`.teachers.on_grid`).
     """
 
     def __init__(self, features: Tensor, layers: list[Tensor], wanted: Tensor) -> None:
@@ -91,8 +91,8 @@ class Fit:
 
     @torch.no_grad()
     def cross_covariance(self) -> Tensor:
-        """Covariance of the teacher's channels and the extractor's, (N, C), mean over pairs
-        and pixels, every pair divided by its distance."""
+        """Covariance of the teacher's channels and the extractor's, (N, C): the mean over pairs
+        and pixels, each pair divided by its distance."""
         weighed = self._features / self._scale[:, None, None, None]
         found = []
         for layer in self._layers:
@@ -105,8 +105,8 @@ class Fit:
         return torch.cat(found)
 
     def residual(self, rotation: Tensor) -> Tensor:
-        """|F(x) - F(y) - R (f(x) - f(y))|^2 over the teacher's distance, (B,); ``rotation`` is R
-        transposed."""
+        """|F(x) - F(y) - R (f(x) - f(y))|^2 divided by the teacher's distance, (B,); ``rotation``
+        is R transposed."""
         grid = self._features.shape[-1]
         with torch.no_grad():
             target = torch.zeros_like(self._features)
@@ -119,7 +119,7 @@ class Fit:
         return (self._features - target).square().sum(1).mean((1, 2)) / self._scale
 
     def huber(self) -> Tensor:
-        """Huber's loss of the logarithms of the distances, (B,)."""
+        """Huber loss of the logarithms of the distances, (B,)."""
         nothing = torch.zeros_like(self.log_ratio)
         return F.huber_loss(self.log_ratio, nothing, delta=HUBER, reduction="none")
 
@@ -128,7 +128,7 @@ def blur_aversion(features: Tensor) -> Tensor:
     """softplus(log d(a, b) - log d(mean, b)), the mean over pairs of candidates.
 
     Args:
-        features: of the candidates and of their mean behind them, (K + 1, C, h, w).
+        features: features of the candidates, followed by those of their mean, (K + 1, C, h, w).
     """
     *candidates, mean = features
 
@@ -144,7 +144,7 @@ def blur_aversion(features: Tensor) -> Tensor:
 
 
 class DistancesRun(Run):
-    """Distances of a teacher."""
+    """A training whose objective is a teacher's distances."""
 
     PARTS = ("residual", "huber", "octave_penalty", "noise_penalty", "inverse_penalty")
     LARGEST_NORM = 1.0
@@ -183,8 +183,8 @@ class DistancesRun(Run):
         )  # fmt: skip
 
     def _features(self, batch: PairBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Features of the distorted pictures, the pictures, the probes, the candidates and their
-        mean."""
+        """Features of the distorted pictures, of the pictures, of the probes, and of the candidates
+        with their mean."""
         images = [batch.distorted, batch.gt, batch.probes]
         if len(batch.candidates):
             images += [batch.candidates, batch.candidates.mean(0, keepdim=True)]
@@ -201,7 +201,8 @@ class DistancesRun(Run):
 
     @torch.no_grad()
     def _teach(self, batch: PairBatch) -> tuple[list[Tensor], Tensor]:
-        """The teacher's differences on the extractor's grid, and its distances; with the gain."""
+        """The teacher's differences on the extractor's grid, and its distances, both scaled by the
+        gain."""
         both = torch.cat([batch.distorted, batch.gt]).to(self.device, non_blocking=True)
         of = differences(self.teacher.features(both))
         gain, size = self.settings.gain, self.settings.size
@@ -212,7 +213,7 @@ class DistancesRun(Run):
         return layers, distance(of) * gain
 
     def _turn(self, fit: Fit) -> Tensor:
-        """R transposed, with this batch in the running average."""
+        """Adds this batch to the running average; returns R transposed."""
         now = self.ranks.sum(fit.cross_covariance()) / self.ranks.world
         if self.covariance is None:
             self.covariance = now
@@ -228,7 +229,7 @@ class DistancesRun(Run):
         residual = fit.residual(self._turn(fit)).mean()
         huber = fit.huber().mean()
         loss = settings.hint * residual + settings.log_distance * huber
-        # Penalties that weigh nothing are measured all the same, for the curve.
+        # Penalties without a weight are measured too, for the curve.
         with torch.set_grad_enabled(settings.octave_guard + settings.noise_guard > 0):
             response = guards.responses(probes, gt[0])
             octaves, noise = guards.octave_penalty(response), guards.noise_penalty(response)
@@ -246,12 +247,12 @@ class DistancesRun(Run):
         return features * math.sqrt(self.network.extractor.channels)
 
     def _direction(self, features: Tensor) -> Tensor:
-        """Gaussian, of the features' shape; it changes from step to step."""
+        """A Gaussian direction of the features' shape, different in every step."""
         generator = torch.Generator().manual_seed(self.step)
         return torch.randn(features.shape, generator=generator).to(features)
 
     def look(self) -> dict[str, float]:
-        """How the distances of held-out pairs fit, and the guards' figures."""
+        """The fit of the distances on held-out pairs, and the guards' figures."""
         moments = torch.zeros(8, dtype=torch.float64, device=self.device)
         answers = torch.zeros(len(OCTAVES) + 3, dtype=torch.float64, device=self.device)
         rotation = None if self.covariance is None else polar(self.covariance)
@@ -281,7 +282,7 @@ class DistancesRun(Run):
         answers = self.ranks.sum(answers)
         error = 0.0 if probe is None else self.network.extractor.invertibility_error(probe)
         return {
-            "held_out_correlation": min(max(correlation, -1.0), 1.0),  # rounding aside
+            "held_out_correlation": min(max(correlation, -1.0), 1.0),  # rounding may exceed 1
             "held_out_log_ratio": (b1 - a1) / n,
             "held_out_huber": huber / n,
             "held_out_residual": residuals / n,
@@ -309,7 +310,7 @@ class DistancesRun(Run):
         }
 
     def exported(self) -> tuple[DetailFeatureExtractor, float]:
-        """As it is: the gain says how large the features' differences are."""
+        """The extractor unchanged, because the gain fixes the scale of its features."""
         return copy.deepcopy(self.network.extractor).cpu().eval(), 1.0
 
     def state(self) -> dict[str, Any]:

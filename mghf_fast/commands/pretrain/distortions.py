@@ -1,8 +1,8 @@
-"""What a picture is compared with while distances are learned: what super-resolution networks give
-for it and what lies around that, and what else a picture may suffer.
+"""The distorted pictures of the pairs whose distances are learned: outputs of super-resolution
+networks, variations of these, and other distortions.
 
-The distances of a perceptual loss must be right where training takes it: between blurred outputs,
-the truth, and detail that is sharp but wrong. Other distortions keep them right elsewhere.
+A perceptual loss needs correct distances where its training operates: between blurred outputs, the
+ground truth, and detail that is sharp but wrong. Other distortions keep them correct elsewhere.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ Random = np.random.Generator
 
 
 class Scene(NamedTuple):
-    """A picture and what its distortions are made of, (3, S, S) of 0 to 1 each."""
+    """A picture and the ingredients of its distortions, (3, S, S) in [0, 1] each."""
 
     gt: Tensor
     sr: Tensor
     """A network's output for the degraded picture."""
     elsewhere: Tensor
-    """The detail that is missing from the network's output for another picture."""
+    """The detail that the network's output for another picture lacks."""
 
 
 def noise(shape: torch.Size, random: Random) -> Tensor:
-    """Gaussian, of standard deviation 1."""
+    """Gaussian noise of standard deviation 1."""
     return torch.from_numpy(random.standard_normal(tuple(shape), dtype=np.float32))
 
 
 def gaussian_blur(image: Tensor, sigma: float) -> Tensor:
-    """(3, S, S), ``sigma`` in pixels, at most 2.2; the border is reflected."""
+    """Blurs (3, S, S); ``sigma`` in pixels, at most 2.2; the border is reflected."""
     radius = 7
     axis = torch.arange(-radius, radius + 1.0)
     kernel = torch.exp(-0.5 * (axis / sigma) ** 2)
@@ -47,7 +47,7 @@ def gaussian_blur(image: Tensor, sigma: float) -> Tensor:
 
 
 def shift(image: Tensor, across: float, down: float) -> Tensor:
-    """(3, S, S), moved by pixels, whole or not; bicubic."""
+    """Shifts (3, S, S) by pixels, fractions included; bicubic."""
     height, width = image.shape[1:]
     moved = torch.tensor([[[1.0, 0.0, 2 * across / width], [0.0, 1.0, 2 * down / height]]])
     grid = F.affine_grid(moved, [1, 3, height, width], align_corners=False)
@@ -57,13 +57,13 @@ def shift(image: Tensor, across: float, down: float) -> Tensor:
 
 
 def random_shift(image: Tensor, least: float, most: float, random: Random) -> Tensor:
-    """By ``least`` to ``most`` pixels in any direction."""
+    """Shifts by ``least`` to ``most`` pixels in a random direction."""
     length, angle = random.uniform(least, most), random.uniform(0, 2 * math.pi)
     return shift(image, length * math.cos(angle), length * math.sin(angle))
 
 
 def band_noise(image: Tensor, low: float, high: float, rms: float, random: Random) -> Tensor:
-    """Noise of the image's shape with frequencies from ``low`` to ``high``, cycles a pixel."""
+    """Noise of the image's shape with frequencies from ``low`` to ``high``, cycles per pixel."""
     rows, columns = (torch.fft.fftfreq(side) for side in image.shape[1:])
     radius = torch.hypot(rows[:, None], columns[None])
     spectrum = torch.fft.fft2(noise(image.shape, random)) * ((radius >= low) & (radius < high))
@@ -76,12 +76,12 @@ def _network_output(scene: Scene, random: Random) -> Tensor:
 
 
 def _on_the_way(scene: Scene, random: Random) -> Tensor:
-    """Between the network's output and the truth."""
+    """A mixture of the network's output and the truth."""
     return scene.gt + (scene.sr - scene.gt) * random.uniform(0.1, 1.0)
 
 
 def _wrong_detail(scene: Scene, random: Random) -> Tensor:
-    """Sharp, with the detail of another picture, or its own in the wrong place."""
+    """Sharp, but with the detail of another picture, or its own in the wrong place."""
     detail = scene.elsewhere
     if random.random() < 0.5:
         moves = tuple(int(m) for m in random.integers(-4, 5, 2))
@@ -105,13 +105,13 @@ def _coloured_noise(scene: Scene, random: Random) -> Tensor:
     white = noise(torch.Size((3, height + side - 1, width + side - 1)), random)
     smooth = F.avg_pool2d(white, side, 1)
     smooth = smooth / smooth.std()
-    if random.random() < 0.5:  # of brightness alone
+    if random.random() < 0.5:  # brightness only
         smooth = smooth[:1].expand(3, -1, -1)
     return base + smooth * random.uniform(0.005, 0.06)
 
 
 def _shifted(scene: Scene, random: Random) -> Tensor:
-    """Two candidates of nearly the same low resolution."""
+    """A shifted copy, which has nearly the same low resolution."""
     return random_shift(scene.gt, 0.2, 1.5, random)
 
 
@@ -147,19 +147,19 @@ SHARES: tuple[tuple[float, Callable[[Scene, Random], Tensor]], ...] = (
     (0.04, _jpeg),
     (0.04, _enlarged),
 )
-"""How often each comes; the sum is 1."""
+"""Probability of each distortion; the sum is 1."""
 _SHARE = np.array([share for share, _ in SHARES])
 EXTRA_NOISE = (0.15, 0.01)
-"""How often noise is added to whatever came, and its standard deviation."""
+"""Probability of noise on top of a distortion, and its standard deviation."""
 
 
 def as_tensor(pixels: np.ndarray) -> Tensor:
-    """(S, S, 3) of 8 bits -> (3, S, S) of 0 to 1, float32."""
+    """(S, S, 3) of 8 bits -> (3, S, S) in [0, 1], float32."""
     return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).float() / 255
 
 
 def distort(scene: Scene, random: Random) -> Tensor:
-    """One of the distortions of a picture, (3, S, S), 0 to 1; S is a multiple of 4."""
+    """A random distortion of a picture, (3, S, S) in [0, 1]; S is a multiple of 4."""
     _, distortion = SHARES[int(random.choice(len(SHARES), p=_SHARE))]
     image = distortion(scene, random)
     often, strength = EXTRA_NOISE

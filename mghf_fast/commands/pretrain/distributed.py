@@ -1,4 +1,4 @@
-"""The processes of one training, as ``torchrun`` starts them; a single one without it."""
+"""The processes of one training: those started by ``torchrun``, or a single one without it."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from .settings import PretrainError
 
 
 class Ranks:
-    """This process among ``world``, and what they tell each other."""
+    """This process among ``world``, and their communication."""
 
     def __init__(self, rank: int = 0, world: int = 1) -> None:
         self.rank, self.world = rank, world
 
     @property
     def first(self) -> bool:
-        """The one that writes and prints."""
+        """Whether this is the process that writes and prints."""
         return self.rank == 0
 
     def gather(self, value: Any) -> list[Any]:
-        """The value of every rank, in their order."""
+        """The value of every rank, in order of rank."""
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world
@@ -42,14 +42,14 @@ class Ranks:
         return values[0]
 
     def sum(self, values: Tensor) -> Tensor:
-        """Over all ranks."""
+        """The sum over all ranks."""
         if self.world > 1:
             dist.all_reduce(values)
         return values
 
 
 def world_size() -> int:
-    """Processes in all, as ``torchrun`` tells."""
+    """Number of processes that ``torchrun`` started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -67,14 +67,15 @@ def started(device: torch.device) -> Iterator[Ranks]:
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """The names of two descriptions whose values differ, with both values; ``None``: not there."""
+    """The names whose values differ between two descriptions, with both values; ``None`` if one is
+    missing."""
     for name in sorted({*one, *other}):
         if one.get(name) != other.get(name):
             yield name, one.get(name), other.get(name)
 
 
 def check_agreement(ranks: Ranks, description: dict[str, Any]) -> None:
-    """That every rank has the same configuration and data.
+    """Checks that every rank has the same configuration and data.
 
     Raises:
         PretrainError: on every rank, if one differs from the first.

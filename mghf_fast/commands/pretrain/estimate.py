@@ -1,4 +1,4 @@
-"""What a pretraining would take: ``--dry-run``."""
+"""Estimates the cost of a pretraining: ``--dry-run``."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from .train import device_of, make_run, total_steps
 
 WARM_UP, MEASURED = 1, 4
 FORWARD = {"classes": 0.3, "distances": 0.8}
-"""About how much of a step's time its part without gradients takes; teachers have no gradients."""
+"""Approximate share of a step's time without gradients; teachers need none."""
 
 
 def estimate(settings: Settings) -> dict[str, Any]:
-    """Parameters, multiply-adds, and the time of a few steps, which are thrown away.
+    """Parameters, multiply-adds, and the time of a few steps, whose results are discarded.
 
     Returns:
-        ``images`` of an epoch, ``held_out``, ``classes``, ``steps``, ``parameters_extractor`` and
-        ``parameters_head``, multiply-adds of one image forward ``macs_extractor`` and
-        ``macs_head``, and of a step ``macs_step``, ``seconds_step`` (median), ``seconds_batch`` (to
-        prepare one, in one process), ``seconds_held_out`` (one evaluation), ``seconds`` in all.
+        ``images`` per epoch, ``held_out``, ``classes``, ``steps``, ``parameters_extractor``,
+        ``parameters_head``; multiply-adds ``macs_extractor`` and ``macs_head`` of one image's
+        forward and ``macs_step`` of a step; ``seconds_step`` (median), ``seconds_batch`` (preparing
+        one, in one process), ``seconds_held_out`` (one evaluation), ``seconds`` in all.
     """
     device = device_of(settings)
     source = open_source(settings)
     steps = total_steps(settings, source)
-    # Without other processes, or the time to prepare a batch would not show.
+    # No worker processes, which would hide the time to prepare a batch.
     run = make_run(dataclasses.replace(settings, workers=0), source, Ranks(), device)
     parameters_extractor = sum(p.numel() for p in run.network.extractor.parameters())
     parameters = sum(p.numel() for p in run.network.parameters())
@@ -51,7 +51,7 @@ def estimate(settings: Settings) -> dict[str, Any]:
     held_out = (
         (FORWARD[settings.objective] * step + prepare) / settings.batch * source.held_out_images
     )
-    # Other processes prepare images while this one computes, if they keep up.
+    # Worker processes prepare images while this one computes, if they keep up.
     slower = max(step, prepare / settings.workers) if settings.workers else step + prepare
     return {
         "images": source.epoch_images,
@@ -62,7 +62,7 @@ def estimate(settings: Settings) -> dict[str, Any]:
         "parameters_head": parameters - parameters_extractor,
         "macs_extractor": extractor,
         "macs_head": head,
-        # Forward; then forward again, gradient of the input and of the weights in the extractor.
+        # Extractor: forward, recomputation, gradients of the input and of the weights.
         "macs_step": images * (4 * extractor + 3 * head),
         "seconds_step": step,
         "seconds_batch": prepare,
@@ -85,7 +85,7 @@ def report(settings: Settings) -> str:
             f"data          {classes}{found['images']} images an epoch, "
             f"{found['held_out']} held out",
             f"parameters    {found['parameters_extractor']:,} in the extractor, "
-            f"{found['parameters_head']:,} behind it, which are thrown away",
+            f"{found['parameters_head']:,} behind it, which are discarded",
             f"an image      {found['macs_extractor'] / 1e9:.3f} + {found['macs_head'] / 1e9:.3f} "
             f"GFLOPs forward at {size} x {size} (a FLOP is one multiply-add)",
             f"a step        about {found['macs_step'] / 1e9:.1f} GFLOPs{teacher}; {batch} {what}, "

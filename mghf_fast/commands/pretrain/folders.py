@@ -1,4 +1,4 @@
-"""Directories of picture files: with a folder for each class (the layout of ImageFolder), or of any
+"""Directories of picture files: with a folder per class (the layout of ImageFolder), or of any
 layout."""
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def _pictures(folder: Path) -> Iterator[Path]:
 
 
 class Folders:
-    """The pictures below ``directory``; the class is the name of the first folder.
+    """The pictures below ``directory``; the class is the name of the top-level folder.
 
     Raises:
         PretrainError: fewer than two class folders, or one without pictures.
@@ -79,7 +79,7 @@ class PlainFolders:
     """All pictures below some directories, without classes.
 
     Raises:
-        PretrainError: a directory is not there, or has no pictures.
+        PretrainError: a directory is missing or has no pictures.
     """
 
     def __init__(self, directories: list[Path]) -> None:

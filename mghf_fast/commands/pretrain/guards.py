@@ -1,13 +1,13 @@
-"""What an extractor must not lose while it learns distances: penalties, and figures that tell.
+"""Properties that an extractor must keep while it learns distances: penalties and figures.
 
-* Detail of every octave of frequency is answered: by noise of one strength, the finest octave's
-  response over another's stays within a factor of ``OCTAVE_FREE``.
-* White noise is no cheaper than blur of the same MSE, up to ``NOISE_FREE``; or a loss would fill in
-  noise.
-* The blocks can be undone in float32: what the inverse makes of a small error in the features stays
-  below ``INVERSE_FREE``.
+* It responds to detail of every octave of frequency: for noise of equal strength, the finest
+  octave's response divided by another's stays within a factor of ``OCTAVE_FREE``.
+* White noise costs no less than blur of the same MSE, up to ``NOISE_FREE``; otherwise training on
+  the loss would add noise.
+* The blocks can be inverted in float32: the inverse amplifies a small error in the features by less
+  than ``INVERSE_FREE``.
 
-Each penalty is the square of a logarithm beyond what is free, and 0 within.
+Each penalty is the squared excess of a logarithm over its limit, and 0 within the limit.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ OCTAVE_FREE = 2.0
 NOISE_FREE = 2.0
 INVERSE_FREE = 300.0
 INVERSE_ERROR = 1e-3
-"""Relative error of the features with which the inverse is tried."""
+"""Relative error of the features with which the inverse is tested."""
 _SMALL = 1e-12
 
 
 def responses(probes: Tensor, reference: Tensor) -> Tensor:
-    """mean (F(probe) - F(picture))^2 of each probe, (P,), from its features (P, C, h, w) and the
-    picture's (C, h, w)."""
+    """mean (F(probe) - F(picture))^2 for each probe, (P,), from the probes' features (P, C, h, w)
+    and the picture's (C, h, w)."""
     return (probes - reference).square().mean((1, 2, 3))
 
 
@@ -41,13 +41,13 @@ def _beyond(logarithm: Tensor, free: float) -> Tensor:
 
 
 def octave_penalty(response: Tensor) -> Tensor:
-    """The penalty on octaves that the :func:`responses` of a pair batch's probes tell."""
+    """The penalty on unequal octaves, from the :func:`responses` to a batch's probes."""
     octaves = (response[: len(OCTAVES)] + _SMALL).log()
     return _beyond((octaves[:-1] - octaves[-1]).abs(), OCTAVE_FREE).mean()
 
 
 def noise_penalty(response: Tensor) -> Tensor:
-    """The penalty on cheap noise that the :func:`responses` of a pair batch's probes tell."""
+    """The penalty on cheap noise, from the :func:`responses` to a batch's probes."""
     blur, white = (response[len(OCTAVES) :] + _SMALL).log()
     return _beyond(blur - white, NOISE_FREE)
 
@@ -55,12 +55,11 @@ def noise_penalty(response: Tensor) -> Tensor:
 def inverse_growth(
     extractor: DetailFeatureExtractor, features: Tensor, direction: Tensor
 ) -> Tensor:
-    """How many times larger, relative to what it is added to, an error of the features becomes when
-    the blocks are undone.
+    """The factor by which inverting the blocks amplifies a relative error in the features.
 
     Args:
-        features: of one picture, (C, h, w).
-        direction: of the error, the same shape.
+        features: features of one picture, (C, h, w).
+        direction: direction of the error, same shape.
     """
     error = direction * (
         INVERSE_ERROR * features.detach().norm() / torch.linalg.vector_norm(direction)
@@ -80,8 +79,8 @@ def inverse_penalty(growth: Tensor) -> Tensor:
 
 
 def figures(response: Tensor) -> dict[str, float]:
-    """What mean :func:`responses` say: each octave's over the finest's, the largest ratio of two
-    octaves, and white noise's over blur's."""
+    """Ratios of mean :func:`responses`: each octave's to the finest's, the largest between two
+    octaves, and white noise's to blur's."""
     octaves = (response[: len(OCTAVES)] / response[len(OCTAVES) - 1]).tolist()
     blur, white = response[len(OCTAVES) :].tolist()
     return {

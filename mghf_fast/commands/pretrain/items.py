@@ -1,4 +1,4 @@
-"""What a source of training images is, and what it gives."""
+"""The interface of a source of training images."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any, NamedTuple, Protocol
 from ..pixels import Pixels
 
 MARGIN = 32
-"""Pixels by which the pictures of distances are larger than what is learned from: distortions and
-networks do not see beyond a border, which is therefore cut off, half on each side."""
+"""Pixels that are cut off the pictures for distances, half on each side, because distortions and
+networks have border effects."""
 NO_LABEL = -1
-"""Of an item that stands for no image, as no file could be read."""
+"""Label of an item without an image, because no file could be read."""
 
 
 class Item(NamedTuple):
-    """One image with its label, and the files that could not be read on the way to it."""
+    """One image with its label, and the files that were tried before it and could not be read."""
 
     pixels: Pixels
     label: int
@@ -27,7 +27,7 @@ class Source(Protocol):
     Attributes:
         classes: the names of the labels.
         epoch_images: training images in an epoch, a multiple of the batch for files.
-        held_out_images: images that :meth:`training` never gives.
+        held_out_images: number of images that :meth:`training` never returns.
     """
 
     classes: tuple[str, ...]
@@ -41,4 +41,4 @@ class Source(Protocol):
         """Held-out image ``index``, below ``held_out_images``."""
 
     def description(self) -> dict[str, Any]:
-        """What data these are, for JSON; equal for equal data."""
+        """A description of the data for JSON; equal for equal data."""

@@ -1,5 +1,5 @@
 """The classifier that is trained: the detail feature extractor, CNN stages, global pooling, one
-linear layer (Algorithm 1 of MGHF). All but the extractor is thrown away afterwards."""
+linear layer (Algorithm 1 of MGHF). Afterwards only the extractor is kept."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Classifier(TrainedNetwork):
     """extractor -> stages -> global average pooling -> linear.
 
     Args:
-        extractor: what is to learn.
+        extractor: the extractor to be trained.
         stages: widths of the stages: a 3x3 convolution of stride 2, batch norm, ReLU each.
         classes: number of labels.
     """
@@ -42,18 +42,18 @@ class Classifier(TrainedNetwork):
         self.classifier = nn.Linear(widths[-1], classes)
 
     def forward(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W), -1 to 1 -> logits (B, classes)."""
+        """(B, 3, H, W) in [-1, 1] -> logits (B, classes)."""
         features: Tensor = self.stages(self.extractor(image))
         logits: Tensor = self.classifier(features.mean((2, 3)))
         return logits
 
 
 def multiply_adds(network: TrainedNetwork, size: int) -> tuple[int, int]:
-    """Of one image of ``size`` x ``size`` pixels, forward, by the rule of
-    :mod:`mghf_fast.commands.table5.cost`: the extractor's, and those of what is behind it.
+    """Multiply-adds of the forward for one image of ``size`` x ``size`` pixels, by the rule of
+    :mod:`mghf_fast.commands.table5.cost`: those of the extractor, and of the layers behind it.
 
-    Each of the extractor's weights is used once a pixel of its features; but a convolution as a
-    stem is drawn into the first mix, whose own weights are then not used.
+    Each of the extractor's weights is used once per pixel of its features; but a convolutional stem
+    is folded into the first mix, whose own weights are then not used.
     """
     extractor = network.extractor
     weights = sum(p.numel() for p in extractor.parameters() if p.dim() > 1)
@@ -64,7 +64,7 @@ def multiply_adds(network: TrainedNetwork, size: int) -> tuple[int, int]:
 
 
 def _behind(network: TrainedNetwork, side: int) -> int:
-    """Multiply-adds of what is behind the extractor, whose features have ``side`` x ``side``."""
+    """Multiply-adds of the layers behind the extractor, whose features are ``side`` x ``side``."""
     if not isinstance(network, Classifier):
         return 0
     head = network.classifier.weight.numel()

@@ -36,8 +36,8 @@ def load(names: tuple[str, ...]) -> list[CompactEDSR]:
     """The networks of ``--networks``, frozen, on the CPU.
 
     Raises:
-        PretrainError: a file cannot be read, is no whole safetensors file, or has weights of
-            another network.
+        PretrainError: a file cannot be read, is not a complete safetensors file, or holds another
+            network's weights.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load as parse

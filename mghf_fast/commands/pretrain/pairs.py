@@ -1,6 +1,6 @@
-"""Pairs of a picture and a distorted one, prepared by other processes, for one rank and from any
-step on. A rank's pairs of a step are a function of the seed and the step, and of nothing else: not
-of the number of threads or of the processes that prepare them."""
+"""Pairs of a picture and a distorted one for one rank, prepared by worker processes, starting at
+any step. A rank's pairs depend only on the seed and the step, not on the number of threads or
+workers."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from .distortions import (
 from .items import MARGIN, NO_LABEL, Item, Source
 
 OCTAVES = tuple((2.0**-n, 2.0 ** (1 - n)) for n in range(6, 1, -1))
-"""Bands of frequency, cycles a pixel, the finest last."""
+"""Bands of frequency in cycles per pixel, the finest last."""
 OCTAVE_RMS = 0.01
-"""Strength of the noise whose response is measured; small beside what bends the features."""
+"""Strength of the noise whose response is measured; small enough for the features to be linear."""
 PROBE_BLUR = (0.6, 1.6)
-"""Standard deviation in pixels of the blur that noise of the same MSE is compared with."""
+"""Standard deviation in pixels of the blur that is compared with noise of the same MSE."""
 CANDIDATES = 4
-"""Shifted by at most a pixel, of which the mean is compared with each."""
+"""Number of candidates shifted by at most a pixel, each of which is compared with their mean."""
 
 
 class PairBatch(NamedTuple):
-    """Pictures of 0 to 1, float32, (B, 3, S, S), and what was met on the way to them."""
+    """Pictures in [0, 1], float32, (B, 3, S, S), and the files that could not be read."""
 
     distorted: Tensor
     gt: Tensor
@@ -47,7 +47,7 @@ class PairBatch(NamedTuple):
     """(len(OCTAVES) + 2, 3, S, S): ``gt[0]`` with noise of each octave, with blur, and with white
     noise of the blur's MSE. Not clipped to 0 to 1."""
     candidates: Tensor
-    """(CANDIDATES, 3, S, S), ``gt[0]`` moved by less than a pixel; or none, (0, 3, S, S)."""
+    """(CANDIDATES, 3, S, S), ``gt[0]`` shifted by less than a pixel; or none, (0, 3, S, S)."""
     skipped: tuple[str, ...]
     readable: bool
 
@@ -66,7 +66,7 @@ def _probes(gt: Tensor, random: Random) -> Tensor:
 
 @contextmanager
 def _on_one_thread() -> Iterator[None]:
-    # Sums may be split over threads, and then differ in their last bits.
+    # Sums split over threads differ in their last bits.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -76,12 +76,12 @@ def _on_one_thread() -> Iterator[None]:
 
 
 class Pairs:
-    """Pairs of a source's pictures, which are to have ``MARGIN`` more pixels a side than the
+    """Pairs of a source's pictures, which must have ``MARGIN`` more pixels per side than the
     pairs.
 
     Args:
-        networks: of super-resolution by 4; each batch uses one of them.
-        candidates: whether candidates are wanted.
+        networks: networks for super-resolution by 4; each batch uses one of them.
+        candidates: whether to make candidates.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Pairs:
         self._candidates = candidates
 
     def training(self, positions: range) -> PairBatch:
-        """The pairs at positions in the endless order of training."""
+        """The pairs at these positions in the endless order of training."""
         randoms = [np.random.default_rng([self._seed, 4, p]) for p in positions]
         return self._batch([self._source.training(p) for p in positions], randoms)
 
@@ -153,8 +153,8 @@ def _as_it_is(batch: Any) -> Any:
 def training_pairs(
     pairs: Pairs, first: int, last: int, *, batch: int, rank: int, ranks: int, workers: int
 ) -> Iterator[PairBatch]:
-    """The pairs of the steps ``first`` to ``last - 1``: of each ``batch``, a multiple of
-    ``ranks``, the share of this rank."""
+    """This rank's share of the pairs of steps ``first`` to ``last - 1``; ``batch``, the pairs of
+    all ranks in a step, is a multiple of ``ranks``."""
     return iter(
         DataLoader(
             _Steps(pairs, batch, rank, ranks),

@@ -1,4 +1,4 @@
-"""Training images cut from picture files, wherever their bytes come from."""
+"""Training images cut from picture files, from folders or archives."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .settings import PretrainError
 SUFFIXES = rasters.SUFFIXES | {".ppm"}
 
 LARGEST_CROP = 2.0
-"""A crop is at most this many times as large as the training image. Detail is to be learned, so
-pictures are not shrunk much."""
+"""A crop is at most this many times as large as the training image, so that shrinking it removes
+little of the detail to be learned."""
 
 
 LONGEST_SIDE = 1024
-"""Pixels to which larger pictures are reduced before squares are cut out of them as they are."""
+"""Larger pictures are reduced to this many pixels before squares are cut out of them."""
 MOST_KEPT_BYTES = 512 * 2**20
-"""Of decoded pictures that a process keeps."""
+"""Maximum size of the decoded pictures that a process keeps."""
 
 
 class Reader(Protocol):
@@ -31,8 +31,8 @@ class Reader(Protocol):
 
     Attributes:
         classes: the names of the labels.
-        names: of the files, as a user knows them.
-        labels: of each file, an index of ``classes``.
+        names: the files' names for messages.
+        labels: each file's label, an index of ``classes``.
     """
 
     classes: tuple[str, ...]
@@ -43,12 +43,12 @@ class Reader(Protocol):
         """The content of file ``index``; ``OSError`` if it cannot be read."""
 
     def description(self) -> dict[str, Any]:
-        """What files these are, for JSON; equal for equal files."""
+        """A description of the files for JSON; equal for equal files."""
 
 
 def _decoded(content: bytes) -> Any:
-    """A picture file's PIL image, RGB and upright; ``OSError`` if it is no whole picture of 8 bits
-    a channel."""
+    """A picture file's PIL image, RGB and upright; ``OSError`` if it is not a complete picture with
+    8 bits per channel."""
     try:
         return rasters.rgb(content)
     except ValueError as error:
@@ -56,16 +56,16 @@ def _decoded(content: bytes) -> Any:
 
 
 def crop(content: bytes, size: int, rng: np.random.Generator | None) -> Pixels:
-    """A square training image out of a picture file: at random with ``rng``, else the middle.
+    """A square training image from a picture file: a random crop with ``rng``, else the centre.
 
-    At random it is 1 to ``LARGEST_CROP`` times as large as what it becomes, maybe mirrored, and
+    A random crop is 1 to ``LARGEST_CROP`` times as large as the result, mirrored at random, and
     varied in contrast, brightness, colour and noise. A picture smaller than ``size`` is enlarged.
 
     Returns:
         (size, size, 3).
 
     Raises:
-        OSError: the bytes are no whole picture of 8 bits a channel.
+        OSError: the bytes are not a complete picture with 8 bits per channel.
     """
     from PIL import Image
 
@@ -80,7 +80,7 @@ def crop(content: bytes, size: int, rng: np.random.Generator | None) -> Pixels:
         side = min(size * (most / size) ** rng.random(), shorter) if most > size else shorter
         left, top = rng.random() * (width - side), rng.random() * (height - side)
     box = (left, top, left + side, top + side)
-    if side == size:  # nothing to resample: pixels as they are
+    if side == size:  # nothing to resample
         left, top = float(round(left)), float(round(top))
         box = (left, top, left + side, top + side)
     resized = image.resize((size, size), Image.Resampling.BICUBIC, box)
@@ -106,13 +106,13 @@ class PictureSource:
 
     Args:
         reader: the files.
-        seed: of the order, of what is held out, and of the crops.
+        seed: seed of the order, of the held-out files and of the crops.
         size: side of the training images, pixels.
-        batch: images a step; what is left of an epoch after its last whole batch is left out.
-        held_out: files held out, at most a fifth of them.
-        skip_limit: unreadable files in a row that are passed over.
+        batch: images per step; an epoch ends with its last complete batch.
+        held_out: number of held-out files, at most a fifth of all.
+        skip_limit: number of consecutive unreadable files that are skipped.
 
-    An unreadable file's place is taken by the next one in the order of the epoch.
+    An unreadable file is replaced by the next one in the order of the epoch.
 
     Raises:
         PretrainError: too few files for one batch.
@@ -172,7 +172,7 @@ class PictureSource:
                 skipped.append(self._reader.names[file])
             else:
                 return Item(pixels, int(self._reader.labels[file]), tuple(skipped))
-        # All of them, or more than the limit: whoever counts them ends the training.
+        # All files, or more than the limit: the caller, who counts them, ends the training.
         empty = np.zeros((self._size, self._size, 3), dtype=np.uint8)
         return Item(empty, NO_LABEL, tuple(skipped))
 
@@ -186,9 +186,9 @@ class PictureSource:
 
 
 class CropSource(PictureSource):
-    """Pictures as they are: squares cut out at their own resolution, turned by quarters and
-    mirrored at random. One whose shorter side is below ``size`` counts as unreadable; one whose
-    longer side is above ``LONGEST_SIDE`` is reduced to it."""
+    """Squares cut out of pictures at their own resolution, rotated by quarter turns and mirrored at
+    random. A picture with a side below ``size`` counts as unreadable; one with a side above
+    ``LONGEST_SIDE`` is reduced to it."""
 
     def __init__(
         self, reader: Reader, seed: int, size: int, batch: int, held_out: int, skip_limit: int
@@ -198,7 +198,7 @@ class CropSource(PictureSource):
         self._kept_bytes = 0
 
     def _picture(self, file: int) -> Pixels:
-        # Every picture is wanted again, once an epoch: the first ones are as good to keep as any.
+        # Each picture is needed once per epoch, so keeping the first ones is as good as any.
         if (kept := self._kept.get(file)) is not None:
             return kept
         from PIL import Image

@@ -1,15 +1,14 @@
-"""An endless stream of labelled pictures that need no file: textured dead leaves.
+"""An endless stream of labelled pictures that needs no files: textured dead leaves.
 
-A picture is a pile of leaves whose radii follow a density of 1 / r^3 (Lee, Mumford and Huang 2001:
-the pile then looks the same at every scale, as photographs do), coloured from a natural palette,
-each leaf with a texture. Four parameters of the generator are the label; everything else - radii,
-places, colours, contrast, light, noise - is chance. To tell the labels apart a network must see
-what a perceptual loss must see: how sharp an edge is, how fine a texture is, which way it runs.
+A picture is a pile of leaves whose radii have the density 1 / r^3 (Lee, Mumford and Huang 2001: the
+pile then looks the same at every scale, as photographs do), coloured from a natural palette, each
+leaf with a texture. Four parameters of the generator are the label; everything else - radii,
+positions, colours, contrast, light, noise - is random. To distinguish the labels a network must
+recognise what a perceptual loss must: the sharpness of edges, the scale and direction of textures.
 
-Picture ``i`` of seed ``s`` is a function of ``(s, i)`` alone, so that a stream can be split over
-processes, and continued anywhere. NumPy's generators give the same numbers on every platform;
-what its Fourier transforms and elementary functions round differently is far below one of 255
-levels.
+Picture ``i`` of seed ``s`` depends only on ``(s, i)``, so that a stream can be split over processes
+and continued anywhere. NumPy's generators give the same numbers on every platform; differences in
+the rounding of its Fourier transforms and elementary functions are far below one of 255 levels.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from ..pixels import Pixels
 Plane = npt.NDArray[np.float32]
 
 VERSION = 2
-"""Goes up with every change after which the same seed gives other pictures."""
+"""Incremented with every change after which the same seed gives other pictures."""
 
 LAWS = ("discs", "slabs", "petals")
 """The shape law of the leaves: discs, oblong rectangles, ellipses with soft edges."""
@@ -35,7 +34,7 @@ PERIODS = {"fine": (2.5, 3.6), "middle": (4.0, 5.6), "coarse": (6.4, 9.0)}
 """The frequency bands, as periods in pixels."""
 
 ORIENTATIONS = (0, 45, 90, 135)
-"""Directions in which an oriented texture varies, degrees; a picture's is at most 8 off."""
+"""Directions in degrees in which an oriented texture varies; a picture deviates by at most 8."""
 
 ORIENTED = ("grating", "streaks")
 ISOTROPIC = ("speckle", "dots", "cascade", "cloud")
@@ -43,16 +42,16 @@ ISOTROPIC = ("speckle", "dots", "cascade", "cloud")
 noise with a power-law spectrum, whose exponent takes the place of the band."""
 
 CLOUD_EXPONENTS = {"fine": (0.5, 0.75), "middle": (1.1, 1.35), "coarse": (1.8, 2.1)}
-"""Of the amplitude spectrum, 1 / f^a, of the family ``cloud``."""
+"""Exponents a of the amplitude spectrum 1 / f^a of the family ``cloud``."""
 
 LENS = (0.3, 1.0)
-"""Standard deviation of the lens's blur, pixels."""
+"""Range of the standard deviation of the lens's blur, pixels."""
 
 NOISE = (0.0, 10.0)
-"""Standard deviation of the sensor's noise, of 255."""
+"""Range of the standard deviation of the sensor's noise, on a scale of 0 to 255."""
 
 _LAYERS = 5.0
-"""Leaves over a point on average; e^-5 of the picture shows the ground."""
+"""Mean number of leaves over a point; e^-5 of the picture shows the ground."""
 
 _PALETTE = np.array(
     [
@@ -83,7 +82,7 @@ class TextureClass(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Such as ``"discs-grating-fine-45"``."""
+        """The label's name, such as ``"discs-grating-fine-45"``."""
         words = [self.law, self.family, self.band]
         return "-".join(words if self.orientation is None else [*words, str(self.orientation)])
 
@@ -132,7 +131,7 @@ def _draw_leaves(
 ) -> tuple[list[tuple[float, _Leaves]], int]:
     """The leaves of a picture by octaves of their radii, each with its reach; and their number."""
     largest = float(size)
-    # A rectangle of half sides r s and r / s has 4 / pi of the area of an ellipse of the same.
+    # A rectangle with half sides r s and r / s has 4 / pi of the area of the ellipse.
     area = 4.0 if law == "slabs" else math.pi
     density = _LAYERS / (area * math.log(largest / smallest))
     octaves, low, total = [], smallest, 0
@@ -163,7 +162,7 @@ def _draw_leaves(
 def _front_leaf(
     leaves: list[tuple[float, _Leaves]], total: int, size: int, rectangle: bool
 ) -> npt.NDArray[np.int64]:
-    """Which leaf shows at each pixel, by its place in the pile; ``total`` is the ground."""
+    """The visible leaf at each pixel, by its place in the pile; ``total`` is the ground."""
     shown = np.full(size * size, total, dtype=np.int64)
     axis = np.arange(size, dtype=np.float32)
     for reach, octave in leaves:
@@ -176,7 +175,7 @@ def _front_leaf(
             any_leaf = covered.any(0)
             here[any_leaf] = octave.order[covered.argmax(0)[any_leaf]]
         else:
-            # Each small leaf in a window of its own, the front one last: it stays.
+            # Small leaves are painted one by one in windows, the front one last.
             octave = octave.taken(np.arange(len(octave.order))[::-1])
             offsets = np.arange(window)
             rows = np.floor(octave.geometry[0] - reach).astype(np.int64)[:, None] + offsets
@@ -199,14 +198,14 @@ def _front_leaf(
 
 @lru_cache(maxsize=8)
 def _frequencies(size: int) -> tuple[Plane, Plane, Plane]:
-    """Of a real Fourier transform: vertical, horizontal and radial frequency, cycles a pixel."""
+    """Vertical, horizontal and radial frequencies of a real Fourier transform, cycles per pixel."""
     fy = np.fft.fftfreq(size).astype(np.float32)[:, None]
     fx = np.fft.rfftfreq(size).astype(np.float32)[None, :]
     return fy, fx, np.hypot(fy, fx)
 
 
 def _filtered(rng: np.random.Generator, size: int, response: Plane) -> Plane:
-    """White noise through a filter, given by its frequency response."""
+    """White noise filtered by a frequency response."""
     noise = rng.standard_normal((size, size), dtype=np.float32)
     return np.fft.irfft2(np.fft.rfft2(noise) * response, (size, size)).astype(np.float32)
 
@@ -253,7 +252,7 @@ def _dots(rng: np.random.Generator, size: int, period: float) -> Plane:
 
 
 def _cascade(rng: np.random.Generator, size: int, period: float) -> Plane:
-    """Products of random factors on squares that double in size, from half a period up."""
+    """Products of random factors on squares of doubling size, from half a period up."""
     total = np.zeros((size, size), dtype=np.float32)
     axis = np.arange(size)
     block = period / 2
@@ -295,7 +294,7 @@ def _texture(rng: np.random.Generator, size: int, kind: TextureClass) -> Plane:
 
 
 def _blur(image: Plane, sigma: float) -> Plane:
-    """Gaussian over the two first axes, the border repeated."""
+    """Gaussian blur over the first two axes; the border is repeated."""
     reach = max(1, math.ceil(2.5 * sigma))
     taps = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
     taps = (taps / taps.sum()).astype(np.float32)
@@ -325,15 +324,15 @@ def render(seed: int, index: int, size: int = 64) -> tuple[Pixels, int]:
     """Picture ``index`` of the stream ``seed``.
 
     Args:
-        seed: of the stream, 0 or more. Streams with different seeds share no picture.
-        index: 0 or more; there is no last one.
-        size: side in pixels, 16 or more. Another size is another picture.
+        seed: seed of the stream, 0 or more. Streams with different seeds share no picture.
+        index: 0 or more, without a limit.
+        size: side in pixels, 16 or more. Another size gives another picture.
 
     Returns:
         (size, size, 3) of 8 bits, and the label, an index of ``CLASSES``.
 
     Raises:
-        ValueError: an argument is below its least value.
+        ValueError: an argument is below its minimum.
     """
     for name, value, least in (("seed", seed, 0), ("index", index, 0), ("size", size, 16)):
         if value < least:
@@ -350,7 +349,7 @@ def render(seed: int, index: int, size: int = 64) -> tuple[Pixels, int]:
     base = colours[shown].reshape(size, size, 3)
     base = _blur(base, rng.uniform(1.5, 2.2) if kind.law == "petals" else rng.uniform(0.35, 0.55))
 
-    # Two textures of the class, of which each leaf carries one, more or less strong, either way up.
+    # Two textures of the class; each leaf has one of them, with a random contrast and sign.
     textures = np.stack([_texture(rng, size, kind).ravel() for _ in range(2)])
     strength = 0.05 * 3.5 ** rng.random() * np.exp(rng.normal(0.0, 0.4, total + 1))
     strength *= rng.choice((-1.0, 1.0), total + 1)
@@ -360,8 +359,8 @@ def render(seed: int, index: int, size: int = 64) -> tuple[Pixels, int]:
     picture = base + (texture[:, None] * tint[shown]).reshape(size, size, 3)
 
     # The lens; light that falls off across the picture, exposure, white balance; the sensor's
-    # noise. Without lens and noise the finest detail told most of a class, and features answered to
-    # little else.
+    # noise. Without lens and noise the finest detail alone identified most classes, and the
+    # features responded to little else.
     picture = _blur(picture, rng.uniform(*LENS))
     axis = np.linspace(-1, 1, size, dtype=np.float32)
     slope = rng.normal(0.0, 0.15, 2).astype(np.float32)

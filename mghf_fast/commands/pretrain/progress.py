@@ -1,4 +1,4 @@
-"""What a running pretraining shows: lines or a bar, and TensorBoard's curves."""
+"""Shows the progress of a pretraining: lines or a bar, and TensorBoard's curves."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .run import Run
 
 
 class Progress:
-    """A bar on a terminal (and with tqdm), lines elsewhere; on the first rank."""
+    """A bar on a terminal (if tqdm is installed), else lines; on the first rank."""
 
     def __init__(self, run: Run, steps: int) -> None:
         self._steps, self._shown = steps, run.ranks.first
@@ -41,7 +41,7 @@ class Progress:
 
 
 class Board:
-    """TensorBoard's event files, if they are wanted."""
+    """TensorBoard's event files, if requested."""
 
     def __init__(self, run: Run) -> None:
         self._writer: Any = None

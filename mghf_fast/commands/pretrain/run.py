@@ -21,7 +21,7 @@ INVERTIBILITY_IMAGES = 8
 
 
 class AnyBatch(Protocol):
-    """What every objective's batch tells."""
+    """The properties common to all objectives' batches."""
 
     @property
     def skipped(self) -> tuple[str, ...]:
@@ -29,27 +29,27 @@ class AnyBatch(Protocol):
 
     @property
     def readable(self) -> bool:
-        """Whether there is a picture for every place."""
+        """Whether every image could be read."""
 
 
 class TrainedNetwork(nn.Module):
-    """A network with an ``extractor`` in it, which is what the pretraining is for."""
+    """A network that contains the ``extractor`` to be pretrained."""
 
     extractor: DetailFeatureExtractor
 
 
 class Run:
-    """The state of a training, and its steps; a subclass for each objective says what is learned.
+    """The state of a training, and its steps; each objective is a subclass.
 
     Args:
-        network: with its first weights, on ``device``.
+        network: the network with its initial weights, on ``device``.
         betas: Adam's.
     """
 
     PARTS: tuple[str, ...] = ()
     """Names of the parts of the loss that the curve shows."""
     LARGEST_NORM: float | None = None
-    """Largest length of the gradient; a longer one is cut to it."""
+    """Maximum norm of the gradient, which is clipped to it."""
 
     def __init__(
         self,
@@ -74,16 +74,16 @@ class Run:
         self.seconds = 0.0
         self.curve: list[dict[str, float]] = []
         self.loss = torch.zeros((), dtype=torch.float64, device=device)
-        """The sum since the last entry of the curve, over ``losses`` steps."""
+        """The sum over the ``losses`` steps since the last entry of the curve."""
         self.parts = torch.zeros(len(self.PARTS), dtype=torch.float64, device=device)
         self.losses = 0
         self.skipped: set[str] = set()
         self.trained: nn.Module = network
 
-    # ------------------------------------------------------------------- what an objective says
+    # ------------------------------------------------------------ what an objective implements
 
     def remarks(self) -> list[str]:
-        """What the user should know before the first step."""
+        """Remarks for the user before the first step."""
         return []
 
     def make_scheduler(self) -> torch.optim.lr_scheduler.LRScheduler:
@@ -91,11 +91,11 @@ class Run:
         raise NotImplementedError
 
     def batches(self, last: int) -> Iterator[Any]:
-        """This rank's batches of the steps from here to ``last - 1``."""
+        """This rank's batches from the present step to ``last - 1``."""
         raise NotImplementedError
 
     def objective(self, batch: Any) -> tuple[Tensor, Tensor | None]:
-        """The loss of a batch, to be differentiated, and the values of its ``PARTS``."""
+        """The loss of a batch, differentiable, and the values of its ``PARTS``."""
         raise NotImplementedError
 
     def look(self) -> dict[str, float]:
@@ -103,18 +103,18 @@ class Run:
         raise NotImplementedError
 
     def figures(self) -> dict[str, Any]:
-        """What the model card says of the result and of what it was learned from."""
+        """The model card's figures on the result and its training data."""
         raise NotImplementedError
 
     def exported(self) -> tuple[DetailFeatureExtractor, float]:
-        """The extractor to be written, on the CPU, and the factor drawn into its features."""
+        """The extractor to be written, on the CPU, and the factor folded into its weights."""
         raise NotImplementedError
 
     # --------------------------------------------------------------------------------- the steps
 
     def distribute(self) -> None:
-        """Joins the ranks' gradients; after the weights are loaded, which rank 0 then gives to
-        all."""
+        """Wraps the network so that gradients are averaged over the ranks. Call it after loading
+        the weights, which are then broadcast from rank 0."""
         if self.ranks.world > 1:
             on_gpu = self.device.type == "cuda"
             self.trained = DistributedDataParallel(
@@ -144,10 +144,10 @@ class Run:
         self.losses += 1
 
     def skip(self, batch: AnyBatch) -> None:
-        """Notes the pictures that could not be read.
+        """Counts the pictures that could not be read.
 
         Raises:
-            PretrainError: they are more than the limit, or all there are.
+            PretrainError: they exceed the limit, or no picture can be read.
         """
         self.skipped.update(batch.skipped)
         if len(self.skipped) > (limit := self.settings.skip_limit):
@@ -159,10 +159,10 @@ class Run:
             raise PretrainError(f"none of {len(batch.skipped)} pictures in a row can be read")
 
     def mean_loss(self) -> float:
-        """Over the steps since the last entry of the curve, and over the ranks.
+        """The mean over the steps since the last entry of the curve and over the ranks.
 
         Raises:
-            PretrainError: it is no number.
+            PretrainError: it is not finite.
         """
         total = self.ranks.sum(self.loss.clone()) / (self.losses * self.ranks.world)
         if not math.isfinite(value := float(total)):
@@ -172,11 +172,10 @@ class Run:
         return value
 
     def entry(self) -> dict[str, float]:
-        """The next entry of the curve, without figures of held-out images; what it tells of
-        starts anew.
+        """The next entry of the curve, without figures on held-out images; resets its sums.
 
         Raises:
-            PretrainError: the loss is no number.
+            PretrainError: the loss is not finite.
         """
         parts = self.ranks.sum(self.parts.clone()) / (self.losses * self.ranks.world)
         entry = {
@@ -192,15 +191,14 @@ class Run:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """What the objective wants to know of the held-out images, and how far the blocks are from
-        being undone by their inverses."""
+        """The objective's figures on the held-out images, and the error of inverting the blocks."""
         self.network.eval()
         found = self.look()
         self.network.train()
         return found
 
     def state(self) -> dict[str, Any]:
-        """Everything that the rest of the run depends on; every rank must ask for it."""
+        """The complete state of the run; every rank must call this."""
         return {
             "step": self.step,
             "seconds": self.seconds,
@@ -216,7 +214,7 @@ class Run:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Goes back to a :meth:`state`."""
+        """Restores a :meth:`state`."""
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
@@ -229,7 +227,7 @@ class Run:
         self.skipped = set(state["skipped"])
 
     def is_finite(self) -> bool:
-        """Whether every weight is a number: such a checkpoint may replace the last one."""
+        """Whether every weight is finite; otherwise a checkpoint must not replace the last one."""
         return all(bool(p.isfinite().all()) for p in self.network.parameters())
 
     def latest(self, name: str) -> float | None:

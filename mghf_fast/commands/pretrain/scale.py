@@ -1,9 +1,9 @@
-"""The scale of an extractor's features, which a classifier leaves to chance and a loss does not.
+"""The scale of an extractor's features, which is arbitrary for a classifier but not for a loss.
 
-The presets weigh terms that grow with the square of the features beside others that do not grow
-with them. Training raises the features' response to fine detail manyfold; so that the presets keep
-their meaning, the trained features are brought back to the response that they had before the first
-step, by a factor that is drawn into the weights.
+Some terms that the presets weight grow with the square of the features, others do not depend on
+their scale. Training increases the features' response to fine detail manyfold; to keep the presets
+meaningful, the trained features are scaled back to their response before the first step, by a
+factor that is folded into the weights.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def response(extractor: DetailFeatureExtractor, images: Tensor) -> float:
 
     Args:
         extractor: F.
-        images: (B, 3, H, W), -1 to 1.
+        images: (B, 3, H, W) in [-1, 1].
     """
     padded = F.pad(images, (2, 2, 2, 2), mode="reflect")
     difference = extractor(F.avg_pool2d(padded, 5, stride=1)) - extractor(images)
@@ -32,8 +32,8 @@ def response(extractor: DetailFeatureExtractor, images: Tensor) -> float:
 
 
 def power_of_two(wanted: float, found: float) -> float:
-    """The power of two that, as a factor of the features, brings a response nearest to another; 1
-    if one of them is no positive number."""
+    """The power of two that, as a factor of the features, brings the response ``found`` nearest to
+    ``wanted``; 1 if one of them is not positive and finite."""
     ratio = wanted / found if found > 0 else 0.0
     return 2.0 ** round(0.5 * math.log2(ratio)) if 0 < ratio < math.inf else 1.0
 
@@ -42,12 +42,12 @@ def power_of_two(wanted: float, found: float) -> float:
 def scale_features(extractor: DetailFeatureExtractor, factor: float) -> None:
     """Multiplies the features by ``factor``, a power of two, in the weights of the last block.
 
-    With s z for z, of z2 <- z2 + phi(z1), z1 <- z1 exp(rho(z2)) + eta(z2) the mix and the outputs
-    of phi and eta are to be s times as large, and the inputs of all three to be divided by s. As s
-    is a power of two nothing is rounded: the features are s times the former ones, to the bit.
+    To replace z by s z in z2 <- z2 + phi(z1), z1 <- z1 exp(rho(z2)) + eta(z2), multiply the mix and
+    the outputs of phi and eta by s, and divide the inputs of phi, rho and eta by s. Because s is a
+    power of two nothing is rounded: the features are s times the former ones, to the bit.
 
     Raises:
-        ValueError: ``factor`` is no power of two.
+        ValueError: ``factor`` is not a power of two.
     """
     if not factor > 0 or math.frexp(factor)[0] != 0.5:
         raise ValueError(f"factor must be a power of two, got {factor}")

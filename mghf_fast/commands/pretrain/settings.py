@@ -1,4 +1,4 @@
-"""What a pretraining can be told, and how a bad setting is refused."""
+"""The settings of a pretraining, and their checks."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ AMP = ("off", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 
 SHIPPED_NETWORK = "demo-start"
-"""The name, in ``--networks``, of the super-resolution network that ships."""
+"""The name of the shipped super-resolution network in ``--networks``."""
 
 OWN: Any = None
-"""The value of a setting that was not given, and takes the default of its objective."""
+"""The value of a setting that was not given and takes its objective's default."""
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "classes": {
@@ -60,51 +60,51 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "blur_aversion": 0.0,
     },
 }
-"""Defaults of each objective. A setting that only the other one has may not be given."""
+"""Each objective's defaults. A setting that only the other objective has may not be given."""
 _EITHER_LENGTH = ("steps", "epochs")  # both objectives take both, if given
 
 
 class PretrainError(ValueError):
-    """The pretraining cannot go on; the message is one line written for the user."""
+    """The pretraining cannot continue; the message is one line for the user."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of one pretraining. Those that are not given take the defaults of the objective,
+    """The settings of one pretraining. Those that are not given take the objective's defaults,
     which for ``"classes"`` are those of the papers' Algorithm 1.
 
     Args:
-        objective: ``"classes"``: the extractor is trained as the front of a classifier;
-            ``"distances"``: so that the distances of its features are a teacher's.
+        objective: ``"classes"``: the extractor is trained as the first part of a classifier;
+            ``"distances"``: its features' distances are trained to equal a teacher's.
         data: ``("procedural",)``; or, for classes, one directory with a folder of pictures for each
             class, or tar files in the layout of webdataset; for distances, directories of pictures.
-        out: directory of everything that is written, made if missing.
-        epochs: passes over the data; ``steps``, if given, takes their place.
+        out: directory for all results, made if missing.
+        epochs: passes over the data; ignored if ``steps`` is given.
         steps: optimizer steps in all.
-        batch: images (pairs of images, for distances) a step, over all processes together.
+        batch: images (for distances, pairs) per step, over all processes together.
         size: side of the square training images, pixels.
         learning_rate: Adam's.
         lr_decay, lr_every: for classes the rate is multiplied by ``lr_decay`` after every
             ``lr_every`` steps.
         lr_end, warm_up: for distances the rate rises over ``warm_up`` steps, and falls to the
             fraction ``lr_end`` at the last one along a cosine.
-        weight_decay: of Adam, L2.
-        channels, blocks, stem, squeeze, subnet, activation, clamp, init: of the extractor.
+        weight_decay: Adam's, as L2 penalty.
+        channels, blocks, stem, squeeze, subnet, activation, clamp, init: the extractor's.
         stages: widths of the CNN stages behind it, each of which halves the resolution.
-        teacher: whose distances are learned: ``"stlpips-vgg"``, or ``"efficientnet-lite0"``.
-        networks: safetensors files of the demo's ``CompactEDSR``, whose outputs are among what
-            pictures are compared with; ``"demo-start"`` is the one that ships.
+        teacher: network whose distances are learned: ``"stlpips-vgg"`` or ``"efficientnet-lite0"``.
+        networks: safetensors files of the demo's ``CompactEDSR``, whose outputs are among the
+            distorted pictures; ``"demo-start"`` is the shipped one.
         gain: the features' mean squared difference for a teacher's distance of 1.
         hint, log_distance, octave_guard, noise_guard, inverse_guard, blur_aversion: weights of the
             terms of the loss (:mod:`mghf_fast.commands.pretrain.distances`).
-        seed: of the weights, of the data's order, of the procedural pictures and distortions.
-        epoch_images: procedural pictures in what counts as an epoch.
-        held_out: images that are never trained on, for the accuracy; of files, at most a fifth.
-        skip_limit: pictures that may be unreadable, in all, before the pretraining ends.
+        seed: seed of the weights, the data's order, the procedural pictures and the distortions.
+        epoch_images: procedural pictures per epoch.
+        held_out: images that are never trained on, for the accuracy; at most a fifth of all files.
+        skip_limit: maximum number of unreadable pictures, in all, before the pretraining ends.
         amp: ``"bfloat16"`` or ``"float16"`` for autocast (the extractor itself stays in float32).
-        device, threads, workers: where it runs; processes that prepare images (0: none).
-        log_every, evaluate_every, checkpoint_every: steps.
-        resume: go on from the checkpoint in ``out``, if there is one.
+        device, threads, workers: device, CPU threads, and processes that prepare images (0: none).
+        log_every, evaluate_every, checkpoint_every: intervals in steps.
+        resume: continue from the checkpoint in ``out``, if there is one.
         tensorboard: write its event files below ``out``.
     """
 
@@ -228,9 +228,8 @@ class Settings:
         return {name: getattr(self, name) for name in names}
 
     def identity(self) -> dict[str, Any]:
-        """Whatever decides what is learned, and must be the same when a checkpoint goes on and on
-        every rank: all but where it runs, how long, and how often it tells. The settings of the
-        other objective are left out."""
+        """The settings that determine what is learned, which must agree on resuming and on all
+        ranks: not those of device, duration and reporting, nor the other objective's."""
         free = {
             "data", "out", "epochs", "steps", "device", "threads", "workers", "log_every",
             "evaluate_every", "checkpoint_every", "resume", "tensorboard", "skip_limit",

@@ -1,6 +1,6 @@
-"""Tar files in the layout of webdataset: of each sample a picture and its label in ``.cls``, under
-one name. Their headers are read once; then any picture can be had by itself, so that the order is
-as free, and as easily continued, as that of single files."""
+"""Tar files in webdataset's layout: each sample is a picture and its label in ``.cls`` under the
+same name. The headers are read once; then pictures can be read in any order, so that shuffling and
+resuming work as for single files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _samples(path: Path) -> Iterator[tuple[str, tarfile.TarInfo, int]]:
     """Name, picture and label of each sample of a shard.
 
     Raises:
-        PretrainError: the tar file is compressed, broken or truncated, or a label is no number.
+        PretrainError: the tar file is compressed, broken or truncated, or a label is not a number.
     """
     pictures: dict[str, tarfile.TarInfo] = {}
     labels: dict[str, int] = {}
@@ -41,7 +41,7 @@ def _samples(path: Path) -> Iterator[tuple[str, tarfile.TarInfo, int]]:
                 if not member.isreg():
                     continue
                 name = PurePosixPath(member.name)
-                # As webdataset has it, a sample's name ends at the first dot of the last part.
+                # In webdataset a sample's name ends at the first dot of the last path component.
                 stem, _, suffix = name.name.partition(".")
                 key = str(name.with_name(stem)) if stem else member.name
                 suffix = f".{suffix.lower()}"
@@ -79,7 +79,8 @@ class Shards:
     """The samples of tar files; the classes are the numbers from 0 to the largest label.
 
     Raises:
-        PretrainError: a shard is no whole tar file, a picture has no label, or a class no pictures.
+        PretrainError: a shard is not a complete tar file, a picture has no label, or a class has no
+            pictures.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -113,7 +114,7 @@ class Shards:
 
     def read(self, index: int) -> bytes:
         place = self._places[index]
-        # Opened for each picture, so that processes share no position in the file.
+        # Opened for each picture, so that processes do not share a file position.
         with self._paths[place.shard].open("rb") as file:
             file.seek(place.start)
             return file.read(place.length)

@@ -1,8 +1,8 @@
-"""Where training images come from: the sources that ``--data`` can name.
+"""The sources of training images that ``--data`` can name.
 
-A source numbers its training images without end and says what image stands at a position, as a
-function of the position and the seed alone. To go on exactly after an interruption, or to split a
-batch over processes, it is therefore enough to know the next position.
+A source maps every position 0, 1, 2, ... to a training image that depends only on the position and
+the seed. To resume exactly after an interruption, or to split a batch over processes, it is enough
+to know the next position.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def open_source(settings: Settings) -> Source:
     """The source that ``--data`` names.
 
     Raises:
-        PretrainError: there is no such thing, or it holds no pictures of use.
+        PretrainError: it does not exist, or has no usable pictures.
     """
     distances = settings.objective == "distances"
     if settings.data == (PROCEDURAL,):

@@ -1,7 +1,7 @@
-"""Two statistics in which photographs are alike, of the procedural pictures and of photographs.
+"""Two statistics that photographs have in common, measured on procedural pictures and photographs.
 
-* The power spectrum falls as 1 / f^2 or a little faster (Field 1987; Ruderman 1994).
-* Differences of neighbouring pixels are far from normal: many next to nothing, a few large.
+* The power spectrum falls as 1 / f^2 or slightly faster (Field 1987; Ruderman 1994).
+* Differences of neighbouring pixels are far from normal: most are tiny, a few are large.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PHOTOGRAPHS = (
 
 def spectrum_slope(grey: Plane) -> float:
     """The exponent of the power spectrum: the slope of log power over log frequency, from 4 periods
-    in the picture up to 0.35 cycles a pixel, in rings of equal width in log frequency.
+    per picture up to 0.35 cycles per pixel, in rings of equal width in log frequency.
 
     Args:
         grey: (S, S), S 32 or more.
@@ -54,7 +54,7 @@ def spectrum_slope(grey: Plane) -> float:
 
 
 def gradient_kurtosis(grey: Plane) -> float:
-    """E[d^4] / E[d^2]^2 of the differences d of neighbouring pixels, both ways; 3 for a normal
+    """E[d^4] / E[d^2]^2 of the differences d of horizontal and vertical neighbours; 3 for a normal
     distribution."""
     differences = np.concatenate([np.diff(grey, axis=axis).ravel() for axis in (0, 1)])
     square = differences**2
@@ -63,17 +63,17 @@ def gradient_kurtosis(grey: Plane) -> float:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of a set of crops: medians, and the quarters around them."""
+    """Medians and quartiles of the statistics over a set of crops."""
 
     crops: int
     slope: tuple[float, float, float]
     """Exponent of the power spectrum: first quartile, median, third quartile."""
     kurtosis: tuple[float, float, float]
-    """Of the gradient, likewise."""
+    """Kurtosis of the gradient: first quartile, median, third quartile."""
 
 
 def measure(crops: Iterable[Pixels]) -> Statistics:
-    """Both statistics of crops, (S, S, 3) of 8 bits each; flat ones have none and are left out."""
+    """Both statistics of crops, (S, S, 3) of 8 bits each; flat ones have none and are skipped."""
     greys = [luminance(crop) for crop in crops]
     greys = [grey for grey in greys if grey.std() > 0.01]
 

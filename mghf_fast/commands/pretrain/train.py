@@ -1,8 +1,8 @@
 """Pretraining of the detail feature extractor, whatever the objective.
 
-A run is a function of its settings: every batch follows from the seed and the step, and the
-checkpoint holds all else that a step depends on. On one machine with the same number of threads a
-run that was killed and resumed ends with the very weights of one that was not.
+A run is a function of its settings: every batch depends only on the seed and the step, and the
+checkpoint holds everything else on which a step depends. On one machine with the same number of
+threads, a run that was killed and resumed ends with the same bits as one that was not.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def device_of(settings: Settings) -> torch.device:
     """The device of this process.
 
     Raises:
-        PretrainError: there is none such, or it cannot do the autocast that is asked for.
+        PretrainError: it does not exist, or does not support the requested autocast.
     """
     cuda = torch.cuda.is_available()
     if settings.device == "cuda" and not cuda:
@@ -72,22 +72,22 @@ def make_run(settings: Settings, source: Source, ranks: Ranks, device: torch.dev
 
 
 def configuration(settings: Settings, source: Source, ranks: Ranks) -> dict[str, Any]:
-    """What must be the same on every rank, and when a checkpoint goes on."""
+    """The configuration that must agree on every rank and on resuming."""
     found = settings.identity()
     found |= {f"data, {name}": value for name, value in source.description().items()}
     if settings.objective == "distances":
         from .networks import digests
 
-        # The learning rate follows from the number of steps.
+        # The learning rate's schedule depends on the number of steps.
         found |= {"steps": total_steps(settings, source), "networks": digests(settings.networks)}
     return {**found, "processes": ranks.world}
 
 
 def _agreed(settings: Settings, ranks: Ranks) -> tuple[Source, dict[str, Any]]:
-    """The source and the configuration, once every rank has them and they are the same.
+    """The source and the configuration, after checking that all ranks agree.
 
     Raises:
-        PretrainError: on every rank, what is wrong on one.
+        PretrainError: on every rank, if one rank fails or differs.
     """
     source, described, problem = None, {}, None
     try:
@@ -104,7 +104,7 @@ def _agreed(settings: Settings, ranks: Ranks) -> tuple[Source, dict[str, Any]]:
 
 
 def _read(path: Path, resume: bool) -> tuple[bytes | None, str | None]:
-    """A checkpoint's bytes, if there is one, or what is wrong."""
+    """A checkpoint's bytes, if there is one, or an error message."""
     try:
         if not path.exists():
             return None, None
@@ -119,7 +119,7 @@ def _read(path: Path, resume: bool) -> tuple[bytes | None, str | None]:
 
 
 def _prepare(out: Path) -> str | None:
-    """Makes the directory; what is wrong with it."""
+    """Makes the directory; returns an error message or None."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         remove_leftovers(out)
@@ -129,7 +129,7 @@ def _prepare(out: Path) -> str | None:
 
 
 def _restore(run: Run, described: dict[str, Any], *, fresh_names: tuple[str, ...]) -> None:
-    """From the checkpoint in ``--out``, which the first rank reads for all, if there is one."""
+    """Restores the checkpoint in ``--out``, if there is one; the first rank reads it for all."""
     settings, ranks = run.settings, run.ranks
     path = settings.out / checkpoint.NAME
     answer: tuple[bytes | None, str | None] = (None, None)
@@ -152,7 +152,7 @@ def _restore(run: Run, described: dict[str, Any], *, fresh_names: tuple[str, ...
 
 
 def _learn(run: Run, described: dict[str, Any], steps: int) -> None:
-    """The steps from where ``run`` stands to ``steps``."""
+    """Trains from the present step to ``steps``."""
     settings = run.settings
     path = settings.out / checkpoint.NAME
     batches = run.batches(steps)
@@ -206,16 +206,16 @@ def _save(run: Run, path: Path, described: dict[str, Any]) -> None:
 def pretrain(
     settings: Settings, finish: Callable[[Run, dict[str, Any]], None], names: tuple[str, ...] = ()
 ) -> None:
-    """Trains, or goes on, and hands the end to ``finish`` on the first rank.
+    """Starts or resumes a training, then calls ``finish`` on the first rank.
 
     Args:
-        settings: what to do.
-        finish: takes the finished run and its configuration.
+        settings: the settings.
+        finish: called with the finished run and its configuration.
         names: files that ``finish`` writes to ``settings.out``; a new run does not start if one of
-            them is there.
+            them exists.
 
     Raises:
-        PretrainError: for every mistake of the user's or refusal of the system.
+        PretrainError: for every user's mistake or system's refusal.
     """
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
@@ -225,7 +225,7 @@ def pretrain(
             f"--batch is {settings.batch}; it must be a multiple of the {world} processes"
         )
     with started(device) as ranks:
-        # In a function, so that what holds the group of processes is gone before the group is.
+        # In a function, so that all references to the process group are gone before it is.
         _pretrain(settings, ranks, device, finish, names)
 
 
@@ -245,4 +245,4 @@ def _pretrain(
         _learn(run, described, steps)
     if ranks.first:
         finish(run, described)
-    ranks.from_first(None)  # the others wait, so that none ends the first one's work
+    ranks.from_first(None)  # the others wait for the first one to finish

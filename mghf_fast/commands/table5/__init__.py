@@ -1,1 +1,1 @@
-"""The paper's Table 5: counts by formula, time and memory measured here."""
+"""The paper's Table 5: counts by formula, time and memory measured on this machine."""

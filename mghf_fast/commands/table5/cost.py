@@ -1,8 +1,8 @@
 """Arithmetic, memory and parameters of MGHF-c by formula: the accounting of the paper's Table 5.
 
 The paper's "FLOP" is one multiply-add. Both images are counted, forward only. Its memory column
-adds up the float32 tensors an eager implementation names (for the extractor and VGG-16: the weights
-alone), so it is an account and not a peak. Nothing here is measured; `mghf-fast table5` does that.
+adds up the float32 tensors that an eager implementation names (for the extractor and VGG-16 only
+the weights), so it is not a peak. Nothing here is measured; `mghf-fast table5` does that.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Setting:
     Attributes:
         batch: image pairs, B.
         channels: feature maps of the extractor, C (even).
-        kept: feature maps kept by the entropy pruning, M, from 1 to C.
+        kept: number of feature maps kept by the entropy score, M, from 1 to C.
         height: image height in pixels, H.
         width: image width in pixels, W.
         image_channels: channels of the image.
@@ -39,7 +39,7 @@ class Setting:
 
     Raises:
         ValueError: a size is not positive, C is odd, M exceeds C, the image holds no patch, or
-            ``squeeze`` does not divide patch and stride or has more than C channels to lift.
+            ``squeeze`` does not divide patch and stride or gives more than C channels.
     """
 
     batch: int = 1
@@ -87,19 +87,19 @@ class Setting:
 
     @property
     def pixels(self) -> int:
-        """Pixels of the features of all images of one side (SR or GT): B H W, over r^2 where r
-        divides H and W."""
+        """Pixels of the features of all SR or all GT images: B H W, divided by r^2 if r divides H
+        and W."""
         height, width = self.sides
         return self.batch * height * width
 
     @property
     def patch_pixels(self) -> int:
-        """Pixels of a feature map in a patch."""
+        """Pixels of a patch on a feature map."""
         return (self.patch_size // self.squeeze) ** 2
 
     @property
     def patches(self) -> int:
-        """Patches of one feature map, N (no padding but the stem's)."""
+        """Patches of one feature map, N (without padding other than the stem's)."""
         patch, step = self.patch_size // self.squeeze, self.stride // self.squeeze
         height, width = self.sides
         return ((height - patch) // step + 1) * ((width - patch) // step + 1)
@@ -138,7 +138,7 @@ def lip_parts(setting: Setting, similarity_products: int = 2) -> dict[str, int]:
     """Multiply-adds of the local information loss (MGHF eqs. 8 to 16, MoNCE), by step.
 
     The published MoNCE code multiplies queries and keys twice, once for the transport cost and once
-    for the logits, and takes the positives in a third product.
+    for the logits, and computes the positives in a third product.
 
     Args:
         setting: the sizes.
@@ -166,9 +166,9 @@ def projection_parameters(setting: Setting) -> int:
 
 
 def lip(setting: Setting) -> Cost:
-    """Local information loss as published: arithmetic of :func:`lip_parts`; memory of the feature
-    maps, the unfolded patches, the embeddings (all for both images), one N x N matrix per feature
-    map, and the two scaling vectors."""
+    """Local information loss as published: arithmetic as in :func:`lip_parts`; memory of the
+    feature maps, the unfolded patches, the embeddings (all for both images), one N x N matrix per
+    feature map, and the two scaling vectors."""
     s, maps = setting, setting.batch * setting.channels
     elements = maps * (
         2 * s.patches * (s.patch_pixels + s.embedding) + s.patches**2 + 2 * s.patches
@@ -181,9 +181,9 @@ def lip(setting: Setting) -> Cost:
 
 
 def lip_ours(setting: Setting) -> Cost:
-    """The same loss as computed here: one similarity product serves the plan, the logits and (its
-    diagonal) the positives. The first layer is a strided convolution, so no unfolded patches, but
-    its hidden layer is kept; similarities and plan are two N x N matrices per feature map."""
+    """The same loss as computed here: one similarity product is used for the plan, the logits and
+    (its diagonal) the positives. The first layer is a strided convolution, which needs no unfolded
+    patches, but its output is kept; similarities and plan are two N x N matrices per map."""
     s, maps = setting, setting.batch * setting.channels
     parts = lip_parts(s, similarity_products=1)
     elements = maps * (2 * s.patches * (s.hidden + s.embedding) + 2 * s.patches**2 + 2 * s.patches)
@@ -206,23 +206,23 @@ def gram(setting: Setting) -> Cost:
 
 
 def correlation(setting: Setting) -> Cost:
-    """Pearson correlation loss: 11 operations an element, four stacks of maps."""
+    """Pearson correlation loss: 11 operations per element, four stacks of maps."""
     return Cost(11 * setting.kept * setting.pixels, _maps(setting, setting.kept, 4), 0)
 
 
 def awdfe_mse(setting: Setting) -> Cost:
-    """Mean squared error of the weighted kept maps: 2 operations an element, two stacks of maps."""
+    """Mean squared error of the weighted kept maps: 2 operations per element, two stacks."""
     return Cost(2 * setting.kept * setting.pixels, _maps(setting, setting.kept, 2), 0)
 
 
 def dfe_mse(setting: Setting) -> Cost:
-    """Mean squared error of all maps (MGHF-n): 2 operations an element, three stacks of maps."""
+    """Mean squared error of all maps (MGHF-n): 2 operations per element, three stacks of maps."""
     return Cost(2 * setting.channels * setting.pixels, _maps(setting, setting.channels, 3), 0)
 
 
 def invertible_block(setting: Setting) -> Cost:
     """One invertible block (HF-Diff eq. 5) on both images, with its weights as memory: a dense 1x1
-    C -> C with bias and three sub-networks c -> 2c -> depthwise 3x3 -> c without, c = C/2."""
+    C -> C with bias and three sub-networks c -> 2c -> depthwise 3x3 -> c without bias, c = C/2."""
     s, half = setting, setting.channels // 2
     subnetwork = half * 2 * half + 9 * 2 * half + 2 * half * half
     per_pixel = s.channels**2 + 3 * subnetwork
@@ -231,8 +231,8 @@ def invertible_block(setting: Setting) -> Cost:
 
 
 def stem(setting: Setting) -> Cost:
-    """The 3x3 convolution with bias from the image to C maps, or the squeeze stem's lift of r^2
-    pixels to C maps without, on both images; weights as memory."""
+    """The 3x3 convolution with bias from the image to C maps, or the squeeze stem's lift without
+    bias from r^2 pixels to C maps, on both images; weights as memory."""
     squeezed = setting.squeeze > 1
     inputs = setting.image_channels * (setting.squeeze**2 if squeezed else 9)
     per_pixel = inputs * setting.channels
@@ -241,9 +241,8 @@ def stem(setting: Setting) -> Cost:
 
 
 def extractor(setting: Setting, with_stem: bool = False) -> Cost:
-    """The detail feature extractor: K invertible blocks, and the stem if asked for. The 3x3 stem is
-    computed drawn into the first block's mix, so it takes the place of that mix; the squeeze stem
-    is computed before it."""
+    """The detail feature extractor: K invertible blocks, and the stem if requested. The 3x3 stem is
+    folded into the first block's mix and so replaces it; the squeeze stem is computed before it."""
     block, start = invertible_block(setting), stem(setting)
     k = setting.blocks
     cost = Cost(k * block.macs, k * block.bytes, k * block.parameters)
@@ -302,9 +301,9 @@ def table5(
 ) -> tuple[Row, ...]:
     """Table 5 for images of ``height`` x ``width`` pixels.
 
-    The published algorithm keeps all C maps (that is how the paper's own figures were counted),
-    and its extractor is the invertible block alone. Ours keeps ``top_m`` maps (default C/2) and
-    includes the stem, drawn into the first mix.
+    The published algorithm keeps all C maps (as in the paper's own figures), and its extractor is
+    the invertible block alone. Ours keeps ``top_m`` maps (default C/2) and includes the stem,
+    folded into the first mix.
 
     Args:
         height: image height in pixels, at least one patch (32).
@@ -313,7 +312,7 @@ def table5(
         channels: feature maps, even.
         top_m: feature maps our implementation keeps, 1 to ``channels``; ``None`` means half.
         blocks: invertible blocks of our extractor.
-        squeeze: of our extractor's stem, as in :class:`Setting`.
+        squeeze: r of our extractor's stem, as in :class:`Setting`.
 
     Returns:
         The rows in the paper's order: lip, gram, correlation, awdfe_mse, dfe_mse, dfe, total,

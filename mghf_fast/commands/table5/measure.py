@@ -1,4 +1,4 @@
-"""Time and true peak memory of a function, in this process or in a fresh one."""
+"""Measures time and true peak memory of a function, in this process or in a fresh one."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Measurement:
-    """What :func:`measure` found, or why it found nothing.
+    """The result of :func:`measure`, or why it failed.
 
     Attributes:
         seconds: duration of each timed call, in order; empty if the measurement failed.
-        peak_bytes: how far the resident memory of the process rose above its level before a call
-            (so above the call's inputs), or ``None`` if not measured.
+        peak_bytes: peak rise of the process's resident memory over its level before a call (so
+            without the call's inputs), or ``None`` if not measured.
         failure: one line such as ``"timed out after 60 s"``, or ``None``.
     """
 
@@ -57,12 +57,12 @@ def measure(
 ) -> Measurement:
     """Times ``function`` and measures the peak memory of one call.
 
-    The memory is taken in the first call; that call is also the timing when it alone used up the
+    The memory is measured in the first call, which is also the timing if it alone used up the
     budget, so that nothing slow runs twice. Warm up (compile, load libraries) before.
 
     Args:
         function: what to measure, without arguments.
-        rounds: timed calls at most, at least 1.
+        rounds: maximum number of timed calls, at least 1.
         budget: seconds after which no further call is started.
         memory: whether to measure memory.
 
@@ -83,7 +83,7 @@ def measure(
 
     peak = peak_memory(timed) if memory else None
     if memory and seconds[0] < budget:
-        seconds.clear()  # the call under the memory measurement paid for a trimmed allocator
+        seconds.clear()  # the call whose memory was measured is slower: the allocator was trimmed
     while not seconds or (len(seconds) < rounds and sum(seconds) < budget):
         timed()
     return Measurement(tuple(seconds), peak)
@@ -99,20 +99,20 @@ def measure_apart(
     budget: float = 5.0,
     memory: bool = True,
 ) -> Measurement:
-    """Like :func:`measure`, in a fresh process, where nothing measured before leaves a trace.
+    """Like :func:`measure`, in a fresh process, unaffected by earlier measurements.
 
     Args:
         target: ``"module:function"``. Called with ``arguments`` it returns the warmed-up function
             to measure.
-        arguments: keyword arguments of the target; they travel as JSON.
-        timeout: seconds after which the process, with its children, is ended.
+        arguments: keyword arguments of the target, passed as JSON.
+        timeout: seconds after which the process and its children are killed.
         threads: PyTorch's CPU threads; ``None`` for its default.
-        rounds: timed calls at most.
+        rounds: maximum number of timed calls.
         budget: seconds after which no further call is started.
         memory: whether to measure memory.
 
     Returns:
-        The measurement. Running out of time or memory, and any error, is told in ``failure``.
+        The measurement. Running out of time or memory, and any error, is reported in ``failure``.
     """
     (found,) = _measure_in_child(
         target, [arguments], timeout=timeout, threads=threads, rounds=rounds, budget=budget,
@@ -127,10 +127,10 @@ def measure_parts_apart(
     """Like :func:`measure_apart` for several functions, one after the other in one fresh process.
 
     Args:
-        target, arguments: as there; the target is called once for each part, with ``part=`` its
-            name.
-        parts: names. What one of them fails with does not keep the next from running, but the
-            time limit is for all of them together.
+        target, arguments: as in :func:`measure_apart`; the target is called once for each part,
+            with ``part=`` its name.
+        parts: names. A failure of one does not keep the next from running, but the time limit is
+            for all of them together.
         options: as in :func:`measure_apart`.
 
     Returns:
@@ -148,7 +148,7 @@ def _measure_in_child(
         results, log = Path(folder, "results"), Path(folder, "log.txt")
         results.touch()
         job = {"target": target, "calls": calls, "results": str(results)} | defaults | options
-        # The child finds the modules that this process finds.
+        # The child has this process's search path for modules.
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
         environment = {**os.environ, "PYTHONPATH": paths}
         failure = None
@@ -156,7 +156,7 @@ def _measure_in_child(
             child = subprocess.Popen(
                 [sys.executable, "-m", __name__, json.dumps(job)],
                 stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment,
-                start_new_session=True,  # its own group, to end compiler processes with it
+                start_new_session=True,  # its own group, to kill compiler processes too
             )  # fmt: skip
             try:
                 child.wait(timeout)
@@ -169,7 +169,7 @@ def _measure_in_child(
         elif failure is None:
             last = (log.read_text(errors="replace").strip().splitlines() or ["no message"])[-1]
             failure = f"exit code {child.returncode}: {last[:160]}"
-        # One line for each call that ended; a line cut short by the end of the process has no \n.
+        # One line per finished call; a line that the end of the process truncated has no \n.
         lines = [line for line in results.read_text().splitlines(True) if line.endswith("\n")]
         found = [Measurement(**json.loads(line)) for line in lines]
     found = [dataclasses.replace(m, seconds=tuple(m.seconds)) for m in found]
@@ -177,15 +177,15 @@ def _measure_in_child(
 
 
 def _end_group(child: subprocess.Popen[bytes]) -> None:
-    """Ends the child and what it started."""
+    """Kills the child and the processes that it started."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
 
 
 def _limit_to_available_memory() -> None:
-    """Lets an allocation beyond the machine's memory fail as an error in this process, instead of
-    sending the machine into swap or the system after another process."""
+    """Makes an allocation beyond the machine's memory raise an error in this process, instead of
+    causing swapping or the killing of another process."""
     if (available := available_memory()) is not None:
         import resource
 

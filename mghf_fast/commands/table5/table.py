@@ -1,4 +1,4 @@
-"""The paper's Table 5 with our counts and with what is measured here: `mghf-fast table5`."""
+"""The paper's Table 5 with our counts and with measurements on this machine: `mghf-fast table5`."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ WIDTH = 110
 MEASURED_NOTES = (
     "Ours: M = C/2 kept maps (the measured steps too), the stem included, one similarity product.",
     "Time: median of forward, and backward to SR alone, for both images; after the comma "
-    "(longest - shortest) / median. Peak: how far the resident memory of a fresh process rose "
-    "above its level before the step, so above the step's inputs and weights.",
+    "(longest - shortest) / median. Peak: peak rise of a fresh process's resident memory over its "
+    "level before the step, so without the step's inputs and weights.",
     "The op content_style computes AWDFE MSE, correlation and Gram with MGHF-n, entropies and "
     "pruning in one call, so under mghf_fast these three rows show that joint op, while reference "
     "and compile run the row's term alone.",
@@ -31,7 +31,7 @@ MEASURED_NOTES = (
 
 
 def kernels(row: str) -> dict[str, str]:
-    """Which backend "auto" takes for each op of a row on this machine's CPU: op -> backend."""
+    """The backend that "auto" picks for each op of a row on this machine's CPU: op -> backend."""
     return {name: OPS[name].preferred() for name in ROW_OPS[row]}
 
 
@@ -88,7 +88,7 @@ def _row_facts(row: cost.Row) -> dict[str, Any]:
 
 
 def machine_line(machine: dict[str, Any], size: int) -> str:
-    """One line on where and on what was measured."""
+    """One line on the machine and the problem of the measurement."""
     return (
         f"{machine['cpu']} ({machine['isa']}), {machine['cores']} cores, {machine['threads']} "
         f"threads, {machine['memory_gib']} GiB; torch {machine['torch']}; float32, B=1, "
@@ -120,7 +120,7 @@ def _duration(seconds: float) -> str:
 
 
 def cell(result: dict[str, Any] | None) -> str:
-    """Time, spread and peak of one variant, or why there is none."""
+    """Time, spread and peak of one variant, or why they are missing."""
     if result is None:
         return "-"
     if result["failure"] is not None:
@@ -163,17 +163,17 @@ def notes(rows: list[dict[str, Any]], machine: dict[str, Any]) -> list[str]:
 
 
 def show_progress(text: str) -> None:
-    """Keeps ``text`` on one line of a terminal's stderr; nothing where stderr is a file."""
+    """Shows ``text`` on one line of stderr if it is a terminal."""
     if sys.stderr.isatty():
         sys.stderr.write(f"\r\033[K{text}")
         sys.stderr.flush()
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Counts, measures, prints row by row and writes the JSON. Failures of a row are entries.
+    """Counts, measures, prints row by row and writes the JSON, in which a row may be a failure.
 
     Args:
-        arguments: those of :mod:`.command`, checked.
+        arguments: checked arguments of :mod:`.command`.
     """
     table = arguments.json != "-"
 

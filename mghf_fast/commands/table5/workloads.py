@@ -4,7 +4,7 @@
 [0, 1], feature stacks are standard normal, GT is a disturbed copy of SR. Three variants of a row:
 
     reference   the plain PyTorch of `mghf_fast.reference` under ordinary autograd
-    compile     torch.compile of that
+    compile     torch.compile of the reference
     mghf_fast   the public functions, each op on the backend that "auto" picks
 """
 
@@ -47,7 +47,7 @@ Weights = tuple[Tensor, Tensor, Tensor, Tensor]
 
 class VGG16Features(nn.Sequential):
     """The convolutions of VGG-16 with the layer order, and so the state-dict keys, of torchvision's
-    ``vgg16().features``. Weights are random: they cost what trained ones cost."""
+    ``vgg16().features``. Weights are random, which costs as much as trained ones."""
 
     def __init__(self, in_channels: int = 3) -> None:
         layers: list[nn.Module] = []
@@ -87,7 +87,7 @@ class VGG16Perceptual(nn.Module):
 
 
 class AlexNetFeatures(nn.Sequential):
-    """The convolutions of AlexNet, laid out as torchvision's ``alexnet().features``; random."""
+    """The convolutions of AlexNet in the order of torchvision's ``alexnet().features``; random."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -100,10 +100,11 @@ class AlexNetFeatures(nn.Sequential):
 
 
 class LPIPSLayout(nn.Module):
-    """LPIPS by its layout (Zhang et al.): the images normalised, the features after five ReLUs of
-    AlexNet or VGG-16 brought to unit length over the channels, their squared difference weighted by
-    a 1x1 convolution without bias, its mean over the pixels, the sum of the five. Frozen; weights
-    are random, those of the 1x1 convolutions positive: they cost what trained ones cost."""
+    """A network with LPIPS's layout (Zhang et al.): it normalises the images, takes the features
+    after five ReLUs of AlexNet or VGG-16, normalises them to unit length over the channels, weights
+    their squared difference by a 1x1 convolution without bias, and sums the means over the pixels.
+    Frozen; weights are random (positive in the 1x1 convolutions), which costs as much as trained
+    ones."""
 
     SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 
@@ -140,7 +141,7 @@ class LPIPSLayout(nn.Module):
         return outputs
 
 
-# Numbers are drawn on the CPU, the same ones for every device.
+# Numbers are drawn on the CPU, so that they are the same for every device.
 
 
 def image_pair(size: int, batch: int = 1) -> tuple[Tensor, Tensor]:
@@ -173,7 +174,7 @@ def workload(row: str, variant: str, size: int, batch: int = 1) -> Step:
         batch: image pairs.
 
     Returns:
-        A function of no arguments that runs forward and backward and returns the gradient of SR.
+        A function without arguments that runs forward and backward and returns SR's gradient.
 
     Raises:
         ValueError: unknown row or variant.
@@ -187,7 +188,7 @@ def workload(row: str, variant: str, size: int, batch: int = 1) -> Step:
         step = build("reference", size, batch, torch.compile)
         step()  # compiles
         return step
-    # At a small size this loads every library and starts the threads, at next to no cost.
+    # A small size loads every library and starts the threads, at little cost.
     build(variant, min(size, WARM_UP_SIZE), 1, _as_it_is)()
     return build(variant, size, batch, _as_it_is)
 
@@ -206,7 +207,7 @@ def _step(function: Callable[..., Tensor], sr: Tensor, *others: Tensor) -> Step:
 
 
 def reference_lip(s: Tensor, g: Tensor, weights: Weights, downscale: int = 1) -> Tensor:
-    """The local term of two feature stacks at 1 / ``downscale`` of the resolution, the reference's
+    """The reference's local term of two feature stacks at 1 / ``downscale`` of the resolution,
     under ordinary autograd."""
     sizes = PATCH_SIZE // downscale, STRIDE // downscale
     query = patches.patch_projection(s, *weights, *sizes)
@@ -265,7 +266,7 @@ def _csc_term(term: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Builder:
 
 
 def _dfe_mse(variant: str, size: int, batch: int, wrap: Wrap) -> Step:
-    del variant  # plain PyTorch here as well
+    del variant  # plain PyTorch in every variant
     return _step(wrap(F.mse_loss), *feature_pair(size, CHANNELS, batch))
 
 
@@ -299,9 +300,9 @@ def _dfe(variant: str, size: int, batch: int, wrap: Wrap) -> Step:
 
 
 def paper_extractor() -> DetailFeatureExtractor:
-    """An untrained extractor of the papers' shape, the same in every process. Its start is
-    PyTorch's own, with which all committed times were taken, and with which rounding flips few
-    activations, so that forms of one step can be compared."""
+    """An untrained extractor with the papers' sizes, the same in every process. It has PyTorch's
+    own initialisation, with which all committed times were measured, and with which rounding flips
+    few activations, so that variants of a step can be compared."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(0)
         extractor = DetailFeatureExtractor(init="linear", clamp=None)
@@ -311,8 +312,8 @@ def paper_extractor() -> DetailFeatureExtractor:
 def reference_mghf(
     variant: str = "c", extractor: DetailFeatureExtractor | None = None
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """MGHF-c or MGHF-n with the published weights of 2026, as a function of SR and GT: the
-    reference's under ordinary autograd. Without an ``extractor``, :func:`paper_extractor`."""
+    """MGHF-c or MGHF-n with the published weights of 2026 as a function of SR and GT, by the
+    reference under ordinary autograd. The default extractor is :func:`paper_extractor`'s."""
     extractor = (extractor or paper_extractor()).requires_grad_(False)
     downscale = extractor.downscale
     weights = projection_weights(PATCH_SIZE // downscale)
@@ -342,12 +343,12 @@ def _total(variant: str, size: int, batch: int, wrap: Wrap) -> Step:
 
 
 def _vgg16(variant: str, size: int, batch: int, wrap: Wrap) -> Step:
-    del variant  # none of ours in it
+    del variant  # none of our ops in it
     return _step(wrap(VGG16Perceptual()), *image_pair(size, batch))
 
 
 def projection_weights(patch_size: int = PATCH_SIZE) -> Weights:
-    """The default patch projection's weights and biases, in the order that the op takes them."""
+    """The default patch projection's weights and biases, in the op's order."""
     first, second = (projection := PatchProjection(patch_size)).hidden, projection.output
     return first.weight, first.bias, second.weight, second.bias
 

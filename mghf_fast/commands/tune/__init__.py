@@ -1,1 +1,1 @@
-"""Which kernels are fastest on this machine's GPU."""
+"""Measures which kernels are fastest on this machine's GPU."""

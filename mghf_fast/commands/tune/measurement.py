@@ -1,8 +1,9 @@
-"""`mghf-fast tune`: which kernels are fastest on this machine's GPU, written to the user's cache.
+"""`mghf-fast tune`: measures which kernels are fastest on this machine's GPU, for the user's cache.
 
-Each op runs, forward and backward, at three sizes in float32 and bfloat16 on every backend of
-kernels that can run it; ``"auto"`` then follows the faster one, by rules as those of
-:mod:`mghf_fast.preferences`. The reference takes no part: ``"auto"`` promises its kernels' memory.
+Each op runs, forward and backward, at three sizes in float32 and bfloat16 with every backend's
+kernels that can run it; ``"auto"`` then picks the faster one, by rules like those of
+:mod:`mghf_fast.preferences`. The reference is not measured, because its memory is too large for
+``"auto"`` to prefer it to kernels.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ SIZES: Mapping[str, Sequence[tuple[int, int]]] = {
     "sinkhorn": ((256, 25), (128, 100), (64, 441)),
     "monce": ((256, 25), (128, 100), (64, 441)),
 }
-"""Arguments of the problems, from small to large. DECLoss has one kernel alone."""
+"""Arguments of the problems, from small to large. DECLoss has only one kernel."""
 BUDGET = 0.15
-"""Seconds of timed calls for a row."""
+"""Seconds of timed calls per row."""
 CALLS = 30
 SAME = 1.05
-"""Times this close are a draw, which the order of the committed table decides."""
+"""Times within this ratio count as equal; then the order of the committed table decides."""
 
 Row = dict[str, Any]
 
@@ -57,13 +58,13 @@ def _gpu() -> torch.device:
 
 
 def candidates(op: str) -> list[str]:
-    """The backends of kernels that this installation has for an op."""
+    """The backends whose kernels this installation has for an op."""
     missing = unavailable_reasons()
     return [b for b in KERNELS if b not in missing and OPS[op].why_not(b) is None]
 
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """The median of calls, after two that compile and warm up."""
+    """The median time of a call, after two calls to compile and warm up."""
 
     def wait() -> None:
         if device.type == "cuda":
@@ -82,8 +83,7 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def works() -> list[tuple[str, tuple[int, int], torch.dtype, str]]:
-    """Op, size, type and backend of every row; ops between whose kernels nothing is to be chosen
-    are left out."""
+    """Op, size, type and backend of every row; ops with a single backend are skipped."""
     return [
         (op, size, dtype, backend)
         for op, sizes in SIZES.items()
@@ -93,7 +93,7 @@ def works() -> list[tuple[str, tuple[int, int], torch.dtype, str]]:
 
 
 def measure(device: torch.device, rows: Sequence[Any]) -> Iterator[Row]:
-    """A row each, with ``seconds``, or ``failure``; kernels that fail their trial are not timed."""
+    """Yields rows with ``seconds`` or ``failure``; kernels that fail their trial are not timed."""
     for op, arguments, dtype, backend in rows:
         row: Row = {
             "op": op,
@@ -114,9 +114,8 @@ def measure(device: torch.device, rows: Sequence[Any]) -> Iterator[Row]:
 
 
 def rules(rows: Sequence[Row]) -> list[Row]:
-    """The rows of a table that prefers, for each op, type and size, what was faster; between two
-    sizes the bound is their geometric mean. What was not measured is left to the committed table.
-    """
+    """The rows of a table that prefers the faster kernels for each op, type and size; the bound
+    between two sizes is their geometric mean. The committed table decides what was not measured."""
     found: list[Row] = []
     for op, dtype in dict.fromkeys((row["op"], row["dtype"]) for row in rows):
         mine = [row for row in rows if (row["op"], row["dtype"]) == (op, dtype)]
@@ -182,7 +181,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def run(clear: bool) -> int:
-    """Measures and writes the table, or with ``clear`` forgets it; the exit code."""
+    """Measures and writes the table, or with ``clear`` deletes it; returns the exit code."""
     if clear:
         file = cache.clear()
         preferences.forget()

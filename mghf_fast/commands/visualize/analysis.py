@@ -1,4 +1,4 @@
-"""What is shown, as numbers: one picture's features, entropies and weights; of two pictures the
+"""Computes what is shown: one picture's features, entropies and weights; for two pictures also the
 terms of the loss, their shares and the transport plan."""
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PATCH = 32
 @dataclass(frozen=True)
 class Link:
     """Mass that the plan moves from patch ``query`` of the second picture to patch ``key`` of the
-    first, as a multiple of an even plan's."""
+    first, as a multiple of a uniform plan's."""
 
     query: int
     key: int
@@ -31,15 +31,15 @@ class Link:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What two pictures have to do with each other.
+    """The comparison of two pictures by the loss.
 
     Attributes:
-        terms: the unweighted terms of MGHF-c and its total, by the names of ``MGHFLoss.terms``;
-            those that the preset gives a weight.
-        weighted: what each term contributes to the total: they add up to it.
-        shares: by term, and for ``total``, (H, W), mean over pixels the term (``total``: weighted).
-            Of features at 1/r of the resolution, a share is even over the r x r pixels of one.
-        gradient: length of the gradient of the total to the second picture's pixels, (H, W).
+        terms: MGHF-c's total and its unweighted terms, those with a weight in the preset, by the
+            names of ``MGHFLoss.terms``.
+        weighted: the terms' contributions to the total, whose sum it is.
+        shares: term, or ``total``, -> (H, W), whose mean over pixels is the term (``total``:
+            weighted). With features at 1/r of the resolution, it is constant on r x r pixels.
+        gradient: length of the total's gradient in the second picture's pixels, (H, W).
         corners: top and left of every patch, image pixels.
         links: the strongest links, strongest first; none if there is a single patch.
     """
@@ -54,14 +54,14 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Analysis:
-    """One picture or two, (C, H, W) features each ((C, H / r, W / r) of a squeezed extractor).
+    """The analysis of one picture, or of two.
 
     Attributes:
-        features: of each picture.
+        features: each picture's features, (C, H, W), or (C, H / r, W / r) with a squeeze stem.
         entropy: normalised channel entropies of each picture, (C,), 0 to 1.
-        order: the maps, most important first, (C,).
-        weights: w of the maps in that order, (C,); of the ``kept`` first ones in the loss.
-        kept: M, how many maps the loss keeps.
+        order: indices of the maps, most important first, (C,).
+        weights: w of the maps in that order, (C,); the loss uses the first ``kept``.
+        kept: M, the number of maps that the loss keeps.
     """
 
     features: list[Tensor]
@@ -73,10 +73,10 @@ class Analysis:
 
 
 def make_loss(extractor: DetailFeatureExtractor | None, preset: str) -> MGHFLoss:
-    """MGHF-c as the command shows it: images in [0, 1], one value per image.
+    """MGHF-c for images in [0, 1], with one value per image.
 
     Raises:
-        ValueError: an unknown preset, or an extractor that does not take three channels.
+        ValueError: an unknown preset, or an extractor for other than three channels.
     """
     if extractor is not None and extractor.in_channels != 3:
         raise ValueError(
@@ -88,8 +88,8 @@ def make_loss(extractor: DetailFeatureExtractor | None, preset: str) -> MGHFLoss
 
 @torch.no_grad()
 def _features(loss: MGHFLoss, image: Tensor) -> Tensor:
-    """(3, H, W) in [0, 1] -> (C, H, W), as the loss has them."""
-    assert isinstance(loss.extractor, DetailFeatureExtractor)  # make_loss takes no other
+    """(3, H, W) in [0, 1] -> the loss's features, (C, H, W)."""
+    assert isinstance(loss.extractor, DetailFeatureExtractor)  # make_loss allows no other
     features = loss.extractor(2 * image[None] - 1, backend=loss.backend)[0]
     broken = int((~torch.isfinite(features)).flatten(1).any(1).sum())
     if broken:
@@ -101,12 +101,12 @@ def _features(loss: MGHFLoss, image: Tensor) -> Tensor:
 
 
 def analyse(loss: MGHFLoss, images: list[Tensor], links: int = 30) -> Analysis:
-    """Looks at one picture, or compares two.
+    """Analyses one picture, or compares two.
 
     Args:
         loss: from :func:`make_loss`.
-        images: (3, H, W) in [0, 1]: the ground truth, and perhaps a super-resolved version of it.
-        links: how many links of the plan are kept at most.
+        images: (3, H, W) in [0, 1]: the ground truth, and optionally a super-resolved version.
+        links: maximum number of the plan's links to keep.
 
     Raises:
         ValueError: features that are not finite; two pictures smaller than a patch.
@@ -122,7 +122,7 @@ def analyse(loss: MGHFLoss, images: list[Tensor], links: int = 30) -> Analysis:
     gt, sr = features[0][None], features[-1][None]
     channels = len(features[0])
     style = loss.content_style
-    # Of all maps; the loss takes the first M.
+    # For all maps; the loss uses only the first M.
     order, weights = importance_weights(gt, sr, channels, style.alpha, style.gamma, style.bins)
     kept = style.top_m or max(channels // 2, 1)
     found = Analysis(features, entropy, order[0], weights[0].float(), kept)
@@ -133,7 +133,7 @@ def analyse(loss: MGHFLoss, images: list[Tensor], links: int = 30) -> Analysis:
 
 
 def contributions(terms: dict[str, float], preset: Preset) -> dict[str, float]:
-    """What each term adds to the total."""
+    """Each term's contribution to the total."""
     factors = preset.factors()
     return {name: factor * terms[name] for name, factor in factors.items() if name in terms}
 
@@ -181,7 +181,7 @@ def _compare(loss: MGHFLoss, images: list[Tensor], found: Analysis, links: int) 
 
 @torch.no_grad()
 def _patches(loss: MGHFLoss, gt: Tensor, sr: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean over maps of the patches' losses, (N,), and of their plans, (N, N)."""
+    """The patches' losses, (N,), and plans, (N, N), each averaged over the maps."""
     local = loss.local_information
     projection = local.projections[str(PATCH)]
     assert isinstance(projection, PatchProjection)
@@ -209,7 +209,7 @@ def _patches(loss: MGHFLoss, gt: Tensor, sr: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def strongest_links(plan: Tensor, count: int) -> list[Link]:
-    """Of each query the strongest link, of these the ``count`` strongest, strongest first.
+    """The ``count`` strongest of the queries' strongest links, strongest first.
 
     Args:
         plan: (N, N), rows are queries.

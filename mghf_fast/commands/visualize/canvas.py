@@ -14,7 +14,7 @@ from .colours import HEAT, Colours, scale
 PAGE, TEXT, MUTED, RULE = "#ffffff", "#1d2126", "#5d6670", "#dfe3e7"
 BLUE, ORANGE, GREY = "#2463c9", "#d4500c", "#b6bdc5"
 FINE = 3
-"""Lines and bars are drawn this many times as large and then reduced: Pillow's are jagged."""
+"""Lines and bars are drawn at this scale and then reduced, because Pillow's are jagged."""
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
@@ -35,8 +35,8 @@ def photograph(picture: Tensor) -> Image.Image:
 
 
 def fitted(image: Image.Image, width: int) -> Image.Image:
-    """``image`` at a width: pixels are repeated where it is enlarged to a multiple, else smoothed;
-    averaged where it is reduced."""
+    """``image`` resized to a width: enlarged by repeating pixels if the factor is an integer, else
+    by interpolation; reduced by averaging."""
     height = max(1, round(image.height * width / image.width))
     if width < image.width:
         return image.resize((width, height), Image.Resampling.BOX)
@@ -47,7 +47,7 @@ def fitted(image: Image.Image, width: int) -> Image.Image:
 
 
 def wrapped(text: str, size: int, width: int) -> list[str]:
-    """``text`` in lines of at most ``width`` pixels; a longer word is cut."""
+    """``text`` in lines of at most ``width`` pixels; longer words are split."""
     lines: list[str] = []
     for paragraph in text.split("\n"):
         line = ""
@@ -105,8 +105,8 @@ def bars(
     ticks: Sequence[float],
     dots: Sequence[tuple[Sequence[float], str]] = (),
 ) -> Image.Image:
-    """A bar for each value from ``low`` up, with grid lines at ``ticks`` and, for each of ``dots``,
-    a mark over every bar."""
+    """A bar per value, starting at ``low``, with grid lines at ``ticks`` and a mark over every bar
+    for each of ``dots``."""
     left, top, bottom = 38, 8, 6
 
     def y(value: float) -> float:
@@ -137,7 +137,7 @@ def bars(
 def shares_chart(
     rows: Sequence[tuple[str, str, float]], width: int, height: int, title: str
 ) -> Image.Image:
-    """A horizontal bar for each (name, figure, share of the whole, 0 to 1)."""
+    """A horizontal bar per (name, figure, share of the whole from 0 to 1)."""
     fine, draw = _fine(width, height)
     head, row = 30, (height - 30) / len(rows)
     largest = max((share for *_, share in rows), default=1) or 1
@@ -157,7 +157,7 @@ def shares_chart(
 
 
 def scale_bars(scales: Sequence[tuple[tuple[str, ...], str, str]], width: int) -> Image.Image:
-    """Colour scales beside each other, each with what its two ends mean."""
+    """Colour scales side by side, each with the meanings of its two ends."""
     image = Image.new("RGB", (width, 18), PAGE)
     draw = ImageDraw.Draw(image)
     place = np.linspace(0, 1, 120, dtype=np.float32)[None].repeat(9, 0)
@@ -174,7 +174,7 @@ def scale_bars(scales: Sequence[tuple[tuple[str, ...], str, str]], width: int) -
 
 
 def heat_colour(share: float) -> tuple[int, int, int]:
-    """Of the warm half of the scale, 0 to 1."""
+    """The colour at ``share``, 0 to 1, of the scale's warm half."""
     colour = scale(np.array([[0.35 + 0.65 * share]], dtype=np.float32), HEAT)[0, 0]
     r, g, b = (round(float(c) * 255) for c in colour)
     return r, g, b
@@ -187,12 +187,11 @@ def links_panel(
     patch: float,
     gap: int,
 ) -> Image.Image:
-    """The pair side by side, greyed, with a curve from each link's place in the first to that in
-    the second.
+    """The pair side by side in grey, with a curve for each link from the first to the second.
 
     Args:
         links: (x, y) of the patch's centre in the first and in the second picture, in pixels of the
-            pictures as given, and the strength, 0 to 1; the strongest is drawn last.
+            given pictures, and the strength, 0 to 1; the strongest is drawn last.
         patch: side of a patch in the same pixels.
     """
     width, height = first.width + gap + second.width, first.height

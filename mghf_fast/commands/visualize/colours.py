@@ -1,4 +1,4 @@
-"""Colour scales. Both are smooth in lightness, so that they also read in grey."""
+"""Colour scales. Both are smooth in lightness, so that they also work in grey."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ Plane = npt.NDArray[np.float32]
 Colours = npt.NDArray[np.float32]
 
 HEAT = ("#05030f", "#3a0f6e", "#8c2369", "#d44842", "#f98e22", "#fde68a")
-"""Nothing to much, from black."""
+"""For non-negative values; zero is black."""
 SIGNED = ("#0b3c8c", "#4f8fd6", "#b9d3ea", "#f4f2ee", "#f0c4a8", "#d96a48", "#8f1d1d")
-"""Below zero blue, above red, zero pale."""
+"""For signed values: negative blue, positive red, zero pale."""
 
 
 def _rgb(colour: str) -> list[float]:
@@ -30,15 +30,15 @@ def scale(values: Plane, colours: tuple[str, ...]) -> Colours:
 
 
 def quantile(values: Tensor, share: float) -> float:
-    """The value that a share of all others stay below."""
+    """The value below which a share of all values lies."""
     flat = values.detach().flatten().double()
     rank = max(1, min(len(flat), round(share * len(flat))))
     return float(flat.kthvalue(rank).values)
 
 
 def upper(values: Tensor, share: float = 0.995) -> float:
-    """The size that all but the largest half per cent stay below, never 0: a few outliers shall
-    not leave everything else dark."""
+    """The magnitude below which all but the largest half per cent lie, never 0, so that a few
+    outliers do not darken everything else."""
     return quantile(values.abs(), share) or float(values.abs().max()) or 1.0
 
 
@@ -48,8 +48,8 @@ def to_plane(values: Tensor) -> Plane:
 
 
 def heat_over(picture: Tensor, values: Tensor) -> Colours:
-    """A map of non-negative values, (H, W), in colours over the grey picture, (3, H, W). Dark is
-    what the least tenth of the values have (0 if most are 0), bright what the largest have."""
+    """A map of non-negative values, (H, W), in colours over the grey picture, (3, H, W), from dark
+    for the lowest tenth of the values (0 if most are 0) to bright for the largest."""
     grey = to_plane(picture.mean(0))[..., None]
     positive = values[values > 0]
     low = quantile(positive, 0.1) if 2 * len(positive) > values.numel() else 0.0
@@ -61,7 +61,7 @@ def heat_over(picture: Tensor, values: Tensor) -> Colours:
 
 
 def signed_over(picture: Tensor, values: Tensor) -> Colours:
-    """The same of values of both signs."""
+    """The same for values of both signs."""
     grey = to_plane(picture.mean(0))[..., None]
     share = np.clip(to_plane(values) / upper(values), -1, 1)
     strength = np.abs(share)[..., None] ** 0.5
@@ -71,5 +71,5 @@ def signed_over(picture: Tensor, values: Tensor) -> Colours:
 
 
 def signed(values: Tensor, limit: float) -> Colours:
-    """(H, W), from -limit to limit."""
+    """(H, W) in colours, from -limit to limit."""
     return scale(to_plane(values) / (2 * limit) + 0.5, SIGNED)

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         nargs=4,
         metavar=("LEFT", "TOP", "WIDTH", "HEIGHT"),
-        help="the part that is looked at, pixels (default: all, or the centre 512 x 512)",
+        help="the part to show, pixels (default: all, or the centre 512 x 512)",
     )
     parser.add_argument(
         "--maps",
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=WIDTH,
         metavar="N",
-        help="of the drawing, pixels, 600 to 4000 (default: %(default)s)",
+        help="width of the drawing, pixels, 600 to 4000 (default: %(default)s)",
     )
     parser.add_argument(
         "--small", action="store_true", help="256 colours: a third of the size, a little banding"
@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Looks, draws and writes.
+    """Analyses, draws and writes.
 
     Raises:
         ValueError, OSError: the user's mistakes, each in a sentence.

@@ -1,4 +1,4 @@
-"""From the numbers to sections of panels, which a picture and a page both show."""
+"""Turns the analysis into sections of panels, for a picture or a page."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TERM_NAMES = {
 
 @dataclass(frozen=True)
 class Panel:
-    """A picture with a line above it."""
+    """A picture with a caption above it."""
 
     label: str
     image: Image.Image
@@ -32,7 +32,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Section:
-    """Panels under a heading; they flow in rows of the page's width."""
+    """Panels under a heading, arranged in rows of the page's width."""
 
     title: str
     text: str
@@ -44,12 +44,12 @@ def tile_width(width: int, columns: int) -> int:
 
 
 def sections(pictures: Sequence[Picture], found: Analysis, maps: int, width: int) -> list[Section]:
-    """Everything there is to show, in order.
+    """All sections, in order.
 
     Args:
-        pictures: those analysed.
-        maps: how many feature maps are shown, at least 2.
-        width: of a row of panels, pixels.
+        pictures: the analysed pictures.
+        maps: number of feature maps to show, at least 2.
+        width: width of a row of panels, pixels.
     """
     result = [
         _pictures(pictures, found, width),
@@ -99,8 +99,8 @@ def _shown(picture: Picture, width: int) -> Image.Image:
 
 
 def shown_maps(order: Sequence[int], kept: int, count: int) -> list[int]:
-    """Positions in ``order`` of the maps that are shown: most of them the most important kept ones,
-    every fourth (one at least) the least important pruned ones."""
+    """Positions in ``order`` of the maps to show: mostly the most important kept ones; a quarter
+    (at least one) are the least important pruned ones."""
     channels = len(order)
     count = min(count, channels)
     pruned = min(channels - kept, max(1, count // 4))
@@ -117,7 +117,7 @@ def _features(pictures: Sequence[Picture], found: Analysis, maps: int, page: int
         index = int(found.order[position])
         weight = float(found.weights[position])
         values = features[index] - features[index].mean()
-        # One scale for both, so that the weight is seen as contrast.
+        # One scale for both, so that the weight is visible as contrast.
         limit = colours.upper(values, 0.985) * float(found.weights[0])
         raw = canvas.to_image(colours.signed(values, limit))
         before.append(Panel(f"map {index}", canvas.fitted(raw, width)))
@@ -130,7 +130,7 @@ def _features(pictures: Sequence[Picture], found: Analysis, maps: int, page: int
     text = (
         f"Detail features{whose} before (above) and after entropy weighting: {found.kept} of "
         f"{len(features)} maps are kept, the most important first; the last ones shown are "
-        "pruned. A column has one scale, so that the weight is seen as contrast."
+        "pruned. A column has one scale, so that the weight is visible as contrast."
     )
     panels: list[Panel] = []
     for i in range(0, len(before), 8):
@@ -213,8 +213,8 @@ def _terms(pictures: Sequence[Picture], comparison: Comparison, page: int) -> Se
     ]
     panels.append(Panel("", canvas.scale_bars(legend, page)))
     text = (
-        "The mean of a heat map over the picture is its term, without its weight; the one of all "
-        "of them adds them up with their weights. Every map has a scale of its own."
+        "The mean of a heat map over the picture is its term, without its weight; the one of all of "
+        "them is their weighted sum. Every map has its own scale."
     )
     return Section("Where the terms come from", text, panels)
 
@@ -239,7 +239,7 @@ def _links(pictures: Sequence[Picture], comparison: Comparison, page: int) -> Se
     text = (
         f"Of the {len(comparison.corners)} patches of {pictures[1].name} (right) the "
         f"{len(drawn)} with the strongest link to another place of {pictures[0].name} (left): its "
-        "hardest negative. Mean plan of all maps; an even plan would give every pair 1, these "
+        "hardest negative. Mean plan of all maps; a uniform plan would give every pair 1, these "
         f"get {low:.2f} (dark) to {high:.2f} (bright)."
     )
     return Section("The transport plan's strongest links", text, [Panel("", panel)])

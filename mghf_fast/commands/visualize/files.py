@@ -1,4 +1,4 @@
-"""A picture or a page of the sections, and how it gets into a file."""
+"""Writes the sections as a picture or a page."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ LABEL, BODY, HEADING, TITLE = 13, 14, 20, 26
 
 
 def check_target(path: Path, force: bool, inputs: list[Path]) -> None:
-    """Whether the result may be written to ``path``, before anything is computed.
+    """Checks that the result may be written to ``path``, before anything is computed.
 
     Raises:
         ValueError: another kind of file, or one of the pictures themselves.
-        OSError: it exists already and ``force`` is not given, or its folder does not.
+        OSError: ``path`` exists and ``force`` is not given, or its folder does not exist.
     """
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"--out must end in .png or .html, got {str(path)!r}")
@@ -42,8 +42,8 @@ def check_target(path: Path, force: bool, inputs: list[Path]) -> None:
 
 @dataclass(frozen=True)
 class Document:
-    """What is written: ``width`` is that of a row of panels, in pixels; ``small`` asks for 256
-    colours."""
+    """The result to write; ``width`` is the width of a row of panels in pixels, ``small`` limits
+    pictures to 256 colours."""
 
     title: str
     text: str
@@ -52,7 +52,7 @@ class Document:
     small: bool = False
 
     def save(self, path: Path) -> None:
-        """Writes the picture or the page, whole or not at all.
+        """Writes the picture or the page atomically.
 
         Raises:
             OSError: the system refuses.
@@ -75,11 +75,11 @@ def _png(image: Image.Image, small: bool) -> bytes:
 
 
 def _palette(image: Image.Image) -> Image.Image:
-    """White and 255 colours that suit every ninth pixel or so; from all it would take 10 s."""
+    """White and 255 colours chosen from about every ninth pixel; using all would take 10 s."""
     size = (image.width // 3 + 1, image.height // 3 + 1)
     sample = image.resize(size, Image.Resampling.NEAREST)
     colours = sample.quantize(255, Image.Quantize.MEDIANCUT, kmeans=2).getpalette() or []
-    # Pillow looks colours up roughly, and the paper shall be white.
+    # Pillow maps colours only approximately, but the background must be white.
     triples = [colours[i : i + 3] for i in range(0, len(colours), 3)]
     others = [value for triple in triples if min(triple) < 245 for value in triple]
     palette = Image.new("P", (1, 1))
@@ -97,7 +97,7 @@ def picture(document: Document) -> bytes:
 
 
 def _draw(image: Image.Image | None, document: Document) -> int:
-    """Draws everything and returns its height; without an image it only measures."""
+    """Draws everything and returns its height; with None it only measures the height."""
     draw = None if image is None else ImageDraw.Draw(image)
     width = document.width
     y = MARGIN
@@ -137,7 +137,7 @@ def _draw(image: Image.Image | None, document: Document) -> int:
 
 
 def rows(section: Section, width: int) -> list[list[Panel]]:
-    """The panels, as many in a row as fit."""
+    """The panels in rows, as many per row as fit."""
     result: list[list[Panel]] = []
     used = width + 1
     for panel in section.panels:
@@ -165,7 +165,7 @@ img { display: block; max-width: 100%; height: auto; }
 
 
 def page(document: Document) -> bytes:
-    """One HTML file that needs nothing else."""
+    """One self-contained HTML file."""
     parts = []
     for section in document.sections:
         figures = "".join(_figure(section, panel, document.small) for panel in section.panels)
@@ -189,7 +189,7 @@ def _figure(section: Section, panel: Panel, small: bool) -> str:
     data = base64.b64encode(_png(panel.image, small)).decode()
     caption = f"<figcaption>{html.escape(panel.label)}</figcaption>" if panel.label else ""
     width = panel.image.width
-    # A caption as wide as its picture, which is in the way of neither.
+    # The caption is as wide as its picture, so that it widens no row.
     return (
         f'<figure style="width:{width}px">{caption}<img src="data:image/png;base64,{data}" '
         f'width="{width}" height="{panel.image.height}" '

@@ -1,4 +1,4 @@
-"""The pictures that are looked at, as they are: cut if need be, never resized."""
+"""Reads the pictures to show: cropped if necessary, never resized."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .. import rasters
 from ..rasters import printable
 
 LONGEST_SIDE = 512
-"""Of a larger picture the centre is taken; the features of 512 x 512 are 128 MiB."""
+"""Larger pictures are cropped to their centre; the features of 512 x 512 are 128 MiB."""
 LARGEST_CROP = 2048
 SMALLEST_SIDE = 8
 
@@ -24,20 +24,20 @@ Crop = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture to look at: its name, and (3, H, W) in [0, 1]."""
+    """A picture to show: its name, and (3, H, W) in [0, 1]."""
 
     name: str
     image: Tensor
 
 
 def read(path: Path) -> Image.Image:
-    """The whole picture, RGB, 3 bytes a pixel.
+    """The whole picture in RGB, 3 bytes per pixel.
 
     Raises:
-        ValueError: the file is no picture, or not one of 8 bits a channel.
-        OSError: the system does not give the file.
+        ValueError: the file is not a picture with 8 bits per channel.
+        OSError: the file cannot be read.
     """
-    path.stat()  # what the system says of a missing file is clearer than what a decoder says
+    path.stat()  # gives a clearer message for a missing file than a decoder
     try:
         return rasters.rgb(path)
     except ValueError as error:
@@ -45,7 +45,7 @@ def read(path: Path) -> Image.Image:
 
 
 def size(path: Path) -> tuple[int, int]:
-    """Width and height; raises what :func:`read` does, as far as the header tells."""
+    """Width and height; raises as :func:`read` does, as far as the header shows errors."""
     path.stat()
     try:
         return rasters.size(path)
@@ -60,7 +60,7 @@ def tensor(picture: Image.Image) -> Tensor:
 
 
 def window(height: int, width: int, crop: Crop | None) -> Crop:
-    """The part that is shown: ``crop``, or the whole picture, or the centre of a large one.
+    """The part to show: ``crop``, or the whole picture, or the centre of a large one.
 
     Raises:
         ValueError: the crop is empty, too large, too small or not inside the picture.

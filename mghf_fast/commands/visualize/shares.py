@@ -12,8 +12,8 @@ is the term (MGHF eqs. 2 to 8; the notation is that of reference/content_style.p
     lip          a patch's loss, mean over maps, averaged over the patches that cover a pixel, and
                  scaled as a whole so that the mean is the term; 0 where no patch reaches.
 
-All of them at the resolution of the features; :func:`enlarged` brings them to the image's.
-A share says which pixels a term is made of; where a change would matter most is the gradient.
+All are at the resolution of the features; :func:`enlarged` brings them to the image's. A share
+shows which pixels contribute to a term; the gradient shows where a change would matter most.
 """
 
 from __future__ import annotations
@@ -76,13 +76,13 @@ def lip(losses: Tensor, height: int, width: int, patch_size: int, stride: int) -
 
 
 def enlarged(share: Tensor, factor: int, height: int, width: int) -> Tensor:
-    """A share of features at 1 / ``factor`` of the resolution, (ceil(H / factor),
-    ceil(W / factor)) -> (H, W), of the same mean: each value stands evenly over the pixels of the
-    image that its features are made of."""
+    """A share at 1 / ``factor`` of the resolution, (ceil(H / factor), ceil(W / factor)) -> (H, W)
+    with the same mean: each value is spread evenly over the image's pixels that its feature
+    covers."""
     if factor == 1:
         return share
     for dim, side in enumerate((height, width)):
-        # Of the last row or column only a part lies in the image.
+        # The last row or column may lie only partly in the image.
         inside = share.new_full((share.shape[dim],), factor)
         inside[-1] = side - factor * (share.shape[dim] - 1)
         each = side / share.shape[dim] / inside
@@ -92,5 +92,5 @@ def enlarged(share: Tensor, factor: int, height: int, width: int) -> Tensor:
 
 
 def gradient_magnitude(gradient: Tensor) -> Tensor:
-    """Gradient of the loss to the pixels, (3, H, W) -> its length over the colours, (H, W)."""
+    """The loss's gradient in the pixels, (3, H, W) -> its length over the colours, (H, W)."""
     return torch.linalg.vector_norm(gradient, dim=0)
