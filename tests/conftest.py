@@ -1,4 +1,4 @@
-"""Seeds, and the parameter `backend` of a test: every backend that can run the test's op here."""
+"""Seeds, and the fixture `backend`: every backend that can run the test's op on this machine."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ if importlib.util.find_spec("hypothesis") is None:  # a GPU image may lack it
 else:
     from hypothesis import settings
 
-    # Everywhere else hypothesis looks for new examples on each run; a merge must not depend on
-    # luck.
+    # Elsewhere hypothesis tries new examples on each run, but a merge must not depend on chance.
     settings.register_profile("ci", derandomize=True)
     if os.environ.get("CI"):
         settings.load_profile("ci")
@@ -51,7 +50,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # What was measured on this machine's GPUs must not decide what a test takes.
+    # Measurements of this machine's GPUs must not influence which backend a test uses.
     cache = tempfile.mkdtemp(prefix="mghf_fast-")
     os.environ["MGHF_CACHE"] = cache
     config.add_cleanup(lambda: shutil.rmtree(cache, ignore_errors=True))
@@ -67,10 +66,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def as_float32_and_repeatable() -> None:
-    """PyTorch's own kernels, with which the reference is computed on the device, in float32 and the
-    same on every run. What it has no repeatable kernel for only warns: that is for test_gpu.py to
-    refuse. Memory that `torch.empty` gives is filled with NaN, so whatever a kernel leaves
-    unwritten shows."""
+    """Makes PyTorch's own kernels, which compute the reference on the device, use float32 and be
+    deterministic. A nondeterministic one only warns here; test_gpu.py refuses it. Memory from
+    `torch.empty` is filled with NaN, so that elements that a kernel does not write are noticed."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
@@ -79,7 +77,7 @@ def as_float32_and_repeatable() -> None:
 
 
 def runs_on_a_device(item: pytest.Item) -> bool:
-    """Of the tests, those of every backend, of the Triton kernels and of the GPU."""
+    """Whether a test is for every backend, for the Triton kernels or for the GPU."""
     return (
         item.get_closest_marker("gpu") is not None
         or "backend" in getattr(item, "fixturenames", ())
@@ -105,8 +103,8 @@ def runnable_backends(op: str, probe: torch.Tensor) -> list[str]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`backend` in test_<op>.py runs over the backends of <op> that this machine has, on the
-    device; and every test over the seeds."""
+    """Parametrises `backend` in test_<op>.py by the backends of <op> that run on this machine, and
+    every test by the seeds."""
     if (seeds := metafunc.config.getoption("--seeds")) > 1:
         metafunc.parametrize("_seed", range(seeds), indirect=True, ids="seed{}".format)
     if "backend" in metafunc.fixturenames:

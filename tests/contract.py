@@ -1,4 +1,4 @@
-"""What every op's test file checks the same way. `fn` is always a function of the tensors alone."""
+"""Checks that all ops' test files share. `fn` is always a function of the tensors alone."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ def check_against_reference(
     differentiable: bool = True,
 ) -> None:
     """Values and gradients of float32 inputs against the float64 reference, with random upstream
-    gradients. ``rounding`` is the absolute error that every value may have besides, of one that is
-    a difference of greater ones; ``among``, 0 or 1, says at which elements of the results a
-    gradient comes in; ``cancelled(upstream, result)`` is what the gradient is a difference of, if
-    of greater numbers, and it may have the rounding of these besides."""
+    gradients. ``rounding`` is an additional absolute error allowed for values that are differences
+    of larger ones; ``among``, 0 or 1, masks the upstream gradients; ``cancelled(upstream, result)``
+    returns the larger numbers of which the gradient is a difference, whose rounding is allowed
+    too."""
     exact_inputs = [x.double() for x in inputs]
     expected = outputs(reference, *exact_inputs)
     for got, want in zip(outputs(fn, *inputs), expected, strict=True):
@@ -86,8 +86,8 @@ def check_half_precision(
     *,
     differentiable: bool = True,
 ) -> None:
-    """The error in half precision is at most twice that of PyTorch computing in the same precision
-    (or the rounding of the result itself), both against float64; of values and of gradients."""
+    """The errors of values and gradients in half precision are at most twice those of PyTorch in
+    the same precision (or the rounding of the result itself), both against float64."""
     half = [x.to(dtype) for x in inputs]
     exact = [x.double() for x in half]
     upstream = [draws.randn(e.shape).to(dtype).double() for e in outputs(reference, *exact)]
@@ -104,7 +104,7 @@ def check_half_precision(
 
 
 def image_layouts(x: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The values of a 4-D ``x`` under other strides."""
+    """The values of a 4-D ``x`` with other strides."""
     yield "channels_last", x.contiguous(memory_format=torch.channels_last)
     yield "transposed", x.transpose(2, 3).contiguous().transpose(2, 3)
     padded = x.new_full((x.shape[0], x.shape[1] + 1, x.shape[2] + 3, 2 * x.shape[3]), torch.nan)
@@ -116,13 +116,13 @@ def image_layouts(x: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def expanded(x: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Views of a part of ``x`` that has the size of ``x``, by strides of zero."""
+    """Views of parts of ``x``, expanded to the size of ``x`` by strides of zero."""
     for dim in (0, 1, x.dim() - 1):
         yield f"dimension {dim}", x.narrow(dim, 0, 1).expand_as(x)
 
 
 def batch_layouts(x: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The values of ``x`` under other strides, any number of dimensions."""
+    """The values of ``x``, of any number of dimensions, with other strides."""
     yield "transposed", x.transpose(-1, -2).contiguous().transpose(-1, -2)
     wide = x.new_full((*x.shape[:-1], 2 * x.shape[-1] + 1), torch.nan)
     wide[..., 1::2] = x
@@ -130,8 +130,7 @@ def batch_layouts(x: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def check_layout(fn: Function, plain: Tensor, strided: Tensor) -> None:
-    """Same values and gradients for other strides, but for rounding, and nothing is written to the
-    argument."""
+    """Same values and gradients for other strides, up to rounding; arguments are not modified."""
 
     def rounding(x: Tensor) -> float:
         return 0 if x.dtype == torch.float32 else torch.finfo(x.dtype).eps / 2
@@ -149,7 +148,7 @@ def check_layout(fn: Function, plain: Tensor, strided: Tensor) -> None:
 def check_deterministic(
     backend: str, fn: Function, *inputs: Tensor, differentiable: bool = True
 ) -> None:
-    """Bitwise the same values and gradients, run after run; for compiled kernels also with 1 and 2
+    """Bitwise the same values and gradients on every run; for compiled kernels also with 1 and 2
     threads (the reference's matrix products and convolutions are PyTorch's, which vary there)."""
     threads = torch.get_num_threads()
     upstream = [draws.randn_like(o) for o in outputs(fn, *inputs)]

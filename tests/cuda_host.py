@@ -1,10 +1,10 @@
-"""Runs CUDA kernels on the host, for a process of their own that a sanitizer may watch:
+"""Runs CUDA kernels on the host in a separate process, which may run under a sanitizer:
 
     python cuda_host.py MODULE.so CALLS.pickle RESULTS.pickle
 
 Calls are pairs of a name and its arguments: a function of the module, or else an op, which the
-library registers in the namespace `mghf_cuda_host`. A tensor is a `Strided`, for pickled arrays
-lose their strides; the bits of bfloat16 are those of uint16.
+library registers in the namespace `mghf_cuda_host`. A tensor is passed as a `Strided`, because
+pickled arrays lose their strides; bfloat16 is passed as uint16 with the same bits.
 """
 
 import importlib.util
@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch  # which the module's ops are registered with, so it is loaded first
+import torch  # loaded first, because the module registers its ops with it
 from torch import Tensor
 
 
 class Strided(NamedTuple):
-    """An array within the memory of another, of one dimension; strides in elements."""
+    """A strided view of a one-dimensional array; strides in elements."""
 
     memory: "np.ndarray[Any, Any]"
     first: int
@@ -68,5 +68,5 @@ def main(library: str, calls: str, results: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.modules["cuda_host"] = sys.modules[__name__]  # as which the caller pickled Strided
+    sys.modules["cuda_host"] = sys.modules[__name__]  # the name in the caller's pickled Strided
     main(*sys.argv[1:])

@@ -1,5 +1,5 @@
-"""Random numbers of the tests: drawn on the CPU and moved, so that every device gets those of the
-CPU, and a test that fails on a GPU can be repeated where the CUDA kernels run emulated."""
+"""Random numbers for the tests: drawn on the CPU and moved, so that they are the same on every
+device, and a test that fails on a GPU can be repeated with the emulated CUDA kernels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _moved(function: Callable[..., Tensor], *arguments: Any, **options: Any) -> 
 
 
 def randn(*size: Size, **options: Any) -> Tensor:
-    """``torch.randn`` on the default device, whose own generator takes no part."""
+    """``torch.randn`` on the default device, but from the CPU's generator."""
     return _moved(torch.randn, *size, **options)
 
 
@@ -37,7 +37,7 @@ def randperm(n: int, **options: Any) -> Tensor:
 
 
 def randn_like(x: Tensor, **options: Any) -> Tensor:
-    """With the strides and on the device of ``x``."""
+    """``torch.randn_like``: with the strides and on the device of ``x``."""
     return torch.randn_like(x, device="cpu", **options).to(x.device)
 
 
@@ -46,7 +46,7 @@ def rand_like(x: Tensor, **options: Any) -> Tensor:
 
 
 def module(make: Callable[[], Module]) -> Module:
-    """A module with the parameters that the CPU draws for it."""
+    """A module with parameters drawn on the CPU."""
     with torch.device("cpu"):
         made = make()
     return made.to(torch.get_default_device())

@@ -1,5 +1,5 @@
-"""Runs the CUDA kernels on the host: in a process of their own, plain or under sanitizers, or as
-the backend "cuda" of tensors on the CPU, for the tests of every backend.
+"""Runs the CUDA kernels on the host: in a separate process, plain or under sanitizers, or as the
+backend "cuda" for tensors on the CPU, for the tests of every backend.
 
 `make cuda-host` builds the modules: environment variable MGHF_CUDA_HOST names the folder.
 """
@@ -41,7 +41,7 @@ def runtime(name: str) -> str:
 
 
 def run(kind: str, calls: Sequence[Call], folder: Path) -> subprocess.CompletedProcess[str]:
-    """The calls in a process of their own, under the sanitizer of that name."""
+    """Runs the calls in a separate process, under the sanitizer ``kind``."""
     environment = os.environ | {
         "TSAN_OPTIONS": "exitcode=66",
         "ASAN_OPTIONS": "detect_leaks=0:exitcode=67",
@@ -49,7 +49,7 @@ def run(kind: str, calls: Sequence[Call], folder: Path) -> subprocess.CompletedP
         "OPENBLAS_NUM_THREADS": "1",
     }
     if kind in RUNTIMES:
-        # The address sanitizer looks for what throws exceptions as soon as it is loaded.
+        # The address sanitizer looks for libstdc++'s exception functions when it is loaded.
         environment["LD_PRELOAD"] = f"{runtime(RUNTIMES[kind])} {runtime('libstdc++.so')}"
     (folder / "calls").write_bytes(pickle.dumps(list(calls)))
     script = Path(__file__).with_name("cuda_host.py")
@@ -65,7 +65,7 @@ def results(kind: str, calls: Sequence[Call], folder: Path) -> list[np.ndarray[A
 
 
 def strided(x: Tensor) -> Strided:
-    """With the strides of x, in no more memory than it has; the bits of bfloat16."""
+    """``x`` with its strides, in no more memory than it has; bfloat16 as bits."""
     bits = x.view(torch.uint16) if x.dtype == torch.bfloat16 else x
     memory = torch.empty(0, dtype=bits.dtype).set_(bits.untyped_storage())
     return Strided(memory.numpy(), x.storage_offset(), tuple(x.shape), x.stride())
@@ -75,7 +75,7 @@ def strided(x: Tensor) -> Strided:
 
 
 def install() -> None:
-    """Makes tensors on the CPU those of the backend "cuda", if the library is built: the ops of
+    """Lets the backend "cuda" run tensors on the CPU, if the host library is built: the ops of
     csrc/cuda/ops, with their checks, and the kernels."""
     if FOLDER is None:
         return

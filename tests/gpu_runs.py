@@ -1,4 +1,4 @@
-"""What the tests of `make gpu` share: the cases, and made-up results."""
+"""Helpers shared by the tests of `make gpu`: the cases, and synthetic results."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def row(
 
 
 def a_run(machine: str = "card") -> dict[str, Any]:
-    """Made-up figures for every row."""
+    """Synthetic figures for every row."""
     rows = []
     for op in OPS:
         case = gpu_parts.on_gpu(CASES[op])

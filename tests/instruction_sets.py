@@ -1,4 +1,4 @@
-"""Runs a test file again in a process that is held to one instruction set of the CPU kernels."""
+"""Runs a test file again in a process that is limited to one instruction set of the CPU kernels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mghf_fast import native
 
 CAPABILITIES = ("default", "avx2", "avx512")
 BFLOAT16_CAPABILITIES = ("avx512_bf16", "amx")
-"""Those that only ops with products of bfloat16 have kernels for."""
+"""Instruction sets for which only ops with products of bfloat16 have kernels."""
 IN_CHILD = "MGHF_TEST_CAPABILITY_CHILD"
 
 in_parent = pytest.mark.skipif(
@@ -31,7 +31,7 @@ print(torch.ops.mghf_native.cpu_capability())
 
 
 def run_under(capability: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Python with these arguments, the kernels capped at ``capability``."""
+    """Runs Python with these arguments, the kernels limited to ``capability``."""
     environment = os.environ | {"MGHF_CPU_CAPABILITY": capability, IN_CHILD: "1"}
     return subprocess.run(
         [sys.executable, *arguments], env=environment, capture_output=True, text=True
@@ -40,13 +40,13 @@ def run_under(capability: str, *arguments: str) -> subprocess.CompletedProcess[s
 
 @functools.cache
 def used_under(capability: str) -> str:
-    """The instruction set that a process which is held to ``capability`` ends up with."""
+    """The instruction set that a process limited to ``capability`` uses."""
     return run_under(capability, "-c", PRINT_CAPABILITY).stdout.strip()
 
 
 def run_file_under(capability: str, file: str, *selection: str, bfloat16: bool = False) -> None:
-    """Passes if the file's tests pass under ``capability``; skips where the machine lacks it. What
-    this process runs anyway is not run again: without products of bfloat16 an op has nothing beyond
+    """Passes if the file's tests pass under ``capability``; skips if the machine lacks it, or if
+    this process uses the same kernels anyway: without products of bfloat16 an op has none beyond
     AVX-512."""
     used = used_under(capability)
     if used != capability:

@@ -1,5 +1,5 @@
-"""Triton's interpreter, where kernels run without a GPU: faster, with a GPU's bfloat16, and with
-sizes that suit it."""
+"""Triton's interpreter, which runs kernels without a GPU: made faster, with a GPU's bfloat16, and
+with sizes that suit it."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ def interprets(backend: str) -> bool:
 
 
 def is_slow(backend: str) -> bool:
-    """Whether its kernels are interpreted or emulated: they take milliseconds for every program and
-    pass of a loop."""
+    """Whether the backend's kernels are interpreted or emulated: they take milliseconds for every
+    program and every iteration of a loop."""
     return interprets(backend) or (backend == "cuda" and emulated.FOLDER is not None)
 
 
 def fitted(backend: str, size: tuple[int, ...], most: tuple[int, ...]) -> tuple[int, ...]:
-    """``size``, or where kernels are slow at most ``most``."""
+    """``size``, limited to ``most`` if the backend's kernels are slow."""
     return tuple(map(min, size, most)) if is_slow(backend) else size
 
 
 def hasten() -> None:
     """Keeps the interpreter from patching Triton's language at every call of a kernel's functions,
-    which takes up to half of its time: the kernel's launch has done so."""
+    which takes up to half of its time, because the kernel's launch has already patched it."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -52,8 +52,8 @@ def hasten() -> None:
 
 
 def round_bfloat16() -> None:
-    """Makes the interpreter round where it cuts off, and multiply matrices of bfloat16 where it
-    multiplies their bits."""
+    """Makes the interpreter round to bfloat16 instead of truncating, and multiply matrices of
+    bfloat16 instead of their bits."""
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -81,7 +81,7 @@ def round_bfloat16() -> None:
 
 @contextlib.contextmanager
 def another_order() -> Iterator[None]:
-    """A kernel's programs run from the last to the first, and new memory is full of NaN."""
+    """Runs a kernel's programs from the last to the first, with new memory full of NaN."""
     from triton.runtime.interpreter import interpreter_builder as builder
 
     forward, threshold = builder.set_grid_idx, torch.are_deterministic_algorithms_enabled()

@@ -1,4 +1,4 @@
-"""What a kernel was made from: a digest of its sources without comments, docstrings and layout."""
+"""A digest of a kernel's sources without comments, docstrings and layout."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Read = Callable[[str], str]
 PACKAGE = "mghf_fast.kernels"
 INCLUDE = re.compile(r'^\s*#include "([^"]+)"', re.M)
 COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
-# Host code of the package that a Triton kernel's result does not depend on.
+# Host code of the package on which a Triton kernel's result does not depend.
 OUTSIDE = ("cases", "resources", "native_resources", "selection")
 
 
@@ -28,7 +28,7 @@ def _cuda_files(op: str, text_of: Read) -> dict[str, str]:
     waiting = [f"csrc/cuda/{op}.cu", f"csrc/cuda/ops/{op}.cpp"]
     while waiting:
         path = waiting.pop()
-        if path in found or path.startswith("csrc/cuda/host/"):  # which no GPU's build has
+        if path in found or path.startswith("csrc/cuda/host/"):  # not part of a GPU's build
             continue
         text = found[path] = text_of(path)
         for name in INCLUDE.findall(text):
@@ -77,7 +77,7 @@ def _triton_files(op: str, text_of: Read) -> dict[str, str]:
         try:
             text = text_of(path)
         except (FileNotFoundError, KeyError):
-            continue  # a name out of the package itself
+            continue  # a name from the package itself
         found[path] = _without_docstrings(text)
         for node in ast.walk(ast.parse(text)):
             if not isinstance(node, ast.ImportFrom):
@@ -90,7 +90,7 @@ def _triton_files(op: str, text_of: Read) -> dict[str, str]:
 
 
 def digest(backend: str, op: str, text_of: Read = read) -> str:
-    """A digest of all files that an op's kernels are made from, 16 hexadecimal digits."""
+    """A digest of all source files of an op's kernels, 16 hexadecimal digits."""
     files = _cuda_files(op, text_of) if backend == "cuda" else _triton_files(op, text_of)
     whole = hashlib.sha256()
     for path in sorted(files):

@@ -1,6 +1,6 @@
-"""What became of each test, written line by line, so that it is known of a process that is ended by
-force too: `--outcomes FILE`. And a part of the tests, so that several processes share a file:
-`--share 2/5`."""
+"""`--outcomes FILE` writes each test's outcome line by line, so that it is known even if the
+process is killed. `--share 2/5` selects a part of the tests, so that several processes share a
+file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class Share:
-    """Every n-th test, so that the variants of a slow one are spread."""
+    """Selects every n-th test, so that the variants of a slow one are distributed."""
 
     def __init__(self, share: str) -> None:
         first, _, count = share.partition("/")
@@ -40,7 +40,7 @@ class Share:
 
 
 def message(report: Any) -> str:
-    """Where it failed, and the first words of why."""
+    """Where the test failed, and the beginning of the error."""
     crash = getattr(report.longrepr, "reprcrash", None)
     if crash is None:
         return " ".join(str(report.longrepr).split())[-MESSAGE:]

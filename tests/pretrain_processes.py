@@ -1,8 +1,8 @@
-"""Trainings in processes of their own, which are killed, starved of disk, or joined as ranks:
-`python pretrain_processes.py DIRECTORY` prints what happened as JSON.
+"""Trainings in separate processes, which are killed, run out of disk, or are joined as ranks:
+`python pretrain_processes.py DIRECTORY` prints the results as JSON.
 
-The processes are forked, so that torch is imported once; until then nothing
-is computed, as torch's threads would not come along."""
+The processes are forked, so that torch is imported once; before that nothing is computed, because
+torch's threads do not survive a fork."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TINY = ["pretrain", *SMALL.split(), *OFTEN.split(), "--steps"]
 
 
 def forked(action: Callable[[], int]) -> int:
-    """Starts ``action`` in a process of its own; its exit code is the action's result."""
+    """Starts ``action`` in a new process, whose exit code is the action's result."""
     sys.stdout.flush()
     if pid := os.fork():
         return pid
@@ -60,7 +60,7 @@ def training(out: Path, steps: int, *more: str) -> int:
 
 
 def digests(out: Path) -> dict[str, str]:
-    """Of the weights, and of the curve, which holds losses, accuracies and learning rates."""
+    """Digests of the weights, and of the curve of losses, accuracies and learning rates."""
     curve = json.dumps(json.loads((out / card.CARD).read_text())["curve"])
     return {
         "weights": hashlib.sha256((out / card.WEIGHTS).read_bytes()).hexdigest(),
@@ -90,7 +90,7 @@ def dies_at(owner: object, name: str, call: int, *, after: bool) -> None:
 
 
 def last_written(out: Path) -> int:
-    """Which file the checkpoint is, 0: there is none yet."""
+    """Identifies the checkpoint's file; 0 if there is none yet."""
     try:
         return (out / checkpoint.NAME).stat().st_ino
     except FileNotFoundError:
@@ -98,7 +98,7 @@ def last_written(out: Path) -> int:
 
 
 def kills(directory: Path) -> dict[str, object]:
-    """One training undisturbed; one that is killed at chosen places, one at any moment."""
+    """One undisturbed training, one that is killed at chosen places, and one at random moments."""
     steps = 30
     whole, chosen, anywhere = (directory / name for name in ("whole", "chosen", "anywhere"))
     assert ended(forked(lambda: training(whole, steps))) == 0
@@ -124,7 +124,7 @@ def kills(directory: Path) -> dict[str, object]:
     leftovers = len(list(chosen.glob(".*.tmp")))
     codes.append(ended(forked(lambda: training(chosen, steps))))
 
-    # At whatever moment it is, somewhat after a checkpoint has appeared or been replaced.
+    # At a random moment after a checkpoint has appeared or been replaced.
     at_random, random = [], Random(0)
     while not at_random or at_random[-1] != 0:
         before = last_written(anywhere)
@@ -148,7 +148,7 @@ def kills(directory: Path) -> dict[str, object]:
 
 
 def full_disk(directory: Path) -> dict[str, object]:
-    """A training that may not write files as large as a checkpoint, after one that could."""
+    """A training that cannot write files as large as a checkpoint, after one that could."""
     out, told = directory / "out", directory / "told"
     assert ended(forked(lambda: training(out, 6))) == 0
     before = (out / checkpoint.NAME).read_bytes()
@@ -171,7 +171,7 @@ def full_disk(directory: Path) -> dict[str, object]:
 
 
 def _join(directory: Path, name: str, action: Callable[[int], int]) -> dict[str, object]:
-    """Two ranks; their exit codes and the last lines that they tell."""
+    """Runs two ranks; returns their exit codes and the last lines that they print."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -192,11 +192,11 @@ def _join(directory: Path, name: str, action: Callable[[int], int]) -> dict[str,
 
 
 def ranks(directory: Path) -> dict[str, object]:
-    """Two ranks that agree, stop and go on; and pairs that do not agree."""
+    """Two ranks that agree, stop and resume; and pairs that do not agree."""
     whole, parts, seeds = (directory / name for name in ("whole", "parts", "seeds"))
 
     def noting(number: int) -> int:
-        """Notes every rank's images, and its weights at the end."""
+        """Records every rank's images, and its weights at the end."""
         save, step = train._save, train.Run.train_on
         images = hashlib.sha256()
 
@@ -232,7 +232,7 @@ def ranks(directory: Path) -> dict[str, object]:
 
 
 def distances(directory: Path) -> dict[str, object]:
-    """Two ranks that learn a teacher's distances, at once and with a stop; {} without a teacher."""
+    """Two ranks that learn a teacher's distances, with and without a stop; {} without a teacher."""
     if importlib.util.find_spec("stlpips_pytorch") is None:
         return {}
     whole, parts = (directory / name for name in ("whole", "parts"))

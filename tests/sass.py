@@ -1,4 +1,4 @@
-"""What the CUDA kernels are compiled to: instructions, read from a disassembly."""
+"""The instructions to which the CUDA kernels are compiled, read from a disassembly."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ ARCHITECTURE = "90a"
 
 
 def nvcc() -> Path | None:
-    """In PATH, or where `make cuda` puts it."""
+    """nvcc in PATH, or the one that `make cuda` installs."""
     found = shutil.which("nvcc")
     fetched = sorted(ROOT.glob("build/toolkits/*/nvidia/cu*/bin/nvcc"))
     return Path(found) if found else fetched[-1] if fetched else None
 
 
 def nvdisasm() -> Path | None:
-    """In PATH, or the one that Triton brings along."""
+    """nvdisasm in PATH, or Triton's."""
     if found := shutil.which("nvdisasm"):
         return Path(found)
     try:
@@ -45,8 +45,8 @@ def disassembly(source: Path, folder: Path) -> str:
 
 @dataclass(frozen=True)
 class Kernel:
-    """Mnemonics in their order, without what follows a point, and the loops among them, as the
-    numbers of their first and last instructions."""
+    """Mnemonics in order, without what follows a dot, and the loops among them as the indices of
+    their first and last instructions."""
 
     name: str
     instructions: tuple[str, ...]
@@ -60,8 +60,8 @@ class Kernel:
         return sum(self.instructions.count(m) for m in mnemonics)
 
     def tensor_share(self) -> float:
-        """Their share of the instructions in the loops that hold some; what is in a loop within
-        belongs to that one."""
+        """Share of tensor instructions in the loops that have any; an instruction belongs to its
+        innermost loop."""
         tensor = total = 0
         for first, last in self.loops:
             inner = [
@@ -94,7 +94,7 @@ def kernels(text: str) -> Iterator[Kernel]:
             if found is None:
                 continue
             if found[1] == "BRA" and (to := re.search(r"`\((\.L_\w+)\)", line)):
-                start = labels.get(to[1])  # only of what stands before
+                start = labels.get(to[1])  # only backward jumps are loops
                 if start is not None:
                     loops[start] = len(instructions)
             instructions.append(found[1])

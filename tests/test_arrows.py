@@ -1,4 +1,4 @@
-"""Imports go one way: no circle, and nothing from the library to the command line."""
+"""Imports go one way: no cycles, and the library imports nothing from the command line."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NEVER_AT_ONCE = ("torch", "numpy", COMMANDS, "mghf_fast.integrations")
 
 
 def modules(package: Path) -> dict[str, Path]:
-    """Every module of a package by its name, the package itself among them."""
+    """Name -> file of every module of a package, including the package itself."""
     found = {}
     for path in sorted(package.rglob("*.py")):
         parts = path.relative_to(package.parent).with_suffix("").parts
@@ -32,7 +32,7 @@ def modules(package: Path) -> dict[str, Path]:
 
 
 def is_type_checking(node: ast.AST) -> bool:
-    """Whether a part of a module is for type checkers alone and never runs."""
+    """Whether a part of a module is for type checkers only and never runs."""
     match node:
         case ast.If(test=ast.Name(id="TYPE_CHECKING") | ast.Attribute(attr="TYPE_CHECKING")):
             return True
@@ -49,8 +49,8 @@ def statements(node: ast.AST, types_too: bool) -> Iterator[ast.Import | ast.Impo
 
 
 def imported(name: str, path: Path, known: Mapping[str, Path], types_too: bool) -> set[str]:
-    """The modules among ``known`` that a module imports; a name of a package counts as the
-    package, a module of it as that module."""
+    """The modules among ``known`` that a module imports; importing a name from a package counts as
+    the package, importing a submodule as the submodule."""
     found = set()
     package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
     for statement in statements(ast.parse(path.read_text()), types_too):
@@ -70,7 +70,7 @@ def graph(known: Mapping[str, Path], types_too: bool = False) -> dict[str, set[s
 
 
 def circle(arrows: Mapping[str, set[str]]) -> list[str]:
-    """Modules that import each other in a circle, the first one again at the end; or none."""
+    """A cycle of modules that import each other, with the first one again at the end; or empty."""
     done: set[str] = set()
 
     def visit(name: str, path: list[str]) -> list[str]:
@@ -139,7 +139,7 @@ def test_a_circle_and_a_hidden_arrow_are_found(tmp_path: Path) -> None:
 
 
 def loaded(code: str) -> list[str]:
-    """Which of NEVER_AT_ONCE a fresh Python has loaded after ``code``."""
+    """The modules of NEVER_AT_ONCE that a new Python process has loaded after ``code``."""
     look = f"[n for n in {NEVER_AT_ONCE} if n in sys.modules]"
     run = subprocess.run(
         [sys.executable, "-c", f"import sys\n{code}\nprint(*{look})"],
@@ -162,7 +162,7 @@ def test_every_public_name_is_there_at_its_first_use() -> None:
 
 
 def test_the_ops_alone_register_the_operators() -> None:
-    """As a program needs it that loads an exported graph and nothing else."""
+    """Needed by a program that only loads an exported graph."""
     assert "torch" in loaded("import mghf_fast.ops, torch\ntorch.ops.mghf_fast.gram")
 
 

@@ -23,7 +23,7 @@ from mghf_fast.ops import OPS, Op, _dispatch, coupling
 IDENTITY = SimpleNamespace(
     forward=lambda x: x, backward=lambda grad: grad, can_run=lambda *tensors, **options: None
 )
-"""A backend's module."""
+"""A stand-in for a backend's module."""
 
 
 def test_the_reference_is_always_there_and_runs_everything() -> None:

@@ -186,7 +186,7 @@ def test_three_iterations_without_any_python_of_the_users(tmp_path: Path) -> Non
         values = [float(v) for v in re.findall(rf"{name}: (\S+)", log)]
         assert len(values) == 3 and all(0 < abs(v) < 100 for v in values), log
     assert "psnr" in log
-    # The checkpoint is the network's alone.
+    # The checkpoint holds only the network.
     saved = torch.load(run / "models" / "net_g_3.pth", weights_only=True)
     assert set(saved) == {"params", "params_ema"}
     assert all(name.startswith("body.") for name in saved["params"])

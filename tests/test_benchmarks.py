@@ -1,4 +1,4 @@
-"""The benchmark house: every form computes its op, and results are written, read and compared."""
+"""The benchmarks: every form computes its op, and results are written, read and compared."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_every_form_computes_the_same(op: str) -> None:
         if form.compiled or (form.package and cases.package_version(form.package) is None):
             continue
         for part in CASES[op].parts_of(name):
-            torch.manual_seed(0)  # of the upstream gradient
+            torch.manual_seed(0)  # for the upstream gradient
             found = outcome(op, name, part)
             assert torch.isfinite(found).all(), name
             if "VGG" not in name and form.dtype == "float32":
@@ -111,7 +111,7 @@ def test_what_need_not_be_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     assert after((29, 1)) is None
     assert after((31, 1)) == "over 120 s"
     assert after((1, 1), (10, 1)) is None
-    assert after((1, 1), (16, 1)) == "over 120 s"  # grows 16 times a size
+    assert after((1, 1), (16, 1)) == "over 120 s"  # grows 16 times per size
     assert after((31, 26)) is None  # it may run out of memory, which must be seen
 
 
@@ -221,7 +221,7 @@ def test_a_result_names_no_host_and_no_path(path: Path) -> None:
 
 
 def a_whole_run() -> results.Run:
-    """Made-up figures for every row: MGHF-c's eager form runs out of memory from 1024 on."""
+    """Synthetic figures for every row: MGHF-c's eager form runs out of memory from 1024 on."""
     rows = []
     for op, case in CASES.items():
         for shape, form in dict.fromkeys(r[:2] for r in case.rows()):
@@ -520,7 +520,7 @@ def test_a_device_that_is_not_there_is_refused() -> None:
 
 
 def test_another_library_can_be_named(tmp_path: Path) -> None:
-    """`make asan` relies on it, and must not pass on plain PyTorch for want of the library."""
+    """`make asan` relies on it, and must not pass on plain PyTorch if the library is missing."""
     code = "from mghf_fast import native; print(native.unavailable_reason())"
     environment = os.environ | {"MGHF_NATIVE_LIBRARY": str(tmp_path / "none.so")}
     command = [sys.executable, "-c", code]

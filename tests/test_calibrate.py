@@ -1,4 +1,4 @@
-"""The weight from gradients: of losses whose answer is known, and the command around it."""
+"""The weight from gradients, for losses with a known answer, and the command."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_the_weight_gives_the_ratio_with_the_loss_itself() -> None:
     for value in (F.l1_loss, lambda sr, gt: weight * loss(sr, gt)):
         gradients = torch.autograd.grad(value(network(data[0][0]), data[0][1]), network.weight)
         lengths.append(float(gradients[0].norm()))
-    assert lengths[1] / lengths[0] == pytest.approx(3, rel=0.05)  # but for the biases' part
+    assert lengths[1] / lengths[0] == pytest.approx(3, rel=0.05)  # apart from the biases
 
 
 def test_nothing_is_changed() -> None:
@@ -192,7 +192,7 @@ def test_the_page_says_what_its_result_says() -> None:
     (name,) = set(re.findall(r"results/([\w.-]+-weights\.json)", page))
     result = json.loads((ROOT / "benchmarks" / "results" / name).read_text())
     assert weights.table(result["ratios"]) in page, "python -m benchmarks.studies.weights"
-    # And what the text makes of it: the medians of the network as it ships and 300 steps later.
+    # And the text's figures: the medians of the shipped network and 300 steps later.
     for title, line in re.findall(
         r"^\| (.+?)(?: \(the defaults\))? \| ([\d.]+ to [\d.]+) times L1", page, re.M
     ):

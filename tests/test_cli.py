@@ -1,4 +1,4 @@
-"""The command line: exit codes, one-line errors, and imports that wait until they are needed."""
+"""The command line: exit codes, one-line errors, and imports only when they are needed."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ def test_values_and_gradients(backend: str, shape: tuple[int, ...], gram: str) -
         lambda sr: functional.content_style_terms(gt=gt, sr=sr, gram=gram, backend=backend),
         exact,
         [sr],
-        rounding=2e-7,  # of 1 in 1 - rho, which is all that is left of maps that are alike
+        rounding=2e-7,  # of the 1 in 1 - rho, which dominates for equal maps
     )
 
 
@@ -142,7 +142,7 @@ def test_contract(backend: str) -> None:
 
 def test_second_derivative() -> None:
     gt, sr = pair(1, 2, 3, 3, dtype=torch.float64)
-    # The weights are constants of the derivative, so they are kept from moving: one bin decides.
+    # The weights are constants of the derivative; with one bin they do not change.
     contract.check_second_derivative(
         lambda sr: functional.content_style_terms(gt=gt, sr=sr, alpha=0.0)[:3], sr
     )
@@ -205,7 +205,7 @@ Options = tuple[int, float, float, int, str]
 
 
 def check_pair(backend: str, gt: Tensor, sr: Tensor, top_m: int, bins: int = 256) -> None:
-    """Terms, choice, weights and gradient of every term against the float64 reference."""
+    """Terms, selection, weights and each term's gradient against the float64 reference."""
     op = ops.content_style
     options: Options = (top_m, 1.1, 2**0.5, bins, "channel")
     *terms, kept, weights, moments, difference = op.content_style(gt, sr, *options, backend)
@@ -262,7 +262,7 @@ def test_sizes_that_fill_no_tile(backend: str, shape: tuple[int, ...], top_m: in
 @pytest.mark.parametrize("kernels", ["triton", "cpu"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_large_means_and_pairs_that_are_alike(kernels: str, layout: torch.memory_format) -> None:
-    """Where sums of squares and differences of Gram matrices would lose their digits."""
+    """Maps for which sums of squares and differences of Gram matrices would lose digits."""
     if kernels not in available_backends():
         pytest.skip(f"backend {kernels!r} does not run here")
     shape = interpreter.fitted(kernels, (2, 20, 40, 41), (1, 20, 20, 21))
@@ -288,7 +288,7 @@ def test_a_nan_does_not_spread_to_maps_that_are_not_kept(backend: str) -> None:
 
 
 def test_two_pixels(backend: str) -> None:
-    """Whose correlation is 1 or -1, without a gradient."""
+    """Maps of two pixels have correlation 1 or -1, and no gradient."""
     gt, sr = pair(1, 6, 1, 2)
     sr.requires_grad_()
     terms = functional.content_style_terms(gt=gt, sr=sr, top_m=6, backend=backend)
@@ -296,7 +296,7 @@ def test_two_pixels(backend: str) -> None:
         ((gt.diff() * sr.diff()) < 0).sum().item(), abs=1e-5
     )
     terms.correlation.sum().backward()
-    # Rounding moves a deviation from the mean by 6e-8 of the value, and the slope is 1 over it.
+    # Rounding changes a deviation from the mean by 6e-8 of the value, and the slope is its inverse.
     a, b = (x.detach().abs().amax(3) / x.detach().diff().abs()[..., 0] for x in (gt, sr))
     allowed = 1e-7 * (a + b) / sr.detach().diff().abs()[..., 0]
     assert sr.grad is not None and (sr.grad.abs().amax(3) <= allowed).all()
@@ -420,7 +420,7 @@ def test_no_gradient_to_gt() -> None:
 def test_any_shape(shape: tuple[int, ...], seed: int, data: st.DataObject) -> None:
     torch.manual_seed(seed)
     top_m = data.draw(st.integers(1, shape[1]))
-    # Of different size, or the difference of the Gram matrices would cancel its digits.
+    # Different magnitudes, because the difference of equal Gram matrices would cancel all digits.
     gt, sr = draws.randn(shape), 2 * draws.randn(shape)
     contract.check_against_reference(
         lambda sr: functional.content_style_terms(gt=gt, sr=sr, top_m=top_m),

@@ -63,7 +63,7 @@ def test_parameters() -> None:
     assert ROWS["vgg16"].published.parameters == 14_714_688
     per_pixel = cost.invertible_block(PAPER).macs / (2 * PAPER.pixels)
     assert (per_pixel, cost.stem(PAPER).macs / (2 * PAPER.pixels)) == (68_992, 3_456)
-    # the stem in the place of the first mix
+    # the stem in place of the first mix
     assert ROWS["dfe"].ours.macs / (2 * PAPER.pixels) == 68_992 - 128**2 + 3_456
 
 
@@ -107,8 +107,8 @@ def test_bad_sizes_are_named(arguments: dict[str, int], named: str) -> None:
 
 
 def test_a_squeezed_extractor_costs_a_part() -> None:
-    """By hand: 128 x 128 pixels of the features, 48 x 128 multiply-adds of the lift at each, three
-    blocks with all their mixes."""
+    """Counted by hand: 128 x 128 pixels of the features, each with 48 x 128 multiply-adds of the
+    lift, and three blocks with all their mixes."""
     squeezed = Setting(squeeze=4, blocks=3)
     assert squeezed.sides == (128, 128) and squeezed.pixels == PAPER.pixels // 16
     assert cost.stem(squeezed).macs == 2 * 48 * 128 * 128**2

@@ -51,26 +51,26 @@ def as_dtype(weights: BlockWeights, dtype: torch.dtype) -> BlockWeights:
 
 
 def with_tensors(weights: BlockWeights, tensors: tuple[Tensor, ...]) -> BlockWeights:
-    """The weights with other tensors, if there are any."""
+    """The weights, with their tensors replaced if others are given."""
     if not tensors:
         return weights
     return BlockWeights.from_tensors(list(tensors), *weights[5:])
 
 
 def differentiated(backend: str, weights: BlockWeights) -> list[Tensor]:
-    """The weights that a test asks for gradients of: the CUDA kernels give that of the image."""
+    """The weights whose gradients a test checks: none for the CUDA kernels."""
     return [] if backend == "cuda" else weights.tensors()
 
 
 def away_from_kinks(x: Tensor, weights: BlockWeights) -> Tensor:
-    """(B, 1, H, W) in float64: 0 for the pixels of the result to which an activation contributes
-    whose argument is so near a jump of its slope that float32 may take the other slope, 1 for the
-    rest. With gradients that come in there alone, the gradients of the two differ by rounding."""
+    """(B, 1, H, W) in float64: 0 for pixels of the result that depend on an activation so near a
+    kink that float32 may use the other slope, 1 for the rest. If upstream gradients are 0 at the
+    former, float32 and float64 gradients differ only by rounding."""
     kinks = {"relu6": (0, 6), "leaky_relu": (0,), "softplus": ()}[weights.activation]
     activate, near = reference._activate, torch.zeros_like(x[:, :1], dtype=torch.float64)
 
     def watch(z: Tensor, activation: str) -> Tensor:
-        for kink in kinks:  # a sum of nothing but zeros is exact
+        for kink in kinks:  # a sum of zeros is exact
             close = ((z - kink).abs() <= 4e-6 * z.abs().max()) & (z != 0)
             near.logical_or_(close.any(1, keepdim=True))
         return activate(z, activation)
@@ -78,7 +78,7 @@ def away_from_kinks(x: Tensor, weights: BlockWeights) -> Tensor:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference, "_activate", watch)
         reference.invertible_block(x.double(), as_dtype(weights, torch.float64))
-    # From phi through rho or eta two 3x3 convolutions lead to the result.
+    # Two 3x3 convolutions lie between phi's activations and the result, by way of rho or eta.
     return 1 - torch.nn.functional.max_pool2d(near, 5, 1, 2)
 
 
@@ -176,7 +176,7 @@ def test_inverse(backend: str) -> None:
 def test_across_tiles(backend: str, half: int, size: tuple[int, int]) -> None:
     weights = block_weights(2 * half)
     exact = as_dtype(weights, torch.float64)
-    most = (4, 16) if half == 32 else (5, 18)  # one of Triton's tiles, and what is beyond one
+    most = (4, 16) if half == 32 else (5, 18)  # one of Triton's tiles, and a little more
     image = draws.randn(1, 2 * half, *interpreter.fitted(backend, size, most))
 
     def inverse(y: Tensor) -> Tensor:
@@ -245,9 +245,9 @@ def test_reference_gradient_with_a_3x3_mix() -> None:
 
 
 def large_weights(weights: BlockWeights, x: Tensor) -> BlockWeights:
-    """Three times the weights, so that the clamp and both sides of the activations come into play
-    for ``x``. A free log scale is made 10 at most: exp of 89 has no float32, and exp of r has r
-    times the rounding errors of r."""
+    """Weights scaled by 3, so that the clamp and both sides of the activations matter for ``x``. An
+    unclamped log scale is limited to 10: exp(89) overflows float32, and exp(r) has r times the
+    rounding error of r."""
     large = BlockWeights.from_tensors([3 * w for w in weights.tensors()], *weights[5:])
     if weights.clamp is not None:
         return large
@@ -281,7 +281,7 @@ def test_every_option(backend: str, subnet: str, activation: str, clamp: float |
         return reference.invertible_block(x, with_tensors(weights, w))
 
     inputs = [image, *differentiated(backend, weights)]
-    # exp of a free log scale, which is up to 10 here, has its rounding errors 10 fold.
+    # exp of an unclamped log scale, here at most 10, multiplies its rounding error by 10.
     tolerance = 2e-5 if clamp is None else 1e-5
     among = away_from_kinks(image, weights)
     contract.check_against_reference(
@@ -297,7 +297,7 @@ def test_every_option(backend: str, subnet: str, activation: str, clamp: float |
 
 
 def same_precision(x: Tensor, weights: BlockWeights, upstream: Tensor) -> list[Tensor]:
-    """Value and gradient as PyTorch computes them when every step is rounded to ``x.dtype``."""
+    """PyTorch's value and gradient, with every step rounded to ``x.dtype``."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference, "accumulation_dtype", lambda dtype: dtype)
         y = reference.invertible_block(x, weights)
@@ -491,7 +491,7 @@ def test_more_tiles_than_partial_sums(backend: str) -> None:
     )
 
 
-# A row at a time; two images of three, but for the gradient of the weights, which needs more room.
+# A row at a time; two images of three, except for the weights' gradient, which needs more memory.
 @pytest.mark.parametrize(("workspace", "batch", "height"), [(1, 1, 7), (10_000, 3, 3)])
 def test_bands_of_triton(
     monkeypatch: pytest.MonkeyPatch, workspace: int, batch: int, height: int
@@ -503,7 +503,7 @@ def test_bands_of_triton(
 
     monkeypatch.setattr(kernels, "WORKSPACE_BYTES", workspace)
     monkeypatch.setattr(kernels, "PIXELS_OF_A_PART", 4)
-    # Larger weights, so that what is several layers away counts.
+    # Larger weights, so that pixels several layers away matter.
     weights = with_3x3_mix(block_weights(8), 3)
     weights = with_tensors(weights, tuple(3 * w for w in weights.tensors()))
     contract.check_against_reference(
@@ -561,7 +561,7 @@ def test_autocast() -> None:
 
 
 def test_sums_over_pixels_of_triton_end_with_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The layers that they are taken of have more rows, those of a band's halo."""
+    """The layers from which they are computed have more rows, those of a band's halo."""
     if not triton_is_interpreted():
         pytest.skip("it calls the kernel itself")
     from mghf_fast.kernels import coupling as kernels

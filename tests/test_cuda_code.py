@@ -1,5 +1,5 @@
-"""What nvcc makes of the product kernels: tensor cores idle while other instructions are issued,
-and code that does not fit the caches is read again. Needs nvcc and nvdisasm, and no GPU."""
+"""nvcc's code for the product kernels: tensor cores idle while other instructions are issued, and
+code that exceeds the caches is fetched again. Needs nvcc and nvdisasm, but no GPU."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ SOURCES = sass.ROOT / "csrc" / "cuda"
 
 @dataclass(frozen=True)
 class Bounds:
-    """An instance by its mangled name; the least share of tensor instructions in its loops of
-    products, and the most code."""
+    """An instance's mangled name, the minimum share of tensor instructions in its loops of
+    products, and the maximum size of its code."""
 
     source: str
     kernel: str
     tensor_share: float
     kibibytes: float
     generic_loads: bool = False
-    """Whether it may have loads that do not know which memory they read."""
+    """Whether it may have generic loads, whose memory space is unknown."""
 
 
-# Shares and sizes: about a tenth from what was counted.
+# Shares and sizes: within about a tenth of the counted ones.
 BOUNDS = [
     Bounds("patches", "7projectIfLb0ELi4E", 0.22, 51),
     Bounds("patches", "15hidden_gradientILb1E", 0.21, 46),

@@ -52,7 +52,7 @@ def layouts() -> Iterator[Problem]:
 
 
 def sizes() -> Iterator[Problem]:
-    """Of one map, of more maps and bins than a block holds, of several runs."""
+    """One map, more maps and bins than a block holds, several runs."""
     yield Problem(*pair(1, 5, 1, 9), 5)
     yield Problem(*pair(2, 3, 9, 1), 1)
     yield Problem(*pair(1, 1, 100, 100), 1)
@@ -71,7 +71,7 @@ def sizes() -> Iterator[Problem]:
 
 
 def near(memory_format: torch.memory_format) -> Iterator[Problem]:
-    """Where sums of squares and differences of Gram matrices would lose their digits."""
+    """Maps for which sums of squares and differences of Gram matrices would lose digits."""
     gt = draws.randn(1, 10, 20, 21)
     noise = draws.randn_like(gt)
     for sr in (gt + noise + 30, noise + 30 - gt, gt + 1e-3 * noise, 1e-3 * (gt + noise) + 2):
@@ -95,7 +95,7 @@ def forward_calls(of: list[Problem]) -> list[tuple[str, tuple[object, ...]]]:
 
 
 def upstream(batch: int, term: int) -> list[Tensor]:
-    """Random for one of the terms; of a stride that is not 1, as autograd's may be."""
+    """A random gradient for one of the terms, with a stride that is not 1, as autograd's may be."""
     return [draws.randn(batch, 2)[:, 0] * (i == term) for i in range(4)]
 
 

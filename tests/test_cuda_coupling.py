@@ -42,7 +42,7 @@ class Problem(NamedTuple):
         return Problem(self.x.to(dtype), self.grad.to(dtype), weights)
 
     def expected(self) -> list[Tensor]:
-        """Value and gradient, every step rounded to the type of x."""
+        """Value and gradient, with every step rounded to the type of x."""
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(reference, "accumulation_dtype", lambda dtype: dtype)
             y = reference.invertible_block(self.x, self.weights)
@@ -101,8 +101,8 @@ def layouts() -> list[Problem]:
 
 
 def sizes() -> list[Problem]:
-    """Tiles are 8 by 16 pixels, of the gradient of wide blocks 4 by 16; a side of one pixel has no
-    reflection, a side of two two in one place."""
+    """Tiles are 8 by 16 pixels, or 4 by 16 in the gradient of wide blocks; a side of one pixel has
+    no reflection, with a side of two both reflections meet."""
     every = [(1, 1), (1, 3), (4, 1), (2, 2), (3, 17), (18, 2), (9, 33), (17, 16)]
     return [
         *(problem(4, (1, *size)) for size in every),
@@ -116,7 +116,7 @@ def sizes() -> list[Problem]:
 
 
 def options() -> list[Problem]:
-    """With larger weights, so that the clamp and both sides of the activations come into play."""
+    """With larger weights, so that the clamp and both sides of the activations matter."""
     return [
         problem(8, (1, 9, 11), scale=scale, activation=activation, clamp=clamp)
         for activation in ACTIVATIONS
@@ -137,7 +137,7 @@ def broken() -> list[Problem]:
 
 
 def inverse_call(p: Problem) -> Call:
-    """Of x, as the value of a block."""
+    """The call of the inverse, with ``x`` as the block's output."""
     w = p.weights
     inverse = torch.linalg.inv(w.mix_weight.double().flatten(1))
     tensors = [inverse, -inverse @ w.mix_bias.double(), *w.tensors()[2:]]
@@ -151,7 +151,7 @@ def tensor_of(array: np.ndarray[Any, Any], dtype: torch.dtype) -> Tensor:
 
 
 def run(kind: str, problems: list[Problem], folder: Path, *before: Call) -> list[list[Tensor]]:
-    """Values and gradients; those of the first problems the same, bit by bit, in a second run."""
+    """Values and gradients; those of the first problems are bitwise the same in a second run."""
     calls = [call for p in problems for call in p.calls()]
     repeated = calls[:4] if kind == "plain" else []
     found = results(kind, [*before, *calls, *repeated], folder)[len(before) :]
@@ -198,7 +198,7 @@ def banded() -> list[Problem]:
     return [
         problem(10, (2, 27, 5)),
         problem(6, (1, 18, 19), inputs=3, kernel=3),
-        problem(4, (1, 9, 3)),  # of the last band one row is left
+        problem(4, (1, 9, 3)),  # the last band has one row
         problem(6, (1, 17, 4), inputs=3, kernel=3).as_dtype(torch.bfloat16),
     ]
 
@@ -251,7 +251,7 @@ def test_inverse(kind: str, tmp_path: Path) -> None:
         got = tensor_of(array, p.x.dtype)
         exact = p.as_dtype(torch.float64)
         want = reference.invertible_block_inverse(exact.x, exact.weights)
-        # Beside the result only the weights are rounded, whatever the image is.
+        # Only the weights and the result are rounded, whatever the image is.
         tolerance = 1e-5 if p.x.dtype == torch.float32 else torch.finfo(p.x.dtype).eps
         assert relative_error(got, want) <= tolerance
 

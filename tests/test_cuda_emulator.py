@@ -9,7 +9,7 @@ import pytest
 from emulated import needs_modules, results, run
 
 pytestmark = needs_modules
-EXIT_CODES = {"data": 66, "heap-buffer-overflow": 67}  # of the sanitizers; Python's own is 1
+EXIT_CODES = {"data": 66, "heap-buffer-overflow": 67}  # the sanitizers'; Python's own is 1
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_copies_are_not_there_before_they_are_waited_for(tmp_path: Path) -> None
 
 def test_a_kernel_is_allowed_its_shared_memory_once(tmp_path: Path) -> None:
     calls = [
-        (1, 0, 100, True, None),  # not allowed, so it is asked for again
+        (1, 0, 100, True, None),  # not allowed, so it is requested again
         (1, 0, 100, False, True),
         (1, 0, 100, False, False),
         (1, 0, 50, False, False),

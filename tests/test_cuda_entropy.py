@@ -16,8 +16,8 @@ pytestmark = needs_modules
 
 
 def images() -> list[tuple[Tensor, int]]:
-    """Of every type and layout, odd sizes, more channels than a warp has lanes, more bins than a
-    block counts in its shared memory, constant maps, NaN and infinities."""
+    """Every type and layout, odd sizes, more channels than a warp has lanes, more bins than a block
+    counts in its shared memory, constant maps, NaN and infinities."""
     torch.manual_seed(0)
     x = draws.randn(2, 5, 7, 9)
     x[0, 1] = 3.0

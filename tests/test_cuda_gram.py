@@ -20,7 +20,7 @@ SCALE = 0.37
 
 
 def images() -> Iterator[Tensor]:
-    """Of every type and layout, one pixel, one map, more maps than a block holds, several runs."""
+    """Every type and layout, one pixel, one map, more maps than a block holds, several runs."""
     for size in ((6, 9), (4, 8)):
         x = draws.randn(2, 7, *size)
         for dtype in contract.DTYPES:

@@ -34,7 +34,7 @@ def pair(b: int, n: int, d: int = 8) -> tuple[Tensor, Tensor]:
 
 
 def problem(query: Tensor, key: Tensor, *options: Any) -> Problem:
-    """With a gradient of the losses, the rest of the options by default."""
+    """A problem with a gradient of the losses; the other options have defaults."""
     defaults: Options = (0.07, 1.0, 50, 1.0, "hard", "exact")
     return draws.randn(query.shape[:2]), query, key, (*options, *defaults[len(options) :])
 
@@ -73,7 +73,7 @@ def layouts() -> list[Problem]:
 def run(
     kind: str, gpu: tuple[int, bool], problems: Sequence[Problem], folder: Path
 ) -> list[np.ndarray[Any, Any]]:
-    """Losses and gradient of each, twice over."""
+    """Losses and gradient of each problem, computed twice."""
 
     def twice(calls: list[Call]) -> list[Any]:
         found = results(kind, [("set_gpu", gpu), *calls, *calls], folder)[1:]
@@ -94,9 +94,9 @@ def run(
 
 
 def check(kind: str, gpu: tuple[int, bool], problems: Sequence[Problem], folder: Path) -> None:
-    """But for what float32 similarities cannot tell: an error of 2e-7 in them moves logits by
-    2e-7 / t, and where the plan hardly depends on them, its rounding over epsilon is left of its
-    gradient."""
+    """Compares with the reference within the limits of float32 similarities: an error of 2e-7 in
+    them changes logits by 2e-7 / t, and if the plan hardly depends on them, its gradient is mostly
+    its rounding divided by epsilon."""
     found = run(kind, gpu, problems, folder)
     for (upstream, query, key, options), losses, grad in zip(
         problems, found[::2], found[1::2], strict=True
@@ -123,7 +123,7 @@ def test_layouts(tmp_path: Path) -> None:
 
 
 def test_larger_maps(tmp_path: Path) -> None:
-    """Every number of columns that a lane may have, and more than it can."""
+    """Every number of columns per lane, and more than a lane can have."""
     torch.manual_seed(0)
     problems = [
         problem(*pair(1, 150, 33)),

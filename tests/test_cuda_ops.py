@@ -1,5 +1,5 @@
-"""What the CUDA ops refuse, in a sentence that names the argument: the checks of csrc/cuda/ops,
-whose host build takes tensors of the CPU."""
+"""The CUDA ops' refusals, each a sentence that names the argument: the checks of csrc/cuda/ops,
+whose host build takes tensors on the CPU."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def ops() -> Any:
 
 
 def coupling(x: Tensor = X, weights: int = 176, **changed: Any) -> Any:
-    """A block of 4 channels of an image of 4: 4 (4 + 1) + 3 (4 2^2 + 18 2) weights."""
+    """A block of 4 channels on an image of 4 channels: 4 (4 + 1) + 3 (4 2^2 + 18 2) weights."""
     options = {"channels": 4, "kernel": 1, "activation": "relu6", "clamp": 0.0} | changed
     return ops().coupling(x, torch.zeros(weights), *options.values())
 

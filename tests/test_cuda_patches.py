@@ -1,5 +1,5 @@
-"""The CUDA kernels of `patches` on the host: races and what lies outside of memory. Values are the
-matter of test_patches.py, for the backend "cuda"."""
+"""The CUDA kernels of `patches` on the host: races and accesses out of bounds. test_patches.py
+checks values, with the backend "cuda"."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def problem(number: int, dtype: torch.dtype) -> tuple[Tensor, list[Tensor], int,
 
 
 def test_long_sums_are_exact(tmp_path: Path) -> None:
-    """Sums of 1024 products, which tensor cores alone would get wrong by 7e-6."""
+    """Sums of 1024 products, in which tensor cores alone would err by 7e-6."""
     torch.manual_seed(0)
     x, shapes = draws.rand(1, 4, 40, 56), [(128, 1024), (128,), (64, 128), (64,)]
     weights = [draws.randn(s) / s[-1] ** 0.5 for s in shapes]

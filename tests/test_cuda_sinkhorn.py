@@ -32,14 +32,14 @@ def cosines(b: int, n: int, d: int = 8) -> Tensor:
 
 
 def problem(similarity: Tensor, *options: Any) -> Problem:
-    """With a gradient of the plan, the rest of the options by default."""
+    """A problem with a gradient of the plan; the other options have defaults."""
     defaults: Options = ("hard", 1.0, 50, None)
     upstream = draws.randn(similarity.shape).to(similarity.dtype)
     return upstream, similarity, (*options, *defaults[len(options) :])
 
 
 def small_problems() -> list[Problem]:
-    """Every cost, sums that leave float32's range, an end at a tolerance, tiny sizes."""
+    """Every cost, sums that leave float32's range, a stop at a tolerance, tiny sizes."""
     torch.manual_seed(0)
     return [
         *[problem(cosines(2, n)) for n in (3, 5, 17)],
@@ -73,7 +73,7 @@ def calls_of(problems: Sequence[Problem]) -> list[Call]:
 def run(
     kind: str, gpu: tuple[int, bool], problems: Sequence[Problem], folder: Path
 ) -> list[np.ndarray[Any, Any]]:
-    """Plan and gradient of each, twice over."""
+    """Plan and gradient of each problem, computed twice."""
     calls = calls_of(problems)
     found = results(kind, [("set_gpu", gpu), *calls, *calls], folder)[1:]
     for first, second in zip(found[: len(calls)], found[len(calls) :], strict=True):
@@ -95,7 +95,7 @@ def check(kind: str, gpu: tuple[int, bool], problems: Sequence[Problem], folder:
         assert contract.relative_error(as_tensor(plan, similarity.dtype), want) <= 1e-5
         want = reference.sinkhorn_plan_backward(up, exact, *options)
         got = as_tensor(grad, similarity.dtype).double()
-        # Of equal gradients along a row or column, the marginals being given, nothing is left.
+        # Equal gradients along a row or column cancel, because the marginals are fixed.
         assert (got - want).norm() <= 1e-4 * want.norm() + 1e-6 * up.norm() / options[1]
 
 
@@ -111,7 +111,7 @@ def test_layouts(gpu: tuple[int, bool], tmp_path: Path) -> None:
 
 
 def test_larger_matrices(tmp_path: Path) -> None:
-    """Every number of columns that a lane may have, and more than it can."""
+    """Every number of columns per lane, and more than a lane can have."""
     torch.manual_seed(0)
     problems = [
         problem(cosines(1, 150, 2), "hard", 0.02, 4),
@@ -148,7 +148,7 @@ def test_half_precision(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("gpu", [H200, CLUSTERS, STREAMED])
 def test_broken_matrices(gpu: tuple[int, bool], tmp_path: Path) -> None:
-    """NaN and infinities stay in their matrix; of two patches and of one there is no choice."""
+    """NaN and infinities stay in their matrix; for one or two patches there is only one plan."""
     torch.manual_seed(0)
     for n in (2, 20):
         similarity = cosines(4, n)

@@ -26,7 +26,7 @@ OPTIONS = (34.0, 0.5, 1.5, "inside", "rmse", 1.0, 1e-8)
 
 
 def patches(p: int, d: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """SR and GT patches, some of the GT's all but equal."""
+    """SR and GT patches, some of the latter nearly equal."""
     gt = draws.rand(p, d, dtype=torch.float64)
     for i in range(2, p, 3):
         gt[i] = gt[i - 1] + 0.01 * draws.randn(d, dtype=torch.float64)
@@ -166,7 +166,7 @@ def test_no_negatives_gives_zero(backend: str) -> None:
 
 
 def test_rows_without_negatives_are_left_out() -> None:
-    """Patches 0, 1, 2 in a row, each alike to the next only; then 1 is alike to all."""
+    """Patches 0, 1, 2, each similar only to the next; so 1 is similar to all."""
     step = 0.015  # rmse below 0.01995 once, above it twice
     gt = torch.stack([torch.full((12,), 0.5 + i * step) for i in range(3)]).double()
     positive = reference.positive_pairs(gt, 34.0, "rmse", 1.0)
@@ -215,7 +215,7 @@ def test_module() -> None:
 
 
 def _rank(rank: int, folder: str) -> None:
-    """The first image, or all others, as one of two processes."""
+    """One of two processes, with the first image or with all others."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
@@ -242,7 +242,7 @@ def test_gather_takes_the_batch_over_all_ranks(batch: int, tmp_path: Path) -> No
     for rank in range(2):
         loss, local = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         torch.testing.assert_close(loss, expected.detach())
-        # Summed over both ranks' losses; DistributedDataParallel's mean takes the 2 away again.
+        # The sum over both ranks' losses; DistributedDataParallel's mean divides by 2 again.
         own = slice(0, 1) if rank == 0 else slice(1, None)
         torch.testing.assert_close(local / 2, grad[own])
 
@@ -293,7 +293,7 @@ def test_sizes_that_fit_no_tile(backend: str, p: int, d: int) -> None:
     sr, gt = patches(*interpreter.fitted(backend, (p, d), (130, d)))
     p = len(sr)
     if p > 2:
-        sr[0] = gt[p - 1] = 0  # a black patch is as near to padding as can be
+        sr[0] = gt[p - 1] = 0  # a black patch resembles padding most
     contract.check_against_reference(loss_on(backend, gt), exact_loss(gt), [sr])
 
 
@@ -309,7 +309,7 @@ def test_many_patches(backend: str) -> None:
     contract.check_against_reference(loss_on(backend, gt), exact_loss(gt), [sr])
 
 
-# A last run of columns that is shorter, in the forward and in the backward.
+# A shorter last run of columns, in the forward and in the backward.
 @pytest.mark.parametrize(("p", "programs"), [(140, 8), (120, 12)])
 def test_runs_of_triton(p: int, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     sr, gt = patches(p, 3)
@@ -352,7 +352,7 @@ def test_pairs_at_the_threshold(backend: str) -> None:
 
 
 def test_a_pair_on_the_threshold_is_positive(backend: str) -> None:
-    """0 dB and L2: of a squared distance of 1 + 2^-23 the root is 1 in float32."""
+    """0 dB and L2: the root of a squared distance of 1 + 2^-23 is 1 in float32."""
     gt = torch.tensor([[0.0, 0.0], [1.0, 2.0**-11.5], [-2.0, 0.0]])
     options = (0.0, 0.5, 1.5, "inside", "l2", 1.0, 1e-8)
     assert reference.positive_pairs(gt, 0.0, "l2", 1.0).sum() == 5

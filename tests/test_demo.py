@@ -137,7 +137,7 @@ def test_the_start_that_ships_is_checked_small_and_better_than_bicubic(
         for n in (network, upsample_bicubic)
     )
     assert better > worse + 0.5
-    # It is no feature extractor, and an altered file is refused.
+    # It is not a feature extractor, and an altered file is refused.
     assert START_NAME not in weights.SHA256
     monkeypatch.setitem(weights.OTHER_SHA256, START_NAME, "0" * 64)
     with pytest.raises(ValueError, match="'demo-start' are not the ones that shipped"):
@@ -262,7 +262,7 @@ def test_bundled_photographs_are_there_without_a_download(monkeypatch: pytest.Mo
 
 @pytest.fixture
 def album(tmp_path: Path) -> Path:
-    """Six usable pictures in two folders, and everything that can be wrong with one."""
+    """Six usable pictures in two folders, and unusable ones of every kind."""
     root = tmp_path / "album"
     (root / "deeper").mkdir(parents=True)
     names = ("a.jpg", "b.PNG", "c.webp", "d.bmp", "e.tiff", "deeper/f.png")
@@ -390,7 +390,7 @@ def test_a_run_writes_its_report_and_repeats(
     assert report.count("data:image/png;base64,") == 4 * 3
     assert "<svg" in report and "prefers-color-scheme: dark" in report
     assert not re.search(r"\b(nan|inf)\b", re.sub(r"base64,[^\"]*", "", report))
-    # Self-contained: nothing in it points outside.
+    # Self-contained: it has no references to other files.
     assert not re.search(r"(src|href)\s*=\s*\"(?!data:)|url\(|@import|<script", report)
     # Four columns, of twice the shortest side of a held-out picture.
     assert Image.open(out / "comparison.png").size[0] > 4 * 2 * 128

@@ -1,4 +1,4 @@
-"""The demo's report: what it shows, and the rule by which its headline is found."""
+"""The demo's report: its content, and the rule for its headline."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def quality(**changes: float | None) -> Quality:
 
 
 class Found:
-    """The part of a result that the headline and the remarks read."""
+    """The part of a result that the headline and the remarks use."""
 
     def __init__(self, l1: list[Quality], mghf: list[Quality]) -> None:
         self.quality = {"L1": l1, "MGHF-c": mghf}
@@ -56,7 +56,7 @@ class Found:
 def test_the_headline_follows_the_judge_and_names_the_price(
     l1: float, mghf: float, verdict: str, words: str
 ) -> None:
-    # The spectrum says the opposite of each and has no say.
+    # The spectrum says the opposite of each, and must be ignored.
     against = 30.0 if mghf < l1 else 1.0
     found: Any = Found(
         [quality(stlpips=l1)] * 2, [quality(stlpips=mghf, psnr=26.75, hf_error=against)] * 2

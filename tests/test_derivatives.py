@@ -1,5 +1,5 @@
-"""Derivatives of every public function, in the ways that autograd can ask for them: through inputs
-with a history, a second time, many at once, forwards."""
+"""Derivatives of every public function in autograd's various ways: through inputs with a history,
+second derivatives, many at once, forward mode."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def unit(x: Tensor) -> Tensor:
 
 
 def functions(dtype: torch.dtype = torch.float64) -> dict[str, Function]:
-    """By the public name, as a function of a (4, 4, 16, 16) tensor, differentiable in it. Public
+    """Public name -> the function of a (4, 4, 16, 16) tensor, differentiable in it. Public
     functions that are not named here are called with the tensor alone."""
     torch.manual_seed(1)
     block, gt = smooth_block(dtype), draws.rand(4, 4, 16, 16, dtype=dtype)
@@ -107,7 +107,7 @@ def test_second_derivatives(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_inputs_with_a_history(name: str) -> None:
-    """The function as a link of a chain whose other links share its input."""
+    """The function composed with others that share its input."""
     function, x = functions()[name], sample()
     scale = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
     y = x.tanh() * scale  # the function's input, not a leaf
@@ -124,7 +124,7 @@ def test_inputs_with_a_history(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("chain", ["inverse of block", "block of inverse", "twice", "three"])
 def test_block_and_inverse_share_weights(chain: str, dtype: torch.dtype) -> None:
-    """Training through both directions, as reconstruction and cycle losses do."""
+    """Training through both directions, as with reconstruction and cycle losses."""
 
     def run(forward: Callable[..., Tensor], inverse: Callable[..., Tensor]) -> list[Tensor]:
         block = smooth_block(dtype)
@@ -146,13 +146,13 @@ def test_block_and_inverse_share_weights(chain: str, dtype: torch.dtype) -> None
     expected = run(coupling.invertible_block, coupling.invertible_block_inverse)
     assert len(got) == len(expected) == 12
     tolerance = 1e-3 if dtype == torch.float32 else 1e-9
-    scale = max(float(b.norm()) for b in expected)  # some are 0 but for rounding
+    scale = max(float(b.norm()) for b in expected)  # some are 0 up to rounding
     for a, b in zip(got, expected, strict=True):
         assert float((a - b).norm()) < tolerance * scale
 
 
 def test_second_derivative_takes_a_detached_plan_as_a_constant() -> None:
-    """As plain autograd through the reference does."""
+    """The same as autograd through the reference."""
     query, key, v = (unit(draws.rand(4, 4, 16, 16, dtype=torch.float64)) for _ in range(3))
     options = (0.07, 1.0, 7, 1.0, "hard")
 
@@ -209,7 +209,7 @@ def losses() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
 @pytest.mark.parametrize("kernels", ["auto", "reference"])
 @pytest.mark.parametrize("name", losses())
 def test_batched_gradients(name: str, kernels: str) -> None:
-    """As `jacobian(vectorize=True)` and optimisers of several losses ask for them."""
+    """As in `jacobian(vectorize=True)` and in optimisers of several losses."""
     torch.manual_seed(3)
     loss, (sr, gt) = losses()[name], draws.rand(2, 2, 3, 48, 48)
     sr.requires_grad_()

@@ -44,7 +44,7 @@ def test_pytorch_is_exact_and_repeatable_on_a_device(monkeypatch: pytest.MonkeyP
             assert not torch.backends.cudnn.allow_tf32 and torch.backends.cudnn.deterministic
             assert not torch.backends.cuda.matmul.allow_tf32
             assert os.environ.pop("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"
-            assert torch.empty(9).isnan().all()  # what is left unwritten shows
+            assert torch.empty(9).isnan().all()  # so that unwritten elements are noticed
         finally:
             torch.use_deterministic_algorithms(False)
 
@@ -83,7 +83,7 @@ def test_where_hypothesis_is_missing() -> None:
 
 
 def test_numbers_are_those_of_the_cpu() -> None:
-    """Whatever the device, and in a number that the generator of the CPU counts."""
+    """The same on every device, and all drawn from the CPU's generator."""
     layer = nn.Linear(3, 2)
     made = {
         "randn": lambda m: m.randn(2, 3), "rand": lambda m: m.rand((2, 3), dtype=torch.float64),
@@ -113,7 +113,7 @@ DRAWN = ("randn", "rand", "randint", "randperm", "randn_like", "rand_like", "nor
 
 @pytest.mark.parametrize("path", sorted(TESTS.glob("*.py")), ids=lambda path: path.stem)
 def test_no_test_draws_on_a_device(path: Path) -> None:
-    """But with draws.py, or with a generator, which is one of the CPU."""
+    """Except by draws.py, or with an explicit generator, which is the CPU's."""
     if path.name == "draws.py":
         return
     wrong = []

@@ -1,4 +1,4 @@
-"""DINO-v2 as an embedder: the three libraries' models, small ones built without weights."""
+"""DINO-v2 as an embedder: small models of the three libraries, built without weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SMALL = {"embed_dim": 24, "depth": 2, "num_heads": 2, "init_values": 1.0}
 
 
 class HubModel(nn.Module):
-    """What torch.hub's DINO-v2 gives and says: a dictionary of tokens, ``patch_size``."""
+    """The interface of torch.hub's DINO-v2: a dictionary of tokens, ``patch_size``."""
 
     def __init__(self, patch_size: int = 14, width: int = 24) -> None:
         super().__init__()
@@ -34,13 +34,13 @@ class HubModel(nn.Module):
 
 @pytest.fixture
 def images() -> tuple[Tensor, Tensor]:
-    """In [-1, 1], of sides that are no multiple of 14."""
+    """Images in [-1, 1] with sides that are not multiples of 14."""
     gt = 2 * draws.rand(2, 3, 50, 64) - 1
     return (gt + 0.2 * draws.randn_like(gt)).requires_grad_(), gt
 
 
 def check(embedder: dino.Embedder, width: int, tokens: int, images: tuple[Tensor, Tensor]) -> None:
-    """Shapes, frozen, in evaluation mode, gradients to the image alone, and the loss with it."""
+    """Shapes, frozen weights, evaluation mode, gradients in the image only, and use in the loss."""
     sr, gt = images
     embedder.tokens = "patch"
     assert embedder(sr).shape == (2, tokens, width)
@@ -76,7 +76,7 @@ def test_timm(images: tuple[Tensor, Tensor]) -> None:
     name = "vit_small_patch14_dinov2"
     embedder = dino.from_timm(name, pretrained=False, img_size=56, **SMALL)
     check(embedder, 24, 4 * 5, images)
-    name = "vit_small_patch14_reg4_dinov2"  # registers are tokens of no patch
+    name = "vit_small_patch14_reg4_dinov2"  # register tokens belong to no patch
     embedder = dino.from_timm(name, pretrained=False, img_size=56, **SMALL)
     check(embedder, 24, 4 * 5, images)
 

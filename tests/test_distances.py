@@ -39,7 +39,7 @@ SIZE = 64
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Small tensors, and equal sums in all trainings."""
+    """One thread: tensors are small, and sums must be equal in all trainings."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -267,7 +267,7 @@ def test_the_fit_is_that_of_the_layers_on_one_grid() -> None:
     target = torch.einsum("bnhw,nc->bchw", whole, rotation)
     residual = (features - target).square().sum(1).mean((1, 2)) * weight
     assert torch.allclose(fit.residual(rotation), residual, rtol=1e-4)
-    # What is the teacher's turned differences, pair by pair, fits wholly.
+    # The teacher's rotated differences fit perfectly, pair by pair.
     perfect = distances.Fit(target, of, wanted)
     assert float(perfect.residual(rotation).max()) < 1e-6
 
@@ -290,7 +290,7 @@ def test_a_linear_map_is_not_averse_to_blur() -> None:
         return float(distances.blur_aversion(f(images)))  # type: ignore[operator]
 
     assert aversion(lambda x: 3 * x) > math.log(2)
-    # The energy of detail is alike in all candidates, and small in their mean.
+    # The energy of detail is similar in all candidates, and small in their mean.
     assert aversion(lambda x: torch.nn.functional.avg_pool2d(x.square(), 16)) < 0.2
 
 

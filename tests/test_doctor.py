@@ -1,4 +1,4 @@
-"""`mghf-fast doctor` tells every backend's state and checks the numbers."""
+"""`mghf-fast doctor` reports every backend's state and checks its results."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def test_any_map(bins: int, height: int, width: int, scale: float, shift: float,
     torch.testing.assert_close(got.double(), by_hand(x, bins), atol=1e-5, rtol=1e-5)
 
 
-# ---- what the kernels cut and where ----
+# ---- how the kernels divide the maps ----
 
 
 @pytest.mark.parametrize("bins", [2, 256, 5000])
@@ -128,7 +128,7 @@ def test_any_map(bins: int, height: int, width: int, scale: float, shift: float,
     ],
 )
 def test_sizes_that_fill_no_tile(backend: str, shape: tuple[int, ...], bins: int) -> None:
-    # Interpreted, every map and bin takes its time; 33 maps are more than a tile of them.
+    # Interpreted kernels are slow for many maps and bins; 33 maps are more than one tile.
     many = bins > 1000 and interpreter.is_slow(backend)
     x = draws.randn(interpreter.fitted(backend, shape, (1 if many else 2, 33, 150, 333)))
     dtypes = contract.DTYPES if bins > 2 and not many else (torch.float32, torch.bfloat16)
@@ -140,7 +140,7 @@ def test_sizes_that_fill_no_tile(backend: str, shape: tuple[int, ...], bins: int
 
 
 def test_values_on_the_edges_of_bins(backend: str) -> None:
-    """Every count is the reference's, so entropies agree to the last bit of a float32."""
+    """Counts equal the reference's, so entropies agree to the last bit of float32."""
     bins = 7
     edges = (torch.arange(8.0) / bins).repeat(32).view(1, 1, 16, 16)
     around = torch.nextafter(edges, draws.randn_like(edges))

@@ -1,5 +1,5 @@
 """``mghf-fast evaluate``: the measures against other implementations, hand-computed values and
-published figures; which pictures are paired; what is said of bad input."""
+published figures; the pairing of pictures; the errors for bad input."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def load(path: Path) -> metrics.Pixels:
 
 @pytest.fixture(scope="module")
 def truth() -> metrics.Pixels:
-    """A photograph that comes with scikit-image, cut to 128 x 160."""
+    """A photograph from scikit-image, cropped to 128 x 160."""
     whole = load(Path(skimage.__file__).parent / "data" / "astronaut.png")
     return np.ascontiguousarray(whole[100:228, 150:310])
 
@@ -54,7 +54,7 @@ def blurred(truth: metrics.Pixels) -> metrics.Pixels:
 
 
 def external(path: str) -> Path:
-    """A file or folder of the test pictures; skips where it is not."""
+    """A file or folder of the test pictures; skips the test if it is missing."""
     if TEST_PICTURES is None:
         pytest.skip("MGHF_TEST_PICTURES names no folder of test pictures")
     found = Path(TEST_PICTURES) / path
@@ -177,7 +177,7 @@ def test_there_is_no_judge_without_its_package(monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_fit_of_niqe_knows_an_asymmetric_gaussian() -> None:
     normal = np.abs(np.random.default_rng(0).normal(size=(1, 300, 300)))
-    # Its halves meet at zero, so the side that is twice as wide has twice as many values.
+    # The halves meet at zero, so the side that is twice as wide has twice as many values.
     normal[:, np.arange(300) % 3 > 0] *= -2
     shape, left, right = niqe._asymmetric_gaussians(normal)
     # Its scale is sqrt(2) standard deviations of a Gaussian.
@@ -227,7 +227,7 @@ def test_niqe_of_the_baboon_is_matlabs() -> None:
 
 @needs_niqe
 def test_niqe_of_realsrs_photographs() -> None:
-    """6.29 is what BasicSR's own code gives them."""
+    """6.29 is the result of BasicSR's own code."""
     found = [niqe.niqe(load(p)) for p in sorted(external("RealSR/HR").glob("*.png"))]
     assert float(np.mean([v for v in found if v is not None])) == pytest.approx(6.29, abs=0.01)
 
@@ -349,7 +349,7 @@ def test_a_folder_gives_a_table_and_json(
     assert written["mean"]["ssim_y"] == pytest.approx((one["ssim_y"] + two["ssim_y"]) / 2)
     assert f"{one['psnr_y']:.3f}" in shown
 
-    # An existing file is replaced only when told to.
+    # An existing file is replaced only with --force.
     before = out.read_bytes()
     code, _, errors = run(capsys, *words)
     assert code == 2 and "--force" in errors and out.read_bytes() == before

@@ -26,8 +26,8 @@ def launch(script: str, *options: str) -> str:
 
 
 def check(output: str, steps: int) -> None:
-    """Every step with two finite losses above 0, told once, and one network at the end."""
-    # Numbers alone: the processes' lines may come before each other's line ends.
+    """Every step prints two finite losses above 0 once; at the end both networks are equal."""
+    # Only numbers are parsed, because the processes' lines may be interleaved.
     told = re.findall(r"step (\d+): l1 ([\d.]+), mghf ([\d.]+)", output)
     assert [int(step) for step, _, _ in told] == list(range(steps)), output
     assert all(0 < float(loss) < 10 for _, *losses in told for loss in losses), output
@@ -47,7 +47,7 @@ def test_accelerate() -> None:
 
 
 def test_lightning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A module that holds the loss trains, and its checkpoint goes back in."""
+    """A module that contains the loss can be trained, and its checkpoint can be loaded."""
     trainers.need("lightning", "torchmetrics", "lightning_utilities")
     trainers.supply_torchvision()
     monkeypatch.syspath_prepend(str(EXAMPLES))

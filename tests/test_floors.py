@@ -1,4 +1,4 @@
-"""What an op must move and multiply, against counts by hand and those of the paper's Table 5."""
+"""Counts of an op's memory traffic and multiply-adds, against counts by hand and in Table 5."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ CEILINGS = {
 
 # 128 x 4096 values are 524,288.
 BY_HAND = {
-    # A pixel: 128 x 128, and 64 x 128 six times; 9 x 128 three times. The gradient: those and all
-    # of them again but one of the six.
+    # Per pixel: 128 x 128, and 64 x 128 six times; 9 x 128 three times. The gradient: the same, and
+    # again all but one of the six.
     "coupling": (
         Work(1_048_576, 65_536 * 4096, 3456 * 4096),
         Work(1_572_864, 122_880 * 4096, 6912 * 4096),
@@ -28,7 +28,7 @@ BY_HAND = {
     # The matrix has 16,384 entries, of which 128 x 129 / 2 differ.
     "gram": (Work(540_672, 8256 * 4096), Work(1_064_960, 16_384 * 4096)),
     "entropy": (Work(524_288, 0, 524_288), Work(0)),
-    # 64 x 64 products a pixel.
+    # 64 x 64 products per pixel.
     "content_style": (
         Work(1_048_576, 16_777_216, 2_621_440),
         Work(1_572_864, 16_777_216, 1_048_576),
@@ -53,11 +53,11 @@ def test_counts_grow_with_the_batch() -> None:
     for op, count in floors.OPS.items():
         for work, one in zip(count(Shape(3, 64)), count(TINY), strict=True):
             factors = {a / b for a, b in zip(work, one, strict=True) if b}
-            assert factors <= ({3, 9} if op == "dec" else {3}), op  # its pairs are of all images
+            assert factors <= ({3, 9} if op == "dec" else {3}), op  # its pairs cover all images
 
 
 def test_the_extractor_is_that_of_table_5() -> None:
-    """Whose counts are of both images, forward."""
+    """Table 5 counts both images, forward only."""
     setting = cost.Setting(height=64, width=64)
     for count, expected in (
         (floors.coupling, cost.invertible_block(setting)),
@@ -102,7 +102,7 @@ def test_rows_of_ours_get_their_floor() -> None:
     floors.annotate(row, {})
     assert "floor_s" not in row["parts"]["forward"]
     floors.annotate(row, CEILINGS)
-    # 2 x 128 x 441 x 441 values of 4 bytes take 49.8 us; as many multiply-adds 2.0 us.
+    # 2 x 128 x 441 x 441 values of 4 bytes take 49.8 us, as many multiply-adds 2.0 us (predicted).
     assert row["parts"] == {
         "forward": {
             "median_s": 4e-4, "floor_s": 4.98e-5, "times_floor": 8.03,

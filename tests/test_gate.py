@@ -1,4 +1,4 @@
-"""The slow checks run when what they depend on has changed, and what they depend on is complete."""
+"""The slow checks run when their sources have changed, and their lists of sources are complete."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ FILES = {
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A repository with two targets, which note in a file that they ran."""
+    """A repository with two targets, which record in a file that they ran."""
     for path, text in FILES.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
@@ -212,7 +212,7 @@ for module in list(sys.modules.values()):
 
 @pytest.mark.parametrize("target", ["cuda-host", "triton", "triton-resources"])
 def test_what_its_tests_and_tools_import_is_among_it(target: str) -> None:
-    """As a fresh Python finds it."""
+    """As a new Python process imports it."""
     scripts = re.compile(r"tests/(test_\w+|conftest)\.py|tools/[a-z]\w+\.py")
     named = [path for path in sorted(files_of(target)) if scripts.fullmatch(path)]
     names = [path[:-3].removeprefix("tests/").replace("/", ".") for path in named]

@@ -1,5 +1,5 @@
-"""What only a CUDA device can show, for every op and both losses: graphs, streams, a second device,
-repeatability where PyTorch insists on it, and the compiler that makes kernels for it."""
+"""Tests that need a CUDA device, for every op and both losses: graphs, streams, a second device,
+PyTorch's deterministic mode, and torch.compile's kernels for GPUs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CASES = sorted(cases.load_all())
 
 @pytest.fixture(autouse=True, params=["cuda", "triton"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each kind of kernels in turn; Triton serves the ops that have none in CUDA."""
+    """Each kind of kernels in turn; ops without a CUDA kernel use Triton's."""
     kind: str = request.param
     if kind == "cuda" and (reason := unavailable_reasons().get("cuda")) is not None:
         pytest.skip(reason)
@@ -119,8 +119,8 @@ def test_bfloat16_and_channels_last() -> None:
 
 
 def test_capture_and_replay(problem: Problem) -> None:
-    """A captured step, replayed on new values, gives what the step gives; so nothing in it waits
-    for the device or depends on values on the host."""
+    """A captured step, replayed on new values, gives the step's result; so nothing in it waits for
+    the device or depends on values on the host."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -137,7 +137,7 @@ def test_capture_and_replay(problem: Problem) -> None:
 
 
 def test_another_stream(problem: Problem) -> None:
-    """The inputs come late on the stream on which the op is called; were it to run on another, it
+    """The inputs are written late on the stream on which the op is called; an op on another stream
     would read zeros."""
     expected = problem.run()
     late = problem.leaf.clone()
@@ -153,7 +153,7 @@ def test_another_stream(problem: Problem) -> None:
 
 
 def test_deterministic_algorithms(problem: Problem) -> None:
-    """The kernels need nothing that PyTorch refuses under this flag, and repeat bit by bit."""
+    """The kernels use nothing that PyTorch refuses under this flag, and repeat bit by bit."""
     with insisting_on_deterministic_algorithms():
         assert same(problem.run(), problem.run())
 
@@ -172,7 +172,7 @@ def insisting_on_deterministic_algorithms() -> Iterator[None]:
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one CUDA device")
 def test_a_second_device() -> None:
-    """Its tensors are worked on there while the first is the current one."""
+    """Tensors on the second device are computed there while the first is the current one."""
     loss = MGHFLoss("c")
     got = step(copy.deepcopy(loss).to("cuda:1"), *images("cuda:1"))
     expected = step(loss.to("cuda:0"), *images("cuda:0"))
@@ -188,7 +188,7 @@ def test_a_second_device() -> None:
 
 @pytest.mark.parametrize("op", sorted(OPS))
 def test_what_has_kernels(op: str, kernels: str) -> None:
-    """All ops in Triton; in CUDA those that the library was built with."""
+    """All ops for Triton; for CUDA those that the library contains."""
     reason = OPS[op].why_not(kernels, torch.zeros(1, 2, 2, device="cuda"))
     built = native.build_facts(native.cuda_library())["cuda"]["ops"] if kernels == "cuda" else OPS
     assert (reason is None) == (op in built), reason

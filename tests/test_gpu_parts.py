@@ -1,4 +1,4 @@
-"""What `make gpu` measures, and how, without a GPU."""
+"""The measurements of `make gpu`, tested without a GPU."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def gpu_cases(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_every_op_has_its_rows(op: str) -> None:
-    """Its own, launched and as a graph, the paper's size first; and those of others."""
+    """The rows of our forms, launched and as a graph, the paper's size first; and the others'."""
     case = gpu_parts.on_gpu(CASES[op])
     own = gpu_parts.rows_of(case, False, gpu_parts.OWN)
     whole = op in gpu_parts.WHOLE
@@ -66,7 +66,7 @@ def test_compiled_rows() -> None:
         # make bench measures none of these
         assert not any(name.endswith((AUTOTUNED, CAPTURED)) for name in case.forms)
     rows = gpu_parts.rows_of(gpu_parts.on_gpu(CASES["mghf_c"]), False, gpu_parts.COMPILE)
-    # What unrolls 50 iterations takes minutes.
+    # Compiling 50 unrolled iterations takes minutes.
     assert [name for _, name in rows].index("compile") > 0
 
 
@@ -82,7 +82,7 @@ def test_vgg16_in_its_best_form() -> None:
 
 
 class Watch(gpu_parts.Host):
-    """A clock that runs only when it is told to."""
+    """A clock that advances only on request."""
 
     def __init__(self) -> None:
         self.now = 0.0

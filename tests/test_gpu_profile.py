@@ -35,7 +35,7 @@ def test_names_of_kernels(name: str, short: str) -> None:
 
 
 def test_a_profile(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU, with PyTorch's functions for kernels, and without Triton for the iterations."""
+    """On the CPU, with PyTorch's functions as kernels, and without Triton for the iterations."""
     written: list[dict[str, Any]] = []
 
     def missing(seen: object) -> Any:
@@ -56,7 +56,7 @@ def test_a_profile(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_triton
 def test_iterations_by_map(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of Triton's `solve`, which here only counts; and it is put back."""
+    """Iterations of Triton's `solve`, here replaced by a counter; afterwards it is restored."""
     import torch
 
     from mghf_fast.kernels import monce, sinkhorn

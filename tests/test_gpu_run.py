@@ -1,4 +1,4 @@
-"""`make gpu` without a GPU: what it asks of the machine, its parts and their limits."""
+"""`make gpu` without a GPU: its queries of the machine, its parts and their time limits."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_the_state_of_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def interruptible() -> Iterator[None]:
-    """As the command makes what it starts."""
+    """Handles SIGINT as in the command's own processes."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -102,7 +102,7 @@ def python(code: str) -> list[str]:
 
 
 def test_parts_side_by_side_say_how_they_ended(tmp_path: Path) -> None:
-    """And those over the limit, being interrupted, what they did until then."""
+    """Parts over their limit are interrupted and keep the results until then."""
     sleep = "import time\ntry: time.sleep(99)\nexcept KeyboardInterrupt: print('5 passed')"
     codes = {
         "good": "print(1)", "bad": "raise SystemExit('no /opt/some/where/device')",
@@ -231,7 +231,7 @@ def test_every_part_is_saved_and_bad_ones_are_told(
 def test_all_parts_together_have_a_limit(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, quick: bool, baselines: bool, limit: float
 ) -> None:
-    """However long each would take."""
+    """Whatever their durations."""
     pretence = Pretence(monkeypatch, tmp_path, 1e9)
     parts, all_time = gpu_plan.wanted(quick, baselines), gpu_plan.all_time(quick, baselines)
     run = gpu.measure(parts, all_time, quick, tmp_path, pretence.save, gpu_variants.PAIRS)
@@ -243,7 +243,7 @@ def test_all_parts_together_have_a_limit(
 
 
 def test_the_plan(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """What decides comes first, all of it has room, and it is told without a GPU."""
+    """The deciding parts come first and fit into the time; the plan is printed without a GPU."""
     names = [part.name for part in gpu_plan.PLAN]
     assert names[0] == "races" and names.index("profile") < names.index("mghf_c")
     order = ["mghf_c", "tests-cuda", "tests-reference", "variants", "counters", "sanitizer"]
@@ -262,7 +262,7 @@ def test_the_plan(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 
 
 def test_the_commit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Given from outside, or git's, or none."""
+    """The commit from the environment, or git's, or none."""
     monkeypatch.setenv("MGHF_COMMIT", "1234567")
     assert gpu_setup.commit() == "1234567"
     monkeypatch.delenv("MGHF_COMMIT")
@@ -298,7 +298,7 @@ PAIR = {"name": "p", "op": "gram", "shape": [1, 32], "a": {"backend": "reference
 
 
 def test_variants_run_twice_in_turn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Each environment in a process of its own; here on the CPU."""
+    """Each environment runs in a separate process, here on the CPU."""
     command, seen = gpu.part_command, []
     together = gpu_processes.run_together
 

@@ -1,4 +1,4 @@
-"""The tables of a result of `make gpu`, and what they are held against."""
+"""The tables of a result of `make gpu`, and their comparison with other results."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def test_the_readme_has_the_tables_of_every_gpu(
 
 
 def test_the_pages_say_whether_figures_were_taken() -> None:
-    """The blocks are those of the committed results, and nothing outside them says otherwise: none
-    claims that no GPU has run the kernels, or gives a GPU's time of its own."""
+    """The blocks equal the committed results, and the text around them does not contradict them: it
+    does not claim that no GPU has run the kernels, or give other GPU times."""
     for page, count in (("README.md", 1), ("docs/benchmarks.md", 1)):
         text = (report.ROOT / page).read_text()
         assert len(report.ON_GPUS.findall(text)) == count

@@ -1,5 +1,5 @@
-"""The tests of `make gpu` without a GPU: which run, in how many processes, and what is kept of
-those that do not pass."""
+"""The test part of `make gpu`, without a GPU: which tests run, in how many processes, and what is
+recorded of failures."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_what_failed_is_kept_by_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("end", ["time.sleep(99)", "os.kill(os.getpid(), 9)"])
 def test_what_was_cut_off_is_kept_by_name(end: str, tmp_path: Path) -> None:
-    """By the limit, or by whatever ends a process."""
+    """By the time limit, or for any other reason."""
     summary, failures = run(tmp_path, "import os, time\n" + SLOW.format(end), 8)
     assert summary.startswith("1 not begun, ")
     (failure,) = failures

@@ -1,5 +1,4 @@
-"""When Sinkhorn's iterations stop: the rule on embeddings of photographs, and the kernels that
-follow it."""
+"""The rule by which Sinkhorn's iterations stop, on embeddings of photographs and in the kernels."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ pytest.importorskip("skimage")
 
 ROOT = Path(__file__).parent.parent
 MOST = 6
-FOUR_PATCHES = 64  # pixels; of four patches the plan itself may need more
+FOUR_PATCHES = 64  # pixels; for four patches the plan itself may need more
 
 
 @pytest.fixture(scope="module", params=iterations.EXTRACTORS)
@@ -48,12 +47,12 @@ def test_noise_keeps_no_map_running(loss: MGHFLoss, picture: Tensor, size: int, 
         if size > FOUR_PATCHES:
             assert max(counts) <= MOST, (name, noise, counts)
         made.append(counts)
-    # Rounding moves hardly a map's count, and by one.
+    # Rounding changes the count of few maps, and only by one.
     assert np.ptp(made, axis=0).max() <= 1
 
 
 def test_the_rule_of_before_kept_maps_running(loss: MGHFLoss, picture: Tensor) -> None:
-    """What the test above would have said of it."""
+    """The former rule would fail the test above: some map runs all iterations."""
     for name, noise, _, before, _ in found(loss, picture, 256, 12):
         if noise == max(iterations.NOISES) and name == "scaling":
             assert max(before) == iterations.ITERATIONS
@@ -61,8 +60,8 @@ def test_the_rule_of_before_kept_maps_running(loss: MGHFLoss, picture: Tensor) -
 
 @pytest.mark.parametrize("rate", [0.9, 0.5, 0.1, 1e-3])
 def test_what_is_left(rate: float) -> None:
-    """Where changes fall evenly no more than promised is left, nor are they watched for much longer
-    than that takes, whatever rounding adds to them."""
+    """If changes decrease steadily, at most the promised error remains, and the iterations do not
+    continue for much longer than necessary, whatever rounding adds."""
     changes = 0.3 * rate ** np.arange(200)
     rounded = changes + 2e-6 * (1 + np.random.default_rng(0).random(200)) / 2
     for spreads, most in ((changes, 1.001), (rounded, 2)):  # a fifth of CLEAN is rounding here
@@ -74,13 +73,13 @@ def test_what_is_left(rate: float) -> None:
 def test_bounds_of_the_rule() -> None:
     assert iterations.settled([0.0] * 9) == 2  # a plan from the start
     assert iterations.settled([np.nan] * 9) == 9
-    assert iterations.settled([0.5, 3e-5, 1e-6]) == 3  # one fall is trusted by a factor of 20
+    assert iterations.settled([0.5, 3e-5, 1e-6]) == 3  # one fall is trusted up to a factor of 20
     assert iterations.settled([0.5, 1.5e-5, 1e-6]) == 2
-    assert iterations.settled([2e-6] * 9) == 2  # below what can be told from rounding
+    assert iterations.settled([2e-6] * 9) == 2  # below rounding
 
 
 def test_twins() -> None:
-    """The kernels have the constants of the rule that is tested here."""
+    """The kernels use the constants of the rule that is tested here."""
     wanted = (iterations.CLEAN, iterations.FASTEST, iterations.REST)
     text = (ROOT / "csrc/common/sinkhorn_settling.h").read_text()
     names = ("kClean", "kFastest", "kRest")

@@ -1,4 +1,4 @@
-"""Launches and memory of a whole step stay within what is committed."""
+"""Launches and memory of a whole step stay within the committed limits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """In a process of its own: it can launch nothing afterwards."""
+    """In a separate process, because it can launch nothing afterwards."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.launches", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

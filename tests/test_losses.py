@@ -1,4 +1,4 @@
-"""The losses as modules: composition, options, gradients, memory of the caller."""
+"""The losses as modules: composition, options, gradients, the caller's memory."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_float64_oracle() -> None:
 
 
 def apart(loss: MGHFLoss, sr: Tensor, gt: Tensor) -> Tensor:
-    """MGHF-c from its parts in plain PyTorch, each with a gradient of the features of its own."""
+    """MGHF-c from its parts in plain PyTorch, each with its own gradient in the features."""
     (gamma1, gamma2, gamma3), betas = loss.preset.gammas, loss.preset.betas
     with torch.no_grad():
         g = loss.extractor(gt)
@@ -134,7 +134,7 @@ def apart(loss: MGHFLoss, sr: Tensor, gt: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_terms_that_share_a_gradient_lose_none_of_it(dtype: torch.dtype) -> None:
-    # Weights that make both terms count alike, so that neither can go missing unseen.
+    # Weights that give both terms equal influence, so that a missing one is noticed.
     preset = Preset((0.1, 10, 10), (1, 1, 1), 1.1, 2**0.5, 24)
     loss = MGHFLoss(extractor=small_extractor(), preset=preset).to(dtype)
     sr, gt = pair(dtype=dtype)
@@ -146,7 +146,7 @@ def test_the_terms_that_share_a_gradient_lose_none_of_it(dtype: torch.dtype) -> 
     assert torch.equal(first, second)
     for got in (first, recorded):
         assert contract.relative_error(got, expected) <= 1e-4
-    # One term alone leaves the other's gradient undefined.
+    # With one term alone the other's gradient is undefined.
     terms = loss.terms(sr, gt)
     (lip,) = torch.autograd.grad(terms["lip"], sr, retain_graph=True)
     (csc,) = torch.autograd.grad(terms["csc"], sr, retain_graph=True)
@@ -167,7 +167,7 @@ def test_default_extractor_is_the_same_every_time() -> None:
 
 @pytest.mark.parametrize("side", [64, 96, 192])
 def test_every_term_of_the_balanced_preset_has_a_say(side: int) -> None:
-    """Of a blurred photograph's gradient, at any size of crop."""
+    """Every term has a share of the gradient of a blurred photograph, at any size of crop."""
     photograph = pytest.importorskip("skimage.data").astronaut()[100:, 150:]
     gt = torch.from_numpy(photograph[:side, :side].copy()).permute(2, 0, 1)[None].float() / 255
     padded = F.pad(gt, (2, 2, 2, 2), mode="reflect")
@@ -386,7 +386,7 @@ def test_a_preset_of_ones_own_sets_the_entropy_weights() -> None:
 def test_weights_are_drawn_on_the_cpu_for_every_device(
     make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another device's generator draws other numbers; here "meta" stands for one."""
+    """Another device's generator draws other numbers; here "meta" represents one."""
     moved = []
 
     def to(self: nn.Module, device: torch.device, *_: object) -> nn.Module:
@@ -417,7 +417,7 @@ GPU_KERNELS = [
 
 
 def small_loss(variant: str, backend: str, dtype: torch.dtype, **options: object) -> MGHFLoss:
-    """MGHF-n has the block; MGHF-c needs more pixels, for which the block would take minutes."""
+    """MGHF-n runs the block; MGHF-c needs more pixels, for which the block would take minutes."""
     torch.manual_seed(0)
     extractor = small_extractor(**options) if variant == "n" else nn.Conv2d(3, 4, 3)
     return MGHFLoss(variant, extractor=extractor, backend=backend).to(dtype)
@@ -468,8 +468,8 @@ def test_on_kernels_for_gpus_in_half_precision(
 ) -> None:
     sr, gt = small_pair(variant, dtype)
 
-    # Kernels round within the block, the reference does not. In the linear start that has no say;
-    # of a curved one the features are compared, below.
+    # Kernels round within the block, the reference does not. With the linear start this does not
+    # matter; with a curved one the features are compared, below.
     def loss_on(backend: str, sr: Tensor) -> Tensor:
         loss = small_loss(variant, backend, sr.dtype, init="linear", clamp=None)
         return loss(sr, gt.to(sr.dtype))
@@ -480,7 +480,7 @@ def test_on_kernels_for_gpus_in_half_precision(
 
 
 def in_the_images_precision(extractor: DetailFeatureExtractor, image: Tensor) -> Tensor:
-    """The features as PyTorch's own layers give them, every one rounded to the image's dtype."""
+    """The features by PyTorch's own layers, each rounded to the image's dtype."""
     assert isinstance(extractor.stem, nn.Conv2d)
     (block,) = extractor.blocks
     assert isinstance(block, InvertibleBlock)

@@ -1,4 +1,4 @@
-"""The class that stands in for LPIPS: called, shaped and refused as its callers expect."""
+"""The replacement for LPIPS: calls, shapes and errors as its callers expect."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mghf_fast.integrations import lpips
 
 @pytest.fixture
 def images() -> tuple[torch.Tensor, torch.Tensor]:
-    """In [-1, 1]."""
+    """Images in [-1, 1]."""
     gt = 2 * draws.rand(2, 3, 40, 48) - 1
     return (gt + 0.1 * draws.randn_like(gt)).requires_grad_(), gt
 
@@ -99,7 +99,7 @@ def test_signature_and_shapes_are_those_of_the_package() -> None:
 
 
 def test_under_accelerate_as_osediff_calls_it(images: tuple[torch.Tensor, torch.Tensor]) -> None:
-    """OSEDiff fcc4f09: prepared beside the network, bfloat16, images in float32."""
+    """OSEDiff fcc4f09: prepared together with the network, bfloat16, images in float32."""
     trainers.need("accelerate")
     trainers.supply_torchvision()
     from accelerate import Accelerator

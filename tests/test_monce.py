@@ -31,7 +31,7 @@ def pair(b: int, n: int, d: int = 8, dtype: torch.dtype = torch.float32) -> tupl
 
 
 def by_hand(query: Tensor, key: Tensor, plan: Tensor, t: float, q: float) -> Tensor:
-    """The loss as printed, one patch at a time."""
+    """The loss as printed in the paper, one patch at a time."""
     s = query @ key.mT
     b, n, _ = query.shape
     losses = torch.zeros(b, n, dtype=query.dtype)
@@ -131,9 +131,9 @@ def test_values_and_gradients(
 
 
 def check_map(query: Tensor, key: Tensor, backend: str, *options: object) -> None:
-    """Losses and gradients of the given maps against float64, but for what float32 similarities
-    cannot tell: an error of 2e-7 in them moves logits by 2e-7 / t, and where the plan hardly
-    depends on them, its rounding over epsilon is left of its gradient."""
+    """Losses and gradients of the given maps against float64, within the limits of float32
+    similarities: an error of 2e-7 in them changes logits by 2e-7 / t, and if the plan hardly
+    depends on them, its gradient is mostly its rounding divided by epsilon."""
     temperature, epsilon, iterations, weight, cost, plan_gradient = options
 
     def loss(q: Tensor) -> Tensor:
@@ -151,8 +151,8 @@ def check_map(query: Tensor, key: Tensor, backend: str, *options: object) -> Non
         )
 
     expected = reference.monce(query.double(), key.double(), *options)
-    # The reference's logarithms are as large as 1 / epsilon, and ten of their roundings are lost,
-    # which the kernels keep.
+    # The reference's logarithms are as large as 1 / epsilon and accumulate ten roundings, which the
+    # kernels avoid.
     lost, more = (6e-7 / epsilon, 10) if backend == "reference" else (0, 1)
     assert contract.relative_error(loss(query), expected) <= 1e-5 + 2e-7 / temperature + lost
     upstream = draws.randn(expected.shape)
@@ -178,7 +178,7 @@ def test_any_size(backend: str, n: int, d: int) -> None:
 
 
 def test_many_maps(backend: str) -> None:
-    """More than a kernel may take at a time."""
+    """More maps than a kernel processes at a time."""
     query, key = pair(11, 5, 3)
     contract.check_against_reference(
         lambda q: functional.monce_loss(q, key, iterations=3, reduction="none", backend=backend),
@@ -196,7 +196,7 @@ def test_the_papers_size(backend: str, cost: str) -> None:
 @pytest.mark.parametrize("size", [64, 128, 256])
 @pytest.mark.parametrize("extractor", iterations.EXTRACTORS)
 def test_photographs(backend: str, extractor: str, size: int) -> None:
-    """The loss's own embeddings, of which few iterations are made, against all 50 in float64."""
+    """The loss's own embeddings, which need few iterations, against all 50 in float64."""
     pytest.importorskip("skimage")
     maps = 2 if interpreter.is_slow(backend) else 8
     loss, picture = MGHFLoss(extractor=extractor, backend="reference"), iterations.pictures(None)[0]
@@ -212,8 +212,8 @@ def test_photographs(backend: str, extractor: str, size: int) -> None:
 
 @pytest.mark.parametrize("plan_gradient", PLAN_GRADIENTS)
 def test_the_backward_makes_no_iteration_again(backend: str, plan_gradient: str) -> None:
-    """It takes what the forward left: with another map's its gradient is another one. Without any
-    it makes the iterations itself."""
+    """The backward uses the forward's state: with another map's state its gradient is different.
+    Without a state it recomputes the iterations."""
     query, key = pair(2, 19, 16)
     options = (*OPTIONS[:-1], plan_gradient)
     losses, state = ops.monce.monce(query, key, *options, backend)
@@ -231,7 +231,7 @@ def test_the_backward_makes_no_iteration_again(backend: str, plan_gradient: str)
         return
     assert (made > 1).all() and (made <= KEPT).all()
     assert contract.relative_error(gradient(state.flip(0)), got) > 1e-2
-    # Slow maps leave nothing that does not fit.
+    # Slowly converging maps save no iterations that do not fit.
     _, state = ops.monce.monce(*clusters(30, 3, 0.2), 0.07, 0.05, *OPTIONS[2:], backend)
     assert ((state[:, 0, 0] == 0) | (state[:, 0, 0] > 1)).all()
 

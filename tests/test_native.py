@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Tensors this small gain nothing from threads, and threads wait for each other."""
+    """One thread, because small tensors gain nothing from threads, which wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -34,7 +34,7 @@ def one_thread() -> Iterator[None]:
 
 
 def similarities(batch: int, size: int, kind: str = "random", seed: int = 0) -> Tensor:
-    """Cosine similarities of query and key embeddings that belong together, as in training."""
+    """Cosine similarities of matching query and key embeddings, as in training."""
     generator = torch.Generator().manual_seed(seed + size)
     query, noise = torch.randn(2, batch, size, 64, generator=generator)
     key = query + 0.5 * noise
@@ -65,7 +65,7 @@ def check(
     grad = torch.randn(similarity.shape, generator=torch.Generator().manual_seed(1))
     grad_similarity = torch.ops.mghf_native.sinkhorn_backward(grad, similarity, *options)
     expected = sinkhorn_plan_backward(grad.double(), similarity.double(), *options)
-    # Where the plan hardly depends on the similarities, rounding in the plan is what is left.
+    # If the plan hardly depends on the similarities, its gradient is mostly rounding.
     floor = 1e-6 * (grad * plan).norm().item() / epsilon
     error = (grad_similarity.double() - expected).norm().item()
     assert error <= 1e-4 * expected.norm().item() + floor
@@ -157,7 +157,7 @@ def test_degenerate_shapes() -> None:
     assert gradient[0] == 0 and gradient[1].isnan()
 
 
-# ---- input that is no similarity ----
+# ---- input that is not a similarity ----
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 3e38])

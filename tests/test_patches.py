@@ -147,7 +147,7 @@ def test_zero_embeddings_are_finite(backend: str) -> None:
 
 
 def test_gradient_of_tiny_embeddings(backend: str) -> None:
-    """|y| about as small as the floor of the norm."""
+    """|y| is about as small as the floor of the norm."""
     w = parameters(3, 5, 4)
     w[2], w[3] = 1e-8 * draws.randn(4, 5), torch.zeros(4)
     contract.check_against_reference(
@@ -244,7 +244,7 @@ def test_kernel_sizes(size: tuple[int, ...], layout: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 def test_kernel_gradients_in_half_precision(layout: str, dtype: torch.dtype) -> None:
-    """Embeddings are those of float32; gradients too, rounded once."""
+    """Embeddings equal those of float32; gradients too, rounded once."""
     half = image(2, 18, 12, 23, layout).to(dtype)
     w = parameters(5, 12, 9)
 
@@ -293,7 +293,7 @@ def test_adds_to_a_gradient(backend: str, layout: str, dtype: torch.dtype) -> No
     add_backward = ops.OPS["patches"].choose(backend, x, *w).add_backward
     add_backward(total, grad, embedding, state, x, *w, 6, 4)
     rounding = contract.relative_error(expected.to(dtype), expected)
-    # What is added has the error of a gradient, the sum its own rounding.
+    # The added gradient has its own error, and the sum is rounded.
     allowed = (2 * rounding + 1e-6) * expected.norm() + 1e-5 * exact.norm()
     assert (total.double() - expected).norm() <= allowed
 
@@ -313,7 +313,7 @@ def test_what_is_not_finite_stays_in_its_patches(backend: str, layout: str, valu
         assert torch.equal(result.isnan(), want.isnan()) and want.isnan().any()
 
 
-# Patch sizes that products of bfloat16 take, by vectors or (32 and 64 wide) by tiles of AMX.
+# Patch sizes for which products of bfloat16 are used, by vectors or (32 and 64 wide) AMX tiles.
 BFLOAT16_SIZES = [
     (2, 5, 9, 11, 2, 5, 3, 4),
     (1, 40, 33, 41, 8, 3, 33, 9),
@@ -327,8 +327,8 @@ BFLOAT16_SIZES = [
 @pytest.mark.parametrize("size", BFLOAT16_SIZES)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 def test_kernel_products_of_bfloat16(size: tuple[int, ...], layout: str) -> None:
-    """Image and weights are exact in them, so the embeddings are those of float32; the gradient has
-    the rounding of one hidden layer beyond its own."""
+    """Products of the image and the weights are exact, so embeddings equal those of float32; the
+    gradient has the rounding of one hidden layer besides its own."""
     batch, channels, height, width, patch_size, stride, hidden, dimension = size
     x = image(batch, channels, height, width, layout).bfloat16()
     w = [p.bfloat16() for p in parameters(patch_size, hidden, dimension)]

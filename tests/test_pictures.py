@@ -1,5 +1,5 @@
-"""Picture files of every kind, through the reader of every command: demo, visualize, pretrain and
-evaluate take the same ones, see the same pixels and refuse the others in a sentence."""
+"""Picture files of every kind, read by every command: demo, visualize, pretrain and evaluate accept
+the same files, read the same pixels and refuse the others in one sentence."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def written(path: Path, kind: str) -> Path:
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("kind", ["16-bit", "16-bit TIFF", "float", "int32"])
 def test_more_than_8_bits_are_refused(reader: str, kind: str, tmp_path: Path) -> None:
-    """A conversion to RGB would clip them: a picture of 16 bits would come out white."""
+    """A conversion to RGB would clip them: a picture of 16 bits would become white."""
     path = written(tmp_path / "picture", kind)
     with pytest.raises((ValueError, OSError), match="is not 8 bits a channel"):
         READERS[reader](path)
@@ -132,7 +132,7 @@ def test_a_crop_reads_a_crop(tmp_path: Path) -> None:
     assert read_float == [(64, 48)] * 2
 
 
-# ---- what a command says, and where it can't ----
+# ---- messages, and streams that cannot show them ----
 
 
 @pytest.fixture

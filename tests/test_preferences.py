@@ -59,7 +59,7 @@ def test_the_table_is_of_ops_and_their_kernels() -> None:
 def test_auto_follows_the_table(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Among the backends that can run, with the reason why the others cannot."""
+    """Among the backends that can run; the reasons why others cannot are logged."""
     op = _dispatch.Op("gram")
     can = {"cuda": True, "triton": True, "reference": True}
     for backend in can:

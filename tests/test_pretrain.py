@@ -88,7 +88,7 @@ def test_training_moves_every_weight_of_the_extractor(finished: Path) -> None:
         assert not torch.equal(value, state[f"extractor.{name}"]), name
 
 
-# --------------------------------------------------------------------------------------- going on
+# --------------------------------------------------------------------------------------- resuming
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -210,7 +210,7 @@ def test_a_loss_that_is_no_number_keeps_the_last_checkpoint(
     monkeypatch.setattr(classes, "scaled", broken)
     assert pretrain(out, 6, "--resume") == 2
     assert "the loss became nan before step 4; lower --lr" in told(capsys)
-    # Without an entry of the curve in between, the weights themselves tell.
+    # Without an entry of the curve in between, the weights themselves are checked.
     assert pretrain(out, 6, "--resume", "--log-every", "100", "--evaluate-every", "100") == 2
     assert "a weight became infinite or no number before step 4" in told(capsys)
     assert (out / "checkpoint.pt").read_bytes() == before

@@ -153,7 +153,7 @@ def test_two_classes_are_learned_from_folders_and_from_shards(
 
 
 def spoil(folders: Path, number: int) -> list[str]:
-    """Truncates, empties or replaces pictures; their names."""
+    """Truncates, empties or replaces pictures; returns their names."""
     names = sorted(str(p.relative_to(folders)) for p in folders.rglob("*.png"))[:number]
     for place, name in enumerate(names):
         content = (folders / name).read_bytes()
@@ -197,7 +197,7 @@ def test_skipped_pictures_are_remembered_by_a_checkpoint(
     assert train(tmp_path / "out", [folders], steps=8) == 0
     for path in folders.rglob("*.png"):
         assert path.exists()
-    # Nothing new is unreadable, but what was is more than now allowed.
+    # No more files are unreadable than before, but more than are now allowed.
     code = train(tmp_path / "out", [folders], "--resume", "--skip-limit", "2", steps=9)
     assert code == 2 and "more pictures than --skip-limit 2" in told(capsys)
 

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are f
 
 @pytest.fixture(scope="module")
 def happened(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What pretrain_processes.py tells, by scenario."""
+    """Scenario -> the results of pretrain_processes.py."""
     script = Path(__file__).with_name("pretrain_processes.py")
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     told = subprocess.run(
@@ -69,7 +69,7 @@ def test_two_processes_train_one_network(happened: dict[str, Any]) -> None:
     assert "rank 1: --data none" in found["no data"]["told"][0]
     assert found["odd"]["codes"] == [2, 2]
     assert "--batch is 5; it must be a multiple of the 2 processes" in found["odd"]["told"][0]
-    # A single process may not go on where two were.
+    # A single process may not resume a training of two.
     assert found["alone"] == 2
 
 

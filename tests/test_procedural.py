@@ -1,5 +1,5 @@
-"""The procedural pictures: a function of seed and index, labelled, and like photographs in two
-statistics."""
+"""The procedural pictures: a function of seed and index, labelled, and similar to photographs in
+two statistics."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_the_camera_blurs_and_adds_noise(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def _angular_energy(pixels: np.ndarray, degrees: int) -> float:
-    """Share of the spectral power above 0.1 cycles a pixel within 15 degrees of a direction."""
+    """Share of the spectral power above 0.1 cycles per pixel within 15 degrees of a direction."""
     grey = luminance(pixels)
     power = np.abs(np.fft.fft2(grey - grey.mean())) ** 2
     frequency = np.fft.fftfreq(len(grey))
@@ -74,7 +74,7 @@ def _of_class(wanted: dict[str, object], number: int, size: int = 48) -> list[np
 
 @pytest.fixture
 def no_camera(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of few pictures blur and noise would hide what the label says."""
+    """Turns off the lens's blur and the noise, which would hide the label in so few pictures."""
     monkeypatch.setattr(procedural, "LENS", (0.1, 0.1))
     monkeypatch.setattr(procedural, "NOISE", (0.0, 0.0))
 
@@ -109,7 +109,7 @@ def test_the_label_tells_the_band() -> None:
 @pytest.mark.usefixtures("no_camera")
 def test_petals_have_softer_edges() -> None:
     def steepness(law: str) -> float:
-        """What one of a hundred differences is above, of the picture's deviation."""
+        """The 99th percentile of the differences, relative to the picture's deviation."""
         pictures = _of_class({"law": law, "family": "cloud", "band": "coarse"}, 24)
         greys = [luminance(p) for p in pictures]
         steep = [np.percentile(np.abs(np.diff(g, axis=0)), 99) / g.std() for g in greys]
@@ -124,7 +124,7 @@ def test_radii_follow_an_inverse_cube() -> None:
     for _ in range(60):
         leaves, _ = procedural._draw_leaves(rng, 64, "discs", 2.0)
         radii = np.concatenate([octave.geometry[2] for _, octave in leaves])
-        # Those whose middles lie in the picture; others are drawn only if they reach it.
+        # Leaves with centres in the picture; others are drawn only if they reach it.
         middles = np.concatenate([octave.geometry[:2] for _, octave in leaves], axis=1)
         radii = radii[((middles >= 0) & (middles < 64)).all(0)]
         counts += [((radii >= a) & (radii < 2 * a)).sum() for a in (2, 4)]
@@ -160,8 +160,8 @@ def test_statistics_of_known_pictures() -> None:
 
 
 def test_pictures_are_like_photographs() -> None:
-    """Between the first and the third quartile of the photographs' crops, or nearly; noise and a
-    picture of textures alone are not."""
+    """The medians lie between the first and third quartiles of the photographs' crops, or nearly;
+    those of noise and of a picture with only textures do not."""
     pytest.importorskip("skimage")
     pytest.importorskip("sklearn")
     crops = statistics.photograph_crops()

@@ -51,7 +51,7 @@ def test_metric_and_loss(
     torch.testing.assert_close(loss(*images), expected.mean())
     (gradient,) = torch.autograd.grad(loss(*images), images[0])
     assert gradient.abs().sum() > 0
-    # pyiqa's own `loss_weight` weighs the images of a batch against each other.
+    # pyiqa's own `loss_weight` weights the images of a batch.
     weights = torch.tensor([[3.0], [1.0]])
     weighted = create_metric(name, as_loss=True, loss_weight=weights)
     torch.testing.assert_close(weighted(*images), (0.75 * expected[0] + 0.25 * expected[1]))

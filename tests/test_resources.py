@@ -1,4 +1,4 @@
-"""What is compiled ahead of time: every Triton kernel as the ops launch it, within its limits."""
+"""Ahead-of-time compilation of every Triton kernel as the ops launch it, within its limits."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def launched() -> dict[str, str]:
-    """Row -> kernel, found in another process: one that has looked can launch nothing."""
+    """Row -> kernel, found in another process, because such a process can launch nothing later."""
     run = subprocess.run([sys.executable, "-W", "ignore", "-c", OF_ALL_OPS],
                          capture_output=True, text=True, check=True)  # fmt: skip
     found: dict[str, str] = json.loads(run.stdout)
@@ -70,7 +70,7 @@ ROWS = ("gram: k, first", "gram: k, second", "gram: other, first")
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> dict[str, Resources]:
-    """Two kernels in three rows, and what compiling finds of each."""
+    """Two kernels in three rows, with their compiled resources."""
     launched = {row: SimpleNamespace(kernel=SimpleNamespace(__name__=row.split(" ")[1].rstrip(",")))
                 for row in ROWS}  # fmt: skip
     found = {row: of() for row in ROWS}
@@ -100,11 +100,11 @@ def test_the_check_prints_the_numbers_and_fails_at_the_limits(
         in capsys.readouterr().out
     )
     compiled[ROWS[1]] = of(registers=41, spilled_bytes=8)
-    assert resources.main(["gram"]) == 0  # the second row of this kernel is left out
+    assert resources.main(["gram"]) == 0  # the kernel's second row is skipped
     assert resources.main(["gram", "--all"]) == 1
     assert "gram: k, second, sm_80: spills 8 bytes" in capsys.readouterr().err
     compiled[ROWS[1]] = of(registers=41)
-    assert resources.main(["gram", "--all"]) == 0  # a number is no fault
+    assert resources.main(["gram", "--all"]) == 0  # a number is not an error
 
 
 def test_a_check_of_nothing_fails() -> None:

@@ -69,7 +69,7 @@ def test_values_and_gradients(backend: str, cost: str, epsilon: float, n: int) -
         lambda s: functional.sinkhorn_plan(s, cost=cost, epsilon=epsilon, backend=backend),
         lambda s: reference.sinkhorn_plan(s, cost, epsilon, 50),
         [cosines(*interpreter.fitted(backend, (3, n), (1, n)))],
-        # Nearly a permutation, the plan hardly depends on s, and of the sum little is left.
+        # A near-permutation plan hardly depends on s, and the sum nearly cancels.
         cancelled=lambda upstream, plan: (upstream * plan).abs().sum((1, 2)) / epsilon,
         differentiable=n != 2,
     )
@@ -89,7 +89,7 @@ def test_two_patches_leave_no_choice(backend: str, epsilon: float) -> None:
 def test_small_epsilon_stays_finite(backend: str, cost: str) -> None:
     s = cosines(2, 24)
     s[0, 3] = s[0, 4]  # coincident patches
-    s[1] = 1 - 2 * torch.eye(24)  # every pair alike, at the edge of the range
+    s[1] = 1 - 2 * torch.eye(24)  # all pairs equal, at the edge of the range
     for epsilon in (0.01, 0.005):
         leaf = s.clone().requires_grad_()
         plan = functional.sinkhorn_plan(leaf, cost=cost, epsilon=epsilon, backend=backend)
@@ -128,7 +128,7 @@ def test_tolerance_stops_early_and_keeps_it(backend: str, epsilon: float) -> Non
     s = cosines(4, 30)
     early = functional.sinkhorn_plan(s, epsilon=epsilon, tolerance=1e-2, backend=backend)
     exact = reference.sinkhorn_plan(s.double(), "hard", epsilon, 50, 1e-2)
-    reached = functional.marginal_error(exact) <= 1e-2  # which 50 iterations need not do
+    reached = functional.marginal_error(exact) <= 1e-2  # not guaranteed after 50 iterations
     assert reached.any() and (functional.marginal_error(early)[reached] <= 1e-2 + 1e-5).all()
     full = functional.sinkhorn_plan(s, epsilon=epsilon, backend=backend)
     assert not torch.equal(early, full)
@@ -169,7 +169,7 @@ def test_layouts_of_the_upstream_gradient(backend: str) -> None:
     for _, strided in (*contract.batch_layouts(upstream), *contract.expanded(upstream)):
         got = ops.sinkhorn.sinkhorn_backward(strided, s, *options, backend)
         expected = ops.sinkhorn.sinkhorn_backward(strided, s, *options, "reference")
-        # Of equal gradients along a row or column, the marginals being given, nothing is left.
+        # Equal gradients along a row or column cancel, because the marginals are fixed.
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -229,7 +229,7 @@ def test_any_problem(
         s, cost=cost, epsilon=epsilon, iterations=iterations, tolerance=tolerance
     )
     want = reference.sinkhorn_plan(s.double(), cost, epsilon, iterations, tolerance)
-    # A stop at the tolerance may fall one iteration apart in float32.
+    # With a tolerance float32 may stop one iteration earlier or later.
     assert contract.relative_error(got, want) < (1e-5 if tolerance is None else 2e-2)
 
 
@@ -259,9 +259,9 @@ def test_bad_input() -> None:
 def test_many_programs_of_a_map_on_triton(
     n: int, epsilon: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first iterations of large maps are passes of their own: they end where those of a single
-    program end, with its potentials; a matrix of NaN is one, and the small epsilon leaves the sums
-    that a pass can take."""
+    """The first iterations of large maps are separate passes, which stop at the same iteration and
+    with the same potentials as a single program. One matrix is NaN, and the small epsilon exceeds
+    the range of a pass's sums."""
     from mghf_fast.kernels import sinkhorn_potentials as kernels
 
     s = draws.rand(3, n, n) * torch.tensor([0.9, 0.1, 0.9]).view(3, 1, 1)

@@ -1,7 +1,7 @@
-"""HF-Diff's objective out of SinSR's parts: its student gives SinSR's own three terms.
+"""HF-Diff's objective with SinSR's parts: the adapter's student gives SinSR's own three terms.
 
-SinSR f173549 of September 2024 (``training_losses_distill``), by contract: the terms are written
-down again below from what it computes, the diffusion is a stand-in.
+The contract is that of SinSR f173549 of September 2024 (``training_losses_distill``): its terms are
+reimplemented below, with a stand-in for the diffusion.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ KAPPA = 2.0
 
 
 class Diffusion:
-    """Latents' scaling of ResShift: a state's deviation at each step."""
+    """ResShift's scaling of latents by a state's deviation at each step."""
 
     num_timesteps = 4
     etas = torch.tensor([0.01, 0.1, 0.5, 0.99])
@@ -30,7 +30,7 @@ class Diffusion:
 
 
 class Network(nn.Module):
-    """Depends on the state, on the step and on the low resolution."""
+    """A network that depends on the state, the step and the low resolution."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ def states() -> dict[str, Tensor]:
 
 
 def sinsr_terms(diffusion: Diffusion, network: nn.Module, s: dict[str, Tensor]) -> list[Tensor]:
-    """mse, mse_xT and mse_gt, (B,) each, of SinSR's configuration for distillation."""
+    """mse, mse_xT and mse_gt, (B,) each, for SinSR's distillation configuration."""
     last = torch.full((3,), diffusion.num_timesteps - 1)
 
     def call(x: Tensor, t: Tensor) -> Tensor:

@@ -1,5 +1,4 @@
-"""What imports what; and the package's folder in a checkout, found because Python was started
-beside it."""
+"""The directions of imports, and the package imported from a checkout that is not installed."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ from mghf_fast.source_tree import is_bare_source_tree
 
 ROOT = Path(__file__).parents[1]
 
-# An editable installation finds the kernels of its own tree for whatever mghf_fast is imported.
+# An editable installation provides its own tree's kernels to any mghf_fast that is imported.
 PRELUDE = (
     "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]"
     "\n"
@@ -65,7 +64,7 @@ def test_another_checkout_that_is_installed_in_place_is_not_taken_for_it(checkou
 
 
 def test_a_checkout_that_is_not_installed_has_no_triton_kernels(checkout: Path) -> None:
-    """However they are asked for, it is said how to get them."""
+    """Every request for kernels says how to get them."""
     code = PRELUDE + "from mghf_fast.ops import OPS; OPS['gram'].implementation('triton')"
     ran = run(checkout, "-c", code)
     assert "ImportError: mghf_fast comes from a source tree" in ran.stderr
@@ -86,7 +85,7 @@ def test_an_installed_package_says_nothing() -> None:
 
 PACKAGE = Path(mghf_fast.__file__).parent
 MEASURED = {"commands/table5/workloads.py"}
-"""What measures the reference as a variant of its own, and so imports it."""
+"""Files that measure the reference as a variant, and so import it."""
 
 
 def imports(file: Path) -> Iterator[str]:
@@ -104,7 +103,7 @@ def imports(file: Path) -> Iterator[str]:
 
 
 def importers(name: str) -> set[str]:
-    """The files of the package that import a module, or something of it."""
+    """The files of the package that import a module, or names from it."""
     return {
         file.relative_to(PACKAGE).as_posix()
         for file in PACKAGE.rglob("*.py")
@@ -114,7 +113,7 @@ def importers(name: str) -> set[str]:
 
 def test_nothing_above_the_ops_imports_the_reference() -> None:
     found = importers("mghf_fast.reference")
-    assert any(file.startswith("ops/") for file in found)  # the test sees what it looks for
+    assert any(file.startswith("ops/") for file in found)  # the test does find such imports
     assert {f for f in found if not f.startswith(("ops/", "reference/"))} == MEASURED
 
 

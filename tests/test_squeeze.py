@@ -77,7 +77,7 @@ def test_reflection_is_that_of_pytorch_in_values_and_gradients() -> None:
 
 
 def test_the_lift_keeps_lengths() -> None:
-    """Whatever the start: orthogonal columns of one length."""
+    """For every start the columns are orthogonal and of equal length."""
     for init in ("curved", "linear"):
         lift = DetailFeatureExtractor(stem="squeeze", init=init).stem.lift.weight
         gram = lift.mT @ lift
@@ -150,7 +150,7 @@ def test_in_half_precision(dtype: torch.dtype, kernels: str) -> None:
         features: Tensor = copy.deepcopy(made).to(x.dtype)(x, backend=backend)
         return features
 
-    # Its weights are rounded alike in all three.
+    # The lift's weights are rounded in the same way in all three.
     made.to(dtype).float()
     contract.check_half_precision(
         lambda x: on(kernels, x), lambda x: on("reference", x), [images(9, 12)], dtype
@@ -265,11 +265,11 @@ def test_a_frozen_extractor_keeps_nothing_at_full_resolution() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         extractor(x)
     assert all(t.shape[-2:] != (32, 32) for t in kept)
-    # One input a block, and no more.
+    # Only one input per block.
     assert sum(t.shape == (2, 16, 16, 16) for t in kept) <= 2
 
 
-# ---- a loss of features at a part of the resolution ----------------------------------------------
+# ---- a loss of features at reduced resolution ----------------------------------------------------
 
 
 def pair(b: int = 2, size: int = 56) -> tuple[Tensor, Tensor]:
@@ -341,7 +341,7 @@ def test_automatic_patches_of_squeezed_features() -> None:
 
 
 class Shrinks(nn.Module):
-    """Features at 1/2 of the resolution that say so."""
+    """Features at 1/2 of the resolution, with the attribute `downscale`."""
 
     def __init__(self, downscale: object = 2) -> None:
         super().__init__()
@@ -366,7 +366,7 @@ def test_any_module_may_say_its_downscale() -> None:
             ValueError, match=f"at least 32 pixels .* got {height} x {width}; .*'auto' takes 8 pix"
         ):
             loss(*image)
-    # Features that are smaller than they say.
+    # Features that are smaller than `downscale` says.
     with pytest.raises(ValueError, match=r"at least 32 pixels .* got 28 x 28"):
         LocalInformationLoss(downscale=4)(*draws.rand(2, 1, 2, 7, 7))
 
@@ -390,6 +390,6 @@ def test_a_downscale_that_does_not_fit_is_refused() -> None:
         LocalInformationLoss(downscale=0)
     free = MGHFLoss("n", extractor=Shrinks(5))
     assert free.local_information.downscale == 1  # nothing is cut into patches
-    # A local term without a weight may get one: its patches fit.
+    # A local term without a weight may get one, because its patches fit.
     later = MGHFLoss(preset=Preset((1, 1, 0), (1, 1, 1), 1.1, 1.4, 24))
     assert later.local_information.downscale == 4

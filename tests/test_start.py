@@ -1,4 +1,4 @@
-"""The weights that a new extractor starts from: their scale on photographs, and that they bend."""
+"""A new extractor's initial weights: their scale on photographs, and their nonlinearity."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CROP = 96
 
 @functools.cache
 def photographs() -> Tensor:
-    """The middles of four photographs, (4, 3, 97, 97), -1 to 1."""
+    """The centres of four photographs, (4, 3, 97, 97), in [-1, 1]."""
     data = pytest.importorskip("skimage.data")
     crops = []
     for picture in (data.astronaut(), data.chelsea(), data.coffee(), data.rocket()):
@@ -63,7 +63,7 @@ def scales(block: InvertibleBlock, x: Tensor) -> dict[str, float]:
 
 
 def curvature(extractor: DetailFeatureExtractor, picture: Tensor) -> float:
-    """|F(mean) - mean F|^2 over the variance of F, of the picture shifted by 0 and 1 pixels."""
+    """|F(mean) - mean F|^2 over the variance of F, for a picture shifted by 0 and 1 pixels."""
     shifted = torch.stack(
         [picture[:, y : y + CROP, x : x + CROP] for y in range(2) for x in range(2)]
     )
@@ -170,8 +170,8 @@ def test_random_is_the_curved_start_of_seed_0() -> None:
 
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_the_linear_start_is_pytorchs_own(blocks: int) -> None:
-    """Layer after layer as PyTorch makes them, the mixes orthogonal: what "random" once was, but
-    for the mixes' last bits."""
+    """Layers initialised by PyTorch in order, with mixes orthogonal to float64 and rounded: the
+    former "random", but for the last bits."""
     found = made(channels=16, blocks=blocks, init="linear", clamp=None)
     torch.manual_seed(0)
     expected: list[Tensor] = list(nn.Conv2d(3, 16, 3, padding=1).parameters())
@@ -191,7 +191,7 @@ def test_the_linear_start_is_pytorchs_own(blocks: int) -> None:
 
 
 def test_loading_keeps_every_start() -> None:
-    """A file holds the weights, not how they were drawn; without a clamp in it there is none."""
+    """A file holds the weights, not their initialisation; without an entry there is no clamp."""
     from safetensors.torch import save
 
     for options in ({}, {"init": "linear", "clamp": None}, {"stem": "squeeze", "blocks": 2}):
@@ -211,5 +211,5 @@ def test_an_unknown_start_is_refused() -> None:
 
 
 def test_gains_are_of_the_right_block() -> None:
-    """The output's scale that the gain of the next mix takes for granted."""
+    """The scale of the output that the gain of the next mix assumes."""
     assert pytest.approx(math.sqrt((5 + math.exp(0.5) + 4) / 2)) == start.BLOCK_OUTPUT_RMS

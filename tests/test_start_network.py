@@ -1,4 +1,4 @@
-"""``python -m benchmarks.studies.start_network``: stopped runs go on, and what ships is whole."""
+"""``python -m benchmarks.studies.start_network``: stopped runs resume, and files are complete."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The two nodes of a step, beside the same loss put together from operators."""
+"""The two nodes of a step, compared with the same loss composed of operators."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def foreign() -> nn.Module:
 
 
 class Unfused:
-    """Within it losses are put together from operators."""
+    """A context in which losses are composed of operators."""
 
     def __enter__(self) -> None:
         self.patch = pytest.MonkeyPatch()
@@ -51,7 +51,7 @@ class Unfused:
 
 
 def calls(monkeypatch: pytest.MonkeyPatch, node: Any) -> list[int]:
-    """Grows by one for every application of a node."""
+    """A list that grows by one entry for every call of a node."""
     made: list[int] = []
     apply = node.apply
     monkeypatch.setattr(node, "apply", lambda *a: (made.append(1), apply(*a))[1])

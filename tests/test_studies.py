@@ -1,4 +1,4 @@
-"""`benchmarks.studies`: what the studies measure, on tiny sizes."""
+"""`benchmarks.studies`: the studies' measurements, at tiny sizes."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ OBJECTIVES = ["mse", "mghf-n:F"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Crops of the bundled photographs, laid out as a study wants its pictures."""
+    """Crops of the bundled photographs, in a study's layout of folders."""
     root = tmp_path_factory.mktemp("pictures")
     collection = bundled()
     photographs = [p.pixels for p in collection.training + collection.held_out]
@@ -95,7 +95,7 @@ def test_a_shift_is_exact(crops: Tensor) -> None:
     torch.testing.assert_close(moved[..., 4:-4, 4:-4], crops[..., 3:-5, 6:-2], atol=1e-5, rtol=0)
     halves = minimiser.shifted(minimiser.shifted(crops, (0.25, 0.5)), (0.75, -0.5))
     whole = minimiser.shifted(crops, (1.0, 0.0))
-    # Between the two the border was cut, whose echo is all that is left in the middle.
+    # The border between the two was cut; only its echo remains in the middle.
     echo = (halves - whole)[..., 16:-16, 16:-16]
     assert float(echo.square().mean().sqrt()) < 0.01 < 0.05 < float((whole - crops).std())
 
@@ -309,7 +309,7 @@ def test_the_study_end_to_end(
     plan = study.make(study.arguments().parse_args(words))
     (trained,) = (p for p in kept if re.fullmatch(r"mghf-n-f-\w{8}-x10-seed0.json", p.name))
     assert trained.name.startswith(plan.stem("mghf-n:F", 10, 0).name)
-    other = dataclasses.replace(plan, features="curved")  # has files of its own
+    other = dataclasses.replace(plan, features="curved")  # has its own files
     assert not other.match_file("mghf-n:F", 0).exists() and other.match_file("mse", 0).exists()
     assert study.main([*words, "--only", "train"]) == 0  # everything is there
     assert {p: p.stat().st_mtime_ns for p in (out / "networks").iterdir()} == kept
@@ -329,7 +329,7 @@ def test_the_study_end_to_end(
     ElementTree.fromstring((out / "assets" / page.PLOT).read_text())
 
     (out / "test" / "Set5" / "a.png.json").rename(tmp_path / "a.png.json")
-    assert opening.opened(plan) is None  # a picture is missing, so nothing is told
+    assert opening.opened(plan) is None  # a picture is missing, so no result
     (tmp_path / "a.png.json").rename(out / "test" / "Set5" / "a.png.json")
     assert opening.opened(plan) is not None
 
@@ -339,7 +339,7 @@ def test_the_study_end_to_end(
     assert study.main([*words, "--open-test", "--crop", "32"]) == 2
     assert "it is opened once" in capsys.readouterr().err
 
-    # Another objective may be judged later; what was judged before stays as it was.
+    # Another objective may be judged later; earlier judgements do not change.
     before = json.loads((out / "test" / "Set5" / "a.png.json").read_text())["networks"]
     more = [*base, "--objectives", *OBJECTIVES, "vgg", "--seeds", "1"]
     assert study.main([*more, "--open-test"]) == 2
@@ -386,7 +386,7 @@ def test_the_adversarial_term_learns(start: Path, folder: Path) -> None:
     untrained = float(term(sr, gt))
     assert untrained == float(term(sr, gt))  # without a gradient nothing learns
     term.prepare(network, data)
-    assert float(term(sr, gt)) > untrained + 0.2  # it has learned to tell them
+    assert float(term(sr, gt)) > untrained + 0.2  # it has learned to distinguish them
     before = [p.clone() for p in term.discriminator.parameters()]
     sr.requires_grad_()
     (gradient,) = torch.autograd.grad(term(sr, gt), sr)

@@ -1,4 +1,4 @@
-"""What a study concludes: differences at equal PSNR, sentences by rule, and the page."""
+"""A study's conclusions: differences at equal PSNR, sentences by rule, and the page."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from benchmarks.studies.result import GROUPS
 
 
 def made_curves(slope: float, seeds: int = 3, pictures: int = 20, reach: float = 0.5) -> Any:
-    """L1 at 25 dB and 0.4; a curve that gains ``slope`` of distance a dB lost, and a little
-    chance."""
+    """L1 at 25 dB and 0.4; a curve that gains ``slope`` of distance per dB lost, with a little
+    noise."""
     random = np.random.default_rng(0)
     lost = np.array([0, 0.6 * reach, reach])[None, :, None]
     base = 25 + random.normal(0, 2, (seeds, 1, pictures))
@@ -80,7 +80,7 @@ def test_what_is_not_reached_is_told() -> None:
 
 
 def test_the_interval_covers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interval leaves a true difference of 0 between seeds and pictures out in about one of
+    """The interval excludes a true difference of 0 between seeds and pictures in about one of
     twenty draws."""
     random = np.random.default_rng(0)
     psnr = np.broadcast_to(np.array([25.0, 24.7, 24.5])[None, :, None], (8, 3, 40))
@@ -97,7 +97,7 @@ def test_the_interval_covers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def made_up(l1: float, vgg: float, reached: float = 1.0, real: float = -0.02) -> dict[str, Any]:
-    """A whole result in which the default differs by these means from L1 and the VGG loss."""
+    """A complete result in which the default differs by these means from L1 and the VGG loss."""
     titles = {row.name: row.title for row in objectives.STUDY}
     default = objectives.DEFAULT
 
@@ -290,7 +290,7 @@ def test_the_committed_page_says_what_its_result_says() -> None:
 
 
 def test_the_readme_says_what_the_study_found() -> None:
-    """Its figures are the result's."""
+    """The page's figures are the result's."""
     text = (ROOT / "README.md").read_text()
     begin = text.index("[The study](docs/features.md)")
     paragraph = text[begin : text.index("\n## ", begin)]

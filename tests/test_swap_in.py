@@ -1,5 +1,5 @@
-"""What training code that was written for another loss relies on: the order of the arguments,
-values out of configuration files, weights that stay as they are, precisions, what a log shows."""
+"""Properties on which training code written for another loss relies: the order of the arguments,
+values from configuration files, weights that do not change, precisions, what a log shows."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def pair(b: int = 2, size: int = 48) -> tuple[Tensor, Tensor]:
 
 
 def pairs() -> dict[str, Callable[[Tensor, Tensor], Any]]:
-    """Everything public that takes a pair of which one side gets the gradient."""
+    """Every public loss of a pair in which only one side gets the gradient."""
     f = functional
     return {
         "MGHF-c": small_loss(),
@@ -69,7 +69,7 @@ def pairs() -> dict[str, Callable[[Tensor, Tensor], Any]]:
 
 @pytest.mark.parametrize("name", pairs())
 def test_swapped_arguments_are_refused(name: str) -> None:
-    """LPIPS's callers write the ground truth first; the gradient would be lost in silence."""
+    """LPIPS's callers may pass the ground truth first; the gradient would be lost silently."""
     loss, (sr, gt) = pairs()[name], pair()
     message = "(gt|key) requires a gradient and (sr|query) does not.*(sr|query) first"
     with pytest.raises(ValueError, match=message):
@@ -90,7 +90,7 @@ def test_features_are_taken_by_keyword_only() -> None:
 
 
 class ListConfig(Sequence[Any]):
-    """A sequence of its own type, as configuration libraries have."""
+    """A custom type of sequence, as in configuration libraries."""
 
     def __init__(self, *values: Any) -> None:
         self.values = values
@@ -176,7 +176,7 @@ def test_numbers_of_numpy_and_sequences_of_configuration_libraries() -> None:
             small_loss(top_m=bad)
 
 
-# ---- weights that nothing trains ----
+# ---- frozen weights ----
 
 
 class Parent(nn.Module):
@@ -242,8 +242,8 @@ def test_the_weights_follow(name: str) -> None:
 
 
 def replica(module: nn.Module) -> nn.Module:
-    """What DataParallel's replicate makes on a second device: tensors in place of parameters, the
-    buffers' copies."""
+    """A module as replicated by DataParallel on a second device: plain tensors in place of
+    parameters, and copies of the buffers."""
     copies = {m: m._replicate_for_data_parallel() for m in module.modules()}
     for m, twin in copies.items():
         for name, child in m._modules.items():
@@ -257,7 +257,7 @@ def replica(module: nn.Module) -> nn.Module:
 
 
 class Wavelet(nn.Module):
-    """An extractor with a buffer only."""
+    """An extractor with only a buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -268,7 +268,7 @@ class Wavelet(nn.Module):
 
 
 class Shift(nn.Module):
-    """An extractor with no tensor at all."""
+    """An extractor without any tensor."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat((x, x.roll(1, 2) - x), 1)
@@ -306,7 +306,7 @@ def test_a_replicas_first_look_at_the_range_is_the_only_one() -> None:
 
 @pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm", "parametrized"])
 def test_extractors_with_reparametrized_weights(kind: str) -> None:
-    """The old ones leave a tensor with a history on the module, which deepcopy refuses."""
+    """Old-style norms leave a tensor with a history on the module, which deepcopy refuses."""
     convolution = nn.Conv2d(3, 8, 3, padding=1)
     wrap = {
         "weight_norm": nn.utils.weight_norm,
@@ -344,7 +344,7 @@ def test_an_extractor_that_works_in_place_leaves_the_images_alone(input_range: s
 
 
 def old_state(loss: nn.Module) -> dict[str, Tensor]:
-    """As a loss whose weights were parameters saved itself."""
+    """The state_dict of a loss whose weights were parameters."""
     return {
         name: tensor.clone()
         for name, tensor in loss.named_buffers()
@@ -360,7 +360,7 @@ def test_a_checkpoint_with_the_losss_weights_loads() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert parent.load_state_dict(old).missing_keys == []
-    assert set(old) > set(parent.state_dict())  # what is loaded from stays as it is
+    assert set(old) > set(parent.state_dict())  # the loaded state_dict does not change
 
 
 def test_a_checkpoint_of_another_extractor_is_told() -> None:

@@ -1,4 +1,4 @@
-"""Table 5 end to end on small images, and the measuring behind it."""
+"""Table 5 end to end on small images, and its measurements."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MIB = measure.MIB
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Tiny steps gain nothing from threads, and suffer where other tests keep the cores busy."""
+    """One thread, because tiny steps gain nothing from more and suffer when the cores are busy."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

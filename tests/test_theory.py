@@ -1,4 +1,4 @@
-"""The papers' claims about information, as they hold: docs/theory.md names the test of each.
+"""The papers' claims about information, in the form that holds: docs/theory.md names each test.
 
 Float64 on the reference; images of one pixel make the invertible block a map of R^C.
 """
@@ -63,7 +63,7 @@ def test_log_det_is_that_of_the_jacobian(subnet: str, activation: str, clamp: fl
 
 
 def test_log_det_of_the_inverse_and_of_a_chain() -> None:
-    """The inverse takes back what the block gave; those of a chain add up."""
+    """The inverse's has the opposite sign; those of a chain add up."""
     first, second = block_of(4, seed=1), block_of(4, seed=2)
     x = draws.randn(1, 4, 2, 2, dtype=torch.float64)
     y = first(x)
@@ -79,7 +79,7 @@ def test_log_det_is_differentiable() -> None:
     assert torch.autograd.gradcheck(block.log_det, x)
     block.log_det(x).sum().backward()
     assert block.mix.weight.grad is not None and block.rho.project.weight.grad is not None
-    # d log|det W| / dW = W^-T, here of 2 images of 6 pixels, beside what comes through rho.
+    # d log|det W| / dW = W^-T, here for 2 images of 6 pixels, plus the part through rho.
     inverse = torch.linalg.inv(block.mix.weight.detach().flatten(1)).mT
     block.mix.weight.grad, block.rho.project.weight.data[:] = None, 0
     block.log_det(x).sum().backward()
@@ -121,7 +121,7 @@ def test_log_det_refuses_what_has_none() -> None:
 
 
 def nearest_neighbour_entropy(points: Tensor) -> float:
-    """The estimator of Kozachenko and Leonenko, nats: it knows the points alone."""
+    """The estimator of Kozachenko and Leonenko, nats, from the points alone."""
     n, d = points.shape
     distance = torch.cdist(points, points).fill_diagonal_(torch.inf).amin(1)
     ball = d / 2 * math.log(math.pi) - math.lgamma(d / 2 + 1)
@@ -134,12 +134,12 @@ def nearest_neighbour_entropy(points: Tensor) -> float:
 
 
 GAUSSIAN_ENTROPY = math.log(2 * math.pi * math.e)
-"""Of the standard Gaussian in the plane, nats."""
+"""Entropy of the standard Gaussian in the plane, nats."""
 
 
 @pytest.mark.parametrize("activation", ["relu6", "softplus"])
 def test_entropy_change_is_the_mean_log_det(activation: str) -> None:
-    """H(f(X)) = H(X) + E log |det| (MGHF eq. 29), beside an estimate from samples of f(X) alone."""
+    """H(f(X)) = H(X) + E log |det| (MGHF eq. 29), against an estimate from samples of f(X)."""
     block = block_of(2, activation=activation)
     points = torch.randn(4000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     change = float(block.log_det(points[:, :, None, None]).mean())
@@ -150,8 +150,8 @@ def test_entropy_change_is_the_mean_log_det(activation: str) -> None:
 
 
 def test_entropy_by_quadrature_over_the_density_of_the_output() -> None:
-    """The same without chance: the density of Y = f(X) by change of variables over a grid in the
-    plane has mass 1 and the entropy that the mean log determinant says."""
+    """The same without sampling: the density of Y = f(X), by change of variables on a grid in the
+    plane, has mass 1 and the entropy given by the mean log determinant."""
     block = block_of(2, activation="softplus")
     points = torch.randn(50_000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     image = on_points(block, points)
@@ -191,14 +191,14 @@ GRID = torch.tensor(list(itertools.product(range(LEVELS), repeat=4)), dtype=torc
 
 
 def discrete_entropy(values: Tensor) -> float:
-    """Of equally likely rows, nats. Rows differ where they differ by more than rounding."""
+    """Entropy of equally likely rows, nats. Rows count as different beyond rounding."""
     _, counts = torch.unique((values.flatten(1) * 1e9).round(), dim=0, return_counts=True)
     p = counts.double() / len(values)
     return float(-(p * p.log()).sum())
 
 
 def test_max_pooling_loses_information() -> None:
-    """The paper's toy: (4, 1, 2, 3) and (4, 0, 1, 2) both become 4; what is lost, in nats."""
+    """The paper's toy: (4, 1, 2, 3) and (4, 0, 1, 2) both become 4; the loss, in nats."""
     toy = torch.tensor([[4.0, 1, 2, 3], [4.0, 0, 1, 2]])
     assert F.max_pool2d(toy.view(2, 1, 2, 2), 2).flatten().tolist() == [4, 4]
 
@@ -207,7 +207,7 @@ def test_max_pooling_loses_information() -> None:
     after = discrete_entropy(F.max_pool2d(GRID.view(-1, 1, 2, 2), 2))
     p = [((m + 1) ** 4 - m**4) / LEVELS**4 for m in range(LEVELS)]
     assert after == pytest.approx(-sum(q * math.log(q) for q in p))
-    # The loss is the entropy of what the maximum leaves open, sum p(m) ln(number of preimages).
+    # The loss is the conditional entropy given the maximum, sum p(m) ln(number of preimages).
     open_ = sum(q * math.log(q * LEVELS**4) for q in p)
     assert before - after == pytest.approx(open_) and open_ > 5
 
@@ -244,8 +244,9 @@ def test_the_printed_loss_of_relu_is_none() -> None:
 
 
 def test_the_extractor_keeps_what_its_stem_keeps() -> None:
-    """image -> 128 maps is no map of R^n onto itself: it has a left inverse exactly when the stem
-    has. The blocks give the stem's features back, the centre taps' pseudo-inverse the image."""
+    """image -> 128 maps is not a map of R^n to itself: it has a left inverse exactly if the stem
+    has. Inverting the blocks gives the stem's features, the centre taps' pseudo-inverse the image.
+    """
     extractor = DetailFeatureExtractor(3, 32, 2).double().requires_grad_(False)
     image = draws.rand(2, 3, 6, 5, dtype=torch.float64)
 
@@ -271,7 +272,7 @@ def test_the_extractor_keeps_what_its_stem_keeps() -> None:
 
 
 def swirl(points: Tensor, k: float = 0.7) -> Tensor:
-    """(N, 2) turned about the origin by k r^2."""
+    """(N, 2) rotated about the origin by k r^2."""
     angle = k * points.square().sum(1)
     x, y = points.unbind(1)
     cos, sin = angle.cos(), angle.sin()
@@ -284,7 +285,7 @@ def collapse(points: Tensor) -> Tensor:
 
 def test_swirl_keeps_noise_and_collapse_drops_it() -> None:
     """MGHF's Figure 11: noise across the axis of collapse costs nothing after collapsing, something
-    after the swirl, which keeps areas (determinant 1) and is undone by turning back."""
+    after the swirl, which preserves areas (determinant 1) and is inverted by rotating back."""
     points = draws.randn(200, 2, dtype=torch.float64)
     noisy = points + 0.1 * draws.randn(200, 1, dtype=torch.float64) * points.new_tensor([0.0, 1.0])
     assert torch.equal(collapse(points), collapse(noisy))
@@ -304,8 +305,8 @@ def distance_ratios(f: Map, count: int = 200) -> Tensor:
 
 
 def test_a_warp_of_the_domain_is_an_isometry_and_the_block_is_not() -> None:
-    """The proposition's operator moves pixels about, as a permutation does, and keeps every
-    distance: its loss *is* the MSE. The extractor is not such an operator."""
+    """The proposition's operator rearranges pixels like a permutation and preserves every distance:
+    its loss *is* the MSE. The extractor is not such an operator."""
     f, g = draws.randn(2, 3, 8, 8, dtype=torch.float64)
     order = draws.randperm(64)
     warped = f.flatten(1)[:, order] - g.flatten(1)[:, order]
@@ -315,9 +316,9 @@ def test_a_warp_of_the_domain_is_an_isometry_and_the_block_is_not() -> None:
 
 
 def test_the_block_has_another_minimiser_than_mse() -> None:
-    """Two equally likely truths u and v: MSE wants their mean, MGHF-n the point whose features are
-    the mean of theirs, which the inverse gives. Its pixel risk is higher: "exact calibration" holds
-    for isometries alone, and a loss that had it could not be better than MSE."""
+    """For two equally likely truths u and v, MSE is minimal at their mean, MGHF-n at the point
+    whose features are the mean of theirs, which the inverse gives. Its pixel risk is higher: "exact
+    calibration" holds only for isometries, and a loss that had it could not be better than MSE."""
     block = block_of(4, activation="softplus")
     u, v = 2 * draws.randn(2, 100, 4, dtype=torch.float64)
 
@@ -325,7 +326,7 @@ def test_the_block_has_another_minimiser_than_mse() -> None:
         return on_points(block, w)
 
     def risk(f: Map, w: Tensor) -> Tensor:
-        """Of each pair."""
+        """The mean squared error under ``f`` of each point, over both truths."""
         return ((f(w) - f(u)).square() + (f(w) - f(v)).square()).sum(1) / 2
 
     mean = (u + v) / 2
@@ -336,7 +337,7 @@ def test_the_block_has_another_minimiser_than_mse() -> None:
 
 
 def test_a_loss_that_is_not_injective_misses_differences() -> None:
-    """Part (i) holds: a checkerboard of any contrast is nothing to average pooling."""
+    """Part (i) holds: average pooling maps a checkerboard of any contrast to 0."""
     checkerboard = torch.tensor([[1.0, -1], [-1, 1]]).repeat(4, 4)[None, None]
     image = draws.rand(1, 1, 8, 8)
     torch.testing.assert_close(
@@ -384,7 +385,7 @@ def test_a_determinant_says_nothing_of_the_condition() -> None:
 
 
 def test_relu6_makes_a_homeomorphism_and_softplus_a_diffeomorphism() -> None:
-    """With ReLU6 the block's derivative jumps at kinks, so it is no C1 map; with softplus not."""
+    """With ReLU6 the block's derivative jumps at kinks, so it is no C1 map; with softplus it is."""
     jumps = {}
     for activation in ("relu6", "softplus"):
         block = block_of(4, 3.0, activation=activation)
@@ -416,8 +417,8 @@ def test_relu_harmonics() -> None:
         assert float(c.real[n]) == pytest.approx(
             math.cos(n * math.pi / 2) / (math.pi * (1 - n * n)), abs=1e-8
         )
-    # Of a sine the same, a quarter of a period later: c_n e^{-jn pi/2}. c_1 = -j/4 and the sign of
-    # c_2 turns; c_0 and c_4 stay.
+    # A sine is the same a quarter of a period later: c_n e^{-jn pi/2}. c_1 = -j/4, c_2 changes its
+    # sign, c_0 and c_4 do not change.
     of_sine = fourier_coefficients(t.sin().relu())
     assert complex(of_sine[1]) == pytest.approx(-0.25j, abs=1e-8)
     assert complex(of_sine[2]) == pytest.approx(-1 / (3 * math.pi), abs=1e-8)
@@ -426,8 +427,8 @@ def test_relu_harmonics() -> None:
 
 @pytest.mark.parametrize("activation", ["relu6", "softplus", "leaky_relu"])
 def test_the_invertible_block_makes_harmonics_too(activation: str) -> None:
-    """Any map that is not linear does: a cosine becomes one with overtones in the block's output,
-    while a convolution, which may lose information, adds none."""
+    """Any nonlinear map adds overtones: a cosine has some in the block's output, while a
+    convolution, which may lose information, adds none."""
     period, edge = 16, 4  # what is nearer to the border than `edge` sees the padding
     wave = torch.cos(torch.arange(4 * period + 2 * edge).double() * (2 * math.pi / period))
     block = block_of(4, 3.0, activation=activation)
@@ -436,7 +437,7 @@ def test_the_invertible_block_makes_harmonics_too(activation: str) -> None:
     )
 
     def overtones(maps: Tensor) -> float:
-        """Power at twice the frequency and above, over that at the frequency."""
+        """Power at twice the frequency and above, divided by that at the frequency."""
         row = maps[0, :, 2, edge:-edge]
         power = fourier_coefficients(row).abs().square()[:, : 2 * period].sum(0)
         assert power.view(-1, 4)[:, 1:].sum() < 1e-20  # four cycles: every fourth coefficient
@@ -454,8 +455,8 @@ def unit(*shape: int) -> Tensor:
 
 
 def test_lip_is_no_lower_bound_of_information_at_the_papers_q() -> None:
-    """With Q = 1 / (N - 1), which the proof chooses, the negatives weigh no more than one positive:
-    embeddings that know nothing of each other, I(G; S) = 0, still "share" most of ln N."""
+    """With Q = 1 / (N - 1), as in the proof, all negatives together have the weight of a positive:
+    independent embeddings, I(G; S) = 0, still "share" most of ln N."""
     n = 64
     query, key = unit(8, n, 32), unit(8, n, 32)
     small_q = functional.monce_loss(query, key, temperature=0.5, negative_weight=1 / (n - 1))
@@ -465,9 +466,9 @@ def test_lip_is_no_lower_bound_of_information_at_the_papers_q() -> None:
 
 
 def test_lip_with_hard_negatives_is_looser_than_infonce() -> None:
-    """With Q = 1, as in the definition of the loss, all negatives together weigh N - 1 as in
-    InfoNCE. A plan that prefers the hard ones makes the loss larger and the "bound" smaller, one
-    that prefers the easy ones the other way about; a plan without preference changes nothing."""
+    """With Q = 1, as in the definition of the loss, all negatives together have weight N - 1 as in
+    InfoNCE. A plan that prefers hard negatives increases the loss and decreases the "bound", one
+    that prefers easy ones does the opposite; a uniform plan changes nothing."""
     query = unit(4, 32, 16)
     key = F.normalize(query + 0.5 * draws.randn_like(query), dim=-1)
     nce = float(functional.patch_nce_loss(query, key))

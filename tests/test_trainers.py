@@ -1,5 +1,6 @@
-"""The adapters of trainers that are not on PyPI, by contract: the registry, the order of the call,
-who applies the weight, and what the trainer does with the module. Read in, and in part run with,
+"""The adapters for trainers that are not on PyPI, against their contracts: the registry, the order
+of arguments, who applies the weight, and how the trainer uses the module. The contracts were read
+from, and partly run with,
 
     traiNNer-redux  6862931 of June 2026
     neosr           31c7022 of April 2025
@@ -34,7 +35,7 @@ Images = tuple[Tensor, Tensor]
 
 
 class Registry:
-    """As both trainers have one: classes by name, lower-cased by traiNNer-redux alone."""
+    """Both trainers' registry: classes by name, which only traiNNer-redux lower-cases."""
 
     def __init__(self, lower: bool) -> None:
         self.found: dict[str, Callable[..., nn.Module]] = {}
@@ -52,7 +53,7 @@ class Registry:
 
 @contextmanager
 def stand_in(package: str, adapter: str, lower: bool) -> Iterator[Registry]:
-    """``package.utils.registry`` with a registry into which our adapter enters itself."""
+    """``package.utils.registry`` with a registry in which our adapter registers itself."""
     registry = Registry(lower)
     names = [package, f"{package}.utils", f"{package}.utils.registry"]
     ours = f"mghf_fast.integrations.{adapter}"
@@ -107,8 +108,8 @@ def test_redux_makes_its_schema_of_annotated_keywords(redux: Callable[..., nn.Mo
 
 
 def test_redux_steps(redux: Callable[..., nn.Module], images: Images) -> None:
-    """Its order of a step: the module in channels_last, autocast, a teacher's picture made in
-    inference mode, parts of a dictionary added up with the weight."""
+    """The trainer's step: the module in channels_last, autocast, a teacher's picture made in
+    inference mode, the entries of a dictionary summed with the weight."""
     loss = redux(loss_weight=0.5, terms=True).to("cpu", memory_format=torch.channels_last)
     sr = images[0]
     with torch.inference_mode():
@@ -185,11 +186,11 @@ def test_kair_keeps_its_own_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     }
 
 
-# ---- What every adapter does ----
+# ---- what all adapters have in common ----
 
 
 def adapters() -> dict[str, tuple[Callable[[], nn.Module], str]]:
-    """A maker of each with a weight of 1, and the name of its second argument."""
+    """A function that makes each adapter with weight 1, and the name of its second argument."""
 
     def in_registry(package: str, adapter: str, name: str, lower: bool) -> nn.Module:
         with stand_in(package, adapter, lower) as registry:
@@ -211,7 +212,7 @@ def test_every_adapter(name: str, images: Images) -> None:
     value = loss(sr, gt)
     torch.testing.assert_close(value, expected(images))
     assert torch.equal(copy.deepcopy(loss)(sr, gt), value)
-    # A swapped call would train nothing and say nothing.
+    # A swapped call would silently train nothing.
     with pytest.raises(ValueError, match=f"{second} requires a gradient and .* does not"):
         loss(gt, sr)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Kernels on trial: checked once at their first use on a device, left out if they differ."""
+"""Trials of kernels: checked once at their first use on a device, avoided if they differ."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ H200 = {
     ("triton", "dec"): "d845360ed21eb773",
 }
 """Digests of the sources that ran on an H200 (benchmarks/results/h200.json, 2026-11-26). Since then
-the files of Triton's were cut and their host functions renamed: for the ops that are proven these
-are the digests after that. The kernels' code, and all that their launches specialise it to at the
-paper's shapes (kernels, types, constants, options, for sm_80 and sm_90), were compared before and
-after, and are the same."""
+Triton's files were split and their host functions renamed: for the proven ops these are the digests
+after that. The kernels' code, and its specialisations by the launches at the paper's shapes
+(kernels, types, constants, options, for sm_80 and sm_90), were compared before and after, and are
+the same."""
 
 
 def test_what_is_proven_is_what_was_run() -> None:
     for (backend, op), capabilities in trials.PROVEN.items():
-        assert capabilities == trials.HOPPER  # what has been run so far
+        assert capabilities == trials.HOPPER  # the only one run so far
         assert kernel_sources.digest(backend, op) == H200[backend, op], (
             f"the {backend} kernels of {op} are no longer those that a GPU has run: take them out "
             "of trials.PROVEN, so that they are tried at their first use"
@@ -107,7 +107,7 @@ def test_the_cpu_kernels_would_pass(op: str, dtype: torch.dtype) -> None:
 
 @pytest.fixture
 def on_trial(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """The CPU's kernels are on trial, with an empty cache."""
+    """Makes the CPU's kernels subject to trials, with an empty cache."""
     if "cpu" in unavailable_reasons():
         pytest.skip(unavailable_reasons()["cpu"])
     monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "cache"))
@@ -164,7 +164,7 @@ def training_step() -> tuple[Tensor, Tensor]:
 def test_a_right_kernel_is_tried_once_and_kept(on_trial: Path) -> None:
     with mghf_fast.use_backend("cpu"):
         expected = training_step()
-    assert not on_trial.exists()  # what is asked for by name is not tried
+    assert not on_trial.exists()  # a backend requested by name is not tried
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         got = training_step()
@@ -206,7 +206,7 @@ def test_a_wrong_kernel_is_left_out_with_one_warning(
     assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
     for g, e in zip(got, expected, strict=True):
         torch.testing.assert_close(g, e, rtol=1e-4, atol=1e-5 * float(e.abs().max()))
-    # Another process knows it from the file, and tells it once too.
+    # Another process reads it from the file, and warns once too.
     trials.forget()
     with pytest.warns(RuntimeWarning, match="leaves out the cpu kernel of coupling"):
         training_step()
@@ -214,7 +214,7 @@ def test_a_wrong_kernel_is_left_out_with_one_warning(
     assert row["state"] not in ("passed", "not tried")
     fails = pytest.raises(RuntimeError) if how == "raises" else contextlib.nullcontext()
     with fails, mghf_fast.use_backend("cpu"):
-        training_step()  # who asks for it by name gets it
+        training_step()  # requested by name it still runs
 
 
 def test_a_cache_that_cannot_be_written_keeps_nobody_from_training(

@@ -53,8 +53,8 @@ def test_rules_follow_the_times() -> None:
         (["cuda", "triton"], 0.0, 800.0),
         (["triton", "cuda"], 800.0, None),
     ]
-    # A draw goes by the committed table; what failed is not preferred, and what nobody could
-    # measure leaves no rule.
+    # The committed table decides ties; failed kernels are not preferred, and unmeasured ones get no
+    # rule.
     (draw,) = tune.rules(rows("gram", "float32", {100: (1.04, 1.0)}))
     assert draw["backends"] == ["cuda", "triton"]
     (failed,) = tune.rules(rows("gram", "float32", {100: (None, 1.0)}))
@@ -83,7 +83,7 @@ def test_auto_follows_the_users_table(monkeypatch: pytest.MonkeyPatch, empty_cac
     )
     assert order == ("triton", "cuda")
     other = preferences.preferred_kernels("gram", torch.bfloat16, (1, 64), table)
-    assert other == preferences.DEFAULT  # what was not measured
+    assert other == preferences.DEFAULT  # not measured
     assert sorted(preferences.in_order("gram", [torch.zeros(1, 64)], BACKENDS)) == sorted(BACKENDS)
 
 
@@ -106,7 +106,7 @@ def test_a_broken_file_is_told_once_and_left_out(empty_cache: Path, content: str
         assert cache.known(CPU) == {} and cache.known(CPU) == {}
         assert cache.read() == {}
     assert len(caught) == 1 and str(empty_cache) in str(caught[0].message)
-    cache.write(CPU, "tuned", {"when": "later"})  # `tune` writes it anew
+    cache.write(CPU, "tuned", {"when": "later"})  # `tune` replaces it
     assert cache.known(CPU) == {"tuned": {"when": "later"}}
 
 
@@ -179,7 +179,7 @@ def test_the_op_runs_on_what_was_faster(
     capsys: pytest.CaptureFixture[str],
     faster: str,
 ) -> None:
-    """The command, the file and the choice of a later call in one; cleared, it is as before."""
+    """The command, its file and the choices of later calls; after clearing they are as before."""
     x = torch.zeros(1, 128, 12, 12)
     assert OPS["gram"].preferred(x) == "cpu"
     backends = iter([backend for *_, backend in tune.works()])

@@ -1,4 +1,4 @@
-"""`mghf-fast visualize`: shares that add up to the terms, what is drawn, and how errors look."""
+"""`mghf-fast visualize`: shares that add up to the terms, the drawing, and the errors."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_a_share_stands_over_the_pixels_that_its_features_are_made_of() -> None:
     assert torch.equal(even, share.repeat_interleave(4, 0).repeat_interleave(4, 1))
     cut = shares.enlarged(share, 4, 5, 11)
     assert cut.shape == (5, 11) and float(cut.mean()) == pytest.approx(2.5)
-    # One row of four is left of the second; its share is as large as if all were there.
+    # The second has only one row of four; its share is as large as if it had all.
     assert float(cut[4:, 4:8].sum() / cut[:4, 4:8].sum()) == pytest.approx(4)
 
 
@@ -122,7 +122,7 @@ def test_terms_without_a_weight_are_left_out(extractor: DetailFeatureExtractor) 
 
 
 def test_a_constant_map_keeps_the_sum_right() -> None:
-    """Its correlation counts 0, so its share is 1, spread evenly."""
+    """Its correlation counts as 0, so its share is 1, spread evenly."""
     gt, sr = torch.randn(2, 3, 8, 9, generator=torch.Generator().manual_seed(0)).double()
     sr[1] = 0.7
     terms = analysis.functional.content_style_terms(gt=gt[None], sr=sr[None], top_m=3)
@@ -140,7 +140,7 @@ def test_shares_are_where_the_pictures_differ(extractor: DetailFeatureExtractor)
     near[36:52, 4:20] = True  # the receptive field reaches 3 pixels further
     for name in ("naive", "csc_mse"):
         assert comparison.shares[name][~near].abs().max() < 1e-10
-    for name in ("csc_correlation", "csc_gram"):  # every pixel has a part in the moments
+    for name in ("csc_correlation", "csc_gram"):  # every pixel contributes to the moments
         share = comparison.shares[name].abs()
         assert share[near].sum() > 0.75 * share.sum()
     assert comparison.shares["lip"].argmax() // 64 >= 24  # a patch that holds the difference
@@ -160,7 +160,7 @@ def test_patches_that_reach_no_further_leave_the_rest_empty() -> None:
     assert shares.patch_corners(40, 60, 32, 24) == [(0, 0), (0, 24)]
     assert float(share.mean()) == pytest.approx(2)
     assert share[32:].abs().max() == 0 and share[:, 56:].abs().max() == 0
-    assert float(share[0, 0] / share[0, 30]) == pytest.approx(1 / 2)  # of the overlap the mean
+    assert float(share[0, 0] / share[0, 30]) == pytest.approx(1 / 2)  # overlaps are averaged
     assert float(share[0, 40] / share[0, 0]) == pytest.approx(3)
 
 
@@ -168,7 +168,7 @@ def test_links_are_the_strongest_of_each_patch() -> None:
     plan = torch.tensor([[0, 0.9, 0.1], [0.4, 0, 0.6], [0.2, 0.8, 0]])
     links = analysis.strongest_links(plan, 2)
     assert [(link.query, link.key) for link in links] == [(0, 1), (2, 1)]
-    assert links[0].strength == pytest.approx(1.8)  # an even plan gives 1/2 each
+    assert links[0].strength == pytest.approx(1.8)  # a uniform plan gives 1/2 each
     assert analysis.strongest_links(torch.zeros(1, 1), 5) == []
 
 
@@ -197,7 +197,7 @@ def test_scales_run_from_end_to_end() -> None:
         np.testing.assert_array_equal(ends[0], ends[1])
         np.testing.assert_array_equal(ends[2], ends[3])
     heat = colours.scale(np.linspace(0, 1, 50, dtype=np.float32)[None], colours.HEAT)[0]
-    assert (np.diff(heat @ [0.3, 0.59, 0.11]) > 0).all()  # also reads in grey
+    assert (np.diff(heat @ [0.3, 0.59, 0.11]) > 0).all()  # also works in grey
 
 
 def test_heat_is_over_the_picture() -> None:
@@ -293,7 +293,7 @@ def test_a_large_picture_is_cut_not_resized(tmp_path: Path) -> None:
 
 
 def fails(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line that the command ends with."""
+    """The single line of the command's error."""
     try:
         code = cli.main(["visualize", *words])
     except SystemExit as end:  # argparse

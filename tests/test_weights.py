@@ -1,4 +1,4 @@
-"""The weights that ship: whole, checked, the same everywhere, and fit for the presets."""
+"""The shipped weights: complete, checked, the same everywhere, and suitable for the presets."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ EXPECTED = {
     "perceptual-v1": (1.730453, 2.215743, -0.6600043),
     "procedural-v1": (0.09292394, 0.1277673, 0.02279955),
 }
-"""Of the features of a made-up image: mean absolute value, standard deviation, and one value."""
+"""Features of a synthetic image: mean absolute value, standard deviation, and one value."""
 
 
 def pictures(number: int, size: int = 48) -> torch.Tensor:
-    """(number, 3, size, size), -1 to 1, of a stream that was not trained on."""
+    """(number, 3, size, size) in [-1, 1], from a stream that was not trained on."""
     drawn = [torch.from_numpy(procedural.render(10**6, i, size)[0]) for i in range(number)]
     return torch.stack(drawn).permute(0, 3, 1, 2).float() / 127.5 - 1
 
@@ -79,7 +79,7 @@ def test_a_truncated_altered_or_missing_file_is_refused(
     with pytest.raises(FileNotFoundError, match="missing from this installation"):
         DetailFeatureExtractor.from_pretrained(name)
     changed = bytearray(content)
-    changed[len(content) // 2] ^= 1  # one bit of one weight: still a whole safetensors file
+    changed[len(content) // 2] ^= 1  # one bit of one weight: still a complete safetensors file
     for broken in (bytes(changed), content[:-4], b""):
         (tmp_path / f"{name}.safetensors").write_bytes(broken)
         with pytest.raises(ValueError, match="SHA-256 differs"):
@@ -97,7 +97,7 @@ def test_the_blocks_can_be_undone(name: str) -> None:
 def test_features_have_the_scale_that_the_published_weights_are_made_for() -> None:
     extractor, image = DetailFeatureExtractor.from_pretrained("procedural-v1"), pictures(16)
     torch.manual_seed(0)
-    untrained = DetailFeatureExtractor(init="linear", clamp=None)  # what their training began with
+    untrained = DetailFeatureExtractor(init="linear", clamp=None)  # the start of their training
     ratio = scale.response(extractor, image) / scale.response(untrained, image)
     assert abs(math.log2(ratio)) < 2
 

@@ -1,4 +1,4 @@
-"""The audit of wheels: names, sizes, what a library may depend on."""
+"""The audit of wheels: names, sizes, allowed dependencies of a library."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MGHF-c with terms that have no weight: they are not computed, and nothing else changes."""
+"""MGHF-c with terms of weight 0: they are not computed, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Launched(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         if func.namespace == "mghf_fast":
             name = func._opname
-            # Of content_style without a kept map MGHF-n alone is left.
+            # content_style without a kept map computes only MGHF-n.
             self.ops.add("naive" if name == "content_style" and args[2] == 0 else name)
         return func(*args, **(kwargs or {}))
 

@@ -2,9 +2,9 @@
 
     python -m trainers MODULE [ARGUMENT ...]      as ``python -m MODULE``, with torchvision
 
-PyPI's torchvision is built for a torch with CUDA. Beside a torch of the CPU alone its operators do
-not load, and its import then fails on the two of them that it describes; declared beforehand, they
-are missing only for whoever calls them.
+PyPI's torchvision is built for a torch with CUDA. With a CPU-only torch its operators do not load,
+and its import then fails on the two that it registers fakes for; if they are declared beforehand,
+only calling them fails.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def supply_torchvision() -> None:
 
 
 def need(*packages: str) -> None:
-    """Skips the test, or the file, unless every package is installed. With MGHF_TEST_TRAINERS in
-    the environment, as where changes are merged, a missing one is a failure."""
+    """Skips the test, or the file, unless every package is installed. If MGHF_TEST_TRAINERS is set,
+    as before a merge, a missing one is a failure."""
     for package in packages:
         if importlib.util.find_spec(package) is None:
             reason = f"{package} is not installed (`make test` installs it)"

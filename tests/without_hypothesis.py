@@ -1,4 +1,4 @@
-"""Stands in for hypothesis where it is not installed: a test that draws its input is skipped."""
+"""Replaces hypothesis if it is not installed: a test that draws its input is skipped."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 
 class Anything:
-    """A strategy, and whatever is made of it."""
+    """A strategy, and anything derived from it."""
 
     def __call__(self, *arguments: Any, **options: Any) -> Anything:
         return self
@@ -38,13 +38,13 @@ def settings(*arguments: Any, **options: Any) -> Callable[..., Any]:
 
 
 def strategy(name: str) -> Anything:
-    if name.startswith("__"):  # a module that has everything would have a strange file, too
+    if name.startswith("__"):  # a module with every attribute would have a strange `__file__` too
         raise AttributeError(name)
     return Anything()
 
 
 def install(modules: MutableMapping[str, Any]) -> None:
-    """Puts the stand-in where `import hypothesis` looks."""
+    """Registers the replacement for `import hypothesis`."""
     hypothesis = ModuleType("hypothesis")
     strategies: Any = ModuleType("hypothesis.strategies")
     strategies.__getattr__ = strategy

@@ -1,5 +1,5 @@
-"""Runs a script as one of several processes, and ends without gloo's teardown, which aborts the
-process now and then when all is done (torch 2.13): `python without_teardown.py SCRIPT ARGUMENTS`.
+"""Runs a script as one of several processes, and ends without gloo's teardown, which occasionally
+aborts a finished process (torch 2.13): `python without_teardown.py SCRIPT ARGUMENTS`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 
 def leave() -> NoReturn:
-    """Ends this process when all others have come as far; nothing is torn down."""
+    """Ends this process once all others get here, without tearing anything down."""
     if dist.is_initialized():
         dist.barrier()
     sys.stdout.flush()

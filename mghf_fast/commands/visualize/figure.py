@@ -213,8 +213,8 @@ def _terms(pictures: Sequence[Picture], comparison: Comparison, page: int) -> Se
     ]
     panels.append(Panel("", canvas.scale_bars(legend, page)))
     text = (
-        "The mean of a heat map over the picture is its term, without its weight; the one of all of "
-        "them is their weighted sum. Every map has its own scale."
+        "The mean of a heat map over the picture is its term, without its weight; the one of all "
+        "of them is their weighted sum. Every map has its own scale."
     )
     return Section("Where the terms come from", text, panels)
 
