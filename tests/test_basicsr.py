@@ -169,7 +169,7 @@ def train(folder: Path, perceptual: dict[str, Any]) -> subprocess.CompletedProce
     text = OPTIONS.format(folder=folder, perceptual=json.dumps(perceptual))
     options = folder / "x.yml"
     options.write_text(text)
-    # `python -m mghf_fast.integrations.basicsr -opt x.yml`, beside whichever torch there is here.
+    # `python -m mghf_fast.integrations.basicsr -opt x.yml`, with the torch that is installed here.
     words = ["-m", "trainers", "mghf_fast.integrations.basicsr", "-opt", str(options)]
     return trainers.run(words, folder)
 

@@ -133,7 +133,7 @@ def test_comments_docstrings_and_pages_are_plain(folder: str) -> None:
 def test_the_rules_find_what_they_forbid(tmp_path: Path) -> None:
     texts = {
         "a.py": '"""Of a map."""\nx = 1\n"""Of\nit."""\n# Made\n# anew.\ny = "Of anew"  # Of y\n',
-        "a.cpp": '// Of a\n// row.\nint a;  // b\n/* Of what\n   came of it */\nauto s = "// Of";\n',
+        "a.cpp": '// Of a\n// row.\nint a;  // b\n/* Of what\ncame of it */\nauto s = "// Of";\n',
         "a.md": "# Of a\n\nOf these\nall.\n\n- fine, `anew`\n\n```\nOf code\n```\n",
         "b.py": '"""A map.\n\nOf the ops two have `anew()`."""\n# A map\n# Of the earth.\n',
     }  # fmt: skip

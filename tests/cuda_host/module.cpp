@@ -1,6 +1,6 @@
-// What tests ask of the emulator, and the planted faults, for Python. The ops themselves are not here:
-// this library registers them with PyTorch as csrc/ops and csrc/cuda/ops do everywhere, in the
-// namespace `mghf_cuda_host`.
+// The emulator's functions for tests, and the planted faults, for Python. The ops themselves are
+// not here: this library registers them with PyTorch as csrc/ops and csrc/cuda/ops do everywhere,
+// in the namespace `mghf_cuda_host`.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -1,5 +1,5 @@
-// Kernels with a fault, or without it, for the tests that the sanitizers and the emulator find such
-// faults. Each takes 64 numbers and returns them, reversed where it says so; fault 0 is none.
+// Kernels with or without a fault, for testing that sanitizers and emulator find such faults. Each
+// takes 64 numbers and returns them, reversed if it says so; fault 0 is none.
 #pragma once
 
 #include "../../csrc/cuda/device.h"

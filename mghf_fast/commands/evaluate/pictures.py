@@ -34,14 +34,13 @@ class Pair:
 def pair(sr: Path, hr: Path) -> list[Pair]:
     """Two pictures, or the pictures of two folders by name.
 
-    In folders the names without suffix must be equal; those that are not are compared without what
-    tools append (``name_x4``, ``name_SR``). Subfolders and files that are no pictures are left
-    alone.
+    In folders the names without suffix must be equal; other names are compared without the marks
+    that tools append (``name_x4``, ``name_SR``). Subfolders and other files are ignored.
 
     Raises:
         FileNotFoundError: one of the two does not exist.
-        ValueError: a file beside a folder, a folder without pictures, names without a partner, or
-            names that fit more than one.
+        ValueError: a file and a folder, a folder without pictures, names without a partner, or
+            names with more than one.
     """
     for what, path in (("SR", sr), ("HR", hr)):
         if not path.exists():

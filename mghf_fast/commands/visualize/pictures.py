@@ -85,13 +85,13 @@ def window(height: int, width: int, crop: Crop | None) -> Crop:
 
 
 def load(paths: list[Path], crop: Crop | None) -> tuple[list[Picture], Crop]:
-    """The pictures, cut alike, and the window that they were cut to.
+    """The pictures, all cropped to the same window, and that window.
 
     Raises:
-        ValueError, OSError: as :func:`read` and :func:`window`; and pictures of different sizes.
+        ValueError, OSError: as :func:`read` and :func:`window`; or pictures of different sizes.
     """
-    # Sizes come from the headers, so pictures that do not fit each other are not decoded, and of
-    # those that do only one at a time is held whole.
+    # Sizes are read from the headers, so that pictures of different sizes are not decoded, and only
+    # one whole picture at a time is in memory.
     sizes = [size(path) for path in paths]
     if len(set(sizes)) > 1:
         named = " and ".join(

@@ -1,5 +1,5 @@
-"""Where each term of MGHF-c comes from: for every term a map of shares whose mean over the pixels
-is the term (MGHF eqs. 2 to 8; the notation is that of reference/content_style.py).
+"""Where each term of MGHF-c arises: for every term a map of shares whose mean over the pixels is
+the term (MGHF eqs. 2 to 8; notation as in reference/content_style.py).
 
     naive        mean over maps of (S - G)^2
     mse          mean over kept maps of w^2 (S - G)^2

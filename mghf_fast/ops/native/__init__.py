@@ -1,5 +1,5 @@
-"""The kernels in C++ behind the ops' dialect: one class per op for the CPU's and CUDA's alike.
+"""The C++ kernels with the ops' common interface: one class per op for both CPU and CUDA.
 
-They are called by the same schemas (`csrc/ops`). What differs is what each reads: those of the CPU
-float32 and, as images, bfloat16, so that the rest is converted here; those of CUDA every type.
+Both are called by the same schemas (`csrc/ops`), but differ in the types that they read: the CPU's
+only float32 and, for images, bfloat16, so that other types are converted here; CUDA's every type.
 """

@@ -1,4 +1,4 @@
-"""What the classes of this package share."""
+"""The base class of this package's classes."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Binding:
         return torch.ops.mghf_native if self.on_cpu else native.cuda_ops()
 
     def image(self, x: Tensor) -> Tensor:
-        """An image as the kernels read it: those of the CPU float32 or bfloat16."""
+        """An image in a type that the kernels read: the CPU's only float32 and bfloat16."""
         return x.float() if self.on_cpu and x.dtype == torch.float16 else x
 
     def values(self, x: Tensor) -> Tensor:
-        """Other tensors as the kernels read them: those of the CPU float32."""
+        """Another tensor in a type that the kernels read: the CPU's only float32."""
         return x.float() if self.on_cpu else x
 
     def can_run(self, *tensors: Tensor, **options: Any) -> str | None:

@@ -11,7 +11,7 @@ from ..vocabulary import flat, inverted_mix
 from .binding import Binding
 
 MOST_CHANNELS = 256
-"""What CUDA's kernels keep on chip."""
+"""Maximum number of channels of which CUDA's kernels can keep a tile on chip."""
 
 
 class Coupling(Binding):
@@ -39,13 +39,13 @@ class Coupling(Binding):
         if not need_weights:
             return [grad_x.to(x.dtype)]
         pieces = zip(of_weights.split([w.numel() for w in weights]), weights, strict=True)
-        # Copies, for the results of an operator must not share memory.
+        # Copies, because the results of an operator must not share memory.
         return [grad_x.to(x.dtype), *(p.view(w.shape).to(w.dtype, copy=True) for p, w in pieces)]
 
     def inverse(
         self, y: Tensor, weights: list[Tensor], activation: str, subnet: str, clamp: float | None
     ) -> Tensor:
-        # On a GPU without the check for a singular mix, for which the host would have to wait.
+        # On a GPU without the check for a singular mix, which would make the host wait.
         undone = flat(inverted_mix(weights, check=self.on_cpu))
         options = (weights[0].shape[0], activation, clamp or 0.0)
         return self.ops.coupling_inverse(self.image(y), undone, *options).to(y.dtype)
@@ -61,8 +61,8 @@ class Coupling(Binding):
             return reason or super().can_run(*tensors)
         if need_weights:
             return (
-                "its kernels give the gradient of the image only, and one of the weights is asked "
-                "for"
+                "its kernels give the gradient of the image only, and one of the weights' is "
+                "required"
             )
         if (channels := block_channels(tensors)) > MOST_CHANNELS:
             return (

@@ -66,7 +66,7 @@ class Patches(Binding):
         saved, sizes = (grad.float(), embedding, state), (patch_size, stride)
         w1, w2 = _dense((weight1, weight2))
         if self.on_cpu and grad_x.dtype == torch.float16:
-            # The kernels of the CPU give a float32 gradient, which is rounded once it is added.
+            # The CPU's kernels return a float32 gradient, which is rounded when it is added.
             grad_x += self.ops.patches_backward(*saved, self.image(x), w1, w2, *sizes)
         else:
             self.ops.patches_backward_add_(grad_x, *saved, w1, w2, *sizes)
