@@ -37,9 +37,10 @@ class Rule(NamedTuple):
         )
 
 
-# On an H200 CUDA's monce was twice as fast with 100 patches a map, Triton's with 441; for sinkhorn
-# in half precision Triton's was faster with 441. Bounds are geometric means of measured sizes. From
-# 641 patches on a matrix exceeds a cluster's shared memory; CUDA's monce streams it by one block.
+# On an H200 (benchmarks/results/h200.json) CUDA's monce was twice as fast as Triton's with 100
+# patches per map, and half as fast with 441, where Triton's bfloat16 sinkhorn was faster too.
+# Bounds are geometric means of measured sizes. From 641 patches on a matrix exceeds a cluster's
+# shared memory, and CUDA's monce streams it by one block.
 MANY = 210
 ON_CHIP = 641
 HALVES = (torch.float16, torch.bfloat16)
