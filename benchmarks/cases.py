@@ -36,7 +36,7 @@ BUDGETS = {"ours": 2.0, "eager": 1.0, "compile": 1.0, "peer": 3.0}
 
 
 class Shape(NamedTuple):
-    """Of the images, (batch, 3, size, size), on whose features the op works."""
+    """The images' shape, (batch, 3, size, size), on whose features the op works."""
 
     batch: int
     size: int

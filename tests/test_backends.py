@@ -215,7 +215,7 @@ def test_why_there_are_no_cuda_kernels(
 
 
 def arguments_of(operator: str) -> list[str]:
-    """Of an operator, without the backend's name."""
+    """The names of an operator's arguments, without the backend's."""
     names = [a.name for a in getattr(torch.ops.mghf_fast, operator).default._schema.arguments]
     assert names.pop() == "backend"
     return names
@@ -237,8 +237,9 @@ def test_every_backend_takes_the_operators_arguments(
     implementation = op.implementation(which)
     operators = {"forward": name, "backward": f"{name}_backward"}
     if name == "patches":
-        operators["add_backward"] = "patches_backward_add_"
-        functions = (*functions, "add_backward")
+        added = list(inspect.signature(implementation.add_backward).parameters)
+        backward = [a for a in arguments_of(operators["backward"]) if a != "need_weights"]
+        assert added == ["grad_x", *backward]
     if name == "entropy":
         functions = ("forward",)
         with pytest.raises(NotImplementedError, match="no such gradient"):

@@ -431,7 +431,7 @@ def test_a_row_is_timed_once_more(recorder: sessions.Recorder) -> None:
 
 
 class Event:
-    """Of a device on which a second passes between any two events."""
+    """Events of a device on which a second passes between any two."""
 
     made: ClassVar[list[str]] = []
 

@@ -67,7 +67,7 @@ def _capturing(x: Tensor) -> bool:
 
 
 def _version(x: Tensor) -> int:
-    """How often it was changed in place. Of tensors made in inference mode PyTorch does not know."""
+    """How often a tensor was changed in place. PyTorch does not count it in inference mode."""
     return -1 if x.is_inference() else x._version
 
 
