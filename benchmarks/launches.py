@@ -229,10 +229,9 @@ def count(
 
 
 AIM = 40
-"""Aimed number of launches of an MGHF-c step at any shape. No configuration reaches it yet;
-`launches.json` keeps the actual numbers. Missing are: fewer launches for `coupling`, whose parts go
-block by block and image by image; many small maps in one launch in Triton's `monce`; and fewer of
-PyTorch's own operations on scalars between the terms, which are 42 to 55."""
+"""Aimed number of launches of an MGHF-c step at any shape. The nearest takes 53; `launches.json`
+keeps all numbers. What is missing is fewer launches for `coupling`, whose parts go block by block
+and, for large images, image by image and band by band."""
 MOST_BYTES = 450 * MIB
 """Most memory besides the images, at 512 x 512, on every backend."""
 TABLE = Path(__file__).with_suffix(".json")
