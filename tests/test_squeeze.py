@@ -380,7 +380,7 @@ def test_a_downscale_that_does_not_fit_is_refused() -> None:
         MGHFLoss(extractor=Shrinks(16))
     with pytest.raises(ValueError, match="downscale 4 .*, got 30 and 24"):
         MGHFLoss(extractor=with_stem(), patch_size=30)
-    with pytest.raises(ValueError, match="patch_size 'auto' takes .* downscale 32"):
+    with pytest.raises(ValueError, match="patch_size 'auto' needs .* downscale 32"):
         LocalInformationLoss("auto", 32, downscale=32)
     with pytest.raises(ValueError, match=r"extractor\.downscale must be at least 1, got 0"):
         MGHFLoss(extractor=Shrinks(0))
