@@ -289,6 +289,24 @@ def test_evaluation_keeps_nothing() -> None:
     assert torch.equal(total, loss(sr, gt))
 
 
+@pytest.mark.skipif("cpu" not in mghf_fast.available_backends(), reason="no compiled kernels")
+@pytest.mark.parametrize("extractor", ["perceptual-v1", "procedural-v1", "random"])
+def test_the_number_of_threads_changes_no_bit(extractor: str) -> None:
+    """With an extractor made on that number of threads, too: what it is drawn from, and what the
+    stem is folded into, are matrix products."""
+    sr, gt = pair(1, 64, 72)
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 3, 8):
+            torch.set_num_threads(count)
+            found.append(value_and_gradient(MGHFLoss(extractor=extractor), sr, gt))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
 def test_in_inference_mode() -> None:
     sr, gt = pair()
     expected = MGHFLoss(extractor=squeezed())(sr, gt).detach()
