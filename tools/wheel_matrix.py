@@ -50,6 +50,8 @@ def try_wheel(wheel: Path, python: Path, folder: Path) -> str:
     smoke_test = ROOT / "tools" / "smoke_test.py"
     for file in [*(ROOT / "tests").glob("*.py"), smoke_test, ROOT / "pyproject.toml"]:
         shutil.copy(file, folder)
+    for package in ("benchmarks", "tools"):  # which tests import; not in the wheel
+        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("results"))
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("MGHF_", "PYTHON"))}
     run = functools.partial(
         subprocess.run,
