@@ -35,7 +35,7 @@ def environment(folder: Path, python: str, torch: str) -> Path:
         subprocess.check_call([python, "-m", "venv", "--clear", home])
         pip = [str(inside), "-m", "pip", "install", "--quiet"]
         subprocess.check_call([*pip, f"torch=={torch}"])
-        subprocess.check_call([*pip, "numpy", "pytest", "hypothesis"])
+        subprocess.check_call([*pip, "numpy", "pytest", "hypothesis", "pillow", "scikit-image"])
         (home / "complete").touch()
     return inside
 
