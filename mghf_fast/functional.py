@@ -93,8 +93,7 @@ def invertible_block(x: Tensor, weights: BlockWeights, *, backend: str | None = 
     """
     _check_block("x", x, weights, (1, 3))
     options = (weights.activation, weights.subnet, weights.clamp, current_backend(backend))
-    result: Tensor = ops.coupling.coupling(x, weights.tensors(), *options)
-    return result
+    return ops.coupling.coupling(x, weights.tensors(), *options)
 
 
 def invertible_block_inverse(
@@ -116,8 +115,7 @@ def invertible_block_inverse(
     """
     _check_block("y", y, weights, (1,))
     options = (weights.activation, weights.subnet, weights.clamp, current_backend(backend))
-    result: Tensor = ops.coupling.coupling_inverse(y, weights.tensors(), *options)
-    return result
+    return ops.coupling.coupling_inverse(y, weights.tensors(), *options)
 
 
 def channel_entropy(x: Tensor, bins: int = 256, *, backend: str | None = None) -> Tensor:
@@ -133,8 +131,7 @@ def channel_entropy(x: Tensor, bins: int = 256, *, backend: str | None = None) -
     """
     check.check_tensor("x", x, "(B, C, H, W)")
     bins = check.check_integer("bins", bins, 2)
-    result: Tensor = ops.entropy.entropy(x.detach(), bins, current_backend(backend))
-    return result
+    return ops.entropy.entropy(x.detach(), bins, current_backend(backend))
 
 
 def gram_matrix(x: Tensor, normalize: bool = True, *, backend: str | None = None) -> Tensor:
@@ -150,8 +147,7 @@ def gram_matrix(x: Tensor, normalize: bool = True, *, backend: str | None = None
     check.check_tensor("x", x, "(B, C, H, W)")
     size = check.check_integer("x", x.shape[1] * x.shape[2] * x.shape[3], 1)
     scale = 1.0 / size if normalize else 1.0
-    result: Tensor = ops.gram.gram(x, scale, current_backend(backend))
-    return result
+    return ops.gram.gram(x, scale, current_backend(backend))
 
 
 class ContentStyleTerms(NamedTuple):
@@ -293,9 +289,7 @@ def patch_projection(
     """
     parameters = (weight1, bias1, weight2, bias2)
     sizes = _check_patches(x, parameters, patch_size, stride)
-    result: Tensor
-    result, _ = ops.patches.patches(x, *parameters, *sizes, current_backend(backend))
-    return result
+    return ops.patches.patches(x, *parameters, *sizes, current_backend(backend))[0]
 
 
 def sinkhorn_plan(
@@ -331,10 +325,9 @@ def sinkhorn_plan(
     iterations = check.check_integer("iterations", iterations, 1)
     if tolerance is not None:
         tolerance = float(check.check_number("tolerance", tolerance, positive=True))
-    result: Tensor = ops.sinkhorn.sinkhorn(
+    return ops.sinkhorn.sinkhorn(
         similarity, cost, float(epsilon), iterations, tolerance, current_backend(backend)
     )
-    return result
 
 
 def marginal_error(plan: Tensor) -> Tensor:

@@ -35,7 +35,9 @@ def environment(folder: Path, python: str, torch: str) -> Path:
         subprocess.check_call([python, "-m", "venv", "--clear", home])
         pip = [str(inside), "-m", "pip", "install", "--quiet"]
         subprocess.check_call([*pip, f"torch=={torch}"])
-        subprocess.check_call([*pip, "numpy", "pytest", "hypothesis", "pillow", "scikit-image"])
+        subprocess.check_call(
+            [*pip, "numpy", "pytest", "hypothesis", "pillow", "scikit-image", "scikit-learn"]
+        )
         (home / "complete").touch()
     return inside
 

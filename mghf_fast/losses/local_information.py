@@ -98,6 +98,8 @@ class LocalInformationLoss(HoldsFrozen):
                 size // downscale: max(stride * size // (AUTO_PATCH_SIZES[0] * downscale), 1)
                 for size in automatic
             }
+        # Beside the modules' names, which torch.compile of torch 2.10 cannot iterate over.
+        self._sizes = [side * downscale for side in strides]
         self.projections = nn.ModuleDict(
             {
                 str(side * downscale): PatchProjection(
@@ -116,7 +118,7 @@ class LocalInformationLoss(HoldsFrozen):
         Raises:
             ValueError: a side is smaller than the smallest patch.
         """
-        least = min(int(size) for size in self.projections)
+        least = min(self._sizes)
         if min(height, width) < least:
             smaller = [] if self.patch_size == "auto" else _auto_sizes(self.downscale)
             advice = f"; patch_size='auto' takes {smaller[-1]} pixels and up" if smaller else ""
@@ -128,7 +130,7 @@ class LocalInformationLoss(HoldsFrozen):
     def _projection(self, x: Tensor) -> PatchProjection:
         height, width = (side * self.downscale for side in x.shape[2:])
         self.check_size(height, width)
-        fitting = [size for size in map(int, self.projections) if size <= min(height, width)]
+        fitting = [size for size in self._sizes if size <= min(height, width)]
         projection = self.projections[str(max(fitting))]
         assert isinstance(projection, PatchProjection)
         return projection
