@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SUITE = (
     *sorted(path.stem for path in (ROOT / "csrc" / "ops").glob("*.cpp")),  # every compiled op
-    *("losses", "hf_diff", "extractor", "native", "backends"),
+    *("losses", "step", "hf_diff", "extractor", "native", "backends"),
 )
 
 
