@@ -16,7 +16,7 @@ PACKAGE = "mghf_fast.kernels"
 INCLUDE = re.compile(r'^\s*#include "([^"]+)"', re.M)
 COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
 # Host code of the package on which a Triton kernel's result does not depend.
-OUTSIDE = ("cases", "resources", "native_resources", "selection")
+OUTSIDE = ("selection",)
 
 
 def read(path: str) -> str:

@@ -16,6 +16,7 @@ import draws
 import pytest
 import torch
 
+import mghf_fast
 from mghf_fast import available_backends, backends, functional, native, reference, use_backend
 from mghf_fast.backends import BACKENDS, current_backend, unavailable_reasons
 from mghf_fast.ops import OPS, Op, _dispatch, coupling
@@ -47,6 +48,22 @@ def test_use_backend_nests_and_restores() -> None:
     with pytest.raises(RuntimeError, match="inside"), use_backend("reference"):
         raise RuntimeError("inside")
     assert current_backend() == "auto"
+
+
+def test_auto_and_none_follow_the_surrounding_choice() -> None:
+    """In a function, in a loss, and in a loss that was made elsewhere; a name forces."""
+    x = draws.rand(1, 3, 48, 48, dtype=torch.float64)
+    loss = mghf_fast.MGHFLoss("n", extractor=torch.nn.Identity(), backend="auto").double()
+    with use_backend("cuda"):  # which takes no float64 anywhere
+        for backend in (None, "auto"):
+            assert current_backend(backend) == "cuda"
+            with pytest.raises(RuntimeError, match="backend 'cuda' cannot run gram"):
+                functional.gram_matrix(x, backend=backend)
+        with pytest.raises(RuntimeError, match="backend 'cuda' cannot run content_style"):
+            loss(x, x.flip(3))
+        assert current_backend("reference") == "reference"
+        functional.gram_matrix(x, backend="reference")
+        mghf_fast.MGHFLoss("n", extractor=torch.nn.Identity(), backend="reference")(x, x)
 
 
 def test_a_forced_backend_that_cannot_run_says_why() -> None:
