@@ -89,7 +89,9 @@ def new_row(
 ) -> Row:
     row = facts_of_row(op, shape, form, threads)
     row["parts"] = {part: part_facts(measurement) for part, measurement in found.items()}
-    if (step := value(row, "step")) and (forward := value(row, "forward")):
+    step, forward = value(row, "step"), value(row, "forward")
+    # Noise can make the difference of two medians negative.
+    if step and forward and step >= forward:
         row["parts"]["backward"] = {"median_s": _round(step - forward)}
     return row
 
