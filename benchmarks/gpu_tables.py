@@ -377,7 +377,7 @@ def runs() -> list[Run]:
 
 
 def block() -> str:
-    """README's."""
+    """What docs/benchmarks.md says of GPUs."""
     return "\n".join(map(markdown, runs())) or NONE
 
 

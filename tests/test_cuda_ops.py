@@ -154,7 +154,7 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     ),
     (
         lambda: monce_backward(torch.zeros(2, 5), torch.zeros(2, 2, 5).int()),
-        r"state has shape \(2, 2, 5\); allowed is what the forward left",
+        r"state has shape \(2, 2, 5\); allowed is the forward's, \(maps, 1 \+ 4 kept",
     ),
 ]
 

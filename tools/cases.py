@@ -211,7 +211,7 @@ def _dec() -> Cases:
     for dtype in TYPES:
         x = _empty(DEC_PATCHES, DEC_DEPTH, dtype=dtype)
         label = str(dtype).removeprefix("torch.")
-        options = (20.0, 0.1, 0.1, "inside", "psnr", 1.0, 0.3)
+        options = (20.0, 0.1, 0.1, "inside", "rmse", 1.0, 0.3)
         yield f"forward, {label}", op.forward, (x, x, *options)
         yield f"backward, {label}", op.backward, (grad, x, x, statistics, *options)
 

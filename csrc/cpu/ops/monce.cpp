@@ -82,7 +82,8 @@ Tensor monce_backward(const Tensor& grad, const Tensor& query, const Tensor& key
                       state.is_contiguous() && state.dim() == 3 &&
                       state.size(0) == query.size(0) && state.size(1) == 1 + 4 * slots &&
                       state.size(2) == patches,
-                  "state has shape ", shape_of(state), "; allowed is what the forward left");
+                  "state has shape ", shape_of(state),
+                  "; allowed is the forward's, (maps, 1 + 4 kept iterations, N) of int32");
   int32_t* const left = const_cast<int32_t*>(state.const_data_ptr<int32_t>());  // is only read
   Tensor grad_query = new_tensor(query, query.sizes());
   float* out = grad_query.mutable_data_ptr<float>();

@@ -74,7 +74,8 @@ Tensor monce_backward_op(const Tensor& grad, const Tensor& query, const Tensor& 
   STD_TORCH_CHECK(state.dim() == 3 && state.is_contiguous() &&
                       state.scalar_type() == ScalarType::Int && state.size(0) == query.size(0) &&
                       state.size(1) % 4 == 1 && state.size(2) == query.size(1),
-                  "state has shape ", shape_of(state), "; allowed is what the forward left");
+                  "state has shape ", shape_of(state),
+                  "; allowed is the forward's, (maps, 1 + 4 kept iterations, N) of int32");
   const Matrices upstream = check_matrices(torch::stable::unsqueeze(grad, 2), "grad");
   const Launcher launcher(query);
   Tensor result = torch::stable::new_empty(query, {query.size(0), query.size(1), query.size(2)});
