@@ -67,3 +67,42 @@ def test_tensor_cores_cut_off_what_an_addition_rounds(tmp_path: Path) -> None:
     ]
     found = results("plain", [("tensor_core_sum", arguments) for arguments, _ in sums], tmp_path)
     assert list(found) == [want for _, want in sums]
+
+
+def _factors(depth: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Halves whose products have exact sums, as bits, and their product."""
+    random = np.random.default_rng(0)
+    a, b = random.integers(-8, 8, (64, depth)), random.integers(-8, 8, (depth, 32))
+    return *(x.astype(np.float16).view(np.uint16) for x in (a, b)), (a @ b).astype(np.float32)
+
+
+@pytest.mark.parametrize("depth", [16, 32, 80])
+def test_products_of_a_warpgroup(depth: int, tmp_path: Path) -> None:
+    a, b, want = _factors(depth)
+    (found,) = results("plain", [("planted_product", (a, b, 0))], tmp_path)
+    assert (found == want).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "fault", "found"),
+    [
+        ("plain", 1, "a product without begin_products"),
+        ("plain", 3, "a product's factor or sum changes"),
+        ("plain", 5, "a product's factor or sum changes"),
+        ("thread", 0, ""),
+        ("thread", 6, "data race"),
+        ("thread", 7, "data race"),
+    ],
+)
+def test_faults_in_products_are_found(kind: str, fault: int, found: str, tmp_path: Path) -> None:
+    a, b, _ = _factors(80)
+    done = run(kind, [("planted_product", (a, b, fault))], tmp_path)
+    code = EXIT_CODES["data"] if found == "data race" else 1
+    assert done.returncode == (code if fault else 0) and found in done.stderr
+
+
+@pytest.mark.parametrize("fault", [2, 4])
+def test_wrong_distances_and_early_reads_give_wrong_products(fault: int, tmp_path: Path) -> None:
+    a, b, want = _factors(80)
+    (found,) = results("plain", [("planted_product", (a, b, fault))], tmp_path)
+    assert not np.allclose(found, want)

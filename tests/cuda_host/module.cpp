@@ -12,6 +12,7 @@
 #include "../../csrc/cuda/coupling.h"
 #include "../../csrc/cuda/mma.h"
 #include "planted.h"
+#include "products.h"
 
 namespace py = pybind11;
 using namespace mghf::cuda;
@@ -24,6 +25,15 @@ template <Planted kKernel>
 py::array_t<int> run(const py::array_t<int>& x, int fault) {
   py::array_t<int> result(64);
   const char* const error = kKernel(x.data(), result.mutable_data(), fault, nullptr);
+  if (error != nullptr) throw std::runtime_error(error);
+  return result;
+}
+
+py::array_t<float> product(const py::array_t<uint16_t, py::array::c_style>& a,
+                           const py::array_t<uint16_t, py::array::c_style>& b, int fault) {
+  py::array_t<float> result({kProductRows, kProductColumns});
+  const char* const error = planted_product(a.data(), b.data(), result.mutable_data(),
+                                            static_cast<int>(a.shape(1)), fault, nullptr);
   if (error != nullptr) throw std::runtime_error(error);
   return result;
 }
@@ -58,5 +68,6 @@ PYBIND11_MODULE(mghf_fast_cuda_host, m) {
   m.def("planted_barrier", &run<planted_barrier>);
   m.def("planted_index", &run<planted_index>);
   m.def("planted_cluster", &run<planted_cluster>);
+  m.def("planted_product", &product);
   m.def("planted_copy", &run<planted_copy>);
 }

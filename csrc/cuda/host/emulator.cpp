@@ -78,6 +78,8 @@ struct Fiber {
   uint64_t time = 0;
   bool done = false;
   std::vector<std::vector<Copy>> copies{1};
+  std::vector<std::vector<std::unique_ptr<Product>>> products;  // and the group that has begun
+  bool products_begun = false;
 
   bool can_run() const { return !done && (waits_for == nullptr || waits_for->times != time); }
 };
@@ -89,6 +91,7 @@ struct Launch {
   const std::function<void()>* kernel;
   std::vector<Block> blocks;
   Barrier cluster, end;
+  const char* error = nullptr;
   std::vector<Fiber> fibers;
   Context scheduler;
 #if defined(__SANITIZE_ADDRESS__)
@@ -165,6 +168,9 @@ void live() {
     block_index.x = self->block;
     (*launch->kernel)();
     self->copies.assign(1, {});
+    if (!self->products.empty()) launch->error = "a thread ends before its products";
+    self->products.clear();
+    self->products_begun = false;
     wait(launch->end, true);
   }
   self->done = true;
@@ -243,6 +249,35 @@ std::vector<Copy> take_copies(int groups_left) {
   return taken;
 }
 
+void begin_products() { fiber->products_begun = true; }
+
+void multiply_later(std::unique_ptr<Product> product) {
+  if (!fiber->products_begun) launch->error = "a product without begin_products() before it";
+  if (fiber->products.empty()) fiber->products.emplace_back();
+  fiber->products.back().push_back(std::move(product));
+}
+
+void end_group_of_products() { fiber->products.emplace_back(); }
+
+void wait_for_products(int groups_left) {
+  auto& groups = fiber->products;
+  for (const auto& group : groups) {
+    for (const auto& product : group) {
+      if (!product->unchanged()) launch->error = "a product's factor or sum changes during it";
+    }
+  }
+  while (groups.size() > static_cast<size_t>(groups_left) + 1) {
+    const auto group = std::move(groups.front());
+    groups.erase(groups.begin());
+    for (const auto& product : group) product->make();
+  }
+  for (const auto& group : groups) {
+    for (const auto& product : group) product->remember();
+  }
+  if (groups.size() == 1 && groups.front().empty()) groups.clear();
+  fiber->products_begun = false;
+}
+
 const char* run(unsigned blocks, unsigned blocks_of_cluster, int threads, size_t shared_bytes,
                 const std::function<void()>& kernel) {
   if (static_cast<int64_t>(shared_bytes) > gpu.shared_bytes) return "too much shared memory";
@@ -304,7 +339,7 @@ const char* run(unsigned blocks, unsigned blocks_of_cluster, int threads, size_t
   for (const Fiber& of : own.fibers) forget_frames(of.stack, stuck);
   launch = nullptr;
   fiber = nullptr;
-  return stuck ? "threads wait at a barrier that others never reach" : nullptr;
+  return stuck ? "threads wait at a barrier that others never reach" : own.error;
 }
 
 }  // namespace mghf::host

@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <vector>
 
 #include "../../common/warp.h"
@@ -85,6 +86,20 @@ inline void wait_for_copies(int groups_left) {
                 static_cast<size_t>(copy.bytes - copy.present));
   }
 }
+
+// Products that a warpgroup makes while its threads go on. They are made when they are waited for; a
+// factor or sum that has changed by then fails the launch, as does a product that begin_products() did
+// not precede.
+struct Product {
+  virtual ~Product() = default;
+  virtual void remember() = 0;  // the sums as they are now
+  virtual bool unchanged() const = 0;
+  virtual void make() const = 0;
+};
+void begin_products();
+void multiply_later(std::unique_ptr<Product> product);
+void end_group_of_products();
+void wait_for_products(int groups_left);
 
 template <class T>
 T exchanged(const T& own, unsigned lane) {
