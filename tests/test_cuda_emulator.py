@@ -18,6 +18,8 @@ EXIT_CODES = {"data": 66, "heap-buffer-overflow": 67}  # the sanitizers'; Python
         ("thread", "planted_barrier", 1, "data race"),
         ("thread", "planted_cluster", 1, "data race"),
         ("thread", "planted_copy", 2, "data race"),
+        ("thread", "planted_ring", 2, "data race"),
+        ("plain", "planted_ring", 3, "a barrier that others never reach"),
         ("address", "planted_index", 1, "heap-buffer-overflow"),
         ("address", "planted_index", -1, "heap-buffer-overflow"),
         ("plain", "planted_barrier", 2, "a barrier that others never reach"),
@@ -34,10 +36,11 @@ def test_planted_faults_are_found(
     assert done.returncode == EXIT_CODES.get(found.split()[0], 1) and found in done.stderr
 
 
-def test_copies_are_not_there_before_they_are_waited_for(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kernel", ["planted_copy", "planted_ring"])
+def test_copies_are_not_there_before_they_are_waited_for(kernel: str, tmp_path: Path) -> None:
     x = np.arange(1, 65, dtype=np.int32)
-    (result,) = results("plain", [("planted_copy", (x, 1))], tmp_path)
-    assert not (result == x[::-1]).any()
+    (result,) = results("plain", [(kernel, (x, 1))], tmp_path)
+    assert not (result == x[::-1]).all()
 
 
 def test_a_kernel_is_allowed_its_shared_memory_once(tmp_path: Path) -> None:

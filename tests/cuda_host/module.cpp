@@ -70,4 +70,5 @@ PYBIND11_MODULE(mghf_fast_cuda_host, m) {
   m.def("planted_cluster", &run<planted_cluster>);
   m.def("planted_product", &product);
   m.def("planted_copy", &run<planted_copy>);
+  m.def("planted_ring", &run<planted_ring>);
 }

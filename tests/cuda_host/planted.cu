@@ -1,5 +1,7 @@
 #include "planted.h"
 
+#include "../../csrc/cuda/bulk.h"
+
 namespace mghf::cuda {
 
 namespace {
@@ -44,6 +46,40 @@ __global__ void copy_asynchronously(const int* x, int* result, int fault) {
   result[thread] = shared[kNumbers - 1 - thread];
 }
 
+constexpr int kSlots = 2, kOfSlot = 16;
+
+// One warp fills the slots, the other reads them.
+__global__ void reverse_through_ring(const int* x, int* result, int fault) {
+  struct Shared {
+    alignas(16) int slots[kSlots][kOfSlot];
+    Counter open[kSlots], free[kSlots];
+  };
+  MGHF_DYNAMIC_SHARED(Shared, shared);
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread == 0) {
+    for (int slot = 0; slot < kSlots; ++slot) {
+      shared->open[slot].begin(1);
+      shared->free[slot].begin(kOfSlot);
+    }
+  }
+  publish_counters();
+  for (int i = 0; i < kNumbers / kOfSlot; ++i) {
+    const int slot = i % kSlots, round = i / kSlots % 2;
+    Counter &open = shared->open[slot], &free = shared->free[slot];
+    if (thread == 0) {
+      if (i >= kSlots && fault != 2) free.wait(1 - round);
+      constexpr int kBytes = kOfSlot * static_cast<int>(sizeof(int));
+      open.arrive(fault == 3 ? kBytes / 2 : kBytes);
+      copy_bulk(shared->slots[slot], x + i * kOfSlot, kBytes, open);
+    }
+    const int at = thread - kWarp;
+    if (at < 0 || at >= kOfSlot) continue;
+    if (fault != 1 || i >= kSlots) open.wait(round);
+    result[kNumbers - 1 - i * kOfSlot - at] = shared->slots[slot][at];
+    free.arrive();
+  }
+}
+
 }  // namespace
 
 const char* planted_barrier(const int* x, int* result, int fault, Stream stream) {
@@ -61,6 +97,10 @@ const char* planted_cluster(const int* x, int* result, int fault, Stream stream)
 
 const char* planted_copy(const int* x, int* result, int fault, Stream stream) {
   return launch(copy_asynchronously, {1, kNumbers}, stream, x, result, fault);
+}
+
+const char* planted_ring(const int* x, int* result, int fault, Stream stream) {
+  return launch(reverse_through_ring, {1, kNumbers, 4 << 10}, stream, x, result, fault);
 }
 
 }  // namespace mghf::cuda

@@ -14,5 +14,8 @@ const char* planted_index(const int* x, int* result, int first, Stream stream);
 const char* planted_cluster(const int* x, int* result, int fault, Stream stream);
 // Reversed, through asynchronous copies. 1: without waiting for them; 2: without the barrier, a race.
 const char* planted_copy(const int* x, int* result, int fault, Stream stream);
+// Reversed, through a ring that bulk copies fill. 1: without waiting for them; 2: a slot is filled
+// again before it was read, a race; 3: a byte count that never becomes right.
+const char* planted_ring(const int* x, int* result, int fault, Stream stream);
 
 }  // namespace mghf::cuda

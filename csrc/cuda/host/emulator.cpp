@@ -3,6 +3,7 @@
 
 #include <sys/mman.h>
 
+#include <map>
 #include <memory>
 #include <vector>
 
@@ -24,6 +25,7 @@ Counting counting;
 namespace {
 
 constexpr size_t kStackBytes = 256 << 10;
+constexpr size_t kMostCopies = 64;  // of a round
 constexpr size_t kOutermostBytes = 4 << 10;
 
 // Two addresses for ThreadSanitizer's state of a barrier, used in turn: what threads release at the
@@ -56,8 +58,21 @@ struct Warp {
   unsigned char words[2][kWarp][kMostExchanged];
 };
 
+// A round is complete when all have arrived, and is over once its copies have been made.
+struct Counter {
+  Barrier rounds;
+  unsigned arrivals = 0, arrived = 0;
+  int64_t missing_bytes = 0;
+  Copy copies[kMostCopies];  // not a vector, whose memory ThreadSanitizer would watch
+  size_t number = 0;
+
+  bool complete() const { return arrived == arrivals && missing_bytes == 0; }
+  void* known() const { return const_cast<char*>(&rounds.known[rounds.times % 2]); }
+};
+
 struct Block {
   Barrier barrier;
+  std::map<const void*, Counter> counters;
   std::vector<Warp> warps;
   std::unique_ptr<unsigned char[]> shared;
 };
@@ -75,13 +90,19 @@ struct Fiber {
   Stack stack;
   unsigned thread = 0, rank = 0, block = 0;
   const Barrier* waits_for = nullptr;
+  const Counter* waits_for_round = nullptr;
   uint64_t time = 0;
   bool done = false;
   std::vector<std::vector<Copy>> copies{1};
   std::vector<std::vector<std::unique_ptr<Product>>> products;  // and the group that has begun
   bool products_begun = false;
 
-  bool can_run() const { return !done && (waits_for == nullptr || waits_for->times != time); }
+  bool can_run() const {
+    if (waits_for_round != nullptr) {
+      return waits_for_round->complete() || waits_for_round->rounds.times != time;
+    }
+    return !done && (waits_for == nullptr || waits_for->times != time);
+  }
 };
 
 struct Launch {
@@ -247,6 +268,83 @@ std::vector<Copy> take_copies(int groups_left) {
     groups.erase(groups.begin());
   }
   return taken;
+}
+
+namespace {
+
+Counter& counter_at(const void* place) { return launch->blocks[fiber->rank].counters[place]; }
+
+void release(Counter& counter) {
+#if defined(MGHF_THREAD_SANITIZER)
+  __tsan_release(counter.known());
+#endif
+  (void)counter;
+}
+
+// Ends the round if everything is in and nothing is to be copied.
+void end_round(Counter& counter) {
+  if (!counter.complete() || counter.number > 0) return;
+  counter.arrived = 0;
+  ++counter.rounds.times;
+}
+
+}  // namespace
+
+void begin_counter(const void* counter, int arrivals) {
+  counter_at(counter) = Counter{};
+  counter_at(counter).arrivals = static_cast<unsigned>(arrivals);
+}
+
+void note_arrival(const void* place, int bytes) {
+  Counter& counter = counter_at(place);
+  if (counter.arrived == counter.arrivals) launch->error = "more arrivals than a round has";
+  release(counter);
+  ++counter.arrived;
+  counter.missing_bytes += bytes;
+  end_round(counter);
+}
+
+void copy_in_round(const void* place, const Copy& copy) {
+  Counter& counter = counter_at(place);
+  if (counter.number == kMostCopies) {
+    launch->error = "more copies than the emulator keeps for a round";
+    return;
+  }
+  release(counter);
+  counter.missing_bytes -= copy.bytes;
+  counter.copies[counter.number++] = copy;
+}
+
+std::vector<Copy> copies_of_round(const void* place) {
+  const Counter& counter = counter_at(place);
+  std::vector<Copy> copies;
+  if (!counter.complete()) return copies;
+  for (size_t i = 0; i < counter.number; ++i) copies.push_back(counter.copies[i]);
+#if defined(MGHF_THREAD_SANITIZER)
+  if (!copies.empty()) __tsan_acquire(counter.known());
+#endif
+  return copies;
+}
+
+void end_copies_of_round(const void* place) {
+  Counter& counter = counter_at(place);
+  counter.number = 0;
+  release(counter);
+  end_round(counter);
+}
+
+bool round_is_over(const void* place, int parity) {
+  Counter& counter = counter_at(place);
+  const uint64_t time = counter.rounds.times;
+  if (static_cast<int>(time % 2) != parity) {
+    counter.rounds.leave(time - 1);
+    return true;
+  }
+  fiber->waits_for_round = &counter;
+  fiber->time = time;
+  to_scheduler();
+  fiber->waits_for_round = nullptr;
+  return false;
 }
 
 void begin_products() { fiber->products_begun = true; }

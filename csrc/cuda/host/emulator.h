@@ -79,12 +79,39 @@ void copy_later(const Copy&);
 void end_group_of_copies();
 std::vector<Copy> take_copies(int groups_left);
 
+inline void make(const Copy& copy) {
+  std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.present));
+  std::memset(static_cast<char*>(copy.to) + copy.present, 0,
+              static_cast<size_t>(copy.bytes - copy.present));
+}
+
 inline void wait_for_copies(int groups_left) {
-  for (const Copy& copy : take_copies(groups_left)) {
-    std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.present));
-    std::memset(static_cast<char*>(copy.to) + copy.present, 0,
-                static_cast<size_t>(copy.bytes - copy.present));
-  }
+  for (const Copy& copy : take_copies(groups_left)) make(copy);
+}
+
+// Counters of arrivals and of copied bytes; see ../bulk.h. The copies of a round are made when it is
+// first waited for, or else when the next one begins.
+void begin_counter(const void* counter, int arrivals);
+void note_arrival(const void* counter, int bytes);
+void copy_in_round(const void* counter, const Copy& copy);
+// Those of a round in which everything has arrived; then the caller makes them and says so.
+std::vector<Copy> copies_of_round(const void* counter);
+void end_copies_of_round(const void* counter);
+// Whether the round of that parity is over; waits for something to happen if not.
+bool round_is_over(const void* counter, int parity);
+
+inline void make_copies_of_round(const void* counter) {
+  const std::vector<Copy> copies = copies_of_round(counter);
+  for (const Copy& copy : copies) make(copy);
+  if (!copies.empty()) end_copies_of_round(counter);
+}
+inline void arrive(const void* counter, int bytes) {
+  make_copies_of_round(counter);
+  note_arrival(counter, bytes);
+}
+inline void wait_for_round(const void* counter, int parity) {
+  do make_copies_of_round(counter);
+  while (!round_is_over(counter, parity));
 }
 
 // Products that a warpgroup makes while its threads go on. They are made when they are waited for; a
