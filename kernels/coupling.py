@@ -66,7 +66,7 @@ from mghf_fast.kernels.coupling_forward import (
 )
 from mghf_fast.ops.layout import empty_like_laid_out
 from mghf_fast.ops.limits import block_channels, only_bottleneck
-from mghf_fast.ops.vocabulary import inverted_mix
+from mghf_fast.ops.vocabulary import inverted_mix, nothing_kept
 
 WORKSPACE_BYTES = 192 << 20
 """Most memory of the hidden layers at a time: a twelfth of what the reference's gradient keeps for
@@ -276,10 +276,15 @@ def _shape(
 
 
 def forward(
-    x: Tensor, weights: list[Tensor], activation: str, subnet: str, clamp: float | None
-) -> Tensor:
-    """The block's value, (B, C, H, W), at x (B, inputs, H, W) of any strides, laid out as x. In
-    addition it needs memory for 8 C values of the dtype of x per pixel of a band (if c is a power
+    x: Tensor,
+    weights: list[Tensor],
+    activation: str,
+    subnet: str,
+    clamp: float | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """The block's value, (B, C, H, W), at x (B, inputs, H, W) of any strides, laid out as x, and an
+    empty state. In addition it needs memory for 8 C values of the dtype of x per pixel of a band (if c is a power
     of 2, at least 16)."""
     y = empty_like_laid_out(x, channels=weights[0].shape[0])
     with launch.on_device_of(x):
@@ -293,7 +298,7 @@ def forward(
             run.start(mix_expand_kernel, band)
             run.start(phi_expand_kernel, band, FOR_GRADIENT=False)
             run.start(couple_kernel, band)
-    return y
+    return y, nothing_kept(x)
 
 
 def inverse(
@@ -323,6 +328,7 @@ def backward(
     grad: Tensor,
     x: Tensor,
     weights: list[Tensor],
+    state: Tensor,
     activation: str,
     subnet: str,
     clamp: float | None,

@@ -89,11 +89,15 @@ def invertible_block(x: Tensor, weights: BlockWeights, *, backend: str | None = 
 
     Returns:
         (B, C, H, W), dtype and layout of ``x``. Differentiable in ``x`` and the weights; only the
-        input is saved for the backward.
+        input is saved for the backward, and with the CUDA kernels, for a gradient in ``x`` alone,
+        the slopes of the activations as bits and the scale exp(r), 352 bytes a pixel for 128
+        channels in float32 (with a 1x1 mix z1 besides, 608).
     """
     _check_block("x", x, weights, (1, 3))
-    options = (weights.activation, weights.subnet, weights.clamp, current_backend(backend))
-    return ops.coupling.coupling(x, weights.tensors(), *options)
+    chosen, tensors = current_backend(backend), weights.tensors()
+    options = (weights.activation, weights.subnet, weights.clamp)
+    keep = ops.coupling.keeps_state(x, tensors, chosen)
+    return ops.coupling.coupling(x, tensors, *options, keep, chosen)[0]
 
 
 def invertible_block_inverse(

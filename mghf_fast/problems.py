@@ -91,9 +91,12 @@ def coupling(batch: int, side: int, inverse: bool = False) -> Problem:
 
     def run(tensors: tuple[Tensor, ...], backend: str) -> Tensor:
         x, *weights = tensors
-        block = getattr(torch.ops.mghf_fast, name)
-        result: Tensor = block(x, weights, "relu6", "bottleneck", 2.0, backend)
-        return result
+        block, options = getattr(torch.ops.mghf_fast, name), ("relu6", "bottleneck", 2.0)
+        if inverse:
+            undone: Tensor = block(x, weights, *options, backend)
+            return undone
+        y: Tensor = block(x, weights, *options, x.requires_grad, backend)[0]
+        return y
 
     return Problem(name, run, _coupling_tensors(batch, side), differentiable=not inverse)
 

@@ -381,7 +381,7 @@ def test_layouts(backend: str, dtype: torch.dtype) -> None:
 def test_layouts_of_the_upstream_gradient(backend: str) -> None:
     weights = block_weights(6)
     x, upstream = draws.randn(2, 2, 6, 3, 5)
-    options = (weights.tensors(), *weights[5:], False)
+    options = (weights.tensors(), x.new_empty(0, dtype=torch.uint8), *weights[5:], False)
     for _, strided in (*contract.image_layouts(upstream), *contract.expanded(upstream)):
         (got,) = ops.coupling.coupling_backward(strided, x, *options, backend)
         (want,) = ops.coupling.coupling_backward(strided, x, *options, "reference")
@@ -394,9 +394,11 @@ def test_contract(backend: str) -> None:
     tensors = [w.clone().requires_grad_(backend != "cuda") for w in weights.tensors()]
     options = (*weights[5:], backend)
     for image in (x, x.contiguous(memory_format=torch.channels_last), x.transpose(2, 3)):
-        contract.check_opcheck(
-            ops.coupling.coupling, image.detach().requires_grad_(), tensors, *options
-        )
+        for keep in (False, True):
+            leaf = image.detach().requires_grad_()
+            contract.check_opcheck(
+                ops.coupling.coupling, leaf, tensors, *weights[5:], keep, backend
+            )
     contract.check_opcheck(ops.coupling.coupling_inverse, x, weights.tensors(), *options)
     contract.check_compiled(
         lambda x: functional.invertible_block(x, weights, backend=backend) * 2, x

@@ -9,11 +9,15 @@ import draws
 import numpy as np
 import pytest
 import torch
-from emulated import KINDS, Call, needs_modules, results, strided
+from cuda_host import load
+from emulated import KINDS, Call, module, needs_modules, results, strided
 from torch import Tensor
 
+from mghf_fast import native
 from mghf_fast.nn import InvertibleBlock
-from mghf_fast.ops.vocabulary import ACTIVATIONS, BlockWeights
+from mghf_fast.ops import OPS
+from mghf_fast.ops.native.coupling import state_shape
+from mghf_fast.ops.vocabulary import ACTIVATIONS, BlockWeights, PackedWeights, weight_shapes
 from mghf_fast.reference import coupling as reference
 
 pytestmark = needs_modules
@@ -26,15 +30,29 @@ class Problem(NamedTuple):
     grad: Tensor
     weights: BlockWeights
 
+    def flat(self) -> np.ndarray[Any, Any]:
+        return torch.cat([t.float().flatten() for t in self.weights.tensors()]).numpy()
+
+    def options(self) -> tuple[Any, ...]:
+        channels, _, kernel, _ = self.weights.mix_weight.shape
+        return channels, kernel, self.weights.activation, self.weights.clamp or 0.0
+
     def calls(self) -> list[Call]:
-        w = self.weights
-        flat = torch.cat([t.float().flatten() for t in w.tensors()]).numpy()
-        channels, _, kernel, _ = w.mix_weight.shape
-        options = (flat, channels, kernel, w.activation, w.clamp or 0.0)
+        options = (self.flat(), *self.options())
         return [
             ("coupling", (strided(self.x), *options)),
             ("coupling_backward", (strided(self.grad), strided(self.x), *options, False)),
         ]
+
+    def pack(self) -> Call:
+        return "coupling_pack", (strided(self.x), self.flat(), *self.options()[:2])
+
+    def keeping(self, packed: np.ndarray[Any, Any]) -> Call:
+        return "coupling_packed", (strided(self.x), self.flat(), packed, *self.options(), True)
+
+    def from_state(self, packed: np.ndarray[Any, Any], state: np.ndarray[Any, Any]) -> Call:
+        given = (strided(self.grad), strided(self.x), self.flat(), packed, state)
+        return "coupling_packed_backward", (*given, *self.options())
 
     def as_dtype(self, dtype: torch.dtype) -> Problem:
         tensors = [t.to(dtype) for t in self.weights.tensors()]
@@ -70,11 +88,13 @@ def problem(
     return Problem(x, grad, block)
 
 
+HALVES = (torch.float16, torch.bfloat16)
+
+
 def types() -> list[Problem]:
     small = problem(10, (2, 9, 11))
     wide = problem(128, (1, 9, 18), inputs=3, kernel=3)
-    halves = (torch.float16, torch.bfloat16)
-    return [small, *(p.as_dtype(dtype) for p in (small, wide) for dtype in halves)]
+    return [small, *(p.as_dtype(dtype) for p in (small, wide) for dtype in HALVES)]
 
 
 def layouts() -> list[Problem]:
@@ -117,11 +137,13 @@ def sizes() -> list[Problem]:
 
 def options() -> list[Problem]:
     """With larger weights, so that the clamp and both sides of the activations matter."""
-    return [
+    made = [
         problem(8, (1, 9, 11), scale=scale, activation=activation, clamp=clamp)
         for activation in ACTIVATIONS
         for scale, clamp in ((1.5, None), (3.0, 1.5))
     ]
+    clamped = problem(8, (1, 9, 11), inputs=3, kernel=3, scale=2.0, clamp=1.5)
+    return [*made, clamped, *(clamped.as_dtype(dtype) for dtype in HALVES)]
 
 
 def broken() -> list[Problem]:
@@ -162,12 +184,39 @@ def run(kind: str, problems: list[Problem], folder: Path, *before: Call) -> list
     return [[tensor_of(a, p.x.dtype) for a in pair] for *pair, p in both]
 
 
+def run_keeping(
+    kind: str, problems: list[Problem], folder: Path, *before: Call
+) -> list[list[Tensor]]:
+    """Values, and gradients from what the forward has kept, with weights packed before."""
+
+    def found(calls: Any) -> Any:
+        return results(kind, [*before, *calls], folder)[len(before) :]
+
+    packed = found(p.pack() for p in problems)
+    kept: Any = found(p.keeping(each) for p, each in zip(problems, packed, strict=True))
+    states = [state for _, state in kept]
+    for p, state in zip(problems, states, strict=True):
+        expected = state_shape(p.x, p.weights.tensors(), p.weights.activation, True)
+        assert state.shape == expected and state.dtype == np.uint8
+    given = zip(problems, packed, states, strict=True)
+    grads = found(p.from_state(*of) for p, *of in given)
+    pairs = zip([y for y, _ in kept], grads, problems, strict=True)
+    return [[tensor_of(a, p.x.dtype) for a in pair] for *pair, p in pairs]
+
+
 def relative_error(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want).norm() / want.norm())
 
 
-def check(kind: str, problems: list[Problem], folder: Path, *before: Call) -> None:
-    for p, found in zip(problems, run(kind, problems, folder, *before), strict=True):
+def check(
+    kind: str, problems: list[Problem], folder: Path, *before: Call, by: Any = (run, run_keeping)
+) -> None:
+    for way in by:
+        check_results(problems, way(kind, problems, folder, *before))
+
+
+def check_results(problems: list[Problem], results_of_all: list[list[Tensor]]) -> None:
+    for p, found in zip(problems, results_of_all, strict=True):
         exact, roundoff = p.as_dtype(torch.float64).expected(), torch.finfo(p.x.dtype).eps
         allowed = [1e-5, 1e-4]
         if p.x.dtype != torch.float32:
@@ -206,8 +255,14 @@ def banded() -> list[Problem]:
 def test_rows_in_bands(tmp_path: Path) -> None:
     problems = banded()
     check("plain", problems, tmp_path, BANDS)
-    whole, some = (run("plain", problems, tmp_path, *before) for before in ((), (BANDS,)))
-    for p, one, other in zip(problems, whole, some, strict=True):
+    whole, some = (
+        [
+            *run("plain", problems, tmp_path, *before),
+            *run_keeping("plain", problems, tmp_path, *before),
+        ]
+        for before in ((), (BANDS,))
+    )
+    for p, one, other in zip(2 * problems, whole, some, strict=True):
         for a, b in zip(one, other, strict=True):
             tolerance = 1e-5 if p.x.dtype == torch.float32 else torch.finfo(p.x.dtype).eps
             assert relative_error(a, b.double()) <= tolerance
@@ -227,7 +282,8 @@ def test_rows_in_bands_under_a_sanitizer(kind: str, tmp_path: Path) -> None:
 def test_no_wrong_number_comes_of_nan_or_infinity(tmp_path: Path) -> None:
     torch.manual_seed(0)
     problems = broken()
-    for p, found in zip(problems, run("plain", problems, tmp_path), strict=True):
+    found_by_both = [*run("plain", problems, tmp_path), *run_keeping("plain", problems, tmp_path)]
+    for p, found in zip(2 * problems, found_by_both, strict=True):
         for got, want in zip(found, p.as_dtype(torch.float64).expected(), strict=True):
             assert got[want.isnan()].isnan().all()
             finite = got.isfinite()
@@ -271,3 +327,151 @@ def test_wide_coupling_under_a_sanitizer(kind: str, tmp_path: Path) -> None:
     problems = [problem(130, (1, 2, 3), inputs=3), problem(66, (1, 3, 2), inputs=3)]
     check(kind, [p.as_dtype(torch.float16) for p in problems], tmp_path)
     check(kind, problems[1:], tmp_path, ("set_gpu", SMALL_GPU))
+
+
+# ---- what the forward keeps ----
+
+
+def at_kinks(dtype: torch.dtype, activation: str, clamp: float | None = None) -> Problem:
+    """All values are small whole numbers, halves of them or a NaN, so that each hidden layer meets
+    0 and 6 exactly, and whole tiles have a halo."""
+    p = problem(8, (1, 19, 21), activation=activation, clamp=clamp)
+    tensors = []
+    for i, w in enumerate(p.weights.tensors()):
+        values = torch.arange(w.numel()).view(w.shape)
+        tensors.append(((7 * values + 3 * i) % 5 - 2).to(w.dtype) / (2 if w.dim() == 4 else 1))
+    weights = BlockWeights.from_tensors(tensors, *p.weights[5:])
+    # rho is small: otherwise exp(r) overflows.
+    *layers, project = weights.rho
+    weights = weights._replace(rho=(*layers, project / 64))
+    x = draws.randint(-2, 3, tuple(p.x.shape)).float()
+    x[0, 1, 9, 15] = torch.nan
+    return Problem(x, draws.randint(-2, 3, tuple(p.grad.shape)).float(), weights).as_dtype(dtype)
+
+
+def bits_of(state: Tensor, p: Problem) -> Tensor:
+    """(6, 2 c, H, W): a bit for each channel of the hidden layers, without the padding."""
+    channels = p.weights.mix_bias.shape[0]
+    words = state[0, :, :, -3 * 16 :].reshape(*state.shape[1:3], 6, -1)
+    bits = words[..., None] >> torch.arange(8, dtype=torch.uint8) & 1
+    return bits.flatten(3)[..., :channels].permute(2, 3, 0, 1)
+
+
+@pytest.mark.parametrize("activation", ["relu6", "leaky_relu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_slopes_at_kinks(dtype: torch.dtype, activation: str) -> None:
+    """Bit by bit the reference's slopes, where its activations are exact."""
+    p = at_kinks(dtype, activation)
+    w = p.weights
+    forward = OPS["coupling"].implementation("cuda").forward
+    _, state = forward(p.x, w.tensors(), activation, "bottleneck", None, True)
+    exact = p.as_dtype(torch.float64)
+    seen: list[Tensor] = []
+    activate = reference._activate
+
+    def watch(x: Tensor, name: str) -> Tensor:
+        seen.append(x)
+        return activate(x, name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "_activate", watch)
+        reference.invertible_block(exact.x, exact.weights)
+    # A half rounds what follows phi's first layer, and 0.01 x is exact in no type.
+    all_exact = dtype == torch.float32 and activation == "relu6"
+    found = bits_of(state, p)
+    for layer, before in enumerate(seen[: 6 if all_exact else 1]):
+        before = before[0, :, 1:-1, 1:-1] if before.shape[2:] != p.x.shape[2:] else before[0]
+        expected = reference._activation_slope(before, activation) == 1
+        assert torch.equal(found[layer].bool(), expected), layer
+        if layer < 2:
+            assert (before == 0).any() and (activation != "relu6" or (before == 6).any())
+    assert any(x.isnan().any() for x in seen)
+
+
+@pytest.mark.parametrize("activation", ["relu6", "leaky_relu"])
+@pytest.mark.parametrize("clamp", [None, 1.5])
+def test_gradient_at_kinks(activation: str, clamp: float | None) -> None:
+    """A float32 gradient whose slopes are all decided by exact numbers, NaN included."""
+    p = at_kinks(torch.float32, activation, clamp)
+    cuda, options = OPS["coupling"].implementation("cuda"), (activation, "bottleneck", clamp)
+    tensors = p.weights.tensors()
+    _, state = cuda.forward(p.x, tensors, *options, True)
+    nothing = state.new_empty(0)
+    (want,) = p.as_dtype(torch.float64).expected()[1:]
+    for kept in (state, nothing):
+        (got,) = cuda.backward(p.grad, p.x, tensors, kept, *options, False)
+        assert got[want.isnan()].isnan().all()
+        finite = got.isfinite()
+        assert finite.any() and want[finite].isfinite().all()
+        assert relative_error(got[finite], want[finite]) <= 1e-4
+
+
+def test_large_and_small_scales() -> None:
+    """exp(r) of a clamped r that a half rounds to zero or to infinity."""
+    p = problem(4, (1, 5, 6), clamp=30.0)
+    *layers, project = p.weights.rho
+    p = p._replace(weights=p.weights._replace(rho=(*layers, 1e3 * project))).as_dtype(torch.float16)
+    cuda, options = OPS["coupling"].implementation("cuda"), ("relu6", "bottleneck", 30.0)
+    _, state = cuda.forward(p.x, p.weights.tensors(), *options, True)
+    scales = state[..., :8].contiguous().view(torch.float16)
+    assert (scales == 0).any()
+    grads = []
+    for kept in (state, state.new_empty(0)):
+        grads.append(cuda.backward(p.grad, p.x, p.weights.tensors(), kept, *options, False)[0])
+    assert torch.equal(grads[0].isfinite(), grads[1].isfinite())
+
+
+def test_frozen_weights_are_packed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    p = problem(8, (1, 5, 6))
+    cuda, options = OPS["coupling"].implementation("cuda"), ("relu6", "bottleneck", None)
+    frozen = PackedWeights(p.weights.tensors())
+    ops, packings = torch.ops.mghf_cuda_host, []
+
+    class Ops:
+        def __getattr__(self, name: str) -> Any:
+            if name == "coupling_pack":
+                packings.append(name)
+            return getattr(ops, name)
+
+    monkeypatch.setattr(native, "cuda_ops", Ops)
+    found = []
+    for _ in range(2):
+        y, state = cuda.forward(p.x, frozen, *options, True)
+        found.append([y, *cuda.backward(p.grad, p.x, frozen, state, *options, False)])
+    assert packings == ["coupling_pack"] and [*frozen.packed] == [("cuda", torch.float32)]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    half = p.as_dtype(torch.float16)
+    cuda.forward(half.x, frozen, *options, False)
+    assert len(packings) == 2
+    cuda.forward(p.x, p.weights.tensors(), *options, True)  # may change until the next call
+    cuda.forward(p.x, p.weights.tensors(), *options, True)
+    assert len(packings) == 4
+
+
+@pytest.mark.parametrize(("inputs", "kernel", "back"), [(3, 3, 4), (128, 1, 2), (12, 1, 2)])
+@pytest.mark.parametrize("size", [(1, 512, 512), (1, 1024, 1024), (16, 256, 256), (32, 64, 64)])
+def test_launches(size: tuple[int, int, int], inputs: int, kernel: int, back: int) -> None:
+    """In one part, whatever the size, with a workspace of one stack of features at most."""
+    batch, height, width = size
+    x, grad = (torch.empty(batch, c, height, width, device="meta") for c in (inputs, 128))
+    shapes = weight_shapes(128, "bottleneck", inputs, kernel)
+    frozen = PackedWeights(torch.empty(shape, device="meta") for shape in shapes)
+    cuda, options = OPS["coupling"].implementation("cuda"), ("relu6", "bottleneck", None)
+    host, stack = load(str(module("plain"))), 128 * 4 * batch * height * width
+
+    def counted(run: Any) -> tuple[Any, int, int]:
+        host.count(True)
+        try:
+            return run(), *host.counted()
+        finally:
+            host.count(False)
+
+    counted(lambda: cuda.forward(x, frozen, *options, False))  # packs
+    (_, state), launches, workspace = counted(lambda: cuda.forward(x, frozen, *options, True))
+    assert (launches, workspace) == (3, stack) and state.numel() < 1.2 * stack
+    of_state = (grad, x, frozen, state, *options, False)
+    _, launches, workspace = counted(lambda: cuda.backward(*of_state))
+    assert (launches, workspace) == (back, stack // 2 if kernel == 1 else stack)
+    # Weights that are not frozen are packed, and without a state all layers are recomputed.
+    few = (grad[:1, :, :64], x[:1, :, :64], [*frozen], state.new_empty(0), *options, False)
+    assert counted(lambda: cuda.backward(*few))[1] == 7

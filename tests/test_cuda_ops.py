@@ -33,6 +33,21 @@ def coupling_backward(grad: Tensor, need_weights: bool = False) -> Any:
     return ops().coupling_backward(grad, X, torch.zeros(176), 4, 1, "relu6", 0.0, need_weights)
 
 
+def coupling_packed(**changed: Any) -> Any:
+    weights = torch.zeros(176)
+    packed = ops().coupling_pack(X, weights, 4, 1)
+    given = {"x": X, "weights": weights, "packed": packed} | changed
+    return ops().coupling_packed(*given.values(), 4, 1, "relu6", 0.0, True)
+
+
+def coupling_packed_backward(grad: Tensor = X, **changed: Tensor) -> Any:
+    weights = torch.zeros(176)
+    packed, (_, state) = ops().coupling_pack(X, weights, 4, 1), coupling_packed()
+    given = {"packed": packed, "state": state} | changed
+    options = (4, 1, "relu6", 0.0)
+    return ops().coupling_packed_backward(grad, X, weights, *given.values(), *options)
+
+
 def content_style(gt: Tensor = X, sr: Tensor = X, top_m: int = 2, bins: int = 16) -> Any:
     return ops().content_style(gt, sr, top_m, 1.0, 1.0, bins)
 
@@ -111,6 +126,18 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: coupling_backward(X.half()), "grad has another type than x"),
     (lambda: coupling_backward(X[:, :2]), r"grad has shape \(2, 2, 6, 6\); allowed is x's"),
     (lambda: coupling_backward(X, True), "need_weights is true; allowed is false"),
+    (lambda: coupling_packed(packed=PLANE), "packed is not uint8"),
+    (
+        lambda: coupling_packed(packed=torch.zeros(16, dtype=torch.uint8)),
+        r"packed has shape \(16\); allowed is a contiguous \(\d+\), from coupling_pack",
+    ),
+    (lambda: coupling_packed(x=X.half()), r"packed has shape .*, from coupling_pack for images"),
+    (lambda: coupling_packed_backward(X.half()), "grad has another type than x"),
+    (lambda: coupling_packed_backward(state=PLANE), "state is not a contiguous tensor of uint8"),
+    (
+        lambda: coupling_packed_backward(state=torch.zeros(2, 6, 6, 5, dtype=torch.uint8)),
+        r"state has shape \(2, 6, 6, 5\); allowed is \(2, 6, 6, 304\)",
+    ),
     (lambda: content_style(X[:1]), r"gt has shape \(1, 4, 6, 6\); allowed is sr's, \(2, 4, 6, 6\)"),
     (lambda: content_style(X.half()), "gt and sr are not of one type"),
     (lambda: content_style(top_m=5), "top_m is 5; allowed is 0 to 4"),

@@ -120,15 +120,20 @@ def _coupling() -> Cases:
         OPS["coupling"].implementation("triton"),
         coupling.INVERSE.implementation("triton"),
     )
+    state = _empty(0, dtype=torch.uint8)
     block, stem = _block(CHANNELS, 1), _block(3, 3)
+
+    def backward(need_weights: bool, grad: Tensor, x: Tensor, weights: Any, *options: Any) -> Any:
+        return op.backward(grad, x, weights, state, *options, need_weights)
+
     for (label, x), (_, image) in zip(_images(), _images(3), strict=True):
-        yield f"forward, {label}", op.forward, (x, *block)
-        yield f"forward of the stem, {label}", op.forward, (image, *stem)
-        yield f"backward, {label}", op.backward, (x, x, *block, False)
-        yield f"backward of the stem, {label}", op.backward, (x, image, *stem, False)
+        yield f"forward, {label}", op.forward, (x, *block, False)
+        yield f"forward of the stem, {label}", op.forward, (image, *stem, False)
+        yield f"backward, {label}", backward, (False, x, x, *block)
+        yield f"backward of the stem, {label}", backward, (False, x, image, *stem)
         yield f"inverse, {label}", inverse.forward, (x, *block)
-        yield f"weights, {label}", op.backward, (x, x, *block, True)
-        yield f"weights of the stem, {label}", op.backward, (x, image, *stem, True)
+        yield f"weights, {label}", backward, (True, x, x, *block)
+        yield f"weights of the stem, {label}", backward, (True, x, image, *stem)
 
 
 def _entropy() -> Cases:

@@ -47,6 +47,7 @@
 
 #include "coupling_backward.h"
 #include "coupling_forward.h"
+#include "coupling_kept.h"
 #include "coupling_mix.h"
 #include "coupling_workspace.h"
 
@@ -116,10 +117,10 @@ struct PartialCall {
     return image;
   }
 
-  // For `rows` of x and of the result.
+  // For `rows` of x and of the result. `columns` of the weights' are computed or lie beyond.
   template <class P, int kKernel, class Result>
   const char* mix(const Channels<T>& x, MutableChannels<Result> result, const uint4* weights,
-                  const float* bias, int64_t terms, const Rows& rows) const {
+                  const float* bias, int64_t terms, int64_t columns, const Rows& rows) const {
     const int64_t count = batch * rows.count() * width;
     const int64_t blocks = (count + kMixPixels - 1) / kMixPixels *
                            ((result.count + kMixColumns - 1) / kMixColumns);
@@ -127,6 +128,7 @@ struct PartialCall {
     const Mix<T, Result> m{x,
                            result,
                            weights,
+                           static_cast<int>((columns + kGroup - 1) / kGroup),
                            bias,
                            static_cast<int>(count),
                            rows.count(),
@@ -136,17 +138,23 @@ struct PartialCall {
     return launch(cuda::mix<T, Result, P, kKernel>, {blocks, kMixThreads}, stream, m);
   }
 
-  const char* features(const Image<T>& x, const Features<T>& z) const {
+  // z, or its first `count` channels.
+  const char* features(const Image<T>& x, const Features<T>& z, int64_t count) const {
     const Channels<T> from = channels_of(x, 0, shape.inputs);
-    const MutableChannels<T> to = channels_of(image_of(z), 0, 2 * half());
-    const int64_t terms = terms_of(shape);
-    return shape.kernel == 1 ? mix<Exact<T>, 1>(from, to, packed.mix, packed.bias, terms, kept)
-                             : mix<Exact<T>, 3>(from, to, packed.mix, packed.bias, terms, kept);
+    const MutableChannels<T> to = channels_of(image_of(z), 0, count);
+    const int64_t terms = terms_of(shape), all = 2 * half();
+    return shape.kernel == 1
+               ? mix<Exact<T>, 1>(from, to, packed.mix, packed.bias, terms, all, kept)
+               : mix<Exact<T>, 3>(from, to, packed.mix, packed.bias, terms, all, kept);
+  }
+
+  Tiling tiling(int rows, const Rows& computed) const {
+    return {static_cast<int>(batch), static_cast<int>(height), static_cast<int>(width), rows, kept,
+            computed};
   }
 
   Stage<T> stage(const Features<T>& features, int rows, const Rows& computed) const {
-    return {{static_cast<int>(batch), static_cast<int>(height), static_cast<int>(width), rows, kept,
-             computed},
+    return {tiling(rows, computed),
             features,
             static_cast<int>(shape.channels / 2),
             static_cast<int>(shape.channels),
@@ -155,26 +163,42 @@ struct PartialCall {
             {}};
   }
 
+  template <class Byte>
+  StateOf<Byte> state_at(const CouplingState<Byte>& state) const {
+    return {state.data,
+            static_cast<int>(height),
+            static_cast<int>(width),
+            static_cast<int>(half()),
+            static_cast<int>(state_bytes(half(), sizeof(T), shape.kernel)),
+            shape.kernel == 1};
+  }
+
   // `fill` completes the stage's parameters.
   template <class Fill>
   const char* forward(Role role, const Features<T>& features, const Rows& rows,
                       const Fill& fill) const {
     switch (half()) {
       case 32:
-        return forward<ForwardSizes<T, 32, 8, 2, 32>>(role, features, rows, fill);
+        return forward<32, 8, 2, 32>(role, features, rows, fill);
       case 64:
-        return forward<ForwardSizes<T, 64, 8, 2, 32>>(role, features, rows, fill);
+        return forward<64, 8, 2, 32>(role, features, rows, fill);
       default:
-        return forward<ForwardSizes<T, 128, 4, 1, 16>>(role, features, rows, fill);
+        return forward<128, 4, 1, 16>(role, features, rows, fill);
     }
   }
-  template <class Z, class Fill>
+  template <int kHalf, int kRows, int kRowsOfWarp, int kSlice, class Fill>
   const char* forward(Role role, const Features<T>& features, const Rows& rows,
                       const Fill& fill) const {
-    ForwardStage<T> s{stage(features, Z::kRows, rows), role, role == Role::couple ? 2 : 1, {}, {},
-                      {}, {}, {}, 1.0f};
+    using Plain = ForwardSizes<T, kHalf, kRows, kRowsOfWarp, kSlice, false>;
+    using Keeping = ForwardSizes<T, kHalf, kRows, kRowsOfWarp, kSlice, true>;
+    ForwardStage<T> s{stage(features, kRows, rows), role, role == Role::couple ? 2 : 1, {}, {},
+                      {}, {}, {}, 1.0f, false, {}};
     fill(s);
-    return launch(forward_stage<T, Z>, {s.tiling.count(), Z::kThreads, Z::kBytes}, stream, s);
+    const int64_t tiles = s.tiling.count();
+    return !s.keeps
+               ? launch(forward_stage<T, Plain>, {tiles, Plain::kThreads, Plain::kBytes}, stream, s)
+               : launch(forward_stage<T, Keeping>, {tiles, Keeping::kThreads, Keeping::kBytes},
+                        stream, s);
   }
 
   template <class Fill>
@@ -206,25 +230,30 @@ struct PartialCall {
   }
 
   // Computes z from x, and adds phi to all kept rows but the outermost; also writes the second half
-  // of y if there is one.
+  // of y if there is one, and keeps phi's slopes if there is a state.
   const char* start(const Image<T>& x, const Features<T>& z, const MutableImage<T>& y,
-                    const Rows& rows) const {
-    if (const char* error = features(x, z); error != nullptr) return error;
+                    const Rows& rows, const CouplingState<unsigned char>& state) const {
+    if (const char* error = features(x, z, 2 * half()); error != nullptr) return error;
     return forward(Role::add, z, rows, [&](ForwardStage<T>& s) {
       s.other = {z.data + half(), z.width};
       s.subnets[0] = packed.phi;
       s.y = channels_of(y, shape.channels / 2, shape.channels / 2);
+      s.keeps = state.exists;
+      s.state = state_at(state);
     });
   }
 
-  const char* value(const Image<T>& x, const MutableImage<T>& y, Pieces pieces) const {
+  const char* value(const Image<T>& x, const MutableImage<T>& y,
+                    const CouplingState<unsigned char>& state, Pieces pieces) const {
     const Features<T> z{pieces.take<T>(pixels() * 2 * half()), 2 * half()};
-    if (const char* error = start(x, z, y, around(1)); error != nullptr) return error;
+    if (const char* error = start(x, z, y, around(1), state); error != nullptr) return error;
     return forward(Role::couple, {z.data + half(), z.width}, result, [&](ForwardStage<T>& s) {
       s.other = z;
       s.subnets[0] = packed.rho;
       s.subnets[1] = packed.eta;
       s.y = channels_of(y, 0, shape.channels / 2);
+      s.keeps = state.exists;
+      s.state = state_at(state);
     });
   }
 
@@ -256,7 +285,7 @@ struct PartialCall {
     if (error != nullptr) return error;
     return mix<ExactFloats, 1>(
         channels_of(read_only(image_of(z)), 0, wide), channels_of(x, 0, shape.channels), packed.mix,
-        packed.bias, wide, result);
+        packed.bias, wide, shape.channels, result);
   }
 
   const char* gradient(const Image<T>& grad, const Image<T>& x, const MutableImage<T>& grad_x,
@@ -267,11 +296,10 @@ struct PartialCall {
     // Rows beyond its own that a product of a 3x3 mix reaches.
     const int reach = shape.kernel == 3 ? 1 : 0;
     const Features<T> z = take(), d = take();
-    // The last results take the place of the gradients of rho and eta.
-    const Pieces before = pieces;
     const Features<T> gradients = take();
-    if (const char* error = start(x, z, {}, around(3 + reach)); error != nullptr) return error;
-    const char* error = forward(Role::grad_rho, second(z), around(2 + reach), [&](ForwardStage<T>& s) {
+    const char* error = start(x, z, {}, around(3 + reach), {});
+    if (error != nullptr) return error;
+    error = forward(Role::grad_rho, second(z), around(2 + reach), [&](ForwardStage<T>& s) {
       s.other = z;
       s.subnets[0] = packed.rho;
       s.g = channels_of(grad, 0, c);
@@ -298,39 +326,88 @@ struct PartialCall {
       s.result = d;
     });
     if (error != nullptr) return error;
-    const Channels<T> from = channels_of(all_d, 0, wide);
-    const int64_t terms = terms_of(shape);
-    if (shape.kernel == 1) {
-      return mix<Fast<T>, 1>(from, channels_of(grad_x, 0, terms), packed.mix_transposed, nullptr,
-                             wide, result);
+    if (shape.kernel == 3) return unmix(d, grad_x);
+    return mix<Fast<T>, 1>(channels_of(all_d, 0, wide), channels_of(grad_x, 0, shape.inputs),
+                           packed.mix_transposed, nullptr, wide, shape.inputs, result);
+  }
+
+  // The gradient of x from (d1, d2), for a 3x3 mix.
+  const char* unmix(const Features<T>& d, const MutableImage<T>& grad_x) const {
+    const Unmix<T> m{tiling(kUnmixRows, result), d, static_cast<int>(2 * half() / kGroup),
+                     packed.mix_transposed, grad_x};
+    return launch(unmix_taps<T>, {m.tiling.count(), kUnmixThreads}, stream, m);
+  }
+
+  // The gradient from what the forward kept.
+  const char* gradient(const Image<T>& grad, const Image<T>& x,
+                       const CouplingState<const unsigned char>& state,
+                       const MutableImage<T>& grad_x, Pieces pieces) const {
+    const int64_t c = shape.channels / 2;
+    const bool with_taps = shape.kernel == 3;
+    const int64_t wide = with_taps ? 2 * half() : half();
+    const Features<T> d{pieces.take<T>(pixels() * wide), wide};
+    const Features<T> d2{with_taps ? d.data + half() : d.data, wide};
+    if (with_taps) {
+      // z1, whose place d1 then takes.
+      if (const char* error = features(x, d, half()); error != nullptr) return error;
     }
-    pieces = before;
-    const Features<float> products{pieces.take<float>(pixels() * terms), terms};
-    error = mix<Fast<T>, 1>(
-        from, channels_of(image_of(products), 0, terms), packed.mix_transposed, nullptr, wide,
-        around(1));
+    const auto fill = [&](KeptStage<T>& s) {
+      s.state = state_at(state);
+      s.g1 = channels_of(grad, 0, c);
+      s.d2 = d2;
+    };
+    const char* error = kept_stages<true>(around(with_taps ? 2 : 1), [&](KeptStage<T>& s) {
+      fill(s);
+      s.subnets[0] = packed.rho;
+      s.subnets[1] = packed.eta;
+      s.g2 = channels_of(grad, c, c);
+      if (with_taps) s.z1 = d;
+    });
     if (error != nullptr) return error;
-    const int64_t results = batch * result.count() * width * shape.inputs;
-    return launch(gather<T>, {(results + kGatherThreads - 1) / kGatherThreads, kGatherThreads},
-                  stream, products.data, grad_x, kept, result);
+    error = kept_stages<false>(around(with_taps ? 1 : 0), [&](KeptStage<T>& s) {
+      fill(s);
+      s.subnets[0] = packed.phi;
+      if (with_taps) {
+        s.d1 = d;
+      } else {
+        s.mix_transposed = packed.mix_transposed;
+        s.grad_x = channels_of(grad_x, 0, shape.inputs);
+      }
+    });
+    return error == nullptr && with_taps ? unmix(d, grad_x) : error;
+  }
+  template <bool kOuter, class Fill>
+  const char* kept_stages(const Rows& rows, const Fill& fill) const {
+    switch (half()) {
+      case 32:
+        return kept_stage<KeptSizes<T, kOuter, 32, 8, 2, 16, 4>>(rows, fill);
+      case 64:
+        return kept_stage<KeptSizes<T, kOuter, 64, 8, 2, 16, 3>>(rows, fill);
+      default:
+        return kept_stage<KeptSizes<T, kOuter, 128, 4, 1, 16, 3>>(rows, fill);
+    }
+  }
+  template <class Z, class Fill>
+  const char* kept_stage(const Rows& rows, const Fill& fill) const {
+    KeptStage<T> s{};
+    s.tiling = tiling(Z::kRows, rows);
+    s.hidden = static_cast<int>(shape.channels);
+    s.activation = shape.activation;
+    s.clamp = shape.clamp;
+    fill(s);
+    return launch(cuda::kept_stage<T, Z>, {s.tiling.count(), Z::kThreads, Z::kBytes}, stream, s);
   }
 };
 
-// Packs the weights, then calls f(run, first image, pieces) for groups of images in turn. T is the
-// type of the features; x has the size of all images.
+// Calls f(run, first image, pieces) for groups of images in turn. T is the type of the features; x has
+// the size of all images.
 template <class T, class X, class F>
-const char* in_parts(const CouplingShape& shape, const Image<X>& x, const float* weights,
-                     Direction direction, void* workspace, Stream stream, const F& f) {
+const char* in_parts(const CouplingShape& shape, const PackedWeights& packed, const Image<X>& x,
+                     Direction direction, const Pieces& pieces, Stream stream, const F& f) {
   if (x.batch * x.height * x.width == 0) return nullptr;
   Gpu gpu;
   if (const char* error = current_gpu(gpu); error != nullptr) return error;
-  Pieces pieces(workspace);
-  Packing packing{};
-  const PackedWeights packed = lay_out<T>(shape, weights, direction, pieces, packing);
-  const char* error = launch(pack_weights<T>,
-                             {(packing.blocks() * kWarp + kPackThreads - 1) / kPackThreads,
-                              kPackThreads},
-                             stream, packing);
+  const char* error = nullptr;
   const Parts parts(shape, x.batch, x.height, x.width, sizeof(T), direction);
   for (int64_t first = 0; first < x.batch && error == nullptr; first += parts.images) {
     const int64_t count = parts.images < x.batch - first ? parts.images : x.batch - first;
@@ -346,74 +423,122 @@ const char* in_parts(const CouplingShape& shape, const Image<X>& x, const float*
 }
 
 template <class T>
-int64_t workspace_bytes(const CouplingShape& shape, int64_t batch, int64_t height, int64_t width,
-                        Direction direction) {
-  Pieces pieces;
-  Packing packing{};
-  lay_out<T>(shape, nullptr, direction, pieces, packing);
+int64_t feature_bytes(const CouplingShape& shape, int64_t batch, int64_t height, int64_t width,
+                      Direction direction) {
   const Parts parts(shape, batch, height, width, sizeof(T), direction);
-  return pieces.bytes() + parts.images * parts.kept_rows * width *
-                          bytes_of_pixel(shape, sizeof(T), direction);
+  return parts.images * parts.kept_rows * width * bytes_of_pixel(shape, sizeof(T), direction);
+}
+
+template <class T>
+PackedWeights packed_weights(const CouplingBlock& block) {
+  Pieces pieces(block.packed);
+  Packing packing{};
+  return lay_out<T>(block.shape, block.weights, false, pieces, packing);
+}
+
+// The part of the state, if there is one, from an image on.
+template <class T, class Byte>
+CouplingState<Byte> state_from(CouplingState<Byte> state, const CouplingShape& shape,
+                               const Image<T>& x, int64_t first) {
+  if (state.data != nullptr) {
+    state.data += first * x.pixels() * state_bytes(padded_half(shape), sizeof(T), shape.kernel);
+  }
+  return state;
 }
 
 }  // namespace
 
-int64_t coupling_feature_bytes = int64_t{160} << 20;
+int64_t coupling_feature_bytes = 0;
+
+template <class T>
+int64_t coupling_packed_bytes(const CouplingShape& shape) {
+  return packed_bytes<T>(shape, false);
+}
+template <class T>
+const char* coupling_pack(const CouplingShape& shape, const float* weights, void* packed,
+                          Stream stream) {
+  return pack<T>(shape, weights, false, packed, stream);
+}
+
+template <class T>
+int64_t coupling_state_bytes(const CouplingShape& shape) {
+  if (shape.activation == Activation::softplus) return 0;
+  return state_bytes(padded_half(shape), sizeof(T), shape.kernel);
+}
 
 template <class T>
 int64_t coupling_workspace_bytes(const CouplingShape& shape, const Image<T>& x) {
-  return workspace_bytes<T>(shape, x.batch, x.height, x.width, Direction::forward);
+  return feature_bytes<T>(shape, x.batch, x.height, x.width, Direction::forward);
 }
 template <class T>
-int64_t coupling_backward_workspace_bytes(const CouplingShape& shape, const Image<T>& x) {
-  return workspace_bytes<T>(shape, x.batch, x.height, x.width, Direction::backward);
-}
-template <class T>
-int64_t coupling_inverse_workspace_bytes(const CouplingShape& shape, const Image<T>& y) {
-  return workspace_bytes<float>(shape, y.batch, y.height, y.width, Direction::inverse);
-}
-
-template <class T>
-const char* coupling(const CouplingShape& shape, const Image<T>& x, const float* weights,
-                     const MutableImage<T>& y, void* workspace, Stream stream) {
-  return in_parts<T>(shape, x, weights, Direction::forward, workspace, stream,
+const char* coupling(const CouplingBlock& block, const Image<T>& x, const MutableImage<T>& y,
+                     const CouplingState<unsigned char>& state, void* workspace, Stream stream) {
+  return in_parts<T>(block.shape, packed_weights<T>(block), x, Direction::forward,
+                     Pieces(workspace), stream,
                      [&](const PartialCall<T>& run, int64_t first, const Pieces& pieces) {
                        return run.value(part_of(x, first, run.batch), part_of(y, first, run.batch),
-                                        pieces);
+                                        state_from(state, block.shape, x, first), pieces);
                      });
 }
 
 template <class T>
-const char* coupling_backward(const CouplingShape& shape, const Image<T>& grad, const Image<T>& x,
-                              const float* weights, const MutableImage<T>& grad_x,
-                              void* workspace, Stream stream) {
-  return in_parts<T>(shape, x, weights, Direction::backward, workspace, stream,
-                     [&](const PartialCall<T>& run, int64_t first, const Pieces& pieces) {
-                       return run.gradient(part_of(grad, first, run.batch),
-                                           part_of(x, first, run.batch),
-                                           part_of(grad_x, first, run.batch), pieces);
-                     });
+int64_t coupling_backward_workspace_bytes(const CouplingShape& shape, const Image<T>& x,
+                                          bool with_state) {
+  return feature_bytes<T>(shape, x.batch, x.height, x.width,
+                          with_state ? Direction::kept : Direction::backward);
+}
+template <class T>
+const char* coupling_backward(const CouplingBlock& block, const Image<T>& grad, const Image<T>& x,
+                              const CouplingState<const unsigned char>& state,
+                              const MutableImage<T>& grad_x, void* workspace, Stream stream) {
+  const Direction direction = state.exists ? Direction::kept : Direction::backward;
+  return in_parts<T>(
+      block.shape, packed_weights<T>(block), x, direction, Pieces(workspace), stream,
+      [&](const PartialCall<T>& run, int64_t first, const Pieces& pieces) {
+        const Image<T> of_grad = part_of(grad, first, run.batch);
+        const Image<T> of_x = part_of(x, first, run.batch);
+        const MutableImage<T> to = part_of(grad_x, first, run.batch);
+        if (!state.exists) return run.gradient(of_grad, of_x, to, pieces);
+        return run.gradient(of_grad, of_x, state_from(state, block.shape, x, first), to, pieces);
+      });
 }
 
+template <class T>
+int64_t coupling_inverse_workspace_bytes(const CouplingShape& shape, const Image<T>& y) {
+  return packed_bytes<float>(shape, true) +
+         feature_bytes<float>(shape, y.batch, y.height, y.width, Direction::inverse);
+}
 template <class T>
 const char* coupling_inverse(const CouplingShape& shape, const Image<T>& y, const float* weights,
                              const MutableImage<T>& x, void* workspace, Stream stream) {
-  return in_parts<float>(shape, y, weights, Direction::inverse, workspace, stream,
-                         [&](const PartialCall<float>& run, int64_t first, const Pieces& pieces) {
+  if (y.batch * y.pixels() == 0) return nullptr;
+  const char* error = pack<float>(shape, weights, true, workspace, stream);
+  if (error != nullptr) return error;
+  Pieces pieces(workspace);
+  Packing packing{};
+  const PackedWeights packed = lay_out<float>(shape, weights, true, pieces, packing);
+  return in_parts<float>(shape, packed, y, Direction::inverse, pieces, stream,
+                         [&](const PartialCall<float>& run, int64_t first, const Pieces& rest) {
                            return run.inverse(part_of(y, first, run.batch),
-                                              part_of(x, first, run.batch), pieces);
+                                              part_of(x, first, run.batch), rest);
                          });
 }
 
-#define MGHF_INSTANTIATE(T)                                                                      \
-  template int64_t coupling_workspace_bytes(const CouplingShape&, const Image<T>&);              \
-  template int64_t coupling_backward_workspace_bytes(const CouplingShape&, const Image<T>&);     \
-  template int64_t coupling_inverse_workspace_bytes(const CouplingShape&, const Image<T>&);      \
-  template const char* coupling(const CouplingShape&, const Image<T>&, const float*,             \
-                                const MutableImage<T>&, void*, Stream);                          \
-  template const char* coupling_backward(const CouplingShape&, const Image<T>&, const Image<T>&, \
-                                         const float*, const MutableImage<T>&, void*, Stream);   \
-  template const char* coupling_inverse(const CouplingShape&, const Image<T>&, const float*,     \
+#define MGHF_INSTANTIATE(T)                                                                    \
+  template int64_t coupling_packed_bytes<T>(const CouplingShape&);                             \
+  template const char* coupling_pack<T>(const CouplingShape&, const float*, void*, Stream);    \
+  template int64_t coupling_state_bytes<T>(const CouplingShape&);                              \
+  template int64_t coupling_workspace_bytes(const CouplingShape&, const Image<T>&);            \
+  template const char* coupling(const CouplingBlock&, const Image<T>&, const MutableImage<T>&, \
+                                const CouplingState<unsigned char>&, void*, Stream);           \
+  template int64_t coupling_backward_workspace_bytes(const CouplingShape&, const Image<T>&,    \
+                                                     bool);                                    \
+  template const char* coupling_backward(const CouplingBlock&, const Image<T>&,                \
+                                         const Image<T>&,                                      \
+                                         const CouplingState<const unsigned char>&,            \
+                                         const MutableImage<T>&, void*, Stream);               \
+  template int64_t coupling_inverse_workspace_bytes(const CouplingShape&, const Image<T>&);    \
+  template const char* coupling_inverse(const CouplingShape&, const Image<T>&, const float*,   \
                                         const MutableImage<T>&, void*, Stream);
 MGHF_INSTANTIATE(float)
 MGHF_INSTANTIATE(Half)

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "coupling_stages.h"
+#include "coupling_state.h"
 
 namespace mghf::cuda {
 
@@ -25,17 +26,43 @@ struct ForwardStage : Stage<T> {
   Channels<T> g;
   Features<T> scaled, gradients;
   float sign;
+  bool keeps;
+  MutableState state;  // written if Sizes::kKeeps
 };
 
-template <class T, int kHalfOf, int kRowsOf, int kRowsOfWarpOf, int kSliceOf>
+template <class T, int kHalfOf, int kRowsOf, int kRowsOfWarpOf, int kSliceOf, bool kKeepsOf>
 struct ForwardSizes {
+  static constexpr bool kKeeps = kKeepsOf;  // what the gradient needs, of relu6 or leaky_relu
   static constexpr int kHalf = kHalfOf, kRows = kRowsOf, kRowsOfWarp = kRowsOfWarpOf;
   static constexpr int kSlice = kSliceOf, kWarps = kRows / kRowsOfWarp, kThreads = kWarps * kWarp;
   static constexpr int kAcross = kColumns + 2, kPixels = (kRows + 2) * kAcross;
   static constexpr int kGroups = kHalf / kGroup;
   static constexpr int kFeatures = Tile<T, kHalf>::size(kPixels);  // elements
   static constexpr int kHidden = Tile<T, kSlice>::size(kPixels);
-  static constexpr size_t kBytes = (kFeatures + kHidden) * sizeof(T) + 9 * kSlice * 4;
+  static constexpr int kOwn = kRows * kColumns;
+  static constexpr size_t kBytesWithoutSlopes =
+      (kFeatures + kHidden) * sizeof(T) + 9 * kSlice * 4;
+  static constexpr size_t kBytes =
+      kBytesWithoutSlopes + (kKeeps ? kOwn * Slopes<kHalf>::kBytes : 0);
+};
+
+// Notes the bits of the tile's own pixels, whose indices are row by row, for a layer.
+template <class Z>
+struct SlopeNote {
+  Slopes<Z::kHalf> slopes;
+  int layer, first_group;
+  bool relu6;
+
+  // `pixel` is one of the tile with its halo.
+  __device__ __forceinline__ void operator()(int pixel, int group, Values& x) const {
+    const uint32_t bits = slope_bits(x, relu6);
+    const int lane = static_cast<int>(threadIdx.x) % 4;
+    if (lane >= 2) return;
+    const int own = pixel + lane, row = own / Z::kAcross - 1, column = own % Z::kAcross - 1;
+    if (row < 0 || row >= Z::kRows || column < 0 || column >= kColumns) return;
+    slopes.word(row * kColumns + column, layer, first_group + group) =
+        static_cast<uint16_t>(bits >> (lane * kGroup));
+  }
 };
 
 // result += S(f) on the block's tile, of which a warp has kRowsOfWarp rows.
@@ -43,25 +70,62 @@ template <class Z, class T>
 __device__ __forceinline__ void add_subnet(Values (&result)[Z::kGroups][Z::kRowsOfWarp],
                                            const Tile<T, Z::kHalf>& features,
                                            const Tile<T, Z::kSlice>& hidden, float* taps,
+                                           const Slopes<Z::kHalf>& slopes,
                                            const ForwardStage<T>& s, const SubnetWeights& w) {
   using P = Exact<T>;
   constexpr int kSlices = Z::kSlice / kGroup;
   const int warp = threadIdx.x / kWarp, g = threadIdx.x % kWarp / 4;
   const int first = warp * Z::kRowsOfWarp * Z::kAcross + 2 * g;
+  // Where bits are kept the compiler need not know softplus.
+  const bool relu6 = s.activation == Activation::relu6;
+  const Activation activation =
+      !Z::kKeeps ? s.activation : relu6 ? Activation::relu6 : Activation::leaky_relu;
   MGHF_UNROLL(1)
   for (int slice = 0; slice * Z::kSlice < s.hidden; ++slice) {
     read_taps<Z::kThreads, Z::kSlice>(taps, w.depthwise, slice, s.hidden);
-    expand<P, Z::kPixels, Z::kWarps>(hidden, features, w.expand, slice, s.activation);
+    if constexpr (Z::kKeeps) {
+      expand<P, Z::kPixels, Z::kWarps>(hidden, features, w.expand, slice, activation,
+                                       SlopeNote<Z>{slopes, 0, slice * kSlices, relu6});
+    } else {
+      expand<P, Z::kPixels, Z::kWarps>(hidden, features, w.expand, slice, activation);
+    }
     __syncthreads();
     MGHF_UNROLL(1)
     for (int group = 0; group < kSlices; ++group) {
       Values inner[Z::kRowsOfWarp] = {};
       depthwise<Z::kAcross, false>(inner, hidden, taps, group, first);
       MGHF_UNROLL_ALL
-      for (int i = 0; i < Z::kRowsOfWarp; ++i) activate<kValues>(inner[i].all(), s.activation);
+      for (int i = 0; i < Z::kRowsOfWarp; ++i) {
+        if constexpr (Z::kKeeps) {
+          const uint32_t bits = slope_bits(inner[i], relu6);
+          const int lane = static_cast<int>(threadIdx.x) % 4;
+          const int own = (warp * Z::kRowsOfWarp + i) * kColumns + 2 * g + lane;
+          if (lane < 2) {
+            slopes.word(own, 1, slice * kSlices + group) =
+                static_cast<uint16_t>(bits >> (lane * kGroup));
+          }
+        }
+        activate<kValues>(inner[i].all(), activation);
+      }
       multiply_add<P>(result, inner, w.project, (slice * kSlices + group) * Z::kGroups);
     }
     __syncthreads();
+  }
+}
+
+// Copies the bits of a sub-network from shared memory.
+template <class Z, class T>
+__device__ __forceinline__ void keep_slopes(const Slopes<Z::kHalf>& slopes,
+                                            const ForwardStage<T>& s, const TileOrigin& place,
+                                            int subnet) {
+  constexpr int kCopies = Slopes<Z::kHalf>::kCopies;
+  for (int i = threadIdx.x; i < Z::kOwn * kCopies; i += Z::kThreads) {
+    const int own = i / kCopies, part = i % kCopies;
+    const int y = place.y + own / kColumns, x = place.x + own % kColumns;
+    if (!s.tiling.computes(y, x)) continue;
+    unsigned char* const to = s.state.template slopes<T>(s.state.pixel(place.b, y, x), subnet);
+    *reinterpret_cast<uint4*>(to + part * 16) =
+        *reinterpret_cast<const uint4*>(slopes.copy(own, part));
   }
 }
 
@@ -79,12 +143,18 @@ __device__ __forceinline__ void scale_z1(Values (&result)[Z::kGroups][Z::kRowsOf
       if (!s.tiling.computes(y, x)) continue;
       MGHF_UNROLL_ALL
       for (int n = 0; n < Z::kGroups; ++n) {
-        float z1[4];
+        float z1[4], scale[4];
         read_quad(s.other.quad(s.tiling.pixel(place.b, y, x), n), z1);
         MGHF_UNROLL_ALL
         for (int q = 0; q < 4; ++q) {
           float& value = result[n][i].at(row, q);
-          value = z1[q] * expf(log_scale_of(value, s.clamp));
+          scale[q] = expf(log_scale_of(value, s.clamp));
+          value = z1[q] * scale[q];
+        }
+        if constexpr (Z::kKeeps) {
+          unsigned char* const kept = s.state.pixel(place.b, y, x);
+          write_quad(MutableState::scale<T>(kept, n), scale);
+          if (s.state.has_z1) write_quad(s.state.template z1<T>(kept, n), z1);
         }
       }
     }
@@ -189,6 +259,7 @@ __global__ void __launch_bounds__(Z::kThreads, 2) forward_stage(ForwardStage<T> 
   const Tile<T, Z::kHalf> features{reinterpret_cast<T*>(memory)};
   const Tile<T, Z::kSlice> hidden{features.data + Z::kFeatures};
   float* const taps = reinterpret_cast<float*>(hidden.data + Z::kHidden);
+  const Slopes<Z::kHalf> slopes{reinterpret_cast<uint16_t*>(memory + Z::kBytesWithoutSlopes)};
   {
     const TileOrigin place(s.tiling, blockIdx.x);
     copy_tile<Z::kThreads, Z::kRows + 2, Z::kAcross>(features, s.features, s.tiling, place.b,
@@ -201,7 +272,12 @@ __global__ void __launch_bounds__(Z::kThreads, 2) forward_stage(ForwardStage<T> 
   MGHF_UNROLL(1)
   for (int i = 0; i < s.count; ++i) {
     if (i > 0) scale_z1<Z>(result, s, TileOrigin(s.tiling, opaque(blockIdx.x)));  // eta is added to it
-    add_subnet<Z>(result, features, hidden, taps, s, s.subnets[i]);
+    add_subnet<Z>(result, features, hidden, taps, slopes, s, s.subnets[i]);
+    if constexpr (Z::kKeeps) {
+      keep_slopes<Z>(slopes, s, TileOrigin(s.tiling, opaque(blockIdx.x)),
+                     s.role == Role::couple ? kRho + i : kPhi);
+      if (i + 1 < s.count) __syncthreads();
+    }
   }
   const TileOrigin place(s.tiling, opaque(blockIdx.x));
   for_own_pixels<Z, 1>(result, reinterpret_cast<float4*>(memory), s.tiling, place,

@@ -1,5 +1,5 @@
 // The kernels of `coupling` other than the sub-networks': packing weights, mixing the channels of
-// pixels, copying an image.
+// pixels and back, copying an image.
 #pragma once
 
 #include "coupling_geometry.h"
@@ -30,7 +30,7 @@ struct Packing {
 template <class T>
 __global__ void __launch_bounds__(kPackThreads) pack_weights(Packing packing) {
   if (blockIdx.x == 0) {
-    for (int64_t i = threadIdx.x; i < packing.bias_axis.halves * packing.bias_axis.padded;
+    for (int64_t i = threadIdx.x; i < packing.bias_axis.pieces * packing.bias_axis.padded;
          i += kPackThreads) {
       const int64_t at = packing.bias_axis.offset(i);
       packing.padded_bias[i] = at >= 0 ? packing.bias[at] : 0.0f;
@@ -63,6 +63,7 @@ struct Mix {
   Channels<T> x;
   MutableChannels<Result> result;
   const uint4* weights;
+  int groups;  // of columns of W: all or the first ones are computed
   const float* bias;
   int pixels, height, width;  // pixels in all; size of each image's part
   int first_row;              // of x
@@ -162,7 +163,7 @@ __global__ void __launch_bounds__(kMixThreads, kKernel == 1 ? 3 : 2) mix(Mix<T, 
     for (int i = 0; i < 2; ++i) {
       values[i] = tile.block((warp % 2 * 2 + i) * kGroup + 2 * g, 0);
     }
-    multiply_add_outside<P>(sum, values, m.weights, start * groups + first_group,
+    multiply_add_outside<P>(sum, values, m.weights, start * m.groups + first_group,
                             groups - first_group);
     __syncthreads();
   }
@@ -192,27 +193,106 @@ __global__ void __launch_bounds__(kMixThreads, kKernel == 1 ? 3 : 2) mix(Mix<T, 
   }
 }
 
-// The gradient of x from the products of each pixel with all terms of a 3x3 mix: every pixel sums
-// the products of its neighbours with the taps that reach it.
-constexpr int kGatherThreads = 256;
+// ---- the transposed 3x3 mix ----
+
+// The gradient of x: every pixel sums the products of its neighbours with the taps that reach it. A
+// block makes those of some channels for its tile and a halo of one in shared memory. The weights'
+// columns are these channels' taps, padded.
+constexpr int kUnmixRows = 8, kUnmixWarps = 4, kUnmixThreads = kUnmixWarps * kWarp;
+constexpr int kTaps = 9;
+constexpr int kUnmixChannels = 3;  // at a time
+constexpr int kUnmixColumns = 2 * kGroup;
+static_assert(kUnmixChannels * kTaps <= kUnmixColumns);
 
 template <class T>
-__global__ void __launch_bounds__(kGatherThreads)
-    gather(const float* products, MutableImage<T> grad_x, Rows kept, Rows computed) {
-  const int64_t height = grad_x.height, width = grad_x.width, channels = grad_x.channels;
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kGatherThreads + threadIdx.x;
-  if (i >= grad_x.batch * channels * computed.count() * width) return;
-  const int64_t x = i % width, y = computed.first + i / width % computed.count();
-  const int64_t c = i / width / computed.count() % channels;
-  const int64_t b = i / width / computed.count() / channels;
-  float sum = 0;
-  for (int tap = 0; tap < 9; ++tap) {
-    const int64_t to_y = y + 1 - tap / 3, to_x = x + 1 - tap % 3;
-    if (to_y < 0 || to_y >= height || to_x < 0 || to_x >= width) continue;
-    const int64_t pixel = (b * kept.count() + to_y - kept.first) * width + to_x;
-    sum += products[pixel * channels * 9 + c * 9 + tap];
+struct Unmix {
+  Tiling tiling;  // with kUnmixRows
+  Features<T> d;
+  int depths;  // groups of d
+  const uint4* weights;
+  MutableImage<T> grad_x;
+};
+
+template <class T>
+__global__ void __launch_bounds__(kUnmixThreads, 4) unmix_taps(Unmix<T> m) {
+  constexpr int kAcross = kColumns + 2, kPixels = (kUnmixRows + 2) * kAcross;
+  constexpr int kGroups = kUnmixColumns / kGroup, kStride = kUnmixColumns + 1;  // spreads banks
+  constexpr int kBlocks = (kPixels + kGroup - 1) / kGroup;
+  constexpr int kOwn = (kBlocks + kUnmixWarps - 1) / kUnmixWarps;
+  __shared__ float products[kPixels * kStride];
+  const TileOrigin place(m.tiling, blockIdx.x);
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int channels = static_cast<int>(m.grad_x.channels);
+  const int chunks = (channels + kUnmixChannels - 1) / kUnmixChannels;
+  const auto first_pixel = [&](int i) {
+    return (static_cast<int>(threadIdx.x) / kWarp + i * kUnmixWarps) * kGroup + lane / 4 * 2;
+  };
+  int64_t from[kOwn][2];
+  MGHF_UNROLL_ALL
+  for (int i = 0; i < kOwn; ++i) {
+    MGHF_UNROLL_ALL
+    for (int of = 0; of < 2; ++of) {
+      // A pixel that does not exist gives products that nobody reads.
+      const int pixel = first_pixel(i) + of;
+      int y = place.y + pixel / kAcross - 1, x = place.x + pixel % kAcross - 1;
+      y = y < m.tiling.kept.end ? y : m.tiling.kept.end - 1;
+      x = x < m.tiling.width ? x : m.tiling.width - 1;
+      from[i][of] = m.tiling.pixel(place.b, y > m.tiling.kept.first ? y : m.tiling.kept.first,
+                                   x > 0 ? x : 0);
+    }
   }
-  grad_x.pixel(b, y, x)[c * grad_x.channel_stride] = from_float<T>(sum);
+  MGHF_UNROLL(1)
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    Values sum[kGroups][kOwn] = {};
+    MGHF_UNROLL(1)
+    for (int k = 0; k < m.depths; ++k) {
+      Values values[kOwn];
+      MGHF_UNROLL_ALL
+      for (int i = 0; i < kOwn; ++i) {
+        MGHF_UNROLL_ALL
+        for (int of = 0; of < 2; ++of) {
+          float quad[4];
+          read_quad(m.d.quad(from[i][of], k), quad);
+          MGHF_UNROLL_ALL
+          for (int q = 0; q < 4; ++q) values[i].at(of, q) = quad[q];
+        }
+      }
+      multiply_add<Fast<T>>(sum, values, m.weights, (k * chunks + chunk) * kGroups);
+    }
+    MGHF_UNROLL_ALL
+    for (int i = 0; i < kOwn; ++i) {
+      MGHF_UNROLL_ALL
+      for (int of = 0; of < 2; ++of) {
+        const int pixel = first_pixel(i) + of;
+        if (pixel >= kPixels) continue;
+        MGHF_UNROLL_ALL
+        for (int n = 0; n < kGroups; ++n) {
+          MGHF_UNROLL_ALL
+          for (int q = 0; q < 4; ++q) {
+            products[pixel * kStride + n * kGroup + lane % 4 * 4 + q] = sum[n][i].at(of, q);
+          }
+        }
+      }
+    }
+    __syncthreads();
+    constexpr int kResults = kUnmixRows * kColumns;
+    for (int i = threadIdx.x; i < kResults * kUnmixChannels; i += kUnmixThreads) {
+      const int own = i % kResults, row = own / kColumns, column = own % kColumns;
+      const int of = i / kResults, c = chunk * kUnmixChannels + of;
+      const int y = place.y + row, x = place.x + column;
+      if (c >= channels || !m.tiling.computes(y, x)) continue;
+      float total = 0;
+      MGHF_UNROLL_ALL
+      for (int tap = 0; tap < kTaps; ++tap) {
+        const int down = 1 - tap / 3, across = 1 - tap % 3;
+        if (!m.tiling.holds(y + down, x + across)) continue;
+        const int pixel = (row + 1 + down) * kAcross + column + 1 + across;
+        total += products[pixel * kStride + of * kTaps + tap];
+      }
+      m.grad_x.pixel(place.b, y, x)[c * m.grad_x.channel_stride] = from_float<T>(total);
+    }
+    __syncthreads();
+  }
 }
 
 // ---- features of an image ----

@@ -60,15 +60,22 @@ __device__ __forceinline__ void activate(float* x, Activation activation) {
   }
 }
 
-// g times the derivative of the activations with kinks at 0 and 6, at x or at the value, which has
-// the same sign, in place. It multiplies by zero instead of setting zero, for a NaN or an infinite
-// g.
+// Whether an activation with kinks, at 0 and for relu6 at 6, has slope 1 at x or at its value, which
+// has the same sign; not at a NaN.
+__device__ __forceinline__ bool is_steep(float x, bool relu6) { return x > 0 && !(relu6 && x >= 6); }
+// Its other slope.
+__device__ __forceinline__ float flat_slope(Activation activation) {
+  return activation == Activation::relu6 ? 0.0f : 0.01f;
+}
+
+// g times the derivative of such an activation, in place. It multiplies by zero instead of setting
+// zero, for a NaN or an infinite g.
 template <int kCount>
 __device__ __forceinline__ void go_back_by_kinks(float* g, const float* x, Activation activation) {
   const bool relu6 = activation == Activation::relu6;
-  const float below = relu6 ? 0.0f : 0.01f;
+  const float flat = flat_slope(activation);
   MGHF_UNROLL_ALL
-  for (int i = 0; i < kCount; ++i) g[i] *= x[i] > 0 && !(relu6 && x[i] >= 6) ? 1.0f : below;
+  for (int i = 0; i < kCount; ++i) g[i] *= is_steep(x[i], relu6) ? 1.0f : flat;
 }
 template <int kCount>
 __device__ __forceinline__ void multiply(float* g, const Numbers<kCount>& slopes) {

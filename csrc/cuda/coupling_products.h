@@ -216,15 +216,16 @@ using Fast = std::conditional_t<std::is_same_v<T, float>, FastFloats, Halves<T>>
 
 // ---- packed weights ----
 
-// An axis of `halves` pieces with `padded` places each, of which `count` exist.
+// An axis of `pieces` with `padded` places each, of which `count` exist, but not more than `all`
+// together.
 struct Axis {
-  int64_t halves, count, padded, stride;
+  int64_t pieces, count, padded, stride, all = INT64_MAX;
 
-  __host__ __device__ int64_t groups() const { return halves * padded / kGroup; }
+  __host__ __device__ int64_t groups() const { return pieces * padded / kGroup; }
   // The offset of a place, or -1.
   __device__ int64_t offset(int64_t place) const {
-    const int64_t i = place % padded;
-    return i < count ? (place / padded * count + i) * stride : -1;
+    const int64_t i = place % padded, at = place / padded * count + i;
+    return i < count && at < all ? at * stride : -1;
   }
 };
 

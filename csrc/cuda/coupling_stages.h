@@ -77,11 +77,19 @@ __device__ __forceinline__ void multiply_tile(Values (&sum)[S::kGroups][S::kRows
   }
 }
 
-// The slice of A(E f) for all pixels of a tile.
-template <class P, int kPixels, int kWarps, class T, int kChannels, int kSlice>
+// For callers of `expand` that want A(E f) only.
+struct NoNote {
+  __device__ __forceinline__ void operator()(int, int, Values&) const {}
+};
+
+// The slice of A(E f) for all pixels of a tile. Every thread of a warp calls note(pixel, group of the
+// slice, its part of E f) with its first pixel, which may be beyond the last.
+template <class P, int kPixels, int kWarps, class T, int kChannels, int kSlice,
+          class Note = NoNote>
 __device__ __forceinline__ void expand(const Tile<T, kSlice>& hidden,
                                        const Tile<T, kChannels>& features, const uint4* weights,
-                                       int slice, Activation activation) {
+                                       int slice, Activation activation,
+                                       const Note& note = Note{}) {
   using S = Share<kPixels, kSlice, kWarps>;
   const S share;
   Values sum[S::kGroups][S::kRows] = {};
@@ -90,6 +98,7 @@ __device__ __forceinline__ void expand(const Tile<T, kSlice>& hidden,
   for (int n = 0; n < S::kGroups; ++n) {
     MGHF_UNROLL_ALL
     for (int i = 0; i < S::kRows; ++i) {
+      note(share.pixel(i), share.first_group + n, sum[n][i]);
       activate<kValues>(sum[n][i].all(), activation);
       MGHF_UNROLL_ALL
       for (int row = 0; row < 2; ++row) {

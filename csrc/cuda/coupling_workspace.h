@@ -18,22 +18,39 @@ int64_t padded_half(const CouplingShape& s) {
 }
 int64_t terms_of(const CouplingShape& s) { return s.inputs * s.kernel * s.kernel; }
 
-enum class Direction { forward, backward, inverse };
+// `kept`: the gradient from what the forward kept.
+enum class Direction { forward, backward, kept, inverse };
 
-// Bytes of a pixel's features: z and, in the gradient, (d1, d2) and (d_r, g1), whose memory the
-// products of a 3x3 mix then use.
+// Bytes of a pixel's features: z and, in the gradient, (d1, d2) and (d_r, g1). From what the forward
+// kept only (d1, d2), or d2 alone for a 1x1 mix.
 int64_t bytes_of_pixel(const CouplingShape& s, int64_t bytes_of_element, Direction direction) {
-  const int64_t features = 2 * padded_half(s) * bytes_of_element;
-  if (direction != Direction::backward) return features;
-  const int64_t products =
-      s.kernel == 3 ? terms_of(s) * static_cast<int64_t>(sizeof(float)) : int64_t{0};
-  return 2 * features + (products > features ? products : features);
+  const int64_t half = padded_half(s) * bytes_of_element;
+  if (direction == Direction::backward) return 6 * half;
+  return direction == Direction::kept && s.kernel == 1 ? half : 2 * half;
 }
 
 // Rows by which the features reach beyond the result on either side, for the 3x3 layers and, in the
 // gradient, a 3x3 mix.
 int halo_of(const CouplingShape& s, Direction direction) {
-  return direction == Direction::backward ? (s.kernel == 3 ? 5 : 4) : 2;
+  switch (direction) {
+    case Direction::backward:
+      return s.kernel == 3 ? 5 : 4;
+    case Direction::kept:
+      return s.kernel == 3 ? 3 : 1;
+    default:
+      return 2;
+  }
+}
+
+// Bytes that the features may take. A stack of the size of the block's result does not raise the peak
+// of a step that extracts features, compares them and goes back: comparing them takes more.
+int64_t most_feature_bytes(const CouplingShape& s, int64_t pixels, int64_t bytes_of_element,
+                           Direction direction) {
+  if (coupling_feature_bytes > 0) return coupling_feature_bytes;
+  constexpr int64_t kUsual = int64_t{160} << 20;
+  const int64_t stack = pixels * s.channels * bytes_of_element;
+  const bool free = direction == Direction::forward || direction == Direction::kept;
+  return free && stack > kUsual ? stack : kUsual;
 }
 
 // The parts that are computed at a time: some images, or some rows of one.
@@ -44,7 +61,9 @@ struct Parts {
         int64_t bytes_of_element, Direction direction) {
     constexpr int64_t kLeast = 8;  // of rows: a tile
     const int64_t of_row = bytes_of_pixel(s, bytes_of_element, direction) * width;
-    const int64_t fitting = of_row > 0 ? coupling_feature_bytes / of_row : batch * height;
+    const int64_t most =
+        most_feature_bytes(s, batch * height * width, bytes_of_element, direction);
+    const int64_t fitting = of_row > 0 ? most / of_row : batch * height;
     const int64_t some = height > 0 ? fitting / height : batch;
     images = some < 1 ? 1 : some < batch ? some : batch;
     rows = kept_rows = height;
@@ -62,11 +81,10 @@ struct PackedWeights {
   SubnetWeights phi, rho, eta;
 };
 
-// Lays the packed weights out in the workspace.
+// Lays the packed weights out in memory: for the value and the gradient together, or for the inverse.
 template <class T>
-PackedWeights lay_out(const CouplingShape& s, const float* weights, Direction direction,
-                      Pieces& pieces, Packing& packing) {
-  const bool backward = direction == Direction::backward;
+PackedWeights lay_out(const CouplingShape& s, const float* weights, bool inverse, Pieces& pieces,
+                      Packing& packing) {
   const int64_t c = s.channels / 2, half = padded_half(s), terms = terms_of(s);
   packing.count = 0;
   const auto add = [&](const float* from, const Axis& n, const Axis& k, bool fast) {
@@ -85,16 +103,20 @@ PackedWeights lay_out(const CouplingShape& s, const float* weights, Direction di
   };
   PackedWeights packed{};
   const float* const mix = take(s.channels * terms);
-  const Axis all_terms{1, terms, padded_to(terms, kGroup), 1};
+  const Axis all_terms{1, terms, padded_to(terms, kGroup), 1}, features{2, c, half, terms};
   // The inverse of the mix takes features and gives an image; the mix does the opposite.
   const Axis all_channels{1, s.channels, padded_to(s.channels, kGroup), terms};
-  packed.mix = direction == Direction::inverse ? add(mix, all_channels, {2, c, half, 1}, false)
-                                               : add(mix, {2, c, half, terms}, all_terms, false);
-  if (backward) packed.mix_transposed = add(mix, all_terms, {2, c, half, terms}, true);
+  if (inverse) {
+    packed.mix = add(mix, all_channels, {2, c, half, 1}, false);
+  } else {
+    packed.mix = add(mix, features, all_terms, false);
+    const int64_t chunks = (s.inputs + kUnmixChannels - 1) / kUnmixChannels;
+    const Axis taps{chunks, kUnmixChannels * kTaps, kUnmixColumns, 1, terms};
+    packed.mix_transposed = add(mix, s.kernel == 1 ? all_terms : taps, features, true);
+  }
   packing.bias = take(s.channels);
-  packing.bias_axis = direction == Direction::inverse
-                          ? Axis{1, s.channels, padded_to(s.channels, kGroup), 1}
-                          : Axis{2, c, half, 1};
+  packing.bias_axis = inverse ? Axis{1, s.channels, padded_to(s.channels, kGroup), 1}
+                              : Axis{2, c, half, 1};
   packing.padded_bias = pieces.take<float>(2 * half);
   packed.bias = packing.padded_bias;
   for (SubnetWeights* subnet : {&packed.phi, &packed.rho, &packed.eta}) {
@@ -102,16 +124,31 @@ PackedWeights lay_out(const CouplingShape& s, const float* weights, Direction di
     subnet->depthwise = take(2 * c * 9);
     const float* const project = take(2 * c * c);
     subnet->expand = add(expand, {1, 2 * c, 2 * half, c}, {1, c, half, 1}, false);
-    // The gradient does not compute y.
-    if (!(backward && subnet == &packed.eta)) {
-      subnet->project = add(project, {1, c, half, 2 * c}, {1, 2 * c, 2 * half, 1}, false);
-    }
-    if (backward) {
-      subnet->expand_transposed = add(expand, {1, c, half, 1}, {1, 2 * c, 2 * half, c}, true);
-      subnet->project_transposed = add(project, {1, 2 * c, 2 * half, 1}, {1, c, half, 2 * c}, true);
-    }
+    subnet->project = add(project, {1, c, half, 2 * c}, {1, 2 * c, 2 * half, 1}, false);
+    if (inverse) continue;
+    subnet->expand_transposed = add(expand, {1, c, half, 1}, {1, 2 * c, 2 * half, c}, true);
+    subnet->project_transposed = add(project, {1, 2 * c, 2 * half, 1}, {1, c, half, 2 * c}, true);
   }
   return packed;
+}
+
+// Packs the weights into memory that `packed_bytes` says the size of; returns an error text, or null.
+template <class T>
+const char* pack(const CouplingShape& s, const float* weights, bool inverse, void* memory,
+                 Stream stream) {
+  Pieces pieces(memory);
+  Packing packing{};
+  lay_out<T>(s, weights, inverse, pieces, packing);
+  const Grid grid{(packing.blocks() * kWarp + kPackThreads - 1) / kPackThreads, kPackThreads};
+  return launch(pack_weights<T>, grid, stream, packing);
+}
+
+template <class T>
+int64_t packed_bytes(const CouplingShape& s, bool inverse) {
+  Pieces pieces;
+  Packing packing{};
+  lay_out<T>(s, nullptr, inverse, pieces, packing);
+  return pieces.bytes();
 }
 
 }  // namespace

@@ -120,20 +120,24 @@ class _Extraction:
         return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
 
     def features(self, images: Sequence[Tensor], inputs: list[Tensor] | None) -> Tensor:
-        """Features of the concatenated images. Appends each block's input to ``inputs``."""
+        """Features of the concatenated images. Appends each block's input to ``inputs``, and what
+        the block keeps for its gradient."""
         x = self.prepared(images)
         if self.squeeze is not None:
             x = self.squeeze.lifted(x)
         for weights, options in self.blocks:
+            given = x
+            x, state = self.coupling.forward(x, weights, *options, inputs is not None)
             if inputs is not None:
-                inputs.append(x)
-            x = self.coupling.forward(x, weights, *options)
+                inputs += (given, state)
         return x
 
     def gradient(self, grad: Tensor, inputs: list[Tensor], sr: Tensor) -> Tensor:
         """The gradient in the image from that in its features. Empties ``inputs``."""
         for weights, options in reversed(self.blocks):
-            grad = self.coupling.backward(grad, inputs.pop(), weights, *options, False)[0]
+            state, x = inputs.pop(), inputs.pop()
+            grad = self.coupling.backward(grad, x, weights, state, *options, False)[0]
+            del state, x
         if self.squeeze is not None:
             grad = self.squeeze.pull_back(grad, sr.shape[2], sr.shape[3])
         return (grad * 2 if self.from_unit_range else grad).to(sr.dtype)

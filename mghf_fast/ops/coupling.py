@@ -1,4 +1,11 @@
-"""The contract of `coupling`: the invertible block, its inverse and its gradient."""
+"""The contract of `coupling`: the invertible block, its inverse and its gradient.
+
+Besides y, (B, C, H, W), the forward returns a `state` for the backward, uint8, if ``keep`` is true:
+the CUDA kernels' is (B, H, W, bytes of a pixel), see `native.coupling.state_shape`, and with it
+their gradient recomputes no layer. Every other backend keeps nothing, CUDA likewise for softplus,
+and the state is empty, (0,); so it is without ``keep``, which is for calls whose gradient in x will
+be wanted and none in the weights. A backward that gets an empty state recomputes.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +19,8 @@ from ._batching import is_batched
 from ._dispatch import Op, double_backward_requested
 from ._registration import Operator
 from .layout import empty_like_laid_out, laid_out_as
-from .native.coupling import Coupling
+from .native.coupling import Coupling, state_shape
+from .vocabulary import nothing_kept
 
 plain_block, plain_inverse = reference.invertible_block, reference.invertible_block_inverse
 """The block and its inverse as functions of (x, BlockWeights) in plain, differentiable PyTorch."""
@@ -39,10 +47,13 @@ def coupling(
     activation: str,
     subnet: str,
     clamp: float | None,
+    keep: bool,
     backend: str,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
+    """y and the state."""
     run = OP.choose(backend, x, *weights, subnet=subnet).forward
-    return laid_out_as(x, run(x, weights, activation, subnet, clamp))
+    y, state = run(x, weights, activation, subnet, clamp, keep)
+    return laid_out_as(x, y), state
 
 
 @Operator
@@ -63,6 +74,7 @@ def coupling_backward(
     grad: Tensor,
     x: Tensor,
     weights: list[Tensor],
+    state: Tensor,
     activation: str,
     subnet: str,
     clamp: float | None,
@@ -71,14 +83,35 @@ def coupling_backward(
 ) -> list[Tensor]:
     """[gradient of x], followed by those of ``weights`` if they are needed."""
     limited_by = {"subnet": subnet, "need_weights": need_weights}
-    run = OP.choose(backend, grad, x, *weights, **limited_by).backward
-    grad_x, *grads = run(grad, x, weights, activation, subnet, clamp, need_weights)
+    # x comes first, as in the forward, so that the same backend is preferred, which has kept state.
+    run = OP.choose(backend, x, grad, *weights, **limited_by).backward
+    grad_x, *grads = run(grad, x, weights, state, activation, subnet, clamp, need_weights)
     return [laid_out_as(x, grad_x), *(g.contiguous() for g in grads)]
 
 
 @coupling.fake
-def _(x: Tensor, weights: list[Tensor], *_: Any) -> Tensor:
-    return empty_like_laid_out(x, channels=weights[0].shape[0])
+def _(
+    x: Tensor,
+    weights: list[Tensor],
+    activation: str,
+    subnet: str,
+    clamp: float | None,
+    keep: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    y = empty_like_laid_out(x, channels=weights[0].shape[0])
+    # "auto" may choose any backend when it runs, and nothing is kept where the fakes are used then.
+    if backend != "cuda":
+        return y, nothing_kept(x)
+    return y, x.new_empty(state_shape(x, weights, activation, keep), dtype=torch.uint8)
+
+
+def keeps_state(x: Tensor, weights: list[Tensor], backend: str) -> bool:
+    """``keep`` for a call whose gradient autograd may ask for. While torch.compile traces, the
+    state must have a known size, and which backend "auto" is shows only when the graph runs."""
+    wanted = torch.is_grad_enabled() and x.requires_grad
+    known = backend == "cuda" or not torch.compiler.is_compiling()
+    return wanted and known and not any(w.requires_grad for w in weights)
 
 
 @coupling_inverse.fake
@@ -91,6 +124,7 @@ def _(
     grad: Tensor,
     x: Tensor,
     weights: list[Tensor],
+    state: Tensor,
     activation: str,
     subnet: str,
     clamp: float | None,
@@ -101,21 +135,26 @@ def _(
     return [empty_like_laid_out(x), *grad_weights]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weights, *ctx.options, ctx.backend = inputs
-    ctx.save_for_backward(x, *weights)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weights, *ctx.options, _, ctx.backend = inputs
+    ctx.save_for_backward(x, output[1], *weights)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, *weights = ctx.saved_tensors
+def _setup_inverse_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    y, weights, *ctx.options, ctx.backend = inputs
+    ctx.save_for_backward(y, *weights)
+
+
+def _backward(ctx: Any, grad: Tensor, _: None) -> tuple[Any, ...]:
+    x, state, *weights = ctx.saved_tensors
     need_weights = any(ctx.needs_input_grad[1])
-    given: tuple[Any, ...] = (grad, x, weights, *ctx.options, need_weights)
+    given: tuple[Any, ...] = (grad, x, weights, state, *ctx.options, need_weights)
     if double_backward_requested() or is_batched(grad):
         found = reference.backward(*given)
     else:
         found = coupling_backward(*given, ctx.backend)
     grad_x, *grad_weights = found
-    return grad_x, grad_weights or [None] * len(weights), None, None, None, None
+    return grad_x, grad_weights or [None] * len(weights), None, None, None, None, None
 
 
 def _inverse_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -135,6 +174,6 @@ def _inverse_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 coupling.differentiate(_backward, _setup_context)
-coupling_inverse.differentiate(_inverse_backward, _setup_context)
+coupling_inverse.differentiate(_inverse_backward, _setup_inverse_context)
 coupling.in_float32_under_autocast()
 coupling_inverse.in_float32_under_autocast()

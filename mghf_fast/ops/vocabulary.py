@@ -54,11 +54,13 @@ class BlockWeights(NamedTuple):
 
 class PackedWeights(list[Tensor]):
     """A block's frozen weights, and in ``flat`` all of their numbers in float32, the form that the
-    compiled kernels take."""
+    compiled kernels take. ``packed`` is a backend's own form of them, made at its first use, by the
+    backend's name and the images' type."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         super().__init__(tensors)
         self.flat = flat(list(self))
+        self.packed: dict[tuple[str, torch.dtype], Tensor] = {}
 
 
 def flat(tensors: list[Tensor]) -> Tensor:
@@ -90,6 +92,11 @@ def inverted_mix(weights: list[Tensor], *, check: bool) -> list[Tensor]:
     matrix = mix.detach().flatten(1).double()
     inverse = torch.linalg.inv(matrix) if check else torch.linalg.inv_ex(matrix).inverse
     return [inverse.float(), (-inverse @ bias.detach().double()).float(), *rest]
+
+
+def nothing_kept(x: Tensor) -> Tensor:
+    """The state of a forward of `coupling` that keeps nothing for its backward, uint8 (0,)."""
+    return x.new_empty(0, dtype=torch.uint8)
 
 
 # ---- content_style ----

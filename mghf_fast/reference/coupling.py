@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from ..backends import can_run_reference
-from ..ops.vocabulary import BlockWeights
+from ..ops.vocabulary import BlockWeights, nothing_kept
 from ..precision import accumulation_dtype
 
 
@@ -210,15 +210,22 @@ def invertible_block_backward(
 
 
 def forward(
-    x: Tensor, weights: list[Tensor], activation: str, subnet: str, clamp: float | None
-) -> Tensor:
-    return invertible_block(x, BlockWeights.from_tensors(weights, activation, subnet, clamp))
+    x: Tensor,
+    weights: list[Tensor],
+    activation: str,
+    subnet: str,
+    clamp: float | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    block = BlockWeights.from_tensors(weights, activation, subnet, clamp)
+    return invertible_block(x, block), nothing_kept(x)
 
 
 def backward(
     grad: Tensor,
     x: Tensor,
     weights: list[Tensor],
+    state: Tensor,
     activation: str,
     subnet: str,
     clamp: float | None,
