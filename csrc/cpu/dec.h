@@ -4,15 +4,9 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace mghf {
+#include "../common/dec.h"
 
-struct DecOptions {
-  int64_t patches, depth;   // P and D: both inputs are (P, D)
-  float positive_exponent;  // log2(e) / temperature: exp(s / t) = 2^(s * exponent)
-  float negative_exponent;
-  float limit;  // a pair is positive up to this squared distance; below 0: no pair is
-  float norm_floor;  // the minimum norm that a patch is divided by
-};
+namespace mghf {
 
 // (P, D) patches, strides in elements.
 struct PatchesView {
