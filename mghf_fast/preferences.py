@@ -40,7 +40,8 @@ class Rule(NamedTuple):
 # On an H200 (benchmarks/results/h200.json) CUDA's monce was twice as fast as Triton's with 100
 # patches per map, and half as fast with 441, where Triton's bfloat16 sinkhorn was faster too.
 # Bounds are geometric means of measured sizes. From 641 patches on a matrix exceeds a cluster's
-# shared memory, and CUDA's monce streams it by one block.
+# shared memory, and CUDA's monce streams it by one block. Triton's dec has passed its tests there,
+# CUDA's has run on no GPU yet.
 MANY = 210
 ON_CHIP = 641
 HALVES = (torch.float16, torch.bfloat16)
@@ -48,6 +49,7 @@ HALVES = (torch.float16, torch.bfloat16)
 RULES = (
     Rule("sinkhorn", ("triton", "cuda"), HALVES, least=MANY, below=ON_CHIP),
     Rule("monce", ("triton", "cuda"), least=MANY),
+    Rule("dec", ("triton", "cuda")),
 )
 
 DEFAULT = ("cuda", "triton")

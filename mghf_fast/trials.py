@@ -179,8 +179,6 @@ def listed(device: torch.device) -> list[dict[str, Any]]:
     rows = []
     for backend in TRIED:
         for op in problems.PROBLEMS:
-            if backend == "cuda" and op == "dec":
-                continue  # it has no kernel of the op
             if not on_trial(backend, op, capability):
                 continue
             tried = {

@@ -37,6 +37,8 @@ BOUNDS = [
     Bounds("coupling", "3mixIffNS0_11ExactFloatsELi1E", 0.24, 39),
     Bounds("gram", "16products_of_runsIfLNS0_7ReadingE2E", 0.14, 12.5),
     Bounds("gram", "8gradientIfLNS0_7ReadingE2E", 0.25, 9),
+    Bounds("dec", "13sums_of_pairs", 0.26, 35),
+    Bounds("dec", "17gradient_of_pairsILi3E", 0.3, 67),
     Bounds("monce", "8contrastILi14ELb1E", 0.045, 290, generic_loads=True),
 ]
 

@@ -101,6 +101,26 @@ def monce_backward(grad: Tensor, state: Tensor) -> Any:
     return ops().monce_backward(grad, MATRICES, MATRICES, state, *MONCE.values())
 
 
+PATCHES = torch.zeros(6, 5)
+DEC = {
+    "threshold_db": 34.0,
+    "positive_temperature": 0.5,
+    "negative_temperature": 1.5,
+    "temperature": "inside",
+    "similarity": "rmse",
+    "max_value": 1.0,
+    "norm_floor": 0.1,
+}
+
+
+def dec(sr: Tensor = PATCHES, gt: Tensor = PATCHES, **changed: Any) -> Any:
+    return ops().dec(sr, gt, *(DEC | changed).values())
+
+
+def dec_backward(grad: Tensor, statistics: Tensor) -> Any:
+    return ops().dec_backward(grad, PATCHES, PATCHES, statistics, *DEC.values())
+
+
 REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: ops().entropy(PLANE, 16), r"x has shape \(4, 6, 6\); allowed is \(B, C, H, W\)"),
     (lambda: ops().entropy(DOUBLE, 16), "x is none of float32, float16 and bfloat16"),
@@ -183,6 +203,23 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
         lambda: monce_backward(torch.zeros(2, 5), torch.zeros(2, 2, 5).int()),
         r"state has shape \(2, 2, 5\); allowed is the forward's, \(maps, 1 \+ 4 kept",
     ),
+    (lambda: dec(PLANE), r"sr has shape \(4, 6, 6\); allowed are 2 dimensions"),
+    (lambda: dec(gt=PATCHES[:, :4]), r"gt has shape \(6, 4\); allowed is sr's, \(6, 5\)"),
+    (lambda: dec(gt=PATCHES.double()), "gt is none of float32, float16 and bfloat16"),
+    (
+        lambda: dec(negative_temperature=0.0),
+        "negative_temperature is 0; allowed is a finite number",
+    ),
+    (lambda: dec(temperature="above"), "temperature is 'above'; allowed are 'inside', 'outside'"),
+    (lambda: dec(similarity="ssim"), "similarity is 'ssim'; allowed are 'rmse', 'l2'"),
+    (lambda: dec(threshold_db=float("inf")), "threshold_db is inf; allowed is a finite number"),
+    (lambda: dec(max_value=-1.0), "max_value is -1; allowed is a finite number above 0"),
+    (lambda: dec(norm_floor=0.0), "norm_floor is 0; allowed is a finite number above 0"),
+    (lambda: dec_backward(torch.ones(1), torch.ones(2, 6)), r"grad has shape \(1\)"),
+    (
+        lambda: dec_backward(torch.ones(()), torch.ones(2, 5)),
+        r"statistics has shape \(2, 5\); allowed is \(2, 6\)",
+    ),
 ]
 
 
@@ -199,3 +236,5 @@ def test_nothing_is_computed_of_nothing() -> None:
     assert ops().sinkhorn(MATRICES[:0], "hard", 1.0, 5, None).shape == (0, 5, 5)
     losses, state = ops().monce(MATRICES[:0], MATRICES[:0], *MONCE.values(), 0)
     assert losses.shape == (0, 5) and state.shape == (0, 1, 5)
+    loss, statistics = dec(PATCHES[:0], PATCHES[:0])
+    assert loss == 0 and statistics.shape == (2, 0)

@@ -16,6 +16,7 @@ OP = Op("dec")
 OP.implement("reference", reference)
 OP.implement("triton", "mghf_fast.kernels.dec")
 OP.implement("cpu", Dec("cpu"))
+OP.implement("cuda", Dec("cuda"))
 
 
 @Operator

@@ -25,7 +25,7 @@ class Dec(Binding):
     ) -> tuple[Tensor, Tensor]:
         temperatures = (positive_temperature, negative_temperature, temperature)
         options = (threshold_db, *temperatures, similarity, max_value, norm_floor)
-        return self.ops.dec(sr.float(), gt.float(), *options)
+        return self.ops.dec(self.values(sr), self.values(gt), *options)
 
     def backward(
         self,
@@ -43,9 +43,8 @@ class Dec(Binding):
     ) -> Tensor:
         temperatures = (positive_temperature, negative_temperature, temperature)
         options = (threshold_db, *temperatures, similarity, max_value, norm_floor)
-        return self.ops.dec_backward(grad.float(), sr.float(), gt.float(), statistics, *options).to(
-            sr.dtype
-        )
+        patches = self.values(sr), self.values(gt)
+        return self.ops.dec_backward(grad.float(), *patches, statistics, *options).to(sr.dtype)
 
     def can_run(
         self,
