@@ -284,8 +284,8 @@ def forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """The block's value, (B, C, H, W), at x (B, inputs, H, W) of any strides, laid out as x, and an
-    empty state. In addition it needs memory for 8 C values of the dtype of x per pixel of a band (if c is a power
-    of 2, at least 16)."""
+    empty state. In addition it needs memory for 8 C values of the dtype of x per pixel of a band
+    (if c is a power of 2, at least 16)."""
     y = empty_like_laid_out(x, channels=weights[0].shape[0])
     with launch.on_device_of(x):
         shape = _shape(weights, activation, clamp, x.dtype)
