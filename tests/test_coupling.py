@@ -57,11 +57,6 @@ def with_tensors(weights: BlockWeights, tensors: tuple[Tensor, ...]) -> BlockWei
     return BlockWeights.from_tensors(list(tensors), *weights[5:])
 
 
-def differentiated(backend: str, weights: BlockWeights) -> list[Tensor]:
-    """The weights whose gradients a test checks: none for the CUDA kernels."""
-    return [] if backend == "cuda" else weights.tensors()
-
-
 def away_from_kinks(x: Tensor, weights: BlockWeights) -> Tensor:
     """(B, 1, H, W) in float64: 0 for pixels of the result that depend on an activation so near a
     kink that float32 may use the other slope, 1 for the rest. If upstream gradients are 0 at the
@@ -148,7 +143,7 @@ def test_gradcheck() -> None:
 @pytest.mark.parametrize("size", [(1, 1), (2, 7), (13, 9), (16, 16)])
 def test_values_and_gradients(backend: str, size: tuple[int, int]) -> None:
     weights = block_weights(8)
-    tensors = differentiated(backend, weights)
+    tensors = weights.tensors()
 
     def fn(x: Tensor, *w: Tensor) -> Tensor:
         return functional.invertible_block(x, with_tensors(weights, w), backend=backend)
@@ -214,7 +209,7 @@ def test_a_stem_drawn_into_the_mix(backend: str, inputs: int, size: tuple[int, i
 
     most = (5, 18) if inputs == 3 else (3, 5)
     image = draws.randn(interpreter.fitted(backend, (2, inputs, *size), (1, inputs, *most)))
-    inputs = [image, *differentiated(backend, weights)]
+    inputs = [image, *weights.tensors()]
     contract.check_against_reference(fn, exact, inputs, among=away_from_kinks(image, weights))
 
 
@@ -280,7 +275,7 @@ def test_every_option(backend: str, subnet: str, activation: str, clamp: float |
     def reference_fn(x: Tensor, *w: Tensor) -> Tensor:
         return reference.invertible_block(x, with_tensors(weights, w))
 
-    inputs = [image, *differentiated(backend, weights)]
+    inputs = [image, *weights.tensors()]
     # exp of an unclamped log scale, here at most 10, multiplies its rounding error by 10.
     tolerance = 2e-5 if clamp is None else 1e-5
     among = away_from_kinks(image, weights)
@@ -345,7 +340,7 @@ def test_threads_do_not_change_a_bit(backend: str) -> None:
         return functional.invertible_block(x, with_tensors(weights, w), backend=backend)
 
     image = draws.randn(interpreter.fitted(backend, (3, 8, 140, 150), (2, 8, 6, 23)))
-    contract.check_deterministic(backend, fn, image, *differentiated(backend, weights))
+    contract.check_deterministic(backend, fn, image, *weights.tensors())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -391,7 +386,7 @@ def test_layouts_of_the_upstream_gradient(backend: str) -> None:
 def test_contract(backend: str) -> None:
     weights = block_weights(4)
     x = draws.randn(interpreter.fitted(backend, (2, 4, 5, 6), (1, 4, 4, 6)))
-    tensors = [w.clone().requires_grad_(backend != "cuda") for w in weights.tensors()]
+    tensors = [w.clone().requires_grad_() for w in weights.tensors()]
     options = (*weights[5:], backend)
     for image in (x, x.contiguous(memory_format=torch.channels_last), x.transpose(2, 3)):
         for keep in (False, True):
@@ -485,7 +480,7 @@ def test_products_of_bfloat16(capability: str) -> None:
 
 def test_more_tiles_than_partial_sums(backend: str) -> None:
     weights = block_weights()
-    tensors = differentiated(backend, weights)
+    tensors = weights.tensors()
     contract.check_against_reference(
         lambda x, *w: functional.invertible_block(x, with_tensors(weights, w), backend=backend),
         lambda x, *w: reference.invertible_block(x, with_tensors(weights, w)),
@@ -535,7 +530,6 @@ def test_what_the_cuda_kernels_refuse() -> None:
     can_run = ops.coupling.OP.implementation("cuda").can_run
     tensors = block_weights(258).tensors()
     assert "up to 256 channels, and this block has 258" in str(can_run(*tensors))
-    assert "gradient of the image only" in str(can_run(need_weights=True))
     assert "made for subnet 'bottleneck'" in str(can_run(subnet="conv2"))
 
 
@@ -545,10 +539,6 @@ def test_weight_gradients_of_an_image_in_half_precision(backend: str, dtype: tor
     x, upstream = draws.randn(2, 1, 64, 5, 6).to(dtype)
     leaves = [w.clone().requires_grad_() for w in weights.tensors()]
     y = functional.invertible_block(x, with_tensors(weights, tuple(leaves)), backend=backend)
-    if backend == "cuda":
-        with pytest.raises(RuntimeError, match="its kernels give the gradient of the image only"):
-            torch.autograd.grad(y, leaves, upstream)
-        return
     exact = as_dtype(weights, torch.float64)
     _, expected = reference.invertible_block_backward(upstream.double(), x.double(), exact, True)
     for got, want in zip(torch.autograd.grad(y, leaves, upstream), expected, strict=True):

@@ -29,8 +29,8 @@ def coupling(x: Tensor = X, weights: int = 176, **changed: Any) -> Any:
     return ops().coupling(x, torch.zeros(weights), *options.values())
 
 
-def coupling_backward(grad: Tensor, need_weights: bool = False) -> Any:
-    return ops().coupling_backward(grad, X, torch.zeros(176), 4, 1, "relu6", 0.0, need_weights)
+def coupling_backward(grad: Tensor) -> Any:
+    return ops().coupling_backward(grad, X, torch.zeros(176), 4, 1, "relu6", 0.0, False)
 
 
 def coupling_packed(**changed: Any) -> Any:
@@ -145,7 +145,6 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     ),
     (lambda: coupling_backward(X.half()), "grad has another type than x"),
     (lambda: coupling_backward(X[:, :2]), r"grad has shape \(2, 2, 6, 6\); allowed is x's"),
-    (lambda: coupling_backward(X, True), "need_weights is true; allowed is false"),
     (lambda: coupling_packed(packed=PLANE), "packed is not uint8"),
     (
         lambda: coupling_packed(packed=torch.zeros(16, dtype=torch.uint8)),

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../../csrc/cuda/coupling.h"
+#include "../../csrc/cuda/coupling_weights.h"
 #include "../../csrc/cuda/dec.h"
 #include "../../csrc/cuda/mma.h"
 #include "planted.h"
@@ -58,6 +59,7 @@ PYBIND11_MODULE(mghf_fast_cuda_host, m) {
     mghf::host::gpu = {shared_bytes, clusters};
   });
   m.def("set_coupling_feature_bytes", [](int64_t bytes) { coupling_feature_bytes = bytes; });
+  m.def("set_coupling_layer_bytes", [](int64_t bytes) { coupling_layer_bytes = bytes; });
   m.def("set_dec_blocks", [](int blocks) { dec_blocks = blocks; });
   m.def("tensor_core_sum", [](float before, const std::vector<double>& products) {
     return host_mma::add_up(before, products.data(), static_cast<int>(products.size()));

@@ -1,5 +1,6 @@
 // The op `coupling` on CUDA: argument checks and the calls of its kernels.
 #include "../coupling.h"
+#include "../coupling_weights.h"
 
 #include <string>
 #include <tuple>
@@ -146,14 +147,26 @@ void check_grad(const Tensor& grad, const Tensor& x, int64_t channels) {
   check_coupling_gradient(grad, x, channels);
 }
 
+Tensor gradients_of_weights(const CouplingShape& shape, const Tensor& grad, const Tensor& x,
+                            const Tensor& weights, const Launcher& launcher) {
+  if (x.numel() == 0) return torch::stable::new_zeros(weights, {weights.size(0)});
+  Tensor result = torch::stable::new_empty(weights, {weights.size(0)});
+  with_image(x, "x", [&]<class T>(const Image<T>& image) {
+    const Tensor workspace = new_workspace(x, coupling_weights_workspace_bytes(shape, image));
+    check_launch(coupling_weights(shape, image_of<T>(grad), image,
+                                  weights.const_data_ptr<float>(),
+                                  result.mutable_data_ptr<float>(), workspace.mutable_data_ptr(),
+                                  launcher.stream()),
+                 "coupling_backward");
+  });
+  return result;
+}
+
 std::tuple<Tensor, Tensor> coupling_backward_op(const Tensor& grad, const Tensor& x,
                                                 const Tensor& weights, int64_t channels,
                                                 int64_t kernel, const std::string& activation,
                                                 double clamp, bool need_weights) {
   const CouplingShape shape = check_block(x, "x", weights, channels, kernel, activation, clamp);
-  STD_TORCH_CHECK(!need_weights,
-                  "need_weights is true; allowed is false: these kernels give the gradient of the "
-                  "image only");
   check_grad(grad, x, channels);
   const Launcher launcher(x);
   Tensor grad_x = new_image_like(x, x.size(1));
@@ -167,7 +180,8 @@ std::tuple<Tensor, Tensor> coupling_backward_op(const Tensor& grad, const Tensor
                                    launcher.stream()),
                  "coupling_backward");
   });
-  return {grad_x, torch::stable::new_empty(weights, {0})};
+  if (!need_weights) return {grad_x, torch::stable::new_empty(weights, {0})};
+  return {grad_x, gradients_of_weights(shape, grad, x, weights, launcher)};
 }
 
 Tensor coupling_packed_backward_op(const Tensor& grad, const Tensor& x, const Tensor& weights,

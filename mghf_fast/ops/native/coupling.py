@@ -96,16 +96,10 @@ class Coupling(Binding):
         self,
         *tensors: Tensor,
         subnet: str = "bottleneck",
-        need_weights: bool = False,
         **options: Any,
     ) -> str | None:
         if (reason := only_bottleneck(subnet)) is not None or self.on_cpu:
             return reason or super().can_run(*tensors)
-        if need_weights:
-            return (
-                "its kernels give the gradient of the image only, and one of the weights' is "
-                "required"
-            )
         if (channels := block_channels(tensors)) > MOST_CHANNELS:
             return (
                 f"its kernels keep half of a tile's channels on chip, which goes up to "
