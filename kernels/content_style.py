@@ -84,10 +84,12 @@ def backward(
     moments: Tensor,
     difference: Tensor,
     gram: str,
+    into: Tensor | None = None,
 ) -> Tensor:
     """The gradient of ``sr``, with its shape, dtype and layout, from the (B,) gradients of the four
-    terms."""
-    grad_sr = empty_like_laid_out(sr)
+    terms. ``into`` may be ``gt``: a program reads its pixels' values of ``gt`` before it writes
+    their gradients, and no other program reads them."""
+    grad_sr = empty_like_laid_out(sr) if into is None else into
     grads = (grad_naive, grad_mse, grad_correlation, grad_gram)
     gradient(grads, gt, sr, kept, weights, moments, difference, grad_sr)
     return grad_sr

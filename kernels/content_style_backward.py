@@ -3,6 +3,7 @@ content_style.py."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -183,7 +184,7 @@ def _gradient_options(channels: int, maps: int) -> dict[str, Any]:
 
 
 def gradient(
-    grads: tuple[Tensor, Tensor, Tensor, Tensor],
+    grads: Sequence[Tensor],
     gt: Tensor,
     sr: Tensor,
     kept: Tensor,
@@ -197,7 +198,9 @@ def gradient(
     batch, channels, height, width = sr.shape
     pixels, maps = height * width, kept.shape[1]
     of_gt, of_sr, of_grad = layout_of(gt), layout_of(sr), layout_of(grad_sr)
-    naive, mse, correlation, style = (grad.float().contiguous() for grad in grads)
+    if not all(grad.is_contiguous() for grad in grads):
+        grads = torch.stack(grads).unbind()
+    naive, mse, correlation, style = (grad.float() for grad in grads)
     kept = kept.contiguous()
     options = _gradient_options(channels, maps)
     tiles = launch.blocks(pixels, options["BLOCK_P"])

@@ -250,6 +250,7 @@ def _hidden_gradient(
     """The gradient before the ReLU, (rows, hidden). Also stores that of y in ``output``,
     (rows, D)."""
     units, dimension = weight1.shape[0], weight2.shape[0]
+    state = state.contiguous()  # that of some of the maps is a slice
     result = grad.new_empty((g.rows, units), dtype=torch.float32)
     constants = _hidden_gradient_constants(units, dimension, maps_fastest, output is not None)
     with on_device_of(grad):

@@ -48,6 +48,15 @@ inline void check_same_shape(const Tensor& tensor, const char* argument, const T
                   "'s, ", shape_of(other));
 }
 
+// The numbers from one word to the next in the state of `patches`, (N, words, maps): a contiguous
+// one or some neighbouring maps of one. 0 for any other layout.
+inline int64_t step_of_state(const Tensor& state) {
+  const int64_t step = state.stride(1);
+  const bool fits = (state.size(2) <= 1 || state.stride(2) == 1) && step >= state.size(2) &&
+                    (state.size(0) <= 1 || state.stride(0) == state.size(1) * step);
+  return fits ? step : 0;
+}
+
 // A tensor of an image's size, type and layout, with `channels`; contiguous unless the image is
 // channels_last. `new_tensor` makes a contiguous tensor of a given shape.
 template <class NewTensor>

@@ -45,6 +45,7 @@ struct PatchesGradient {
   EmbeddingView grad;
   const float* embedding;  // contiguous
   const int32_t* state;    // (N, state_words, B C)
+  int64_t state_step;      // numbers from one word of the state to the next, at least B C
 };
 
 // A kernel works on one group of `lanes` maps; there are `groups` of them. The caller provides

@@ -31,9 +31,9 @@ struct OutputGradient {
 
   IntVec state_word(const Group& group, int64_t patch, int64_t index) const {
     IntVec word = {};
-    __builtin_memcpy(
-        &word, gradient.state + (patch * o.state_words() + index) * o.maps + group.first,
-        static_cast<size_t>(group.count) * sizeof(int32_t));
+    const int64_t row = patch * o.state_words() + index;
+    __builtin_memcpy(&word, gradient.state + row * gradient.state_step + group.first,
+                     static_cast<size_t>(group.count) * sizeof(int32_t));
     return word;
   }
 

@@ -11,16 +11,19 @@
 //   products_of_runs     over the kept maps (maps_product.h): S S^T - G G^T is the symmetric part
 //                        of (S - G) (S + G)^T, one product instead of two, without cancellation
 //
-// with small kernels between them, whose work is some KB or MB and mostly latency: merge_runs
-// (float64 statistics of each map), entropies_of_counts, select (the kept maps, by rank, and three
-// of the terms), sums_of_products, gram_difference. Eight launches.
+// with small work between them, some KB or MB and mostly latency: merge_runs (float64 statistics of
+// each map) and sums_of_products are kernels of their own, because they need many blocks. The last
+// block of a map's histogram computes its entropy; the last of an image's histograms selects (the
+// kept maps, by rank, and three of the terms); the last of its sums takes Gram's difference
+// (last_block.h). Sums are in a fixed order, whichever block comes last. Five launches.
 //
-// The backward prepares coefficients (prepare, fragments_of_style) and reads the pair once:
+// The backward prepares coefficients (fragments_of_style) and reads the pair once:
 //
 //   grad = naive D + [kept] (a D + centred (S - mean S) + other (X - mean X) + K S_kept)
 //
 // where X is D for maps that are almost equal, else G: with the other of the two the terms would
-// nearly cancel. Three launches.
+// nearly cancel. Two launches. The gradient may take the place of G: what a thread reads of G is
+// at the pixels and channels of which it then writes the gradient.
 //
 // Predicted floors for B = 1, C = 128, M = 64, 512 x 512, float32, at 4.3 TB/s: the moments and the
 // histograms read 268 MB each, 62 us each (counting 67 M numbers in shared memory takes about as
@@ -33,6 +36,7 @@
 #include "content_style_gradient.h"
 #include "content_style_moments.h"
 #include "content_style_selection.h"
+#include "histograms_counts.h"
 #include "workspace.h"
 
 namespace mghf::cuda {
@@ -48,6 +52,8 @@ struct ForwardSpace {
   PairRanges ranges{};
   int* counts = nullptr;
   int64_t number_of_counts = 0;
+  int* ended = nullptr;  // behind the counts: of both stacks' maps, of two sweeps' images
+  int64_t cleared = 0;   // counts and `ended`
   double* entropies = nullptr;
   float* compared = nullptr;
   int* ranks = nullptr;
@@ -67,7 +73,9 @@ struct ForwardSpace {
     ranges.highs = pieces.take<float>(2 * maps);
     if (options.top_m == 0) return;
     number_of_counts = 2 * Counts::number(sr.batch, sr.channels, options.bins, false);
-    counts = pieces.take<int>(number_of_counts);
+    cleared = number_of_counts + 2 * maps + 2 * sr.batch;
+    counts = pieces.take<int>(cleared);
+    ended = counts + number_of_counts;
     entropies = pieces.take<double>(2 * maps);
     compared = pieces.take<float>(maps);
     ranks = pieces.take<int>(maps);
@@ -79,11 +87,12 @@ struct ForwardSpace {
   }
 };
 
-// The entropies of both images' maps, first G's. Images of the same layout are counted as one
-// batch.
+// The entropies of both images' maps, first G's, and the selection. Images of the same layout are
+// counted as one batch.
 template <Reading kReading, class T>
-const char* entropies(const Image<T>& gt, const Image<T>& sr, const ForwardSpace& space, int bins,
-                      Stream stream) {
+const char* entropies(const Image<T>& gt, const Image<T>& sr, const ForwardSpace& space,
+                      const Selection& selection, Stream stream) {
+  const int bins = static_cast<int>(selection.options.bins);
   const int64_t maps = sr.batch * sr.channels, pixels = sr.pixels();
   const int64_t counts_of_gt = Counts::number(gt.batch, gt.channels, bins, gt.by_maps());
   const Counts of_gt{space.counts, bins, gt.by_maps()};
@@ -91,25 +100,23 @@ const char* entropies(const Image<T>& gt, const Image<T>& sr, const ForwardSpace
   const auto ranges = [&](int64_t first) {
     return Ranges{space.ranges.lows + first, space.ranges.highs + first, 1};
   };
-  const auto launch_entropies = [&](const Counts& counts, int64_t first, int64_t number) {
-    return entropies_of_counts(counts, ranges(first), space.entropies + first, number, sr.channels,
-                               pixels, stream);
+  const Histograms<T> g{gt, ranges(0), of_gt, space.entropies, space.ended};
+  const Histograms<T> s{sr, ranges(maps), of_sr, space.entropies + maps, space.ended + maps};
+  const auto groups = [&](bool by_maps) {
+    return by_maps ? sr.channels : blocks_for(sr.channels, kWarp);
   };
-  const Histograms<T> g{gt, ranges(0), of_gt}, s{sr, ranges(maps), of_sr};
-  const char* error = nullptr;
+  const EntropiesAndSelection then{selection, space.ended + 2 * maps,
+                                   groups(of_gt.by_maps) + groups(of_sr.by_maps)};
   if (of_gt.by_maps == of_sr.by_maps) {
     const Runs runs = runs_of_counts(pixels, of_gt.by_maps);
-    error = count<kReading>(Counted<T>{g, s, 2}, runs, stream);
-    return error != nullptr ? error : launch_entropies(of_gt, 0, 2 * maps);
+    return count<kReading>(Counted<T>{g, s, 2}, runs, then, stream);
   }
+  const char* error = nullptr;
   for (const Histograms<T>* one : {&g, &s}) {
     const Runs runs = runs_of_counts(pixels, one->counts.by_maps);
-    error = count<kReading>(Counted<T>{*one, *one, 1}, runs, stream);
-    if (error != nullptr) return error;
-    error = launch_entropies(one->counts, one == &g ? 0 : maps, maps);
-    if (error != nullptr) return error;
+    if (error == nullptr) error = count<kReading>(Counted<T>{*one, *one, 1}, runs, then, stream);
   }
-  return nullptr;
+  return error;
 }
 
 template <Reading kReading, class T>
@@ -131,30 +138,26 @@ const char* forward(const Image<T>& gt, const Image<T>& sr, const StyleOptions& 
   if (error != nullptr) return error;
   error = launch(merge_runs, {sr.batch * blocks_for(channels, kChannelsOfMerge), kSweepThreads},
                  stream, space.partial, space.statistics, space.ranges, space.counts,
-                 space.number_of_counts, sr.batch, channels, pixels, runs);
+                 space.cleared, sr.batch, channels, pixels, runs);
   if (error != nullptr) return error;
-  if (maps > 0) {
-    error = entropies<kReading>(gt, sr, space, static_cast<int>(options.bins), stream);
-    if (error != nullptr) return error;
-  }
-  error = launch(select, {sr.batch, kSelectThreads}, stream, space.entropies, space.statistics,
-                 space.compared, space.ranks, space.ascending, space.places, results, options,
-                 sr.batch, channels);
-  if (error != nullptr || maps == 0) return error;
-  error = products<true, kReading>(gt, sr, space.ascending.channels, maps, space.products,
-                                   space.totals, stream);
+  const Selection selection{space.entropies, space.statistics, space.compared, space.ranks,
+                            space.ascending, space.places,     results,        options,
+                            sr.batch,        channels};
+  if (maps == 0) return launch(select, {sr.batch, kSelectThreads}, stream, selection);
+  error = entropies<kReading>(gt, sr, space, selection, stream);
   if (error != nullptr) return error;
-  return launch(gram_difference, {sr.batch, kDifferenceThreads}, stream, space.totals,
-                space.places, results.weights, results.difference, results.gram, maps, pixels);
+  const GramDifference then{space.totals,       space.places, results.weights,
+                            results.difference, results.gram, maps,
+                            pixels,             space.ended + 2 * sr.batch * channels + sr.batch};
+  return products<true, kReading>(gt, sr, space.ascending.channels, maps, space.products,
+                                  space.totals, stream, then);
 }
 
 // ---- the backward's launches ----
 
 struct BackwardSpace {
   Pieces pieces;
-  int* ranks;
-  Ascending ascending;
-  int *places, *starts;
+  int *channels, *starts, *ranks;  // see StyleTerms; the kept maps' ranks, in each block's order
   StyleTerm* terms;
   uint4* fragments;
 
@@ -162,10 +165,9 @@ struct BackwardSpace {
   BackwardSpace(const Image<T>& sr, int64_t top_m, void* workspace) : pieces(workspace) {
     const int64_t maps = sr.batch * sr.channels, groups = groups_of(sr.channels);
     terms = pieces.take<StyleTerm>(maps);
-    ranks = pieces.take<int>(maps);
-    places = pieces.take<int>(maps);
     starts = pieces.take<int>(sr.batch * (groups + 1));
-    ascending = {pieces.take<int>(sr.batch * top_m), pieces.take<int>(sr.batch * top_m)};
+    channels = pieces.take<int>(sr.batch * top_m);
+    ranks = pieces.take<int>(sr.batch * groups * kRowTiles * top_m);
     fragments = pieces.take<uint4>(number_of_fragments(sr.batch, sr.channels, top_m));
   }
 };
@@ -176,17 +178,12 @@ const char* backward(const StyleGradients& grads, const Image<T>& gt, const Imag
                      void* workspace, Stream stream) {
   const int64_t maps = statistics.top_m, groups = groups_of(sr.channels);
   const BackwardSpace space(sr, maps, workspace);
-  const char* error = nullptr;
-  if (maps > 0) {
-    error = launch(prepare, {sr.batch, kSelectThreads}, stream, statistics.kept, space.ranks,
-                   space.ascending, space.places, space.starts, sr.channels, maps);
-    if (error != nullptr) return error;
-  }
-  error = launch(fragments_of_style, {sr.batch * groups * kRowTiles, kGradientThreads}, stream,
-                 grads, statistics, space.ascending, space.places, space.starts, space.terms,
-                 space.fragments, sr.channels, sr.pixels());
+  const char* const error =
+      launch(fragments_of_style, {sr.batch * groups * kRowTiles, kGradientThreads}, stream, grads,
+             statistics, space.channels, space.ranks, space.starts, space.terms, space.fragments,
+             sr.channels, sr.pixels());
   if (error != nullptr) return error;
-  const StyleTerms<T> terms{gt, space.ascending.channels, space.starts, space.terms,
+  const StyleTerms<T> terms{gt, space.channels, space.starts, space.terms,
                             static_cast<int>(maps)};
   return write_gradient<kReading>(sr, grad_sr, space.fragments, terms, maps, stream);
 }

@@ -39,55 +39,52 @@ struct StyleTerms {
   __device__ StyleTerm of(int64_t b, int channel) const { return terms[b * gt.channels + channel]; }
 };
 
-// Finds the kept maps in ascending order, a block per image.
-__global__ void __launch_bounds__(kSelectThreads)
-    prepare(const int64_t* kept, int* ranks, Ascending ascending, int* places, int* starts,
-            int64_t channels, int64_t maps) {
-  __shared__ int counts[kSelectThreads];
-  const int thread = static_cast<int>(threadIdx.x);
-  const int64_t b = blockIdx.x, groups = groups_of(channels);
-  ranks += b * channels;
-  for (int64_t c = thread; c < channels; c += kSelectThreads) ranks[c] = static_cast<int>(maps);
-  __syncthreads();
-  for (int64_t i = thread; i < maps; i += kSelectThreads) {
-    const int64_t c = kept[b * maps + i];
-    if (c >= 0 && c < channels) ranks[c] = static_cast<int>(i);
-  }
-  __syncthreads();
-  sort_kept(ranks, channels, maps, counts, [&](int64_t c, int place) {
-    const bool is_kept = ranks[c] < maps;
-    places[b * channels + c] = is_kept ? place : -1;
-    if (is_kept) {
-      ascending.channels[b * maps + place] = static_cast<int>(c);
-      ascending.ranks[b * maps + place] = ranks[c];
-    }
-    if (c % kGroup == 0) starts[b * (groups + 1) + c / kGroup] = place;
-    if (c == channels - 1) starts[b * (groups + 1) + groups] = place + is_kept;
-  });
-}
-
 // Gram's part of the gradient is K S_kept with K_ij = (4 grad / (M^2 n)) w_i w_j D_ij. A block
-// takes 16 of the rows of a group's kept maps; the first of them also the group's terms.
+// takes 16 of the rows of a group's kept maps; the first of them also the group's terms. Each finds
+// the order of the kept maps itself, from how many precede each; an image's first block stores it.
 __global__ void __launch_bounds__(kGradientThreads)
-    fragments_of_style(StyleGradients grads, StyleStatistics statistics, Ascending ascending,
-                       const int* places, const int* starts, StyleTerm* terms, uint4* fragments,
+    fragments_of_style(StyleGradients grads, StyleStatistics statistics, int* kept_channels,
+                       int* ranks_of_blocks, int* starts, StyleTerm* terms, uint4* fragments,
                        int64_t channels, int64_t pixels) {
+  __shared__ int before[2];        // kept maps before this group, and before the next
+  __shared__ int places[kGroup];   // of the group's channels, or -1
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t maps = statistics.top_m, groups = groups_of(channels);
   const int64_t tile = blockIdx.x % kRowTiles, group = blockIdx.x / kRowTiles % groups;
   const int64_t b = blockIdx.x / kRowTiles / groups;
+  int* const ranks = ranks_of_blocks + blockIdx.x * maps;
+  const int64_t* const kept = statistics.kept + b * maps;
+  if (thread < kGroup) places[thread] = -1;
+  if (thread < 2) before[thread] = 0;
+  __syncthreads();
+  for (int64_t i = thread; i < maps; i += kGradientThreads) {
+    const int64_t c = kept[i], in_group = c - group * kGroup;
+    int place = 0;
+    MGHF_UNROLL(4)
+    for (int64_t j = 0; j < maps; ++j) place += kept[j] < c;
+    ranks[place] = static_cast<int>(i);
+    if (group == 0 && tile == 0) kept_channels[b * maps + place] = static_cast<int>(c);
+    if (in_group < 0) atomicAdd(before, 1);
+    if (in_group < kGroup) atomicAdd(before + 1, 1);
+    if (in_group >= 0 && in_group < kGroup) places[in_group] = place;
+  }
+  __syncthreads();
   const auto grad = [&](int term) {
     return static_cast<double>(grads.data[term][b * grads.strides[term]]);
   };
   const auto m = static_cast<double>(maps > 0 ? maps : 1), n = static_cast<double>(pixels);
   const int64_t c = group * kGroup + thread;
+  if (tile == 0 && thread < 2 && group + thread <= groups) {
+    // The next group's is written by that group, the last one's end by the last group.
+    if (thread == 0 || group == groups - 1) starts[b * (groups + 1) + group + thread] = before[thread];
+  }
   if (tile == 0 && thread < kGroup && c < channels) {
-    const int place = maps > 0 ? places[b * channels + c] : -1;
+    const int place = places[thread];
     StyleTerm found{};
     found.terms.x = static_cast<float>(2 * grad(0) / (static_cast<double>(channels) * n));
     found.other.w = bits_as<float>(place);
     if (place >= 0) {
-      const int64_t i = ascending.ranks[b * maps + place];
+      const int64_t i = ranks[place];
       const auto row = [&](int r) {
         return static_cast<double>(statistics.moments[(b * kStyleMoments + r) * maps + i]);
       };
@@ -104,10 +101,8 @@ __global__ void __launch_bounds__(kGradientThreads)
     terms[b * channels + c] = found;
   }
   if (maps == 0) return;
-  const int* const start = starts + b * (groups + 1) + group;
-  const int first = start[0] + static_cast<int>(tile) * 16, rows = start[1] - first;
+  const int first = before[0] + static_cast<int>(tile) * 16, rows = before[1] - first;
   if (rows <= 0) return;
-  const int* const ranks = ascending.ranks + b * maps;
   const float* const weights = statistics.weights + b * maps;
   const double gram = 4 * grad(3) / (m * m * n);
   write_fragments(

@@ -40,17 +40,33 @@ __device__ void sort_kept(const int* ranks, int64_t channels, int64_t maps, int*
   }
 }
 
-// The kept maps, most important first: compared in float32, ties to the lower channel, a NaN above
-// all. Also their weights and moments, and the terms that need no product. A block per image; a
+struct Selection {
+  const double *entropies, *statistics;  // of both images' maps, first G's; of the pair's maps
+  float* compared;
+  int* ranks;
+  Ascending ascending;
+  int* places;
+  StyleResults results;
+  StyleOptions options;
+  int64_t batch, channels;
+};
+
+struct SelectionMemory {
+  double sums[3][kSelectThreads];
+  int counts[kSelectThreads];
+};
+
+// The kept maps of an image, most important first: compared in float32, ties to the lower channel, a
+// NaN above all. Also their weights and moments, and the terms that need no product. By a block; a
 // map's rank is the number of maps before it.
-__global__ void __launch_bounds__(kSelectThreads)
-    select(const double* entropies, const double* statistics, float* compared,
-           int* ranks, Ascending ascending, int* places, StyleResults results,
-           StyleOptions options, int64_t batch, int64_t channels) {
-  __shared__ double sums[3][kSelectThreads];
-  __shared__ int counts[kSelectThreads];
+__device__ inline void select_maps(const Selection& selection, int64_t b, SelectionMemory& memory) {
+  const auto& [entropies, statistics, all_compared, all_ranks, ascending, places, results, options,
+               batch, channels] = selection;
+  auto& sums = memory.sums;
+  float* compared = all_compared;
+  int* ranks = all_ranks;
   const int thread = static_cast<int>(threadIdx.x);
-  const int64_t b = blockIdx.x, maps = options.top_m;
+  const int64_t maps = options.top_m;
   const auto importance = [&](int64_t c) {
     return 1 - (entropies[b * channels + c] + entropies[(batch + b) * channels + c]) / 2;
   };
@@ -105,46 +121,106 @@ __global__ void __launch_bounds__(kSelectThreads)
     if (maps == 0) results.gram[b] = 0;
   }
   if (maps == 0) return;
-  sort_kept(ranks, channels, maps, counts, [&](int64_t c, int place) {
+  sort_kept(ranks, channels, maps, memory.counts, [&](int64_t c, int place) {
     if (ranks[c] >= maps) return;
-    ascending.channels[b * maps + place] = static_cast<int>(c);
-    places[b * maps + ranks[c]] = place;
+    selection.ascending.channels[b * maps + place] = static_cast<int>(c);
+    selection.places[b * maps + ranks[c]] = place;
   });
 }
 
+// A block per image, for terms without histograms.
+__global__ void __launch_bounds__(kSelectThreads) select(Selection selection) {
+  __shared__ SelectionMemory memory;
+  select_maps(selection, blockIdx.x, memory);
+}
+
+// What the last blocks of the histograms do: that of a map, or of 32, its entropy, that of an image
+// the selection.
+struct EntropiesAndSelection {
+  static constexpr bool kWanted = true;
+  static constexpr size_t kSharedBytes = sizeof(SelectionMemory);
+  static_assert(kSelectThreads == kSweepThreads);
+
+  Selection selection;
+  int* ended;             // (B): how many of an image's groups of maps are complete
+  int64_t groups_of_image;  // of both stacks
+
+  // A warp computes the entropy of a map.
+  template <int kMaps, class T>
+  __device__ void counted(const Histograms<T>& own, const RunPlace& place, int64_t channels,
+                          int64_t pixels, int64_t runs, void* shared) const {
+    const int64_t group =
+        place.b * ((channels + kMaps - 1) / kMaps) + place.channel / kMaps;
+    if (!is_last(own.ended + group, runs)) return;
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    for (int i = static_cast<int>(threadIdx.x) / kWarp; i < kMaps; i += kSweepWarps) {
+      const int64_t map = place.b * channels + place.channel + i;
+      if (place.channel + i >= channels) break;
+      double sum = 0;
+      for (int bin = lane; bin < own.counts.bins; bin += kWarp) {
+        const int count = own.counts.of(map, channels, bin);
+        const double p = static_cast<double>(count) / static_cast<double>(pixels);
+        if (count > 0) sum -= p * log(p);
+      }
+      for (int mask = kWarp / 2; mask > 0; mask /= 2) {
+        sum += __shfl_xor_sync(kAllLanes, sum, mask);
+      }
+      const float2 range = own.ranges.of(map);
+      const float extent = range.y - range.x;
+      const double entropy = sum / log(static_cast<double>(own.counts.bins));
+      if (lane == 0) own.entropies[map] = extent - extent == 0 ? entropy : static_cast<double>(NAN);
+    }
+    if (!is_last(ended + place.b, groups_of_image)) return;
+    select_maps(selection, place.b, *static_cast<SelectionMemory*>(shared));
+  }
+};
+
 // ---- Gram's difference ----
 
-constexpr int kDifferenceThreads = 512;
+// What the last block of an image's products does:
+//
+//     difference_ij = w_i w_j (P_ij + P_ji) / (2 M n)      and the term, sum difference^2 / M
+struct GramDifference {
+  static constexpr bool kWanted = true;
 
-// difference_ij = w_i w_j (P_ij + P_ji) / (2 M n) and sum difference^2 / M, a block per image.
-__global__ void __launch_bounds__(kDifferenceThreads)
-    gram_difference(const double* totals, const int* places, const float* weights,
-                    float* difference, float* gram, int64_t maps, int64_t pixels) {
-  __shared__ double squares[kDifferenceThreads];
-  const int thread = static_cast<int>(threadIdx.x);
-  const int64_t b = blockIdx.x;
-  totals += product_totals(b, maps, true);
-  places += b * maps;
-  weights += b * maps;
-  const double share = 1 / (2 * static_cast<double>(maps) * static_cast<double>(pixels));
-  double square = 0;
-  MGHF_UNROLL(4)
-  for (int64_t k = thread; k < maps * maps; k += kDifferenceThreads) {
-    const int64_t i = k / maps, j = k % maps;
-    const double sum = totals[place_of_total(maps, true, places[i], places[j])] +
-                       totals[place_of_total(maps, true, places[j], places[i])];
-    const double weight = static_cast<double>(weights[i]) * static_cast<double>(weights[j]);
-    const double value = weight * sum * share;
-    difference[b * maps * maps + k] = static_cast<float>(value);
-    square += value * value;
+  const double* totals;
+  const int* places;
+  const float* weights;
+  float *difference, *gram;
+  int64_t maps, pixels;
+  int* ended;  // (B): how many of an image's blocks have ended
+
+  __device__ void added(int64_t tile, int64_t blocks_of_tile) const {
+    const int64_t tiles = product_tiles(maps, true), b = tile / tiles;
+    if (is_last(ended + b, tiles * blocks_of_tile)) subtract(b);
   }
-  squares[thread] = square;
-  for (int half = kDifferenceThreads / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (thread < half) squares[thread] += squares[thread + half];
+
+  __device__ void subtract(int64_t b) const {
+    __shared__ double squares[kProductThreads];
+    const int thread = static_cast<int>(threadIdx.x);
+    const double* const of_image = totals + product_totals(b, maps, true);
+    const int* const place = places + b * maps;
+    const float* const weight = weights + b * maps;
+    const double share = 1 / (2 * static_cast<double>(maps) * static_cast<double>(pixels));
+    double square = 0;
+    MGHF_UNROLL(4)
+    for (int64_t k = thread; k < maps * maps; k += kProductThreads) {
+      const int64_t i = k / maps, j = k % maps;
+      const double sum = of_image[place_of_total(maps, true, place[i], place[j])] +
+                         of_image[place_of_total(maps, true, place[j], place[i])];
+      const double both = static_cast<double>(weight[i]) * static_cast<double>(weight[j]);
+      const double value = both * sum * share;
+      difference[b * maps * maps + k] = static_cast<float>(value);
+      square += value * value;
+    }
+    squares[thread] = square;
+    for (int half = kProductThreads / 2; half > 0; half /= 2) {
+      __syncthreads();
+      if (thread < half) squares[thread] += squares[thread + half];
+    }
+    if (thread == 0) gram[b] = static_cast<float>(squares[0] / static_cast<double>(maps));
   }
-  if (thread == 0) gram[b] = static_cast<float>(squares[0] / static_cast<double>(maps));
-}
+};
 
 }  // namespace
 

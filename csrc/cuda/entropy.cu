@@ -6,7 +6,7 @@
 // (from the second read on some of them come from the 50 MB of the second-level cache).
 #include "entropy.h"
 
-#include "histograms.h"
+#include "histograms_counts.h"
 
 namespace mghf::cuda {
 
@@ -115,7 +115,7 @@ const char* run(const Image<T>& x, int64_t bins, float* result, void* workspace,
                  {x.batch * groups * runs.number, kSweepThreads}, stream, x, lows, highs, runs);
   if (error != nullptr) return error;
   const Histograms<T> histograms{x, ranges, counts};
-  error = count<kReading>(Counted<T>{histograms, histograms, 1}, runs, stream);
+  error = count<kReading>(Counted<T>{histograms, histograms, 1}, runs, Nothing{}, stream);
   if (error != nullptr) return error;
   return entropies_of_counts(counts, ranges, result, maps, x.channels, x.pixels(), stream);
 }

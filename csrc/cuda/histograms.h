@@ -1,5 +1,5 @@
 // Shared by kernels that sweep over the maps of an image, run by run; and the histograms of maps,
-// whose kernels are in histograms.cu.
+// whose kernels are in histograms_counts.h and histograms.cu.
 //
 //     bin(v) = min(floor((v - low) / (high - low) * bins), bins - 1)      p = counts / (H W)
 //     entropy = -sum p ln p / ln(bins)
@@ -95,6 +95,10 @@ struct Histograms {
   Image<T> x;
   Ranges ranges;
   Counts counts;
+  // For the blocks that end last, if they are to compute entropies: those of the maps, and for
+  // every map, or 32 maps where a pixel's are contiguous, how many of its blocks have ended.
+  double* entropies = nullptr;
+  int* ended = nullptr;
 };
 
 // One or two images, whose blocks alternate. The last maps come first, because more of them are
@@ -109,10 +113,6 @@ struct Counted {
   }
   __device__ int64_t block() const { return (gridDim.x - 1 - blockIdx.x) / images; }
 };
-
-// Adds to the counts those of one image, or of two with the same shape and layout of counts.
-template <Reading kReading, class T>
-const char* count(const Counted<T>& counted, const Runs& runs, Stream stream);
 
 // Entropies of all maps from their counts, in float32 or float64.
 template <class Result>

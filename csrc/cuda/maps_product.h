@@ -15,6 +15,7 @@
 #pragma once
 
 #include "histograms.h"
+#include "last_block.h"
 #include "mma.h"
 
 namespace mghf::cuda {
@@ -238,10 +239,11 @@ __global__ void __launch_bounds__(kProductThreads, kReading == Reading::strided 
   });
 }
 
-// Adds up the runs' products; a block takes 32 elements, each of its warps a part of the runs.
-template <class Sum>
+// Adds up the runs' products; a block takes 32 elements, each of its warps a part of the runs. With
+// `Then` a block that has stored its sums calls `added`.
+template <class Sum, class Then>
 __global__ void __launch_bounds__(kProductThreads)
-    sums_of_products(const float* partial, Sum* totals, int64_t runs) {
+    sums_of_products(const float* partial, Sum* totals, int64_t runs, Then then) {
   __shared__ Sum sums[kSweepWarps][kWarp];
   constexpr int kBlocks = kProductElements / kWarp;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -259,6 +261,7 @@ __global__ void __launch_bounds__(kProductThreads)
     for (int i = 1; i < kSweepWarps; ++i) sum += sums[i][lane];
     totals[tile * kProductElements + element] = sum;
   }
+  if constexpr (Then::kWanted) then.added(tile, kBlocks);
 }
 
 // Index of the element of maps i and j among the totals of an image.
@@ -272,9 +275,9 @@ __host__ __device__ constexpr int64_t product_totals(int64_t batch, int64_t maps
 }
 
 // The totals of `maps` maps, those that `order` names or, if it is null, all.
-template <bool kPair, Reading kReading, class T>
+template <bool kPair, Reading kReading, class T, class Then = Nothing>
 const char* products(const Image<T>& gt, const Image<T>& sr, const int* order, int64_t maps,
-                     float* partial, double* totals, Stream stream) {
+                     float* partial, double* totals, Stream stream, const Then& then = {}) {
   const Runs runs = product_runs(sr.pixels(), maps, kPair);
   const int64_t tiles = sr.batch * product_tiles(maps, kPair);
   const Grid grid{tiles * runs.number, kProductThreads};
@@ -288,8 +291,9 @@ const char* products(const Image<T>& gt, const Image<T>& sr, const int* order, i
                    partial, m, runs);
   }
   if (error != nullptr) return error;
-  return launch(sums_of_products<double>, {tiles * (kProductElements / kWarp), kProductThreads},
-                stream, partial, totals, runs.number);
+  return launch(sums_of_products<double, Then>,
+                {tiles * (kProductElements / kWarp), kProductThreads}, stream, partial, totals,
+                runs.number, then);
 }
 
 }  // namespace mghf::cuda

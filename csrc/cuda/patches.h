@@ -20,12 +20,14 @@ struct Projection {
   }
 };
 
-// The inputs of the gradients: strides in elements; embedding and state are the forward's results.
+// The inputs of the gradients: strides in elements; embedding and state are the forward's results,
+// or those of some neighbouring maps.
 struct EmbeddingGradient {
   const float* grad;
   int64_t map_stride, patch_stride, dimension_stride;
   const float* embedding;
   const int* state;
+  int64_t state_step;  // from one word of the state to the next, at least B C
 };
 
 struct ParameterGradients {

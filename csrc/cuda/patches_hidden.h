@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kThreads, kPieces && kClusters ? 2 : 1)  // sp
 
   if (thread < rows) {
     const Row row(first_row + thread, p.maps, p.of_map(), p.maps_fastest);
-    state_places[thread] = row.item * p.state_words() * p.maps + row.map;
+    state_places[thread] = row.item * p.state_words() * gradient.state_step + row.map;
     embedding_places[thread] = (row.map * p.of_map() + row.item) * p.dimension;
     grad_places[thread] = row.map * gradient.map_stride + row.item * gradient.patch_stride;
     norms[thread] = bits_as<float>(gradient.state[state_places[thread]]);
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kThreads, kPieces && kClusters ? 2 : 1)  // sp
         for (int word = 0; word < 2; ++word) {
           if (state_word + word < p.state_words()) {
             words[word] = static_cast<unsigned>(
-                gradient.state[state_places[row] + (state_word + word) * p.maps]);
+                gradient.state[state_places[row] + (state_word + word) * gradient.state_step]);
           }
         }
         MGHF_UNROLL_ALL

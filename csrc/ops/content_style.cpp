@@ -9,4 +9,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(MGHF_LIBRARY, m) {
       "content_style_backward(Tensor grad_naive, Tensor grad_mse, Tensor grad_correlation,"
       " Tensor grad_gram, Tensor gt, Tensor sr, Tensor kept, Tensor weights, Tensor moments,"
       " Tensor difference) -> Tensor");
+  // The same, written into grad_sr, which may be gt.
+  m.def(
+      "content_style_backward_into_(Tensor(a!) grad_sr, Tensor grad_naive, Tensor grad_mse,"
+      " Tensor grad_correlation, Tensor grad_gram, Tensor gt, Tensor sr, Tensor kept,"
+      " Tensor weights, Tensor moments, Tensor difference) -> ()");
 }

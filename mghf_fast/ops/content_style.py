@@ -18,6 +18,9 @@ from .vocabulary import ContentStyleOutputs
 importance_weights = reference.importance_weights
 """Indices and weights of the kept maps, both (B, M); plain PyTorch."""
 
+# A backend's backward takes one argument more than the operator, ``into``: a tensor with the shape,
+# type and layout of sr, and no element twice, into which it writes the gradient and which it
+# returns; it may be gt itself, which is lost. A backend that cannot do so ignores it.
 OP = Op("content_style")
 OP.implement("reference", reference)
 OP.implement("cuda", ContentStyle("cuda"))

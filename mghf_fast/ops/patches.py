@@ -6,7 +6,8 @@ than the features, and rounding them would cost the gradient more accuracy than 
 Besides the embeddings the forward returns a `state` for the backward, int32 (N, 1 + ceil(hidden /
 32), B C): per patch and map the bits of the norm |y|, then one bit per hidden unit, set if it is
 above 0. With both, the gradient in the image needs neither the image nor a recomputed hidden layer.
-The reference recomputes from the image and leaves its state at 0.
+The reference recomputes from the image and leaves its state at 0. A backward for some neighbouring
+maps takes their slices of embeddings and state.
 """
 
 from __future__ import annotations

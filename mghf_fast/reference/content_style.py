@@ -152,8 +152,10 @@ def backward(
     moments: Tensor,
     difference: Tensor,
     gram: str,
+    into: Tensor | None = None,
 ) -> Tensor:
-    """Recomputes the statistics: they depend on ``sr``, and this may be differentiated."""
+    """Recomputes the statistics: they depend on ``sr``, and this may be differentiated. Writes into
+    new memory."""
     grads = (grad_naive, grad_mse, grad_correlation, grad_gram)
     return content_style_backward(*grads, gt, sr, kept, weights, gram)
 

@@ -349,13 +349,15 @@ struct Elements {
   }
 };
 
-Tensor content_style_backward(const Tensor& grad_naive, const Tensor& grad_mse,
-                              const Tensor& grad_correlation, const Tensor& grad_gram,
-                              const Tensor& gt, const Tensor& sr, const Tensor& kept,
-                              const Tensor& weights, const Tensor& moments,
-                              const Tensor& difference) {
+void content_style_backward_into_(Tensor grad_sr, const Tensor& grad_naive,
+                                  const Tensor& grad_mse, const Tensor& grad_correlation,
+                                  const Tensor& grad_gram, const Tensor& gt, const Tensor& sr,
+                                  const Tensor& kept, const Tensor& weights,
+                                  const Tensor& moments, const Tensor& difference) {
   using namespace mghf;
   const StylePair pair = check_pair(gt, sr);
+  check_same_shape(grad_sr, "grad_sr", sr, "sr");
+  STD_TORCH_CHECK(grad_sr.scalar_type() == sr.scalar_type(), "grad_sr and sr are not of one type");
   const int64_t batch = pair.sr.batch, channels = pair.sr.channels;
   const int64_t pixels = pair.sr.height * pair.sr.width;
   for (const Tensor* grad : {&grad_naive, &grad_mse, &grad_correlation, &grad_gram}) {
@@ -428,8 +430,7 @@ Tensor content_style_backward(const Tensor& grad_naive, const Tensor& grad_mse,
     }
   }
 
-  Tensor grad = new_image_like(sr, channels);
-  const MutableImageView out = write_view(grad, "grad_sr");
+  const MutableImageView out = write_view(grad_sr, "grad_sr");
   const PixelRuns runs(pair.sr, kRunPixels, int64_t{1} << 40);
   for_each(batch * runs.count, kernels.workspace_bytes(pair, top_m),
            [&](int64_t i, void* workspace) {
@@ -439,7 +440,18 @@ Tensor content_style_backward(const Tensor& grad_naive, const Tensor& grad_mse,
                                   coefficients.get() + b * kCoefficients * padded,
                                   matrices.get() + b * top_m * width, workspace);
            });
-  return grad;
+}
+
+Tensor content_style_backward(const Tensor& grad_naive, const Tensor& grad_mse,
+                              const Tensor& grad_correlation, const Tensor& grad_gram,
+                              const Tensor& gt, const Tensor& sr, const Tensor& kept,
+                              const Tensor& weights, const Tensor& moments,
+                              const Tensor& difference) {
+  mghf::check_image(sr, "sr");
+  Tensor grad_sr = mghf::new_image_like(sr, sr.size(1));
+  content_style_backward_into_(grad_sr, grad_naive, grad_mse, grad_correlation, grad_gram, gt, sr,
+                               kept, weights, moments, difference);
+  return grad_sr;
 }
 
 }  // namespace
@@ -447,4 +459,5 @@ Tensor content_style_backward(const Tensor& grad_naive, const Tensor& grad_mse,
 STABLE_TORCH_LIBRARY_IMPL(MGHF_LIBRARY, CPU, m) {
   m.impl("content_style", TORCH_BOX(&content_style));
   m.impl("content_style_backward", TORCH_BOX(&content_style_backward));
+  m.impl("content_style_backward_into_", TORCH_BOX(&content_style_backward_into_));
 }

@@ -154,6 +154,8 @@ struct alignas(16) uint4 {
 };
 
 inline void __syncthreads() { mghf::host::sync_block(); }
+// Blocks run one after the other.
+inline void __threadfence() {}
 inline void __syncwarp() { mghf::host::sync_warp(); }
 
 // Every thread of the warp must call it.

@@ -63,12 +63,16 @@ Result content_style_op(const Tensor& gt, const Tensor& sr, int64_t top_m, doubl
   return {naive, mse, correlation, gram, kept, weights, moments, difference};
 }
 
-Tensor content_style_backward_op(const Tensor& grad_naive, const Tensor& grad_mse,
-                                 const Tensor& grad_correlation, const Tensor& grad_gram,
-                                 const Tensor& gt, const Tensor& sr, const Tensor& kept,
-                                 const Tensor& weights, const Tensor& moments,
-                                 const Tensor& difference) {
+void content_style_backward_into_op(Tensor grad_sr, const Tensor& grad_naive,
+                                    const Tensor& grad_mse, const Tensor& grad_correlation,
+                                    const Tensor& grad_gram, const Tensor& gt, const Tensor& sr,
+                                    const Tensor& kept, const Tensor& weights,
+                                    const Tensor& moments, const Tensor& difference) {
   check_pair(gt, sr);
+  check_image(grad_sr, "grad_sr");
+  check_same_shape(grad_sr, "grad_sr", sr, "sr");
+  check_same_device(grad_sr, "grad_sr", sr, "sr");
+  STD_TORCH_CHECK(grad_sr.scalar_type() == sr.scalar_type(), "grad_sr and sr are not of one type");
   const int64_t batch = sr.size(0);
   StyleGradients grads{};
   int i = 0;
@@ -97,7 +101,6 @@ Tensor content_style_backward_op(const Tensor& grad_naive, const Tensor& grad_ms
   const auto data = [](const Tensor& t) { return t.const_data_ptr<float>(); };
   const StyleStatistics statistics{top_m, dense[0].const_data_ptr<int64_t>(),
                                    data(dense[1]), data(dense[2]), data(dense[3])};
-  Tensor grad_sr = new_image_like(sr, sr.size(1));
   with_image(sr, "sr", [&]<class T>(const Image<T>& image) {
     const Tensor workspace =
         new_workspace(sr, content_style_backward_workspace_bytes(image, top_m));
@@ -106,6 +109,17 @@ Tensor content_style_backward_op(const Tensor& grad_naive, const Tensor& grad_ms
                                         workspace.mutable_data_ptr(), launcher.stream()),
                  "content_style_backward");
   });
+}
+
+Tensor content_style_backward_op(const Tensor& grad_naive, const Tensor& grad_mse,
+                                 const Tensor& grad_correlation, const Tensor& grad_gram,
+                                 const Tensor& gt, const Tensor& sr, const Tensor& kept,
+                                 const Tensor& weights, const Tensor& moments,
+                                 const Tensor& difference) {
+  check_image(sr, "sr");
+  Tensor grad_sr = new_image_like(sr, sr.size(1));
+  content_style_backward_into_op(grad_sr, grad_naive, grad_mse, grad_correlation, grad_gram, gt,
+                                 sr, kept, weights, moments, difference);
   return grad_sr;
 }
 
@@ -114,4 +128,5 @@ Tensor content_style_backward_op(const Tensor& grad_naive, const Tensor& grad_ms
 STABLE_TORCH_LIBRARY_IMPL(MGHF_LIBRARY, MGHF_DISPATCH_KEY, m) {
   m.impl("content_style", TORCH_BOX(&content_style_op));
   m.impl("content_style_backward", TORCH_BOX(&content_style_backward_op));
+  m.impl("content_style_backward_into_", TORCH_BOX(&content_style_backward_into_op));
 }

@@ -57,12 +57,13 @@ EmbeddingGradient check_gradient(const Projection& p, const Tensor& x, const Ten
   check_cuda(state, "state");
   STD_TORCH_CHECK(state.scalar_type() == ScalarType::Int && state.dim() == 3 &&
                       state.size(0) == patches && state.size(1) == p.state_words() &&
-                      state.size(2) == maps && state.is_contiguous(),
+                      state.size(2) == maps &&
+                      (state.numel() == 0 || step_of_state(state) > 0),
                   "state is not what the forward returned");
   check_same_shape(grad, "grad", embedding, "embedding");
   return {grad.const_data_ptr<float>(), grad.stride(0), grad.stride(1),
           grad.stride(2), embedding.const_data_ptr<float>(),
-          state.const_data_ptr<int32_t>()};
+          state.const_data_ptr<int32_t>(), step_of_state(state)};
 }
 
 std::tuple<Tensor, Tensor> patches_op(const Tensor& x, const Tensor& weight1, const Tensor& bias1,

@@ -38,9 +38,14 @@ class ContentStyle(Binding):
         moments: Tensor,
         difference: Tensor,
         gram: str,
+        into: Tensor | None = None,
     ) -> Tensor:
         grads = (g.float() for g in (grad_naive, grad_mse, grad_correlation, grad_gram))
         images = self.image(gt), self.image(sr)
+        if into is not None and images[1] is sr:
+            statistics = (kept, weights, moments, difference)
+            self.ops.content_style_backward_into_(into, *grads, *images, *statistics)
+            return into
         return self.ops.content_style_backward(
             *grads, *images, kept, weights, moments, difference
         ).to(sr.dtype)
