@@ -78,9 +78,9 @@ class _Counter(TorchDispatchMode):
     def named(self, op: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """``function``, with its launches counted as those of ``op``."""
 
-        def call(*arguments: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
             before, self.op = self.op, op
-            result = function(*arguments)
+            result = function(*arguments, **options)
             self.op = before
             return result
 

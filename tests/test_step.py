@@ -89,6 +89,11 @@ def test_equals_the_operators(
     assert len(made) == 1
     assert got[1].dtype == dtype and got[1].shape == expected[1].shape
     tight = 1e-12 if dtype == torch.float64 else 1e-6
+    if make is squeezed and dtype != torch.float64:
+        # The stem is folded into the first block, so features differ in their last bits: the
+        # gradient of a small S - G by ten times as much, and where a value crosses the edge of a
+        # bin, an entropy and the weight of its map. In float64 bins are the same.
+        tight = 4e-5 if variant == "c" else 4e-6
     torch.testing.assert_close(got[0], expected[0], rtol=tight, atol=0)
     error = (got[1] - expected[1]).double().norm() / expected[1].double().norm()
     assert error <= (2e-3 if dtype == torch.bfloat16 else tight)
@@ -108,9 +113,16 @@ def test_one_batch_or_two(monkeypatch: pytest.MonkeyPatch, together: int, layout
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-9)
 
 
-def test_every_term_has_its_gradient() -> None:
-    loss = MGHFLoss(extractor=squeezed())
-    sr, gt = pair()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_term_has_its_gradient(dtype: torch.dtype) -> None:
+    loss = MGHFLoss(extractor=squeezed()).to(dtype)
+    sr, gt = pair(dtype=dtype)
+    # In float32 the folded stem changes last bits, see test_equals_the_operators.
+    most = 1e-4 if dtype == torch.float32 else 1e-10
+
+    def check(got: Tensor, expected: Tensor, name: str) -> None:
+        error = (got - expected).double().norm() / expected.double().norm()
+        assert error <= most, f"{name}: {error:g}"
 
     def gradients(loss: MGHFLoss, sr: Tensor, gt: Tensor) -> dict[str, Tensor]:
         names = loss.terms(sr, gt)
@@ -119,13 +131,13 @@ def test_every_term_has_its_gradient() -> None:
     got, expected = both(loss, gradients, sr, gt)
     assert got.keys() == expected.keys() and len(got) == 7
     for name, grad in expected.items():
-        torch.testing.assert_close(got[name], grad, rtol=1e-4, atol=1e-9, msg=name)
+        check(got[name], grad, name)
 
     def mixed(loss: MGHFLoss, sr: Tensor, gt: Tensor) -> Tensor:
         terms = loss.terms(sr, gt)
         return torch.autograd.grad(terms["total"] + 3 * terms["lip"] + terms["csc"], sr)[0]
 
-    torch.testing.assert_close(*both(loss, mixed, sr, gt), rtol=1e-4, atol=1e-9)
+    check(*both(loss, mixed, sr, gt), "mixed")
 
 
 @pytest.mark.parametrize(

@@ -37,8 +37,12 @@ if TYPE_CHECKING:
     from .mghf import MGHFLoss
 
 TOGETHER = 1 << 20
-"""Up to so many elements in a stack of features both images go through the blocks as one batch:
-half of the launches, at the price of copying the images and saving the blocks' inputs for gt."""
+"""On the CPU, up to so many elements in a stack of features both images go through the blocks as
+one batch: half of the calls, at the price of copying the images and saving the blocks' inputs for
+gt."""
+TOGETHER_BYTES = 256 << 20
+"""Elsewhere they do if what the blocks need for both, see :func:`_go_together`, is at most this:
+half of the launches, and little enough not to set the peak of a step of 512 x 512."""
 
 MOST_PLANS = 16
 
@@ -103,15 +107,18 @@ class _Extraction:
     weights: _Weights
     squeeze: SqueezeStem | None
     blocks: list[tuple[PackedWeights, tuple[Any, ...]]]
-    """Each block's weights, and its activation, sub-network and clamp."""
+    """Each block's weights, and its activation, sub-network and clamp. The first has the stem
+    folded into it, with a squeeze also the range."""
     coupling: Implementation
     together: bool
     dtype: torch.dtype
     from_unit_range: bool
-    """Whether images are mapped from [0, 1] to [-1, 1] first."""
+    """Whether images are mapped from [0, 1] to [-1, 1] before the first block."""
 
     def prepared(self, images: Sequence[Tensor]) -> Tensor:
-        """The images, concatenated, in the form that the stem takes."""
+        """The images, concatenated, in the form that the first block takes."""
+        if self.squeeze is not None:
+            return self.squeeze.squeezed(images, self.dtype)
         x = images[0].to(self.dtype)
         if len(images) > 1:
             x = torch.cat((x, images[1].to(self.dtype)))
@@ -123,8 +130,6 @@ class _Extraction:
         """Features of the concatenated images. Appends each block's input to ``inputs``, and what
         the block keeps for its gradient."""
         x = self.prepared(images)
-        if self.squeeze is not None:
-            x = self.squeeze.lifted(x)
         for weights, options in self.blocks:
             given = x
             x, state = self.coupling.forward(x, weights, *options, inputs is not None)
@@ -139,7 +144,7 @@ class _Extraction:
             grad = self.coupling.backward(grad, x, weights, state, *options, False)[0]
             del state, x
         if self.squeeze is not None:
-            grad = self.squeeze.pull_back(grad, sr.shape[2], sr.shape[3])
+            return self.squeeze.unsqueezed(grad, sr)
         return (grad * 2 if self.from_unit_range else grad).to(sr.dtype)
 
 
@@ -201,7 +206,8 @@ class _Comparison:
     style: Implementation
     style_options: tuple[Any, ...]
     factors: Tensor | None
-    """(terms, 1): each term's factor in the total; None if the total is ``naive`` itself."""
+    """(terms, 1): each term's factor in the total; with ``mean``, divided by the number of images.
+    None if the total is ``naive`` itself, or its mean."""
     gradients: Tensor
     """(terms, 1): the gradients in the terms for a gradient of 1 in the total; for ``lip``, that in
     each of the losses over which it is a mean."""
@@ -214,19 +220,45 @@ class _Comparison:
     monce_options: tuple[Any, ...] = ()
 
 
+def _embedded(
+    sr: Tensor, gt: Tensor, patches: Implementation, options: tuple[Any, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The embeddings of ``sr``, their state, and the embeddings of ``gt``; from one call if both
+    are the halves of one tensor."""
+    batch = sr.shape[0]
+    # On the device "meta" all data are at the same address, so storages are compared.
+    if (
+        sr.untyped_storage()._cdata == gt.untyped_storage()._cdata
+        and gt.storage_offset() - sr.storage_offset() == batch * sr.stride(0)
+        and gt.stride() == sr.stride()
+    ):
+        both = sr.as_strided((2 * batch, *sr.shape[1:]), sr.stride())
+        embeddings, state = patches.forward(both, *options)
+        maps = batch * sr.shape[1]
+        return embeddings[:maps], state[:, :, :maps], embeddings[maps:]
+    query, state = patches.forward(sr, *options)
+    return query, state, patches.forward(gt, *options)[0]
+
+
 class _Compare(torch.autograd.Function):
     """Features -> the total, (B,) or its mean, and the comparison's terms in order, (B,) each."""
 
     @staticmethod
     def forward(
-        ctx: Any, sr: Tensor, gt: Tensor, plan: _Comparison, differentiated: bool, again: Again
+        ctx: Any,
+        sr: Tensor,
+        gt: Tensor,
+        plan: _Comparison,
+        differentiated: bool,
+        owned: bool,
+        again: Again,
     ) -> tuple[Tensor, ...]:
+        """``owned``: nobody else has ``gt``, so that the backward may overwrite it."""
         images = sr.shape[0]
         naive, mse, correlation, gram, *kept = plan.style.forward(gt, sr, *plan.style_options)
         found = {"naive": naive, "csc_mse": mse, "csc_correlation": correlation, "csc_gram": gram}
         if plan.patches is not None and plan.monce is not None:
-            query, state = plan.patches.forward(sr, *plan.patches_options)
-            key, _ = plan.patches.forward(gt, *plan.patches_options)
+            query, state, key = _embedded(sr, gt, plan.patches, plan.patches_options)
             losses, iterates = plan.monce.forward(query, key, *plan.monce_options)
             found["lip"] = losses.view(images, -1).mean(1)
             kept += [query, state, key, iterates]
@@ -234,13 +266,14 @@ class _Compare(torch.autograd.Function):
         # If the total is MGHF-n alone, it is another view of the same tensor.
         total = naive.view(-1)
         if plan.factors is not None:
-            total = (torch.stack(terms) * plan.factors).sum(0)
-        if plan.mean:
+            total = torch.stack(terms) * plan.factors
+            total = total.sum() if plan.mean else total.sum(0)
+        elif plan.mean:
             total = total.mean() if images > 1 else total.view(())
         if differentiated:
             ctx.save_for_backward(sr)
             ctx.set_materialize_grads(False)
-            ctx.plan, ctx.again, ctx.kept = plan, again, [gt, *kept]
+            ctx.plan, ctx.owned, ctx.again, ctx.kept = plan, owned, again, [gt, *kept]
         return total, *terms
 
     @staticmethod
@@ -249,15 +282,15 @@ class _Compare(torch.autograd.Function):
         plan: _Comparison = ctx.plan
         given = [grad for grad in grads if grad is not None]
         if not given:
-            return None, None, None, None, None
+            return (None,) * 6
         if torch.is_grad_enabled() or is_batched(*given):
             again = (sr, _taken(ctx)[0])
-            return _differentiated(ctx.again, again, grads), None, None, None, None
+            return _differentiated(ctx.again, again, grads), *(None,) * 5
+        into = {"into": ctx.kept[0]} if ctx.owned and not _keeps_graph() else {}
         gt, *kept = _taken(ctx)
         images = sr.shape[0]
         rows = plan.gradients * grads[0] if grads[0] is not None else 0 * plan.gradients
-        if rows.shape[1] != images:
-            rows = rows.expand(-1, images).contiguous()
+        rows = rows.expand(-1, images)
         in_terms = dict(zip(plan.names, rows.unbind(), strict=True))
         for name, grad in zip(plan.names, grads[1:], strict=True):
             if grad is not None:
@@ -266,8 +299,9 @@ class _Compare(torch.autograd.Function):
         names = ("naive", "csc_mse", "csc_correlation", "csc_gram")
         of_style = [in_terms.get(name, plan.none) for name in names]
         if plan.patches is None or plan.monce is None:
-            grad_sr = plan.style.backward(*of_style, gt, sr, *kept, plan.style_options[-1])
-            return grad_sr, None, None, None, None
+            options = plan.style_options[-1]
+            grad_sr = plan.style.backward(*of_style, gt, sr, *kept, options, **into)
+            return grad_sr, *(None,) * 5
         *statistics, query, state, key, iterates = kept
         of_losses = in_terms["lip"].view(images, 1, 1)
         of_losses = of_losses.expand(-1, query.shape[0] // images, query.shape[1])
@@ -276,10 +310,11 @@ class _Compare(torch.autograd.Function):
         # afterwards, unless the graph is retained.
         grad_query = plan.monce.backward(of_losses, query, key, iterates, *plan.monce_options)
         del kept, key, iterates, of_losses
-        grad_sr = plan.style.backward(*of_style, gt, sr, *statistics, plan.style_options[-1])
-        del gt
+        options = plan.style_options[-1]
+        grad_sr = plan.style.backward(*of_style, gt, sr, *statistics, options, **into)
+        del gt, into
         plan.patches.add_backward(grad_sr, grad_query, query, state, sr, *plan.patches_options)
-        return grad_sr, None, None, None, None
+        return grad_sr, *(None,) * 5
 
 
 def _differentiated(
@@ -322,8 +357,9 @@ class Steps:
         self._plans[key] = owner, plan
 
 
-def extract(loss: MGHFLoss, sr: Tensor, gt: Tensor) -> tuple[Tensor, Tensor]:
-    """The features of images that have been checked."""
+def extract(loss: MGHFLoss, sr: Tensor, gt: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """The features of images that have been checked, and whether nobody else has them: a module
+    that is called may keep its result."""
     backend, dtype = current_backend(loss.backend), loss._likeness.dtype
     key = ("extract", backend, epoch(), sr.shape, sr.device, dtype)
     plan: _Extraction | None = loss._steps.find(key, loss.extractor)
@@ -335,14 +371,14 @@ def extract(loss: MGHFLoss, sr: Tensor, gt: Tensor) -> tuple[Tensor, Tensor]:
         sr, gt = sr.to(dtype), gt.to(dtype)
         with torch.no_grad():
             gt_features = loss._features(gt)
-        return loss._features(sr), gt_features
+        return loss._features(sr), gt_features, False
 
     def again(sr: Tensor) -> tuple[Tensor]:
         return (loss._features(sr.to(dtype)),)
 
     differentiated = torch.is_grad_enabled() and sr.requires_grad
     sr_features, gt_features = _Extract.apply(sr, gt, plan, differentiated, again)
-    return sr_features, gt_features
+    return sr_features, gt_features, True
 
 
 def _plan_extraction(loss: MGHFLoss, sr: Tensor, backend: str) -> _Extraction | None:
@@ -355,6 +391,7 @@ def _plan_extraction(loss: MGHFLoss, sr: Tensor, backend: str) -> _Extraction | 
         return None
     if min(sr.shape[2:]) < extractor.downscale:
         return None
+    squeezes, unit = isinstance(stem, SqueezeStem), loss.input_range == "0,1"
     weights = _Weights(extractor.modules())
     blocks = []
     with torch.no_grad():
@@ -362,8 +399,10 @@ def _plan_extraction(loss: MGHFLoss, sr: Tensor, backend: str) -> _Extraction | 
             assert isinstance(block, InvertibleBlock)
             if block.memory != "recompute":
                 return None
-            folded = i == 0 and isinstance(stem, nn.Conv2d)
-            of_block = block.weights_after(stem) if folded else block.weights()  # type: ignore[arg-type]
+            of_block = (
+                block.weights_after(stem, from_unit_range=squeezes and unit) if i == 0
+                else block.weights()
+            )
             options = (of_block.activation, of_block.subnet, of_block.clamp)
             blocks.append((PackedWeights(of_block.tensors()), options))
     if not weights.are_current():  # hooks
@@ -371,7 +410,8 @@ def _plan_extraction(loss: MGHFLoss, sr: Tensor, backend: str) -> _Extraction | 
     batch, _, height, width = sr.shape
     scale = extractor.downscale
     pixels = -(-height // scale), -(-width // scale)
-    together = batch * extractor.channels * pixels[0] * pixels[1] <= TOGETHER
+    elements = batch * extractor.channels * pixels[0] * pixels[1]
+    together = _go_together(sr, elements, loss._likeness.dtype, len(blocks))
     first, (_, subnet, _) = blocks[0]
     batch = 2 * batch if together else batch
     x = _of_shape(sr.new_empty(1, dtype=loss._likeness.dtype), batch, first[0].shape[1], *pixels)
@@ -382,8 +422,17 @@ def _plan_extraction(loss: MGHFLoss, sr: Tensor, backend: str) -> _Extraction | 
         coupling=ops.OPS["coupling"].choose(backend, x, *first, subnet=subnet),
         together=together,
         dtype=loss._likeness.dtype,
-        from_unit_range=loss.input_range == "0,1",
+        from_unit_range=unit and not squeezes,
     )
+
+
+def _go_together(image: Tensor, elements: int, dtype: torch.dtype, blocks: int) -> bool:
+    """Whether both images go through the blocks as one batch, given the elements of one image's
+    stack of features."""
+    if image.device.type == "cpu":
+        return elements <= TOGETHER
+    # The inputs of all blocks but the first, the features, and a block's workspace of their size.
+    return 2 * (blocks + 1) * elements * dtype.itemsize <= TOGETHER_BYTES
 
 
 def _of_shape(element: Tensor, *shape: int) -> Tensor:
@@ -391,8 +440,11 @@ def _of_shape(element: Tensor, *shape: int) -> Tensor:
     return element.expand(shape)
 
 
-def compare(loss: MGHFLoss, sr: Tensor, gt: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The reduced total and the weighted terms, (B,) each, of two stacks of features."""
+def compare(
+    loss: MGHFLoss, sr: Tensor, gt: Tensor, owned: bool
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The reduced total and the weighted terms, (B,) each, of two stacks of features; a backward
+    that retains no graph may overwrite ``gt`` if it is ``owned``."""
     backend, style, local = (
         current_backend(loss.backend),
         loss.content_style,
@@ -422,7 +474,7 @@ def compare(loss: MGHFLoss, sr: Tensor, gt: Tensor) -> tuple[Tensor, dict[str, T
         return [total, *(terms[name] for name in names)]
 
     differentiated = torch.is_grad_enabled() and sr.requires_grad
-    total, *terms = _Compare.apply(sr, gt, plan, differentiated, again)
+    total, *terms = _Compare.apply(sr, gt, plan, differentiated, owned, again)
     return total, dict(zip(names, terms, strict=True))
 
 
@@ -438,7 +490,8 @@ def _plan_comparison(
     weighing = factors(loss._gammas, loss.content_style.betas) if loss.variant == "c" else {}
     weighed = [weighing.get(name, 1.0) for name in names]
     mean = loss.reduction == "mean"
-    into_terms = [factor / images if mean else factor for factor in weighed]
+    in_total = [factor / images if mean else factor for factor in weighed]
+    into_terms = list(in_total)
     local: dict[str, Any] = {}
     if "lip" in names:
         projection: PatchProjection = loss.local_information._projection(sr)
@@ -462,7 +515,7 @@ def _plan_comparison(
         mean=mean,
         style=ops.OPS["content_style"].choose(backend, sr, sr, gram=of_style[-1]),
         style_options=of_style,
-        factors=None if weighed == [1.0] else exact.new_tensor(weighed).unsqueeze(1),
+        factors=None if weighed == [1.0] else exact.new_tensor(in_total).unsqueeze(1),
         gradients=exact.new_tensor(into_terms).unsqueeze(1),
         none=exact,
         **local,

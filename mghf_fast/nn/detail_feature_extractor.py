@@ -18,7 +18,7 @@ from ..precision import without_autocast
 from .initial import orthogonal, reproducibly
 from .start import BLOCK_OUTPUT_RMS, STARTS, curve_block, curve_stem
 from .stems import STEMS as STEMS
-from .stems import make_stem
+from .stems import SqueezeStem, make_stem
 
 MEMORY_MODES = ("recompute", "store")
 SQUEEZES = (2, 4, 8)
@@ -94,17 +94,30 @@ class InvertibleBlock(nn.Module):
             self.mix.weight, bias, *kernels, self.activation, self.subnet, self.clamp
         )
 
-    def weights_after(self, stem: nn.Conv2d) -> BlockWeights:
-        """The weights with ``stem``, a 3x3 convolution before the block, folded into the mix: the
-        two linear layers become one, which takes the image itself."""
+    def weights_after(
+        self, stem: nn.Conv2d | SqueezeStem, *, from_unit_range: bool = False
+    ) -> BlockWeights:
+        """The weights with ``stem``, the linear layer before the block, folded into the mix: the
+        two layers become one. After a 3x3 convolution it takes the image itself, after a squeeze
+        :meth:`SqueezeStem.squeezed`. With ``from_unit_range``, after a squeeze only (whose padding
+        is the image's own), the map from [0, 1] to [-1, 1] that comes before is folded in too."""
         weights = self.weights()
-        assert stem.bias is not None
+        if isinstance(stem, SqueezeStem):
+            before, offset = stem.lift.weight[:, :, None, None], None
+        else:
+            before, offset = stem.weight, stem.bias
+            assert offset is not None and not from_unit_range
         with without_autocast(weights.mix_bias.device.type):
             # In float64, so that the rounded product does not depend on the threads' summation
             # order.
             mix, dtype = weights.mix_weight.flatten(1).double(), weights.mix_weight.dtype
-            kernel = (mix @ stem.weight.flatten(1).double()).view(-1, *stem.weight.shape[1:])
-            bias = mix @ stem.bias.double() + weights.mix_bias.double()
+            kernel = (mix @ before.flatten(1).double()).view(-1, *before.shape[1:])
+            bias = weights.mix_bias.double()
+            if offset is not None:
+                bias = mix @ offset.double() + bias
+            if from_unit_range:  # K (2 u - 1) + b
+                bias = bias - kernel.flatten(1).sum(1)
+                kernel = 2 * kernel
         return weights._replace(mix_weight=kernel.to(dtype), mix_bias=bias.to(dtype))
 
     def forward(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -97,18 +99,34 @@ class SqueezeStem(nn.Module):
         x = x.reshape(batch, height // r, width // r, colours * r * r)
         return F.linear(x, self.lift.weight.to(x.dtype)).permute(0, 3, 1, 2)
 
-    def pull_back(self, grad: Tensor, height: int, width: int) -> Tensor:
-        """The gradient in an image of ``height`` x ``width``, from that in its features."""
+    def squeezed(self, images: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """What the lift takes: images (B, in_channels, H, W) of one shape as one batch, (number
+        times B, in_channels r^2, ceil(H / r), ceil(W / r)) of ``dtype``, channels_last. Each image
+        is copied once."""
+        r, first = self.squeeze, images[0]
+        batch, colours, height, width = first.shape
+        rows, columns = -(-height // r), -(-width // r)
+        shape = len(images), batch, rows, columns, colours, r, r
+        x = first.new_empty(shape, dtype=dtype)
+        for target, image in zip(x, images, strict=True):
+            image = reflected(reflected(image, 2, -height % r), 3, -width % r)
+            image = image.view(batch, colours, rows, r, columns, r)
+            target.permute(0, 3, 1, 4, 2, 5).copy_(image)
+        return x.view(-1, rows, columns, colours * r * r).permute(0, 3, 1, 2)
+
+    def unsqueezed(self, grad: Tensor, image: Tensor) -> Tensor:
+        """The gradient in ``image``, (B, in_channels, H, W), from that in its squeezed form; type
+        of the image."""
         r = self.squeeze
-        batch, _, rows, columns = grad.shape
-        # If the backward runs under autocast, it would round the product.
-        if autocasting(grad.device.type):
-            with without_autocast(grad.device.type):
-                return self.pull_back(grad, height, width)
-        x = F.linear(grad.permute(0, 2, 3, 1), self.lift.weight.t().to(grad.dtype))
-        x = x.reshape(batch, rows, columns, self.in_channels, r, r).permute(0, 3, 1, 4, 2, 5)
-        x = x.reshape(batch, self.in_channels, rows * r, columns * r)
-        return unreflected(unreflected(x, 3, width), 2, height)
+        batch, colours, height, width = image.shape
+        rows, columns = grad.shape[2:]
+        padded = (height, width) != (rows * r, columns * r)
+        shape = batch, colours, rows * r, columns * r
+        # Gradients of what is padded are added up before they are rounded.
+        x = grad.new_empty(shape, dtype=grad.dtype if padded else image.dtype)
+        pixels = grad.view(batch, colours, r, r, rows, columns).permute(0, 1, 4, 2, 5, 3)
+        x.view(batch, colours, rows, r, columns, r).copy_(pixels)
+        return unreflected(unreflected(x, 3, width), 2, height).to(image.dtype)
 
     @torch.no_grad()
     def inverse(self, y: Tensor) -> Tensor:

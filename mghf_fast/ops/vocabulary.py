@@ -21,8 +21,9 @@ SUBNETS = ("bottleneck", "conv2")
 class BlockWeights(NamedTuple):
     """The weights of an invertible block, kernels in PyTorch's (out, in, kh, kw) layout.
 
-    ``mix_weight`` is (C, C, 1, 1); or (C, any, 3, 3), a convolution with zero padding, for a block
-    with the preceding linear layer folded into the mix (such a block has no inverse).
+    ``mix_weight`` is (C, C, 1, 1). For a block with the preceding linear layer folded into the mix
+    (such a block has no inverse) it is (C, any, 3, 3), a convolution with zero padding, or
+    (C, any, 1, 1), which only the backends take, not :mod:`functional`.
 
     ``phi``, ``rho`` and ``eta`` hold (expand, depthwise, project) for ``subnet="bottleneck"``,
     (expand, project) for ``"conv2"``.
