@@ -182,12 +182,15 @@ class _Extract(torch.autograd.Function):
         ctx.mark_non_differentiable(gt_features)
         if differentiated:
             ctx.save_for_backward(sr)
+            ctx.set_materialize_grads(False)  # of gt's features it would be a stack of zeros
             ctx.plan, ctx.again, ctx.kept = plan, again, inputs
         return sr_features, gt_features
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         (sr,) = ctx.saved_tensors
+        if grads[0] is None:
+            return (None,) * 5
         if torch.is_grad_enabled() or is_batched(grads[0]):
             grad = _differentiated(ctx.again, (sr,), grads[:1])
         else:
