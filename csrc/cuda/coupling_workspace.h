@@ -42,15 +42,17 @@ int halo_of(const CouplingShape& s, Direction direction) {
   }
 }
 
-// Bytes that the features may take. A stack of the size of the block's result does not raise the peak
-// of a step that extracts features, compares them and goes back: comparing them takes more.
+// Bytes that the features may take. The peak of a step is in the second image's forward, where both
+// results, what is kept and the features are in memory: so these get three quarters of a result there,
+// and in the gradient, where the results are gone, as much as one.
 int64_t most_feature_bytes(const CouplingShape& s, int64_t pixels, int64_t bytes_of_element,
                            Direction direction) {
   if (coupling_feature_bytes > 0) return coupling_feature_bytes;
-  constexpr int64_t kUsual = int64_t{160} << 20;
-  const int64_t stack = pixels * s.channels * bytes_of_element;
-  const bool free = direction == Direction::forward || direction == Direction::kept;
-  return free && stack > kUsual ? stack : kUsual;
+  constexpr int64_t kUsual = int64_t{160} << 20, kForward = int64_t{96} << 20;
+  const int64_t result = pixels * s.channels * bytes_of_element;
+  const auto larger = [](int64_t a, int64_t b) { return a > b ? a : b; };
+  if (direction == Direction::forward) return larger(kForward, result / 4 * 3);
+  return direction == Direction::kept ? larger(kUsual, result) : kUsual;
 }
 
 // The parts that are computed at a time: some images, or some rows of one.
