@@ -384,7 +384,7 @@ struct PartialCall {
       case 64:
         return kept_stage<KeptSizes<T, kOuter, 64, 8, 2, 16, 3>>(rows, fill);
       default:
-        return kept_stage<KeptSizes<T, kOuter, 128, 4, 1, 16, 3>>(rows, fill);
+        return kept_stage<KeptSizes<T, kOuter, 128, 4, 1, 16, 2>>(rows, fill);
     }
   }
   template <class Z, class Fill>

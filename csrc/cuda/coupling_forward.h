@@ -56,7 +56,7 @@ struct SlopeNote {
   // `pixel` is one of the tile with its halo.
   __device__ __forceinline__ void operator()(int pixel, int group, Values& x) const {
     const uint32_t bits = slope_bits(x, relu6);
-    const int lane = static_cast<int>(threadIdx.x) % 4;
+    const int lane = opaque(static_cast<int>(threadIdx.x)) % 4;
     if (lane >= 2) return;
     const int own = pixel + lane, row = own / Z::kAcross - 1, column = own % Z::kAcross - 1;
     if (row < 0 || row >= Z::kRows || column < 0 || column >= kColumns) return;
@@ -98,8 +98,10 @@ __device__ __forceinline__ void add_subnet(Values (&result)[Z::kGroups][Z::kRows
       for (int i = 0; i < Z::kRowsOfWarp; ++i) {
         if constexpr (Z::kKeeps) {
           const uint32_t bits = slope_bits(inner[i], relu6);
-          const int lane = static_cast<int>(threadIdx.x) % 4;
-          const int own = (warp * Z::kRowsOfWarp + i) * kColumns + 2 * g + lane;
+          // Opaque, because there are no registers for what can be computed again.
+          const int thread = opaque(static_cast<int>(threadIdx.x)), lane = thread % 4;
+          const int row = thread / kWarp * Z::kRowsOfWarp + i;
+          const int own = row * kColumns + thread % kWarp / 4 * 2 + lane;
           if (lane < 2) {
             slopes.word(own, 1, slice * kSlices + group) =
                 static_cast<uint16_t>(bits >> (lane * kGroup));
@@ -119,7 +121,8 @@ __device__ __forceinline__ void keep_slopes(const Slopes<Z::kHalf>& slopes,
                                             const ForwardStage<T>& s, const TileOrigin& place,
                                             int subnet) {
   constexpr int kCopies = Slopes<Z::kHalf>::kCopies;
-  for (int i = threadIdx.x; i < Z::kOwn * kCopies; i += Z::kThreads) {
+  MGHF_UNROLL(1)
+  for (int i = opaque(static_cast<int>(threadIdx.x)); i < Z::kOwn * kCopies; i += Z::kThreads) {
     const int own = i / kCopies, part = i % kCopies;
     const int y = place.y + own / kColumns, x = place.x + own % kColumns;
     if (!s.tiling.computes(y, x)) continue;

@@ -62,7 +62,7 @@ __device__ __forceinline__ void read_gradients(const Tile<T, Z::kHalf>& gradient
                                                const KeptStage<T>& s, const TileOrigin& place,
                                                bool of_rho) {
   // Neighbouring threads have neighbouring pixels, which may be contiguous.
-  MGHF_UNROLL(2)
+  MGHF_UNROLL(1)
   for (int i = threadIdx.x / 4; i < Z::kInnerPixels * Z::kGroups; i += Z::kThreads / 4) {
     const int pixel = i % Z::kInnerPixels, n = i / Z::kInnerPixels;
     const int y = place.y + pixel / Z::kInnerAcross - 1, x = place.x + pixel % Z::kInnerAcross - 1;
@@ -206,13 +206,13 @@ __device__ __forceinline__ void for_pixels_in_registers(const Tiling& tiling,
 // M^T (d1, d2) at this warp's rows: d1 is in registers, in the order of a factor, d2 in the tile.
 template <class Z, class T>
 __device__ __forceinline__ void unmix(Values (&d1)[Z::kGroups][Z::kRowsOfWarp],
-                                      const Tile<T, Z::kHalf>& d2, const KeptStage<T>& s,
-                                      const TileOrigin& place) {
+                                      const Tile<T, Z::kHalf>& d2, const KeptStage<T>& s) {
   constexpr int kSome = 2;  // groups of results at a time, for which there are registers
   const int groups = (s.grad_x.count + kGroup - 1) / kGroup;
-  const OwnPlace<Z> own;
   MGHF_UNROLL(1)
   for (int first = 0; first < groups; first += kSome) {
+    const OwnPlace<Z> own;
+    const TileOrigin place(s.tiling, opaque(blockIdx.x));
     Values sum[kSome][Z::kRowsOfWarp] = {};
     MGHF_UNROLL_ALL
     for (int k = 0; k < Z::kGroups; ++k) {
@@ -300,7 +300,7 @@ __global__ void __launch_bounds__(Z::kThreads, Z::kBlocks) kept_stage(KeptStage<
     }
   });
   if constexpr (!Z::kOuter) {
-    if (s.mix_transposed != nullptr) unmix<Z>(result, gradients, s, place);
+    if (s.mix_transposed != nullptr) unmix<Z>(result, gradients, s);
   }
 }
 

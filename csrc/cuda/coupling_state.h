@@ -85,7 +85,7 @@ __device__ __forceinline__ uint32_t slope_bits(Values& x, bool relu6) {
       bits |= static_cast<uint32_t>(is_steep(x.at(pixel, q), relu6)) << (pixel * kGroup + q);
     }
   }
-  bits <<= threadIdx.x % 4 * 4;
+  bits <<= opaque(static_cast<int>(threadIdx.x)) % 4 * 4;
   bits |= __shfl_xor_sync(kAllLanes, bits, 1);
   return bits | __shfl_xor_sync(kAllLanes, bits, 2);
 }
