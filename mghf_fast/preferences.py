@@ -21,17 +21,20 @@ from . import cache
 
 class Rule(NamedTuple):
     """``backends``, best first, for an op on tensors of these types (empty: any type) whose size
-    (see :func:`size_of`) is at least ``least`` and less than ``below``."""
+    (see :func:`size_of`) is at least ``least`` and less than ``below``; with ``weights`` only for
+    calls that need the gradients of weights."""
 
     op: str
     backends: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...] = ()
     least: float = 0
     below: float = math.inf
+    weights: bool = False
 
-    def fits(self, op: str, dtype: torch.dtype, size: int) -> bool:
+    def fits(self, op: str, dtype: torch.dtype, size: int, need_weights: bool = False) -> bool:
         return (
             self.op == op
+            and (need_weights or not self.weights)
             and (not self.dtypes or dtype in self.dtypes)
             and self.least <= size < self.below
         )
@@ -41,7 +44,7 @@ class Rule(NamedTuple):
 # patches per map, and half as fast with 441, where Triton's bfloat16 sinkhorn was faster too.
 # Bounds are geometric means of measured sizes. From 641 patches on a matrix exceeds a cluster's
 # shared memory, and CUDA's monce streams it by one block. Triton's dec has passed its tests there,
-# CUDA's has run on no GPU yet.
+# CUDA's has run on no GPU yet, and neither have its gradients of a block's weights.
 MANY = 210
 ON_CHIP = 641
 HALVES = (torch.float16, torch.bfloat16)
@@ -50,6 +53,7 @@ RULES = (
     Rule("sinkhorn", ("triton", "cuda"), HALVES, least=MANY, below=ON_CHIP),
     Rule("monce", ("triton", "cuda"), least=MANY),
     Rule("dec", ("triton", "cuda")),
+    Rule("coupling", ("triton", "cuda"), weights=True),
 )
 
 DEFAULT = ("cuda", "triton")
@@ -64,11 +68,15 @@ def size_of(op: str, shape: Sequence[int]) -> int:
 
 
 def preferred_kernels(
-    op: str, dtype: torch.dtype, shape: Sequence[int], rules: Sequence[Rule] = RULES
+    op: str,
+    dtype: torch.dtype,
+    shape: Sequence[int],
+    rules: Sequence[Rule] = RULES,
+    need_weights: bool = False,
 ) -> tuple[str, ...]:
     """The backends with kernels for GPUs, best first."""
     for rule in rules:
-        if rule.fits(op, dtype, size_of(op, shape)):
+        if rule.fits(op, dtype, size_of(op, shape), need_weights):
             return rule.backends
     return DEFAULT
 
@@ -106,11 +114,15 @@ def forget() -> None:
     tuned.cache_clear()
 
 
-def in_order(op: str, tensors: Sequence[Tensor], backends: Sequence[str]) -> tuple[str, ...]:
+def in_order(
+    op: str, tensors: Sequence[Tensor], backends: Sequence[str], need_weights: bool = False
+) -> tuple[str, ...]:
     """``backends`` reordered: those with kernels for GPUs first, in the order of the tables."""
     if not tensors:
         return tuple(backends)
     x = tensors[0]
-    first = preferred_kernels(op, x.dtype, x.shape, (*tuned(x.device), *RULES))
+    # What was tuned is a step of an image.
+    rules = RULES if need_weights else (*tuned(x.device), *RULES)
+    first = preferred_kernels(op, x.dtype, x.shape, rules, need_weights)
     known = tuple(b for b in first if b in backends)
     return known + tuple(b for b in backends if b not in known)

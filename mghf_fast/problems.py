@@ -8,6 +8,7 @@ reference's in float64, or in float32 for ops whose decisions (bins, kept maps) 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,29 +28,35 @@ DRAWN: Any = {"device": "cpu", "dtype": torch.float32}
 @dataclass(frozen=True)
 class Problem:
     """``run(tensors, backend)`` computes the op; its gradient, if it has one, is with respect to
-    ``tensors[0]``. ``size`` is the one in the rules of :mod:`mghf_fast.preferences`."""
+    ``tensors[0]``, and with ``weights`` the op has gradients of the other tensors too. ``size`` is
+    the one in the rules of :mod:`mghf_fast.preferences`."""
 
     op: str
     run: Run
     tensors: tuple[Tensor, ...]
     differentiable: bool = True
     exact: torch.dtype = torch.float64
+    weights: bool = False
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Problem:
         moved = tuple(x.to(device, dtype) for x in self.tensors)
-        return Problem(self.op, self.run, moved, self.differentiable, self.exact)
+        return dataclasses.replace(self, tensors=moved)
 
-    def results(self, backend: str) -> list[Tensor]:
+    def results(self, backend: str, of_weights: bool = False) -> list[Tensor]:
         """The op's result and its gradient, if it has one, for an upstream gradient of 1, 2, 3, 1,
-        2, 3, ..., both detached."""
+        2, 3, ..., all detached; with ``of_weights`` also those of its weights, if it has any."""
         leaf = self.tensors[0].detach().clone().requires_grad_(self.differentiable)
+        rest = [x.detach() for x in self.tensors[1:]]
+        if of_weights and self.weights:
+            rest = [x.clone().requires_grad_() for x in rest]
         with torch.enable_grad():
-            result = self.run((leaf, *self.tensors[1:]), backend)
+            result = self.run((leaf, *rest), backend)
             if not self.differentiable:
                 return [result.detach()]
             upstream = 1 + torch.arange(result.numel(), device=result.device) % 3
-            (gradient,) = torch.autograd.grad(result, leaf, upstream.view(result.shape).to(result))
-        return [result.detach(), gradient]
+            leaves = [x for x in (leaf, *rest) if x.requires_grad]
+            grads = torch.autograd.grad(result, leaves, upstream.view(result.shape).to(result))
+        return [result.detach(), *grads]
 
 
 def _generator() -> torch.Generator:
@@ -98,7 +105,8 @@ def coupling(batch: int, side: int, inverse: bool = False) -> Problem:
         y: Tensor = block(x, weights, *options, x.requires_grad, backend)[0]
         return y
 
-    return Problem(name, run, _coupling_tensors(batch, side), differentiable=not inverse)
+    tensors = _coupling_tensors(batch, side)
+    return Problem(name, run, tensors, differentiable=not inverse, weights=not inverse)
 
 
 def entropy(batch: int, side: int) -> Problem:

@@ -49,6 +49,17 @@ def test_the_size_of_a_problem() -> None:
     assert found["sinkhorn", torch.bfloat16] == ["cuda", "triton", "cuda"]
 
 
+def test_rules_for_the_gradients_of_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They don't apply to other calls; what was tuned, without weights' gradients, to none of
+    theirs."""
+    x = torch.zeros(1, 4, 3, 3)
+    tuned = (Rule("coupling", ("cuda", "triton")),)
+    monkeypatch.setattr(preferences, "tuned", lambda device: tuned)
+    assert preferences.in_order("coupling", [x], BACKENDS)[0] == "cuda"
+    assert preferences.in_order("coupling", [x], BACKENDS, need_weights=True)[0] == "triton"
+    assert preferences.in_order("gram", [x], BACKENDS, need_weights=True)[0] == "cuda"
+
+
 def test_the_table_is_of_ops_and_their_kernels() -> None:
     for rule in preferences.RULES:
         assert rule.op in OPS

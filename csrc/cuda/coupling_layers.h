@@ -145,8 +145,8 @@ __device__ __forceinline__ void stage(float* to, const Factor& factor, int64_t f
   }
 }
 
-// sum over k of left(i, k) right(j, k), as three products of TF32: a block takes 64 x 64 of them and
-// a part of the k, `run` long.
+// sum over k of left(i, k) right(j, k), as three products of TF32: a block takes 64 x 64 of them
+// and a part of the k, `run` long.
 template <class Left, class Right, class To>
 __global__ void __launch_bounds__(kLayerThreads)
     multiply(Left left, Right right, To to, int64_t rows, int64_t columns, int64_t depth,

@@ -117,7 +117,8 @@ class Op:
 
     def preferred(self, *tensors: Tensor, **options: Any) -> str:
         """The backend that "auto" picks; logs once why it rejects a better one."""
-        for candidate in preferences.in_order(self.name, tensors, BACKENDS):
+        need_weights = bool(options.get("need_weights", False))
+        for candidate in preferences.in_order(self.name, tensors, BACKENDS, need_weights):
             reason = self.why_not(candidate, *tensors, **options)
             if candidate == "triton" and triton_is_interpreted():
                 reason = "its interpreter is slow, and for tests that ask for it by name"
