@@ -35,6 +35,7 @@ BOUNDS = [
     Bounds("coupling", "13forward_stageIfNS1_12ForwardSizesIfLi64E", 0.21, 84.7),
     Bounds("coupling", "14backward_stageIfNS1_13BackwardSizesIfLi64ELi8E", 0.041, 78),
     Bounds("coupling", "3mixIffNS0_11ExactFloatsELi1E", 0.24, 39),
+    Bounds("coupling_weights", "8multiplyINS1_8OfPixelsENS1_9OfWeightsE", 0.15, 27),
     Bounds("gram", "16products_of_runsIfLNS0_7ReadingE2E", 0.14, 12.5),
     Bounds("gram", "8gradientIfLNS0_7ReadingE2E", 0.25, 9),
     Bounds("dec", "13sums_of_pairs", 0.26, 35),

@@ -132,6 +132,8 @@ constexpr int kLayerThreads = 128;
 constexpr int kBlockSide = 64;
 constexpr int kDepth = 32;  // summed over at a time
 constexpr int kPitch = kBlockSide + 8;
+constexpr int kResultPitch = kBlockSide + 4;
+static_assert(kBlockSide * kResultPitch <= 2 * kDepth * kPitch);
 
 template <class Factor>
 __device__ __forceinline__ void stage(float* to, const Factor& factor, int64_t first_i,
@@ -151,7 +153,8 @@ template <class Left, class Right, class To>
 __global__ void __launch_bounds__(kLayerThreads)
     multiply(Left left, Right right, To to, int64_t rows, int64_t columns, int64_t depth,
              int64_t run) {
-  __shared__ float of_left[kDepth * kPitch], of_right[kDepth * kPitch];
+  __shared__ float memory[2 * kDepth * kPitch];
+  float *const of_left = memory, *const of_right = memory + kDepth * kPitch;
   const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp;
   const int g = thread % kWarp / 4, t = thread % 4;
   const int64_t across = (columns + kBlockSide - 1) / kBlockSide;
@@ -195,16 +198,26 @@ __global__ void __launch_bounds__(kLayerThreads)
       }
     }
   }
+  // Through shared memory, so that what becomes of a product is there once, and neighbouring threads
+  // write neighbouring channels.
+  __syncthreads();
   MGHF_UNROLL_ALL
   for (int i = 0; i < 2; ++i) {
     MGHF_UNROLL_ALL
     for (int j = 0; j < 4; ++j) {
       MGHF_UNROLL_ALL
       for (int q = 0; q < 4; ++q) {
-        const int64_t at = first_i + row + 16 * i + g + q / 2 * 8;
-        const int64_t of = first_j + column + 8 * j + 2 * t + q % 2;
-        if (at < rows && of < columns) to(part, at, of, sums[i][j][q]);
+        const int at = row + 16 * i + g + q / 2 * 8, of = column + 8 * j + 2 * t + q % 2;
+        memory[at * kResultPitch + of] = sums[i][j][q];
       }
+    }
+  }
+  __syncthreads();
+  MGHF_UNROLL(2)
+  for (int e = thread; e < kBlockSide * kBlockSide; e += kLayerThreads) {
+    const int at = e / kBlockSide, of = e % kBlockSide;
+    if (first_i + at < rows && first_j + of < columns) {
+      to(part, first_i + at, first_j + of, memory[at * kResultPitch + of]);
     }
   }
 }
