@@ -198,8 +198,8 @@ __global__ void __launch_bounds__(kLayerThreads)
       }
     }
   }
-  // Through shared memory, so that what becomes of a product is there once, and neighbouring threads
-  // write neighbouring channels.
+  // Through shared memory, so that what becomes of a product is there once, and that neighbouring
+  // threads write neighbouring channels.
   __syncthreads();
   MGHF_UNROLL_ALL
   for (int i = 0; i < 2; ++i) {
