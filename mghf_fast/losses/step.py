@@ -403,7 +403,8 @@ def _plan_extraction(loss: MGHFLoss, sr: Tensor, backend: str) -> _Extraction | 
             if block.memory != "recompute":
                 return None
             of_block = (
-                block.weights_after(stem, from_unit_range=squeezes and unit) if i == 0
+                block.weights_after(stem, from_unit_range=squeezes and unit)
+                if i == 0
                 else block.weights()
             )
             options = (of_block.activation, of_block.subnet, of_block.clamp)
