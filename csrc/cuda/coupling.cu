@@ -21,28 +21,49 @@
 //     2. makes D of it in registers, where it lies as a factor of the next product, which adds the
 //        slice's part of P A(D ...) to sums that stay in registers.
 //
-// The gradient's blocks make A(E f) again on a halo of 2, then A' P^T g on a halo of 1, and last
-// E^T A' D^T of that. A pixel of a halo that lies outside of the image is the one it is a reflection
-// of; D^T instead has a few more terms for the pixels next to a border (`transposed_at_border`).
+// For relu6 and leaky_relu a forward whose gradient will be wanted keeps exp(r), for a 1x1 mix z1,
+// and the slopes A' as bits (coupling_state.h): 352 or 608 bytes a pixel for C = 128 in float32.
+// The gradient then computes no hidden layer again, and its kinks are the forward's bit by bit. Two
+// kernels go back through the sub-networks (coupling_kept.h): rho and eta, which make d_r while
+// they read it, then phi. A block holds the gradients of its tile with a halo of 1 and the bits,
+// and for each slice
+//
+//     1. makes A' P^T g with that halo, on the tensor cores;
+//     2. makes A' D^T of it in registers, where it lies as a factor of the next product, with E^T.
+//
+// phi's has d1 in registers, and d2 in its tile, so for a 1x1 mix it also makes M^T (d1, d2). A 3x3
+// mix takes a kernel that makes the products of a tile with all taps in shared memory and adds up
+// there those that reach a pixel; and z1 is mixed again.
+//
+// Without that, for softplus or where nothing was kept, the gradient's blocks (coupling_backward.h)
+// make A(E f) again on a halo of 2, then A' P^T g on a halo of 1, and last E^T A' D^T of that.
+//
+// A pixel of a halo that lies outside of the image is the one it is a reflection of; D^T instead has a
+// few more terms for the pixels next to a border (`transposed_at_border`).
 //
 // The inverse goes the other way, in float32 whatever the image is: only then it undoes a rounding.
 //
 //     z1 = (y1 - eta(y2)) exp(-r),  z2 = y2 - phi(z1),  x = N (z1, z2) + e,  N = M^-1, e = -N b
 //
-// Kernels: forward   pack, mix, phi, rho and eta;
-//          gradient  pack, mix, phi, rho with d_r, rho^T and eta^T, phi^T, mix^T, and for a 3x3 mix the
-//                    sum over its taps;
+// Kernels: forward   mix, phi, rho and eta;
+//          gradient  rho^T and eta^T, phi^T with mix^T; for a 3x3 mix z1 before and mix^T after them;
+//          the same, recomputed   mix, phi, rho with d_r, rho^T and eta^T, phi^T, mix^T;
 //          inverse   pack, copy, eta, rho, phi, mix.
+//
+// Weights are packed by a kernel of their own, for frozen ones once.
 //
 // Products of float32 are three of TF32, those of the gradient three of bfloat16; those of halves one,
 // of factors rounded as the image is. Sums, the 3x3 layers and everything pointwise are float32.
 //
-// Predicted floor for B = 1, C = 128, 512 x 512, float32, a 1x1 mix: 65,536 multiply-adds a pixel by three
-// products, 103 GFLOP, 0.34 ms of TF32 at 300 TFLOP/s, and 3,456 of the 3x3 layers, 0.03 ms; x and y,
-// 268 MB, 0.06 ms at 4.3 TB/s, features between the kernels as much again. Halos make 1.25 of the
-// sub-networks' products: 0.41 ms. Of the gradient: 57,344 multiply-adds again as above and 65,536 by
-// three products of bfloat16 at 600 TFLOP/s, 0.30 + 0.17 ms; halos, and the hidden layers of rho and
-// phi computed twice, make 0.55 + 0.20 ms of it.
+// Predicted floor for B = 1, C = 128, 512 x 512, float32, a 1x1 mix: 65,536 multiply-adds a pixel
+// by three products, 103 GFLOP, 0.34 ms of TF32 at 300 TFLOP/s, and 3,456 of the 3x3 layers, 0.03
+// ms; x and y, 268 MB, 0.06 ms at 4.3 TB/s, features between the kernels as much again. Halos make
+// 1.25 of the sub-networks' products: 0.41 ms; with what it keeps, 159 MB, 0.04 ms more. Of the
+// gradient, predicted: 65,536 multiply-adds by three products of bfloat16 at 600 TFLOP/s, 0.17 ms;
+// halos of 1 make 1.5 of P^T's three eighths, 0.20 ms. Recomputed it has 57,344 more by TF32, and
+// with the halos, and the hidden layers of rho and phi computed twice, 0.55 + 0.20 ms. With the
+// papers' stem in the mix, of 27 terms, it is 97 thousand multiply-adds a pixel recomputed and 54
+// thousand from what was kept.
 #include "coupling.h"
 
 #include "coupling_backward.h"
@@ -399,8 +420,8 @@ struct PartialCall {
   }
 };
 
-// Calls f(run, first image, pieces) for groups of images in turn. T is the type of the features; x has
-// the size of all images.
+// Calls f(run, first image, pieces) for groups of images in turn. T is the type of the features; x
+// has the size of all images.
 template <class T, class X, class F>
 const char* in_parts(const CouplingShape& shape, const PackedWeights& packed, const Image<X>& x,
                      Direction direction, const Pieces& pieces, Stream stream, const F& f) {

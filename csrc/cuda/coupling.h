@@ -10,9 +10,9 @@ namespace mghf::cuda {
 constexpr int64_t kMostCouplingChannels = 256;
 
 // The ops' memory: packed weights, the workspace and what the forward keeps; each is aligned to 16
-// bytes. The workspace holds features of as many images at a time as fit into 160 MiB or, where that
-// does not raise a step's peak of memory, into a stack of the block's result; or else of as many rows
-// of one image, with a halo, at least 8. Only tests set another limit; 0 is this one.
+// bytes. The workspace holds features of as many images at a time as fit into 160 MiB or, where
+// that does not raise a step's peak of memory, into a stack of the block's result; or else of as
+// many rows of one image, with a halo, at least 8. Only tests set another limit; 0 is this one.
 extern int64_t coupling_feature_bytes;
 
 // The weights are float32, in the order of common/coupling.h. The ops take them in this form, and
@@ -58,8 +58,9 @@ const char* coupling_backward(const CouplingBlock& block, const Image<T>& grad, 
                               const CouplingState<const unsigned char>& state,
                               const MutableImage<T>& grad_x, void* workspace, Stream stream);
 
-// Writes the x (B, C, H, W) whose value is y, for a 1x1 mix of C inputs. The weights, which it packs
-// into the workspace, begin with N, the inverse of the mix, and -N bias instead of mix and bias.
+// Writes the x (B, C, H, W) whose value is y, for a 1x1 mix of C inputs. The weights, which it
+// packs into the workspace, begin with N, the inverse of the mix, and -N bias instead of mix and
+// bias.
 template <class T>
 int64_t coupling_inverse_workspace_bytes(const CouplingShape& shape, const Image<T>& y);
 template <class T>

@@ -60,8 +60,8 @@ __device__ __forceinline__ void activate(float* x, Activation activation) {
   }
 }
 
-// Whether an activation with kinks, at 0 and for relu6 at 6, has slope 1 at x or at its value, which
-// has the same sign; not at a NaN.
+// Whether an activation with kinks, at 0 and for relu6 at 6, has slope 1 at x or at its value,
+// which has the same sign; not at a NaN.
 __device__ __forceinline__ bool is_steep(float x, bool relu6) { return x > 0 && !(relu6 && x >= 6); }
 // Its other slope.
 __device__ __forceinline__ float flat_slope(Activation activation) {

@@ -82,8 +82,8 @@ struct NoNote {
   __device__ __forceinline__ void operator()(int, int, Values&) const {}
 };
 
-// The slice of A(E f) for all pixels of a tile. Every thread of a warp calls note(pixel, group of the
-// slice, its part of E f) with its first pixel, which may be beyond the last.
+// The slice of A(E f) for all pixels of a tile. Every thread of a warp calls note(pixel, group of
+// the slice, its part of E f) with its first pixel, which may be beyond the last.
 template <class P, int kPixels, int kWarps, class T, int kChannels, int kSlice,
           class Note = NoNote>
 __device__ __forceinline__ void expand(const Tile<T, kSlice>& hidden,

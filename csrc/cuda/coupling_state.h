@@ -1,6 +1,6 @@
-// What the forward of `coupling` keeps of every pixel for its gradient: exp(r), for a 1x1 mix z1, and
-// for each of the six hidden layers (phi's, rho's, eta's; expand's, then the 3x3 one's) a bit for
-// each channel, set where the activation has slope 1. Channels are padded as features are.
+// What the forward of `coupling` keeps of every pixel for its gradient: exp(r), for a 1x1 mix z1,
+// and for each of the six hidden layers (phi's, rho's, eta's; expand's, then the 3x3 one's) a bit
+// for each channel, set where the activation has slope 1. Channels are padded as features are.
 #pragma once
 
 #include "coupling_geometry.h"

@@ -83,7 +83,8 @@ struct PackedWeights {
   SubnetWeights phi, rho, eta;
 };
 
-// Lays the packed weights out in memory: for the value and the gradient together, or for the inverse.
+// Lays the packed weights out in memory: for the value and the gradient together, or for the
+// inverse.
 template <class T>
 PackedWeights lay_out(const CouplingShape& s, const float* weights, bool inverse, Pieces& pieces,
                       Packing& packing) {
@@ -134,7 +135,8 @@ PackedWeights lay_out(const CouplingShape& s, const float* weights, bool inverse
   return packed;
 }
 
-// Packs the weights into memory that `packed_bytes` says the size of; returns an error text, or null.
+// Packs the weights into memory that `packed_bytes` says the size of; returns an error text, or
+// null.
 template <class T>
 const char* pack(const CouplingShape& s, const float* weights, bool inverse, void* memory,
                  Stream stream) {
