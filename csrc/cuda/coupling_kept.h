@@ -50,7 +50,7 @@ struct OwnPlace {
   int row = opaque(static_cast<int>(threadIdx.x)) / kWarp * Z::kRowsOfWarp;
   int column = opaque(static_cast<int>(threadIdx.x)) % kWarp / 4 * 2;
 
-  // The first pixel of the i-th row in the tile with its halo.
+  // The index in the tile with its halo, of the i-th row's first pixel.
   __device__ __forceinline__ int pixel(int i) const {
     return (row + i + 1) * Z::kInnerAcross + column + 1;
   }

@@ -11,8 +11,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(MGHF_LIBRARY, m) {
   m.def(
       "coupling_backward(Tensor grad, Tensor x, Tensor weights, int channels, int kernel,"
       " str activation, float clamp, bool need_weights) -> (Tensor, Tensor)");
-  // For the CUDA kernels alone: with weights packed once for images like x, and with a state, which
-  // the forward keeps for the backward. An empty state stands for none.
+  // Only the CUDA kernels have these: with weights packed once for images like x, and with a state,
+  // which the forward keeps for the backward. An empty state stands for none.
   m.def("coupling_pack(Tensor x, Tensor weights, int channels, int kernel) -> Tensor");
   m.def(
       "coupling_packed(Tensor x, Tensor weights, Tensor packed, int channels, int kernel,"

@@ -58,8 +58,8 @@ class InvertibleBlock(nn.Module):
         activation: ``"relu6"``, or ``"softplus"`` or ``"leaky_relu"`` for a smooth or strictly
             monotone map.
         clamp: bound k of the soft clamp k tanh(rho / k) of the log scale; ``None`` leaves it free.
-        memory: for the backward, ``"recompute"`` keeps the block's input, by CUDA's kernels also the
-            activations' slopes as bits and the scale, and is exact; ``"store"`` keeps every
+        memory: for the backward, ``"recompute"`` keeps the block's input, with CUDA's kernels also
+            the activations' slopes as bits and the scale, and is exact; ``"store"`` keeps every
             activation and runs in plain PyTorch.
     """
 
