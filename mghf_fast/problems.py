@@ -45,18 +45,21 @@ class Problem:
     def results(self, backend: str, of_weights: bool = False) -> list[Tensor]:
         """The op's result and its gradient, if it has one, for an upstream gradient of 1, 2, 3, 1,
         2, 3, ..., all detached; with ``of_weights`` also those of its weights, if it has any."""
-        leaf = self.tensors[0].detach().clone().requires_grad_(self.differentiable)
-        rest = [x.detach() for x in self.tensors[1:]]
-        if of_weights and self.weights:
-            rest = [x.clone().requires_grad_() for x in rest]
+        first, *rest = (x.detach() for x in self.tensors)
+        if not self.differentiable:
+            return [self.run((first, *rest), backend).detach()]
+        leaf = first.clone().requires_grad_()
         with torch.enable_grad():
             result = self.run((leaf, *rest), backend)
-            if not self.differentiable:
-                return [result.detach()]
             upstream = 1 + torch.arange(result.numel(), device=result.device) % 3
-            leaves = [x for x in (leaf, *rest) if x.requires_grad]
-            grads = torch.autograd.grad(result, leaves, upstream.view(result.shape).to(result))
-        return [result.detach(), *grads]
+            upstream = upstream.view(result.shape).to(result)
+            found = [result.detach(), *torch.autograd.grad(result, leaf, upstream)]
+            if of_weights and self.weights:
+                # In a call of their own, because an op may take another way where they are needed.
+                weights = [x.clone().requires_grad_() for x in rest]
+                result = self.run((first, *weights), backend)
+                found += torch.autograd.grad(result, weights, upstream)
+        return found
 
 
 def _generator() -> torch.Generator:
