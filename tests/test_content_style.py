@@ -362,6 +362,32 @@ def test_under_each_instruction_set(capability: str) -> None:
     run_file_under(capability, __file__, "-k", "cpu or alike")
 
 
+@pytest.mark.parametrize("dtype", contract.DTYPES)
+@pytest.mark.parametrize("shape", [(1, 3, 1, 2), (2, 70, 9, 12), (2, 150, 6, 7)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_gradient_takes_the_place_of_gt(
+    backend: str, layout: torch.memory_format, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """Bit by bit the gradient that has memory of its own, also with both in one stack, as the loss
+    has them."""
+    both = torch.cat(pair(*shape)).to(dtype).contiguous(memory_format=layout)
+    gt, sr = both[: shape[0]], both[shape[0] :]
+    run = ops.OPS["content_style"].choose(backend, gt, sr, gram="channel")
+    *_, kept, weights, moments, difference = run.forward(
+        gt, sr, (shape[1] + 1) // 2, 1.1, 2**0.5, 256, "channel"
+    )
+    grads = draws.rand(4).unsqueeze(1).expand(4, shape[0]).unbind()  # strides of 0
+    saved = (*grads, gt, sr, kept, weights, moments, difference, "channel")
+    expected, sr_before = run.backward(*saved), sr.clone()
+    got = run.backward(*saved, into=gt)
+    assert torch.equal(got, expected)
+    assert torch.equal(sr, sr_before)
+    if got.data_ptr() == gt.data_ptr():
+        assert torch.equal(gt, expected)
+    else:
+        assert torch.equal(got, run.backward(*saved))
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 5, 7, 9), (2, 33, 40, 31)])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_naive_term(backend: str, shape: tuple[int, ...], layout: torch.memory_format) -> None:

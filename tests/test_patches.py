@@ -298,6 +298,19 @@ def test_adds_to_a_gradient(backend: str, layout: str, dtype: torch.dtype) -> No
     assert (total.double() - expected).norm() <= allowed
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_the_gradient_of_some_maps_of_a_batch(backend: str, layout: str) -> None:
+    x, w = image(3, 5, 21, 25, layout), parameters(6, 40, 5)
+    run = ops.OPS["patches"].choose(backend, x, *w)
+    embedding, state = run.forward(x, *w, 6, 4)
+    own, *_ = run.forward(x[:2], *w, 6, 4)
+    assert torch.equal(embedding[:10], own)
+    grad, total = draws.randn_like(own), torch.zeros_like(x[:2])
+    run.add_backward(total, grad, embedding[:10], state[:, :, :10], x[:2], *w, 6, 4)
+    expected, _ = reference.patch_projection_backward(grad, x[:2], *w, 6, 4, False)
+    assert contract.relative_error(total, expected) <= 1e-5
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_what_is_not_finite_stays_in_its_patches(backend: str, layout: str, value: float) -> None:

@@ -74,9 +74,9 @@ __global__ void __launch_bounds__(kGradientThreads)
   };
   const auto m = static_cast<double>(maps > 0 ? maps : 1), n = static_cast<double>(pixels);
   const int64_t c = group * kGroup + thread;
-  if (tile == 0 && thread < 2 && group + thread <= groups) {
-    // The next group's is written by that group, the last one's end by the last group.
-    if (thread == 0 || group == groups - 1) starts[b * (groups + 1) + group + thread] = before[thread];
+  // A group's end is the next one's start, which that group writes.
+  if (tile == 0 && (thread == 0 || (thread == 1 && group == groups - 1))) {
+    starts[b * (groups + 1) + group + thread] = before[thread];
   }
   if (tile == 0 && thread < kGroup && c < channels) {
     const int place = places[thread];

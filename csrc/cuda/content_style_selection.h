@@ -56,9 +56,9 @@ struct SelectionMemory {
   int counts[kSelectThreads];
 };
 
-// The kept maps of an image, most important first: compared in float32, ties to the lower channel, a
-// NaN above all. Also their weights and moments, and the terms that need no product. By a block; a
-// map's rank is the number of maps before it.
+// The kept maps of an image, most important first: compared in float32, ties to the lower channel,
+// a NaN above all. Also their weights and moments, and the terms that need no product. By a block;
+// a map's rank is the number of maps before it.
 __device__ inline void select_maps(const Selection& selection, int64_t b, SelectionMemory& memory) {
   const auto& [entropies, statistics, all_compared, all_ranks, ascending, places, results, options,
                batch, channels] = selection;
@@ -147,8 +147,9 @@ struct EntropiesAndSelection {
 
   // A warp computes the entropy of a map.
   template <int kMaps, class T>
-  __device__ void counted(const Histograms<T>& own, const RunPlace& place, int64_t channels,
-                          int64_t pixels, int64_t runs, void* shared) const {
+  __device__ void counted(const Histograms<T>& own, const RunPlace& place, int64_t runs,
+                          void* shared) const {
+    const int64_t channels = own.x.channels, pixels = own.x.pixels();
     const int64_t group =
         place.b * ((channels + kMaps - 1) / kMaps) + place.channel / kMaps;
     if (!is_last(own.ended + group, runs)) return;

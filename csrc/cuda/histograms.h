@@ -108,10 +108,12 @@ struct Counted {
   Histograms<T> first, second;
   int images;
 
-  __device__ Histograms<T> own() const {
-    return images == 2 && blockIdx.x % 2 == 1 ? second : first;
+  __device__ Histograms<T> of(unsigned block) const {
+    return images == 2 && block % 2 == 1 ? second : first;
   }
-  __device__ int64_t block() const { return (gridDim.x - 1 - blockIdx.x) / images; }
+  __device__ RunPlace place(unsigned block, int64_t runs, int64_t channels_of_block) const {
+    return {(gridDim.x - 1 - block) / images, runs, first.x.channels, channels_of_block};
+  }
 };
 
 // Entropies of all maps from their counts, in float32 or float64.

@@ -43,10 +43,9 @@ __global__ void __launch_bounds__(kSweepThreads)
     counts_of_maps(Counted<T> counted, int copies, Runs runs, Then then) {
   MGHF_DYNAMIC_SHARED(int, histograms);
   constexpr int kStep = pixels_of(kReading);
-  const Histograms<T> own_image = counted.own();
-  const auto& [x, ranges, counts, entropies, ended] = own_image;
+  const auto [x, ranges, counts, entropies, ended] = counted.of(blockIdx.x);
   const int bins = counts.bins;
-  const RunPlace place(counted.block(), runs.number, x.channels, 1);
+  const RunPlace place = counted.place(blockIdx.x, runs.number, 1);
   const int64_t map_index = place.b * x.channels + place.channel;
   int* const target = counts.data + map_index * bins;
   if (kShared) {
@@ -73,7 +72,10 @@ __global__ void __launch_bounds__(kSweepThreads)
     }
   }
   if constexpr (Then::kWanted) {
-    then.template counted<1>(own_image, place, x.channels, x.pixels(), runs.number, histograms);
+    // Found again, because kept they would cost registers.
+    const unsigned block = opaque(blockIdx.x);
+    then.template counted<1>(counted.of(block), counted.place(block, runs.number, 1), runs.number,
+                             histograms);
   }
 }
 
@@ -83,10 +85,9 @@ template <class T, Reading kReading, bool kShared, class Then>
 __global__ void __launch_bounds__(kSweepThreads)
     counts_of_pixels(Counted<T> counted, Runs runs, Then then) {
   MGHF_DYNAMIC_SHARED(int, histograms);
-  const Histograms<T> own_image = counted.own();
-  const auto& [x, ranges, counts, entropies, ended] = own_image;
+  const auto [x, ranges, counts, entropies, ended] = counted.of(blockIdx.x);
   const int bins = counts.bins;
-  const RunPlace place(counted.block(), runs.number, x.channels, kWarp);
+  const RunPlace place = counted.place(blockIdx.x, runs.number, kWarp);
   const int lane = threadIdx.x % kWarp, row = threadIdx.x / kWarp;
   const int64_t channel = place.channel + lane;
   int* const target = counts.group(place.b, place.channel, x.channels);
@@ -113,7 +114,9 @@ __global__ void __launch_bounds__(kSweepThreads)
     }
   }
   if constexpr (Then::kWanted) {
-    then.template counted<kWarp>(own_image, place, x.channels, x.pixels(), runs.number, histograms);
+    const unsigned block = opaque(blockIdx.x);  // likewise
+    then.template counted<kWarp>(counted.of(block), counted.place(block, runs.number, kWarp),
+                                 runs.number, histograms);
   }
 }
 

@@ -5,9 +5,9 @@
 
 namespace mghf::cuda {
 
-// Whether this block is the last of `blocks` that ask at a counter, which was 0 before. The last one
-// sees what all threads of the others have written before they asked. All threads of a block ask,
-// and get one answer.
+// Whether this block is the last of `blocks` that ask at a counter, which was 0 before. The last
+// one sees what all threads of the others have written before they asked. All threads of a block
+// ask, and get one answer.
 __device__ __forceinline__ bool is_last(int* counter, int64_t blocks) {
   __shared__ bool last;
   __threadfence();
