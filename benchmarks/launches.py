@@ -228,7 +228,6 @@ def count(
     return counter.counts
 
 
-AIM = 40
 MOST_LAUNCHES = 40
 """Maximum number of launches of a step by the CUDA kernels, at any shape. Triton's may take more: its
 blocks go through memory layer by layer, in bands."""
