@@ -69,13 +69,8 @@ from mghf_fast.ops.limits import block_channels, only_bottleneck
 from mghf_fast.ops.vocabulary import inverted_mix, nothing_kept
 
 WORKSPACE_BYTES = 192 << 20
-"""Memory that the hidden layers may always take at a time: a twelfth of what the reference's
-gradient keeps for one image of 512 x 512."""
-SHARE_OF_IMAGES = 0.75
-"""They may also take this share of the image of the block's size that is in memory with them. That
-does not raise the peak of a step, in which there are three such images."""
-MOST_BYTES = 2 << 30
-"""Never more, which keeps pixels times channels of a band within 32-bit indices."""
+"""Most memory of the hidden layers at a time: a twelfth of what the reference's gradient keeps for
+one image of 512 x 512. It also keeps pixels times channels of a band within 32-bit indices."""
 
 MOST_CHANNELS = 512
 TILE_COLUMNS = 16  # 16 neighbours of a row of NCHW are whole sectors of memory
@@ -176,16 +171,16 @@ class Band:
         return self.images * self.rows
 
 
-def bands(shape: torch.Size, halo: int, bytes_per_pixel: int, most: int) -> Iterator[Band]:
-    """Bands of (B, any, H, W) images whose layers take at most that many bytes."""
+def bands(shape: torch.Size, halo: int, bytes_per_pixel: int) -> Iterator[Band]:
+    """Bands of (B, any, H, W) images whose layers fit into WORKSPACE_BYTES."""
     batch, _, height, width = shape
-    images = most // (bytes_per_pixel * height * width)
+    images = WORKSPACE_BYTES // (bytes_per_pixel * height * width)
     if images > 0:
         for first in range(0, batch, images):
             yield Band(first, min(images, batch - first), 0, height, 0, height)
         return
-    rows = max(1, most // (bytes_per_pixel * width) - 2 * halo)
-    own = launch.blocks(height, launch.blocks(height, rows))
+    most = max(1, WORKSPACE_BYTES // (bytes_per_pixel * width) - 2 * halo)
+    own = launch.blocks(height, launch.blocks(height, most))
     for image in range(batch):
         for begin in range(0, height, own):
             end = min(begin + own, height)
@@ -204,16 +199,11 @@ class Run:
         image: Tensor,
         halo: int,
         layers: dict[str, int],
-        beside: Tensor,
     ) -> None:
-        """``beside``: the image of the block's size that is in memory during the call."""
         self.shape = shape
         self.image = image
         self.architecture = launch.architecture_of(image)
-        bytes_per_pixel = sum(layers.values()) * shape.layers.itemsize
-        share = min(int(SHARE_OF_IMAGES * beside.nbytes), MOST_BYTES)
-        most = max(WORKSPACE_BYTES, share)
-        self.bands = list(bands(image.shape, halo, bytes_per_pixel, most))
+        self.bands = list(bands(image.shape, halo, sum(layers.values()) * shape.layers.itemsize))
         pixels = max(band.pixels for band in self.bands) * image.shape[3]
         self.tensors = {name: w.contiguous() for name, w in weights.items()}
         for name, channels in layers.items():
@@ -301,7 +291,7 @@ def forward(
         shape = _shape(weights, activation, clamp, x.dtype)
         hidden = shape.padded_hidden
         layers = {"z": 2 * shape.block_half, "hidden1": hidden, "hidden2": 2 * hidden}
-        run = Run(shape, _named(weights), x, 2, layers, y)
+        run = Run(shape, _named(weights), x, 2, layers)
         run.add_image("x", x, "x")
         run.add_image("y", y, "y")
         for band in run.bands:
@@ -324,7 +314,7 @@ def inverse(
         layers = {"z": shape.block_half, "hidden1": hidden, "hidden2": 2 * hidden}
         named = _named([matrix, bias, *rest])
         named["inverse"] = named.pop("mix")
-        run = Run(shape, named, y, 2, layers, x)
+        run = Run(shape, named, y, 2, layers)
         run.add_image("y", y, "y")
         run.add_image("x", x, "x")
         for band in run.bands:
@@ -368,7 +358,7 @@ def backward(
                 "depthwise1": hidden,
                 "through1": hidden,
             }
-        run = Run(shape, _named(weights), x, 4 + shape.kernel // 2, layers, grad)
+        run = Run(shape, _named(weights), x, 4 + shape.kernel // 2, layers)
         run.add_image("x", x, "x")
         sums = _Sums(run)
         for band in run.bands:

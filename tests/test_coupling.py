@@ -499,7 +499,6 @@ def test_bands_of_triton(
     from mghf_fast.kernels import coupling as kernels
 
     monkeypatch.setattr(kernels, "WORKSPACE_BYTES", workspace)
-    monkeypatch.setattr(kernels, "SHARE_OF_IMAGES", 0)
     monkeypatch.setattr(kernels, "PIXELS_OF_A_PART", 4)
     # Larger weights, so that pixels several layers away matter.
     weights = with_3x3_mix(block_weights(8), 3)

@@ -158,4 +158,4 @@ TEMPERATURES = ("inside", "outside")
 
 LEAST_TEMPERATURE = 0.013
 """Minimum temperature in the kernels, which sum exp(cos / t) unscaled: at this temperature float32
-holds the sums of 45,000 identical patches. The reference scales every row by its largest term."""
+holds the sums of 44,000 identical patches. The reference scales every row by its largest term."""
