@@ -68,9 +68,11 @@ from mghf_fast.ops.layout import empty_like_laid_out
 from mghf_fast.ops.limits import block_channels, only_bottleneck
 from mghf_fast.ops.vocabulary import inverted_mix, nothing_kept
 
-WORKSPACE_BYTES = 192 << 20
-"""Most memory of the hidden layers at a time: a twelfth of what the reference's gradient keeps for
-one image of 512 x 512. It also keeps pixels times channels of a band within 32-bit indices."""
+WORKSPACE_BYTES, MOST_WORKSPACE_BYTES = 192 << 20, 2 << 30
+"""Bounds of the memory of the hidden layers at a time. It may be as large as the stack of images at
+hand, which the training step holds as well; for small stacks it is the lower bound, a twelfth of
+what the reference's gradient keeps for one image of 512 x 512. The upper bound keeps pixels times
+channels of a band within 32-bit indices."""
 
 MOST_CHANNELS = 512
 TILE_COLUMNS = 16  # 16 neighbours of a row of NCHW are whole sectors of memory
@@ -171,15 +173,23 @@ class Band:
         return self.images * self.rows
 
 
-def bands(shape: torch.Size, halo: int, bytes_per_pixel: int) -> Iterator[Band]:
-    """Bands of (B, any, H, W) images whose layers fit into WORKSPACE_BYTES."""
+def workspace_bytes(stack: Tensor, less: int = 0) -> int:
+    """The most memory of the layers where ``stack`` (B, C, H, W) is what is computed or given, and
+    ``less`` bytes are needed besides."""
+    size = stack.numel() * stack.itemsize - less
+    return min(max(WORKSPACE_BYTES, size), MOST_WORKSPACE_BYTES)
+
+
+def bands(shape: torch.Size, halo: int, bytes_per_pixel: int, room: int) -> Iterator[Band]:
+    """Bands of (B, any, H, W) images whose layers fit into ``room`` bytes."""
     batch, _, height, width = shape
-    images = WORKSPACE_BYTES // (bytes_per_pixel * height * width)
+    images = room // (bytes_per_pixel * height * width)
     if images > 0:
+        images = launch.blocks(batch, launch.blocks(batch, images))  # groups of equal size
         for first in range(0, batch, images):
             yield Band(first, min(images, batch - first), 0, height, 0, height)
         return
-    most = max(1, WORKSPACE_BYTES // (bytes_per_pixel * width) - 2 * halo)
+    most = max(1, room // (bytes_per_pixel * width) - 2 * halo)
     own = launch.blocks(height, launch.blocks(height, most))
     for image in range(batch):
         for begin in range(0, height, own):
@@ -199,11 +209,13 @@ class Run:
         image: Tensor,
         halo: int,
         layers: dict[str, int],
+        room: int,
     ) -> None:
         self.shape = shape
         self.image = image
         self.architecture = launch.architecture_of(image)
-        self.bands = list(bands(image.shape, halo, sum(layers.values()) * shape.layers.itemsize))
+        bytes_per_pixel = sum(layers.values()) * shape.layers.itemsize
+        self.bands = list(bands(image.shape, halo, bytes_per_pixel, room))
         pixels = max(band.pixels for band in self.bands) * image.shape[3]
         self.tensors = {name: w.contiguous() for name, w in weights.items()}
         for name, channels in layers.items():
@@ -285,13 +297,13 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """The block's value, (B, C, H, W), at x (B, inputs, H, W) of any strides, laid out as x, and an
     empty state. In addition it needs memory for 8 C values of the dtype of x per pixel of a band
-    (if c is a power of 2, at least 16)."""
+    (if c is a power of 2, at least 16), up to `workspace_bytes` of the value."""
     y = empty_like_laid_out(x, channels=weights[0].shape[0])
     with launch.on_device_of(x):
         shape = _shape(weights, activation, clamp, x.dtype)
         hidden = shape.padded_hidden
         layers = {"z": 2 * shape.block_half, "hidden1": hidden, "hidden2": 2 * hidden}
-        run = Run(shape, _named(weights), x, 2, layers)
+        run = Run(shape, _named(weights), x, 2, layers, workspace_bytes(y))
         run.add_image("x", x, "x")
         run.add_image("y", y, "y")
         for band in run.bands:
@@ -314,7 +326,7 @@ def inverse(
         layers = {"z": shape.block_half, "hidden1": hidden, "hidden2": 2 * hidden}
         named = _named([matrix, bias, *rest])
         named["inverse"] = named.pop("mix")
-        run = Run(shape, named, y, 2, layers)
+        run = Run(shape, named, y, 2, layers, workspace_bytes(y))
         run.add_image("y", y, "y")
         run.add_image("x", x, "x")
         for band in run.bands:
@@ -358,7 +370,9 @@ def backward(
                 "depthwise1": hidden,
                 "through1": hidden,
             }
-        run = Run(shape, _named(weights), x, 4 + shape.kernel // 2, layers)
+        halo = 4 + shape.kernel // 2
+        room = workspace_bytes(grad, less=grad_x.numel() * grad_x.itemsize)
+        run = Run(shape, _named(weights), x, halo, layers, room)
         run.add_image("x", x, "x")
         sums = _Sums(run)
         for band in run.bands:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from types import SimpleNamespace
 
 import contract
@@ -499,6 +500,7 @@ def test_bands_of_triton(
     from mghf_fast.kernels import coupling as kernels
 
     monkeypatch.setattr(kernels, "WORKSPACE_BYTES", workspace)
+    monkeypatch.setattr(kernels, "MOST_WORKSPACE_BYTES", workspace)
     monkeypatch.setattr(kernels, "PIXELS_OF_A_PART", 4)
     # Larger weights, so that pixels several layers away matter.
     weights = with_3x3_mix(block_weights(8), 3)
@@ -516,6 +518,27 @@ def test_bands_of_triton(
         [draws.randn(batch, 8, height, 3)],
         differentiable=False,
     )
+
+
+def test_memory_of_triton() -> None:
+    """A large stack of features may have as much again for the layers, a huge one no more than
+    32-bit indices reach, and images are taken in groups of equal size."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    from mghf_fast.kernels import coupling as kernels
+
+    def room(*shape: int) -> int:
+        return kernels.workspace_bytes(torch.empty(shape, device="meta"))
+
+    assert room(1, 128, 64, 64) == kernels.WORKSPACE_BYTES
+    assert room(2, 64, 1024, 1024) == 2 * 64 * 1024 * 1024 * 4
+    assert room(64, 128, 1024, 1024) == kernels.MOST_WORKSPACE_BYTES
+    found = list(kernels.bands(torch.Size((9, 3, 8, 8)), 2, 1, 4 * 64))
+    assert [(band.first_image, band.images) for band in found] == [(0, 3), (3, 3), (6, 3)]
+    for band in kernels.bands(torch.Size((1, 3, 100, 8)), 2, 1, 30 * 8):
+        assert band.rows * 8 <= 30 * 8
+        assert band.first_row <= max(0, band.own_begin - 2)
+        assert band.first_row + band.rows >= min(100, band.own_end + 2)
 
 
 def test_triton_refuses_more_channels_than_fit() -> None:
