@@ -304,7 +304,8 @@ def test_the_gradient_of_some_maps_of_a_batch(backend: str, layout: str) -> None
     run = ops.OPS["patches"].choose(backend, x, *w)
     embedding, state = run.forward(x, *w, 6, 4)
     own, *_ = run.forward(x[:2], *w, 6, 4)
-    assert torch.equal(embedding[:10], own)
+    # Not bit by bit: the maps of a tile of Triton's interpreter decide how NumPy multiplies.
+    assert contract.relative_error(embedding[:10], own) <= 1e-6
     grad, total = draws.randn_like(own), torch.zeros_like(x[:2])
     run.add_backward(total, grad, embedding[:10], state[:, :, :10], x[:2], *w, 6, 4)
     expected, _ = reference.patch_projection_backward(grad, x[:2], *w, 6, 4, False)
