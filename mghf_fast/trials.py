@@ -27,8 +27,6 @@ PROVEN: Mapping[tuple[str, str], tuple[tuple[int, int], ...]] = {
     ("triton", "coupling"): HOPPER,
     ("triton", "entropy"): HOPPER,
     ("triton", "gram"): HOPPER,
-    ("triton", "content_style"): HOPPER,
-    ("triton", "patches"): HOPPER,
 }
 """(backend, op) -> compute capabilities whose committed result (benchmarks/results) was made by the
 current kernels. ``tests/test_trials.py`` compares the sources with those that were run."""
