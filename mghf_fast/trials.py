@@ -24,7 +24,6 @@ logger = logging.getLogger("mghf_fast")
 
 HOPPER = ((9, 0),)
 PROVEN: Mapping[tuple[str, str], tuple[tuple[int, int], ...]] = {
-    ("triton", "coupling"): HOPPER,
     ("triton", "entropy"): HOPPER,
     ("triton", "gram"): HOPPER,
 }
