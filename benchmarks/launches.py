@@ -229,8 +229,8 @@ def count(
 
 
 MOST_LAUNCHES = 40
-"""Maximum number of launches of a step by the CUDA kernels, at any shape. Triton's may take more: its
-blocks go through memory layer by layer, in bands."""
+"""Maximum number of launches of a step by the CUDA kernels, at any shape. Triton's may take more:
+its blocks go through memory layer by layer, in bands."""
 MOST_BYTES = 450 * MIB
 """Most memory besides the images, at 512 x 512, on every backend."""
 TABLE = Path(__file__).with_suffix(".json")

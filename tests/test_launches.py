@@ -47,11 +47,16 @@ def test_without_a_host_build(tmp_path: Path) -> None:
 
 def test_what_is_complained_about() -> None:
     name = "cuda mghf_c paper 1x3x512x512"
-    counts = launches.Counts({"coupling": 30}, pytorch=20, peak_bytes=400 * launches.MIB)
-    assert counts.launches == 50
-    assert launches.complaints(name, counts, {name: [50, 400]}) == []
-    assert len(launches.complaints(name, counts, {name: [49, 399]})) == 2
+    counts = launches.Counts({"coupling": 30}, pytorch=10, peak_bytes=400 * launches.MIB)
+    assert counts.launches == 40
+    assert launches.complaints(name, counts, {name: [40, 400]}) == []
+    assert len(launches.complaints(name, counts, {name: [39, 399]})) == 2
     assert len(launches.complaints(name, counts, {})) == 1
     counts.peak_bytes = 451 * launches.MIB
-    (text,) = launches.complaints(name, counts, {name: [50, 500]})
+    (text,) = launches.complaints(name, counts, {name: [40, 500]})
     assert "at most 450" in text
+    counts = launches.Counts({"coupling": 41})
+    (text,) = launches.complaints(name, counts, {name: [41, 1]})
+    assert "at most 40" in text
+    triton = name.replace("cuda", "triton")
+    assert launches.complaints(triton, counts, {triton: [41, 1]}) == []

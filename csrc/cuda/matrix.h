@@ -52,6 +52,14 @@ struct Matrices {
   __device__ __forceinline__ Matrix<T> matrix(int64_t b) const {
     return {static_cast<const T*>(data) + b * batch_stride, row_stride, column_stride};
   }
+  // `count` of the matrices, from `first` on.
+  Matrices part(int64_t first, int64_t count) const {
+    Matrices some = *this;
+    const int64_t bytes = element == Element::float32 ? 4 : 2;
+    some.data = static_cast<const char*>(data) + first * batch_stride * bytes;
+    some.batch = count;
+    return some;
+  }
   // Whether neighbours in a row are closer in memory than those in a column.
   __device__ __forceinline__ bool by_rows() const {
     return column_stride == 1 || row_stride != 1;

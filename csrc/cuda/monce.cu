@@ -371,6 +371,16 @@ const char* monce_workspace_bytes(int64_t batch, int64_t size, const MonceOption
   return error;
 }
 
+int64_t monce_backward_maps(int64_t batch, int64_t size, const MonceOptions& options) {
+  constexpr int64_t kMostBytes = int64_t{48} << 20;
+  Division division;
+  int64_t bytes = 0;
+  const bool all = divide(size, division) != nullptr || !division.on_chip ||
+                     monce_workspace_bytes(batch, size, options, true, bytes) != nullptr ||
+                     bytes <= kMostBytes;
+  return all ? batch : (batch + 1) / 2;
+}
+
 const char* monce(const Matrices& query, const Matrices& key, const MonceOptions& options,
                   float* result, int* state, int slots, void* workspace, Stream stream) {
   const int64_t n = query.rows, batch = query.batch;

@@ -17,6 +17,10 @@ struct MonceOptions {
 const char* monce_workspace_bytes(int64_t batch, int64_t size, const MonceOptions& options,
                                   bool backward, int64_t& bytes);
 
+// How many maps the backward should take at a time: half of them if they are solved on chip, some after
+// others anyway, and their history would be large beside a step's features.
+int64_t monce_backward_maps(int64_t batch, int64_t size, const MonceOptions& options);
+
 // Writes the losses (B, N) of queries and keys (B, N, D) of the same type, NaN for a map with a NaN
 // or an infinity; and the state for the backward, (B, 1 + 4 slots, N), with the iterates of `slots`
 // iterations. The workspace is aligned to 16 bytes. Returns an error text, or null.

@@ -30,10 +30,10 @@ Arguments check_monce(const Tensor& query, const Tensor& key, double temperature
   return {queries, keys, {transport, temperature, negative_weight, differentiate_plan}};
 }
 
-Tensor workspace_for(const Tensor& query, const MonceOptions& options, bool backward) {
+Tensor workspace_for(const Tensor& query, int64_t maps, const MonceOptions& options,
+                     bool backward) {
   int64_t bytes = 0;
-  check_launch(monce_workspace_bytes(query.size(0), query.size(1), options, backward, bytes),
-               "monce");
+  check_launch(monce_workspace_bytes(maps, query.size(1), options, backward, bytes), "monce");
   return new_workspace(query, bytes);
 }
 
@@ -50,7 +50,7 @@ std::tuple<Tensor, Tensor> monce_op(const Tensor& query, const Tensor& key, doub
   Tensor state = torch::stable::new_empty(
       query, {query.size(0), 1 + 4 * kept, query.size(1)}, ScalarType::Int);
   if (losses.numel() == 0) return {losses, state};
-  Tensor workspace = workspace_for(query, given.options, false);
+  Tensor workspace = workspace_for(query, query.size(0), given.options, false);
   check_launch(monce(given.query, given.key, given.options,
                      losses.mutable_data_ptr<float>(),
                      state.mutable_data_ptr<int32_t>(), static_cast<int>(kept),
@@ -80,13 +80,20 @@ Tensor monce_backward_op(const Tensor& grad, const Tensor& query, const Tensor& 
   const Launcher launcher(query);
   Tensor result = torch::stable::new_empty(query, {query.size(0), query.size(1), query.size(2)});
   if (result.numel() == 0) return result;
-  Tensor workspace = workspace_for(query, given.options, true);
-  check_launch(monce_backward(upstream, given.query, given.key,
-                              state.const_data_ptr<int32_t>(),
-                              static_cast<int>(state.size(1) / 4), given.options,
-                              result.mutable_data_ptr(), workspace.mutable_data_ptr(),
-                              launcher.stream()),
-               "monce_backward");
+  const int64_t batch = query.size(0), of_state = state.size(1) * state.size(2);
+  const int64_t of_result = query.size(1) * query.size(2) * query.element_size();
+  const int64_t maps = monce_backward_maps(batch, query.size(1), given.options);
+  const Tensor workspace = workspace_for(query, maps, given.options, true);
+  for (int64_t first = 0; first < batch; first += maps) {
+    const int64_t count = maps < batch - first ? maps : batch - first;
+    check_launch(
+        monce_backward(upstream.part(first, count), given.query.part(first, count),
+                       given.key.part(first, count), state.const_data_ptr<int32_t>() + first * of_state,
+                       static_cast<int>(state.size(1) / 4), given.options,
+                       static_cast<char*>(result.mutable_data_ptr()) + first * of_result,
+                       workspace.mutable_data_ptr(), launcher.stream()),
+        "monce_backward");
+  }
   return result;
 }
 
