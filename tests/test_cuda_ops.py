@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import draws
 import emulated
 import pytest
 import torch
@@ -244,10 +245,10 @@ def test_nothing_is_computed_of_nothing() -> None:
 def test_the_gradient_takes_the_place_of_gt(
     shape: tuple[int, ...], layout: torch.memory_format
 ) -> None:
-    both = torch.randn(2 * shape[0], *shape[1:]).contiguous(memory_format=layout)
+    both = draws.randn(2 * shape[0], *shape[1:]).contiguous(memory_format=layout)
     gt, sr = both[: shape[0]], both[shape[0] :]
     statistics = ops().content_style(gt, sr, (shape[1] + 1) // 2, 1.1, 1.4, 16)[4:]
-    grads = torch.rand(4, 1).expand(4, shape[0]).unbind()
+    grads = draws.rand(4, 1).expand(4, shape[0]).unbind()
     expected = ops().content_style_backward(*grads, gt, sr, *statistics)
     before = sr.clone()
     assert ops().content_style_backward_into_(gt, *grads, gt, sr, *statistics) is None
@@ -256,12 +257,12 @@ def test_the_gradient_takes_the_place_of_gt(
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_the_patches_of_some_maps_of_a_batch(layout: torch.memory_format) -> None:
-    x = torch.randn(3, 5, 9, 10).contiguous(memory_format=layout)
-    weights = [torch.randn(40, 16), torch.randn(40), torch.randn(4, 40), torch.randn(4)]
+    x = draws.randn(3, 5, 9, 10).contiguous(memory_format=layout)
+    weights = [draws.randn(40, 16), draws.randn(40), draws.randn(4, 40), draws.randn(4)]
     embedding, state = ops().patches(x, *weights, 4, 2)
     own, own_state = ops().patches(x[:2], *weights, 4, 2)
     assert torch.equal(embedding[:10], own) and torch.equal(state[:, :, :10], own_state)
-    grad, sizes = torch.randn_like(own), (x[:2], weights[0], weights[2], 4, 2)
+    grad, sizes = draws.randn_like(own), (x[:2], weights[0], weights[2], 4, 2)
     expected = ops().patches_backward(grad, own, own_state, *sizes)
     got = ops().patches_backward(grad, embedding[:10], state[:, :, :10], *sizes)
     assert torch.equal(got, expected) and expected.norm() > 0
