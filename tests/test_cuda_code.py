@@ -37,7 +37,7 @@ BOUNDS = [
     Bounds("coupling", "13forward_stageIfNS1_12ForwardSizesIfLi64ELi8ELi2ELi32ELb0E", 0.21, 84.7),
     Bounds("coupling", "13forward_stageIfNS1_12ForwardSizesIfLi64ELi8ELi2ELi32ELb1E", 0.195, 105),
     Bounds("coupling", "10kept_stageIfNS1_9KeptSizesIfLb1ELi64E", 0.05, 62),
-    Bounds("coupling", "10kept_stageIfNS1_9KeptSizesIfLb0ELi64E", 0.076, 80, spills=4),
+    Bounds("coupling", "10kept_stageIfNS1_9KeptSizesIfLb0ELi64E", 0.076, 80),
     Bounds("coupling", "10unmix_tapsIfE", 0.19, 11.5),
     Bounds("coupling", "14backward_stageIfNS1_13BackwardSizesIfLi64ELi8E", 0.041, 78),
     Bounds("coupling", "3mixIffNS0_11ExactFloatsELi1E", 0.24, 39),

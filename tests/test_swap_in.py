@@ -232,10 +232,13 @@ def test_the_weights_follow(name: str) -> None:
         copy.deepcopy(loss),
         pickle.loads(pickle.dumps(loss)),
         torch.load(file, weights_only=False),
-        copy.deepcopy(loss).to(memory_format=torch.channels_last),
     ):
         assert torch.equal(other(sr, gt), expected)
         assert not list(other.parameters())
+    # PyTorch's convolutions of a foreign extractor round differently then.
+    other = copy.deepcopy(loss).to(memory_format=torch.channels_last)
+    torch.testing.assert_close(other(sr, gt), expected, rtol=1e-6, atol=0)
+    assert not list(other.parameters())
     exact = copy.deepcopy(loss).double()(sr.double(), gt.double())
     assert exact.dtype == torch.float64
     torch.testing.assert_close(exact.float(), expected, rtol=1e-3, atol=1e-5)
@@ -535,10 +538,11 @@ def test_new_gammas_compile_nothing_anew() -> None:
     compiled = torch.compile(loss, backend=backend, fullgraph=True)
     for gammas in ((0.28, 1, 8e-3), (0.5, 0.5, 0.5), (2.0, 3.0, 0.25)):
         loss.gammas = gammas
-        assert torch.equal(compiled(sr, gt), loss(sr, gt))
+        # The terms are added up in another order.
+        torch.testing.assert_close(compiled(sr, gt), loss(sr, gt), rtol=1e-6, atol=0)
     assert len(graphs) == 1
     loss.gammas = (1.0, 1.0, 0.0)  # a term less
-    assert torch.equal(compiled(sr, gt), loss(sr, gt))
+    torch.testing.assert_close(compiled(sr, gt), loss(sr, gt), rtol=1e-6, atol=0)
     assert len(graphs) == 2
 
 

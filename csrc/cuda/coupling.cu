@@ -403,7 +403,9 @@ struct PartialCall {
       case 32:
         return kept_stage<KeptSizes<T, kOuter, 32, 8, 2, 16, 4>>(rows, fill);
       case 64:
-        return kept_stage<KeptSizes<T, kOuter, 64, 8, 2, 16, 3>>(rows, fill);
+        // With 3 blocks to a multiprocessor two registers of float32's phi are spilled.
+        return kept_stage<KeptSizes<T, kOuter, 64, 8, 2, 16, kOuter || sizeof(T) == 2 ? 3 : 2>>(
+            rows, fill);
       default:
         return kept_stage<KeptSizes<T, kOuter, 128, 4, 1, 16, 2>>(rows, fill);
     }
