@@ -451,7 +451,8 @@ def test_frozen_weights_are_packed_once(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(("inputs", "kernel", "back"), [(3, 3, 4), (128, 1, 2), (12, 1, 2)])
 @pytest.mark.parametrize("size", [(1, 512, 512), (1, 1024, 1024), (16, 256, 256), (32, 64, 64)])
 def test_launches(size: tuple[int, int, int], inputs: int, kernel: int, back: int) -> None:
-    """In one part, whatever the size, with a workspace of one stack of features at most."""
+    """The gradient in one part, whatever the size, with a workspace of at most a stack of features;
+    the forward, where it takes more than 96 MiB, in two, with three quarters of a stack."""
     batch, height, width = size
     x, grad = (torch.empty(batch, c, height, width, device="meta") for c in (inputs, 128))
     shapes = weight_shapes(128, "bottleneck", inputs, kernel)
@@ -468,7 +469,9 @@ def test_launches(size: tuple[int, int, int], inputs: int, kernel: int, back: in
 
     counted(lambda: cuda.forward(x, frozen, *options, False))  # packs
     (_, state), launches, workspace = counted(lambda: cuda.forward(x, frozen, *options, True))
-    assert (launches, workspace) == (3, stack) and state.numel() < 1.2 * stack
+    some = 96 << 20
+    assert launches == (3 if stack <= some else 6) and state.numel() < 1.2 * stack
+    assert workspace <= max(some, 3 * stack // 4)
     of_state = (grad, x, frozen, state, *options, False)
     _, launches, workspace = counted(lambda: cuda.backward(*of_state))
     assert (launches, workspace) == (back, stack // 2 if kernel == 1 else stack)
