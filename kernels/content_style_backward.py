@@ -199,7 +199,7 @@ def gradient(
     pixels, maps = height * width, kept.shape[1]
     of_gt, of_sr, of_grad = layout_of(gt), layout_of(sr), layout_of(grad_sr)
     if not all(grad.is_contiguous() for grad in grads):
-        grads = torch.stack(grads).unbind()
+        grads = torch.stack(list(grads)).unbind()
     naive, mse, correlation, style = (grad.float() for grad in grads)
     kept = kept.contiguous()
     options = _gradient_options(channels, maps)
