@@ -10,6 +10,7 @@ import draws
 import emulated
 import pytest
 import torch
+from cuda_host import load
 from torch import Tensor
 
 pytestmark = emulated.needs_modules
@@ -266,3 +267,23 @@ def test_the_patches_of_some_maps_of_a_batch(layout: torch.memory_format) -> Non
     expected = ops().patches_backward(grad, own, own_state, *sizes)
     got = ops().patches_backward(grad, embedding[:10], state[:, :, :10], *sizes)
     assert torch.equal(got, expected) and expected.norm() > 0
+
+
+def test_monce_differentiates_in_two_halves_where_its_history_is_large() -> None:
+    """So many iterations are not made, but the workspace has room for them."""
+    query, key, grad = draws.randn(5, 6, 3), draws.randn(5, 6, 3), draws.randn(5, 6)
+    options = (MONCE | {"iterations": 100_000}).values()
+
+    def gradient(maps: slice) -> Tensor:
+        _, state = ops().monce(query[maps], key[maps], *options, 6)
+        found: Tensor = ops().monce_backward(grad[maps], query[maps], key[maps], state, *options)
+        return found
+
+    host = load(str(emulated.module("plain")))
+    for count, launches in ((5, 3), (1, 2)):  # with the forward's
+        host.count(True)
+        gradient(slice(count))
+        assert host.counted()[0] == launches
+        host.count(False)
+    one_by_one = torch.cat([gradient(slice(i, i + 1)) for i in range(5)])
+    assert torch.equal(gradient(slice(5)), one_by_one) and one_by_one.abs().amin((1, 2)).min() > 0
