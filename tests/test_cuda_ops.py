@@ -10,6 +10,7 @@ import draws
 import emulated
 import pytest
 import torch
+import torch.nn.functional as F
 from cuda_host import load
 from torch import Tensor
 
@@ -271,11 +272,15 @@ def test_the_patches_of_some_maps_of_a_batch(layout: torch.memory_format) -> Non
 
 def test_monce_differentiates_in_two_halves_where_its_history_is_large() -> None:
     """So many iterations are not made, but the workspace has room for them."""
-    query, key, grad = draws.randn(5, 6, 3), draws.randn(5, 6, 3), draws.randn(5, 6)
+    query, key = (F.normalize(draws.randn(5, 6, 3), dim=2) for _ in range(2))
+    grad = draws.randn(5, 6)
     options = (MONCE | {"iterations": 100_000}).values()
+
+    made = []
 
     def gradient(maps: slice) -> Tensor:
         _, state = ops().monce(query[maps], key[maps], *options, 6)
+        made.append(state[:, 0, 0])
         found: Tensor = ops().monce_backward(grad[maps], query[maps], key[maps], state, *options)
         return found
 
@@ -287,3 +292,4 @@ def test_monce_differentiates_in_two_halves_where_its_history_is_large() -> None
         host.count(False)
     one_by_one = torch.cat([gradient(slice(i, i + 1)) for i in range(5)])
     assert torch.equal(gradient(slice(5)), one_by_one) and one_by_one.abs().amin((1, 2)).min() > 0
+    assert (made[-1] > 0).all()  # so that the state is used
