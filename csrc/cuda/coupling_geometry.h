@@ -51,13 +51,6 @@ struct TileOrigin {
         x(static_cast<int>(tile) % tiling.across() * kColumns) {}
 };
 
-// Reflection at the borders; a side of length one is repeated. Within the image for any i.
-__device__ __forceinline__ int reflected(int i, int n) {
-  i = i < 0 ? -i : i;
-  i = i < n ? i : 2 * (n - 1) - i;
-  return i < 0 ? 0 : i;
-}
-
 // Features in memory: [pixel][channel].
 template <class T>
 struct Features {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "coupling_pointwise.h"
+#include "image.h"
 #include "mma.h"
 
 namespace mghf::cuda {
@@ -21,13 +22,6 @@ struct Band {
   }
   __host__ __device__ int64_t count() const { return static_cast<int64_t>(counts) * width; }
 };
-
-// Reflection at the borders; a side of length one is repeated. Within the image for any i.
-__device__ __forceinline__ int mirrored(int i, int n) {
-  i = i < 0 ? -i : i;
-  i = i < n ? i : 2 * (n - 1) - i;
-  return i < 0 ? 0 : i;
-}
 
 struct Layer {
   float* data;  // the first channel in use
@@ -236,9 +230,9 @@ __global__ void __launch_bounds__(kLayerThreads)
   const int x = static_cast<int>(pixel % band.width);
   float sum = 0;
   for (int tap = 0; tap < 9; ++tap) {
-    const int row = mirrored(y + tap / 3 - 1, band.height) - band.first;
+    const int row = reflected(y + tap / 3 - 1, band.height) - band.first;
     const int known = row < 0 ? 0 : row < band.rows ? row : band.rows - 1;
-    const int column = mirrored(x + tap % 3 - 1, band.width);
+    const int column = reflected(x + tap % 3 - 1, band.width);
     sum += taps[channel * 9 + tap] *
            *hidden.at(static_cast<int64_t>(known) * band.width + column, channel);
   }
@@ -261,10 +255,10 @@ __global__ void __launch_bounds__(kLayerThreads)
   // Its position, and one on either side of the image.
   for (int v = 0; v < 3; ++v) {
     const int down = v == 0 ? y : v == 1 ? -1 : band.height;
-    if (v > 0 && mirrored(down, band.height) != y) continue;
+    if (v > 0 && reflected(down, band.height) != y) continue;
     for (int h = 0; h < 3; ++h) {
       const int across = h == 0 ? x : h == 1 ? -1 : band.width;
-      if (h > 0 && mirrored(across, band.width) != x) continue;
+      if (h > 0 && reflected(across, band.width) != x) continue;
       for (int tap = 0; tap < 9; ++tap) {
         const int row = down - (tap / 3 - 1), column = across - (tap % 3 - 1);
         const bool inside = row >= band.first && row < band.first + band.rows && column >= 0 &&
@@ -295,8 +289,8 @@ __global__ void __launch_bounds__(kLayerThreads)
     const int64_t pixel = band.first_counted() + k;
     const int y = band.first + static_cast<int>(pixel / band.width);
     const int x = static_cast<int>(pixel % band.width);
-    const int row = mirrored(y + tap / 3 - 1, band.height) - band.first;
-    const int column = mirrored(x + tap % 3 - 1, band.width);
+    const int row = reflected(y + tap / 3 - 1, band.height) - band.first;
+    const int column = reflected(x + tap % 3 - 1, band.width);
     sum += *grad.at(pixel, channel) *
            *hidden.at(static_cast<int64_t>(row) * band.width + column, channel);
   }

@@ -66,29 +66,6 @@ __global__ void __launch_bounds__(kPairThreads)
 
 // ---- pairs ----
 
-// Loads four matrices like load_matrices (mma.h), but each transposed: to[m] has column g of rows
-// 2 t and 2 t + 1.
-__device__ __forceinline__ void load_transposed(uint32_t (&to)[4], const uint4* row) {
-#ifdef __CUDA_ARCH__
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(static_cast<unsigned>(__cvta_generic_to_shared(row)))
-               : "memory");
-#elif !defined(__CUDACC__)
-  const unsigned g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-  const unsigned char* const all = host::exchange(&row, sizeof row);
-  for (unsigned m = 0; m < 4; ++m) {
-    uint32_t halves[2];
-    for (unsigned k = 0; k < 2; ++k) {
-      const uint16_t* from;
-      std::memcpy(&from, all + (m * 8 + 2 * t + k) * host::kMostExchanged, sizeof from);
-      halves[k] = from[g];
-    }
-    to[m] = halves[0] | halves[1] << 16;
-  }
-#endif
-}
-
 // A block's shared memory besides the stages: the factors of u and v, big and small parts of each,
 // and the powers of two by which a row's factors of 32 columns were divided.
 struct PairFactors {

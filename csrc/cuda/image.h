@@ -68,6 +68,13 @@ struct ImageOf {
   }
 };
 
+// Reflection at the borders; a side of length one is repeated. Within the image for any i.
+__device__ __forceinline__ int reflected(int i, int n) {
+  i = i < 0 ? -i : i;
+  i = i < n ? i : 2 * (n - 1) - i;
+  return i < 0 ? 0 : i;
+}
+
 template <class T>
 using Image = ImageOf<const T>;
 template <class T>

@@ -175,6 +175,29 @@ __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const uint4* ro
 #endif
 }
 
+// Loads four matrices like load_matrices, but each transposed: to[m] has column g of rows
+// 2 t and 2 t + 1.
+__device__ __forceinline__ void load_transposed(uint32_t (&to)[4], const uint4* row) {
+#ifdef __CUDA_ARCH__
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(static_cast<unsigned>(__cvta_generic_to_shared(row)))
+               : "memory");
+#elif !defined(__CUDACC__)
+  const unsigned g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  const unsigned char* const all = host::exchange(&row, sizeof row);
+  for (unsigned m = 0; m < 4; ++m) {
+    uint32_t halves[2];
+    for (unsigned k = 0; k < 2; ++k) {
+      const uint16_t* from;
+      std::memcpy(&from, all + (m * 8 + 2 * t + k) * host::kMostExchanged, sizeof from);
+      halves[k] = from[g];
+    }
+    to[m] = halves[0] | halves[1] << 16;
+  }
+#endif
+}
+
 // By three products of TF32. The omitted fourth is 2^-22 of the largest addend.
 struct SplitA {
   uint32_t big[4], small[4];
