@@ -7,6 +7,7 @@ CPU's, for example by the sanitized build of `make asan`, and MGHF_CUDA_LIBRARY 
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import json
 import os
@@ -85,6 +86,14 @@ def cuda_ops() -> Any:
     """The native ops for CUDA tensors. (Tests replace them by the kernels built for the host, see
     tests/emulated.py.)"""
     return torch.ops.mghf_native
+
+
+def use_older_cuda_kernels(op: str, device: int, older: bool) -> bool:
+    """Lets a GPU, given by its number, use an op's older CUDA kernels, or the newer ones again;
+    whether the op has any. Only for a library that is loaded."""
+    switch = ctypes.CDLL(str(cuda_library())).mghf_cuda_use_older
+    switch.argtypes, switch.restype = (ctypes.c_char_p, ctypes.c_int, ctypes.c_int), ctypes.c_int
+    return bool(switch(op.encode(), device, older))
 
 
 def _wrong_cuda() -> str | None:

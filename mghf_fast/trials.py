@@ -2,7 +2,8 @@
 
 The trial runs a small problem of the op and compares result and gradient with the reference's.
 ``"auto"`` avoids a kernel that differs or fails on that device, and one warning says what differed;
-a backend requested by name is not tried. Passed trials are kept in the user's cache
+a backend requested by name is not tried. Where an op has newer and older kernels, a device on which
+the newer ones fail uses the older ones, if these pass. Passed trials are kept in the user's cache
 (:mod:`mghf_fast.cache`), so that a kernel is tried once per GPU, driver and version.
 """
 
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import cache, problems
+from . import cache, native, problems
 
 logger = logging.getLogger("mghf_fast")
 
@@ -134,29 +135,74 @@ def refusal(op: str, backend: str, tensor: Tensor) -> str | None:
     return _known[key]
 
 
+def _family(op: str) -> str:
+    """The op whose kernels it is that run ``op``."""
+    return op.removesuffix("_inverse")
+
+
+def _use_older(op: str, backend: str, device: torch.device) -> bool:
+    """Lets the device use the op's older kernels from now on; False if there are none."""
+    if backend != "cuda":
+        return False
+    try:
+        return native.use_older_cuda_kernels(_family(op), device.index or 0, True)
+    except (OSError, AttributeError) as error:  # a library from elsewhere
+        logger.debug("no older kernels of %s: %s", op, error)
+        return False
+
+
+def _warn(text: str, device: torch.device, failure: str) -> None:
+    warnings.warn(
+        f"mghf_fast {text} on {cache.identity(device)}: {failure}. Please report it; "
+        "`mghf-fast tune --clear` lets it be tried again",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+def _row(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """What the trial gave: ``errors``, ``failure`` in words or None, and, if the older kernels were
+    tried because the newer ones failed and the older ones passed, that failure as ``older``."""
+    outcome, older = _apart(op, backend, device, dtype), None
+    if outcome.failure is not None and _use_older(op, backend, device):
+        again = _apart(op, backend, device, dtype)
+        if again.failure is None:
+            outcome, older = again, outcome.failure
+    row = {"errors": [float(f"{e:.2g}") for e in outcome.errors], "failure": outcome.failure}
+    return row if older is None else row | {"older": older}
+
+
+def _forget_family(op: str, rows: Mapping[str, Any]) -> dict[str, Any]:
+    """Forgets that kernels of the op passed, which are others now; the rest of ``rows``."""
+    global forgotten
+    forgotten += 1
+    for key in [key for key in _known if _family(key[0]) == _family(op)]:
+        del _known[key]
+    return {label: row for label, row in rows.items() if _family(label.split()[1]) != _family(op)}
+
+
 def _decide(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     label = _label(op, backend, dtype)
-    earlier: dict[str, Any] = cache.known(device).get("trials", {})
-    if label in earlier:
-        failure: str | None = earlier[label]["failure"]
+    rows: dict[str, Any] = cache.known(device).get("trials", {})
+    if label in rows:
+        row = rows[label]
+        if row.get("older") is not None:
+            _use_older(op, backend, device)
     else:
-        outcome = _apart(op, backend, device, dtype)
-        failure = outcome.failure
-        row = {"errors": [float(f"{e:.2g}") for e in outcome.errors], "failure": failure}
+        row = _row(op, backend, device, dtype)
+        if row.get("older") is not None:
+            rows = _forget_family(op, rows)
         try:
-            cache.write(device, "trials", cache.known(device).get("trials", {}) | {label: row})
+            cache.write(device, "trials", rows | {label: row})
         except OSError as error:
             logger.debug("the trial of %s is not kept: %s", label, error)
+    name = str(dtype).removeprefix("torch.")
+    failure: str | None = row["failure"]
+    if row.get("older") is not None:
+        _warn(f"uses the older {backend} kernels of {op}", device, row["older"])
     if failure is None:
         return None
-    name = str(dtype).removeprefix("torch.")
-    warnings.warn(
-        f"mghf_fast leaves out the {backend} kernel of {op} for {name} "
-        f"on {cache.identity(device)}: {failure}. Please report it; `mghf-fast tune --clear` lets "
-        "it be tried again",
-        RuntimeWarning,
-        stacklevel=2,
-    )
+    _warn(f"leaves out the {backend} kernel of {op} for {name}", device, failure)
     return f"it failed its trial on this device: {failure}"
 
 
@@ -174,7 +220,8 @@ def forget() -> None:
 
 def listed(device: torch.device) -> list[dict[str, Any]]:
     """Every kernel subject to a trial on a device: ``backend``, ``op``, ``state`` ("not tried",
-    "passed" or the failure) and the types tried; for `mghf-fast doctor`."""
+    "passed", of which kernels if not of the newest, or the failure) and the types tried; for
+    `mghf-fast doctor`."""
     capability = _capability(device)
     earlier: dict[str, Any] = cache.known(device).get("trials", {})
     rows = []
@@ -183,11 +230,15 @@ def listed(device: torch.device) -> list[dict[str, Any]]:
             if not on_trial(backend, op, capability):
                 continue
             tried = {
-                label.split()[2]: row["failure"]
+                label.split()[2]: row
                 for label, row in earlier.items()
                 if label.split()[:2] == [backend, op]
             }
-            failures = [f for f in tried.values() if f is not None]
-            state = failures[0] if failures else "passed" if tried else "not tried"
+            failures = [row["failure"] for row in tried.values() if row["failure"] is not None]
+            older = [row["older"] for row in tried.values() if row.get("older") is not None]
+            passed = (
+                f"its older kernels passed, the newer did not: {older[0]}" if older else "passed"
+            )
+            state = failures[0] if failures else passed if tried else "not tried"
             rows.append({"backend": backend, "op": op, "state": state, "types": [*tried]})
     return rows

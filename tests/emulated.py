@@ -82,6 +82,7 @@ def install() -> None:
     load(str(module("plain")))
     refuse = backends._cannot_take
     native.cuda_ops = lambda: torch.ops.mghf_cuda_host
+    native.cuda_library = lambda: module("plain")
     backends._cuda_unavailable_reason = lambda: None  # type: ignore[assignment]
     backends._cuda_lacks = lambda device: None  # type: ignore[assignment]
     backends._cannot_take = lambda tensors, device: refuse(tensors, "cpu")

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from cuda_host import load
 from torch import Tensor
 
+from mghf_fast import native
+
 pytestmark = emulated.needs_modules
 
 X = torch.zeros(2, 4, 6, 6)
@@ -293,3 +295,16 @@ def test_monce_differentiates_in_two_halves_where_its_history_is_large() -> None
     one_by_one = torch.cat([gradient(slice(i, i + 1)) for i in range(5)])
     assert torch.equal(gradient(slice(5)), one_by_one) and one_by_one.abs().amin((1, 2)).min() > 0
     assert (made[-1] > 0).all()  # so that the state is used
+
+
+def test_a_device_may_use_older_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = emulated.module("plain")
+    host = load(str(library))
+    monkeypatch.setattr(native, "cuda_library", lambda: library)
+    for number, op in enumerate(("coupling", "monce", "patches")):  # as in csrc/cuda/variants.h
+        assert host.newest(number)
+        assert native.use_older_cuda_kernels(op, 1, True) and host.newest(number)
+        assert native.use_older_cuda_kernels(op, 0, True) and not host.newest(number)
+        assert native.use_older_cuda_kernels(op, 0, False) and host.newest(number)
+        native.use_older_cuda_kernels(op, 1, False)
+    assert not native.use_older_cuda_kernels("gram", 0, True)

@@ -221,6 +221,62 @@ def test_a_wrong_kernel_is_left_out_with_one_warning(
         training_step()  # requested by name it still runs
 
 
+def with_older_kernels(monkeypatch: pytest.MonkeyPatch, op: str) -> None:
+    """The op's kernels are wrong until its older ones are asked for."""
+    right = OPS[op].implementation("cpu")
+    broken(monkeypatch, op, "nan")
+
+    def use(name: str, backend: str, device: torch.device) -> bool:
+        if name != op:
+            return False
+        monkeypatch.setitem(OPS[op]._implementations, "cpu", right)
+        return True
+
+    monkeypatch.setattr(trials, "_use_older", use)
+
+
+def test_where_newer_kernels_fail_the_older_ones_run(
+    on_trial: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with mghf_fast.use_backend("cpu"):
+        expected = training_step()
+    with monkeypatch.context() as patch:
+        with_older_kernels(patch, "coupling")
+        told = "uses the older cpu kernels of coupling .*: its result differs"
+        with pytest.warns(RuntimeWarning, match=told) as caught:
+            got = training_step()
+            training_step()
+        assert len(caught) == 1
+    assert all(torch.equal(g, e) for g, e in zip(got, expected, strict=True))
+    (row,) = (r for r in trials.listed(torch.device("cpu")) if r["op"] == "coupling")
+    assert row["state"].startswith("its older kernels passed, the newer did not: its result")
+    # Another process reads it from the file: it asks for the older ones without a trial.
+    written = on_trial.stat().st_mtime_ns
+    trials.forget()
+    with_older_kernels(monkeypatch, "coupling")
+    with pytest.warns(RuntimeWarning, match=told):
+        again = training_step()
+    assert all(torch.equal(a, e) for a, e in zip(again, expected, strict=True))
+    assert on_trial.stat().st_mtime_ns == written
+
+
+def test_older_kernels_are_tried_for_every_type(
+    on_trial: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What passed with the newer kernels is no proof of the older ones, which replace them when
+    another type fails."""
+    x, weights = draws.randn(1, 128, 8, 8), problems.small("coupling").tensors[1:]
+    assert trials.refusal("coupling", "cpu", x) is None
+    with_older_kernels(monkeypatch, "coupling")
+    with pytest.warns(RuntimeWarning, match="uses the older"):
+        assert trials.refusal("coupling", "cpu", x.bfloat16()) is None
+    (machine,) = json.loads(on_trial.read_text())["machines"].values()
+    assert [*machine["trials"]] == ["cpu coupling bfloat16"]
+    assert OPS["coupling"].preferred(x, *weights) == "cpu"
+    (machine,) = json.loads(on_trial.read_text())["machines"].values()
+    assert [*machine["trials"]] == ["cpu coupling bfloat16", "cpu coupling float32"]
+
+
 def test_a_cache_that_cannot_be_written_keeps_nobody_from_training(
     on_trial: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,12 +7,14 @@
 
 #include <optional>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "../../csrc/cuda/coupling.h"
 #include "../../csrc/cuda/coupling_weights.h"
 #include "../../csrc/cuda/dec.h"
 #include "../../csrc/cuda/mma.h"
+#include "../../csrc/cuda/variants.h"
 #include "planted.h"
 #include "products.h"
 
@@ -60,6 +62,10 @@ PYBIND11_MODULE(mghf_fast_cuda_host, m) {
   });
   m.def("set_coupling_feature_bytes", [](int64_t bytes) { coupling_feature_bytes = bytes; });
   m.def("set_coupling_layer_bytes", [](int64_t bytes) { coupling_layer_bytes = bytes; });
+  m.def("use_older", [](const std::string& op, bool older) {
+    return mghf_cuda_use_older(op.c_str(), 0, older) != 0;
+  });
+  m.def("newest", [](int op) { return newest(static_cast<Variant>(op)); });
   m.def("set_dec_blocks", [](int blocks) { dec_blocks = blocks; });
   m.def("tensor_core_sum", [](float before, const std::vector<double>& products) {
     return host_mma::add_up(before, products.data(), static_cast<int>(products.size()));

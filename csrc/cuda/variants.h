@@ -1,0 +1,17 @@
+// Of the ops that have newer and older kernels, those that a device uses: the newer ones, unless they
+// failed a trial there (mghf_fast/trials.py).
+#pragma once
+
+namespace mghf::cuda {
+
+enum class Variant { coupling, monce, patches };  // named as the ops
+
+// Whether the newer kernels run on the current device.
+bool newest(Variant variant);
+
+}  // namespace mghf::cuda
+
+// Lets a device use the op's older kernels, or the newer ones again; returns whether there are any.
+// Python calls it in the library that is loaded.
+extern "C" __attribute__((visibility("default"))) int mghf_cuda_use_older(const char* op, int device,
+                                                                          int older);
