@@ -1,5 +1,5 @@
-// Of the ops that have newer and older kernels, those that a device uses: the newer ones, unless they
-// failed a trial there (mghf_fast/trials.py).
+// Some ops have newer and older kernels. A device uses the newer ones, unless they failed a trial there
+// (mghf_fast/trials.py).
 #pragma once
 
 namespace mghf::cuda {
