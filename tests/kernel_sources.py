@@ -23,7 +23,16 @@ def read(path: str) -> str:
     return (ROOT / path).read_text()
 
 
+def _exists(path: str, text_of: Read) -> bool:
+    try:
+        text_of(path)
+    except (FileNotFoundError, KeyError):
+        return False
+    return True
+
+
 def _cuda_files(op: str, text_of: Read) -> dict[str, str]:
+    """Also the source file beside a header: what the header declares is defined there."""
     found: dict[str, str] = {}
     waiting = [f"csrc/cuda/{op}.cu", f"csrc/cuda/ops/{op}.cpp"]
     while waiting:
@@ -35,12 +44,12 @@ def _cuda_files(op: str, text_of: Read) -> dict[str, str]:
             for folder in (str(Path(path).parent), "csrc/cuda", "csrc"):
                 candidate = Path(folder, name)
                 clean = Path(*_without_dots(candidate.parts)).as_posix()
-                try:
-                    text_of(clean)
-                except (FileNotFoundError, KeyError):
-                    continue
-                waiting.append(clean)
-                break
+                if _exists(clean, text_of):
+                    waiting.append(clean)
+                    break
+        beside = path.removesuffix(".h") + ".cu"
+        if path.endswith(".h") and _exists(beside, text_of):
+            waiting.append(beside)
     return {path: "".join(COMMENT.sub("", text).split()) for path, text in found.items()}
 
 

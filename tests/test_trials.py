@@ -57,7 +57,9 @@ def test_what_is_proven_is_what_was_run() -> None:
 
 def test_a_digest_is_of_what_is_compiled() -> None:
     texts = {
-        "csrc/cuda/gram.cu": '#include "gram.h"\nint a; // one',
+        "csrc/cuda/gram.cu": '#include "gram.h"\n#include "bins.h"\nint a; // one',
+        "csrc/cuda/bins.h": "int c();",
+        "csrc/cuda/bins.cu": "int c() { return 1; }",
         "csrc/cuda/gram.h": "int b;",
         "csrc/cuda/ops/gram.cpp": '#include "../gram.h"\nint c;',
         "kernels/gram.py": (
@@ -76,13 +78,15 @@ def test_a_digest_is_of_what_is_compiled() -> None:
         )
 
     before = digests()
-    texts["csrc/cuda/gram.cu"] = '#include "gram.h"\n\n/* another\ncomment */ int  a;'
+    texts["csrc/cuda/gram.cu"] = '#include "gram.h"\n#include "bins.h"\n\n/* another\ncomment */ int  a;'
     texts["kernels/gram.py"] = '"""Says more."""\n' + texts["kernels/gram.py"]
     assert digests() == before
     texts["csrc/cuda/gram.h"] = "int d;"
     texts["kernels/image.py"] = "x = 2"
     after = digests()
     assert after[0] != before[0] and after[1] != before[1]
+    texts["csrc/cuda/bins.cu"] = "int c() { return 2; }"
+    assert digests()[0] != after[0]
 
 
 def test_every_op_with_a_gpu_kernel_has_a_problem() -> None:
