@@ -78,7 +78,9 @@ def test_a_digest_is_of_what_is_compiled() -> None:
         )
 
     before = digests()
-    texts["csrc/cuda/gram.cu"] = '#include "gram.h"\n#include "bins.h"\n\n/* another\ncomment */ int  a;'
+    texts["csrc/cuda/gram.cu"] = (
+        '#include "gram.h"\n#include "bins.h"\n\n/* another\ncomment */ int  a;'
+    )
     texts["kernels/gram.py"] = '"""Says more."""\n' + texts["kernels/gram.py"]
     assert digests() == before
     texts["csrc/cuda/gram.h"] = "int d;"
