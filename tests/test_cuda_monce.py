@@ -23,7 +23,14 @@ pytestmark = needs_modules
 
 H200 = (227 << 10, True)
 CLUSTERS = (12 << 10, True)  # so little shared memory that small maps take several blocks
-STREAMED = (20 << 10, False)  # and these lie in the device's memory
+STREAMED = (20 << 10, False, 1)  # and these lie in the device's memory, one after the other
+# Maps of 140 patches or more lie there too, and 2 clusters of 8 blocks solve them, 1 of 4, 1 of 2.
+SHARED_STREAMS = (
+    (24 << 10, True, 23),
+    (24 << 10, True, 7),
+    (24 << 10, True, 3),
+)
+Gpu = tuple[int, bool] | tuple[int, bool, int]
 Options = tuple[float, float, int, float, str, str]
 Problem = tuple[Tensor, Tensor, Tensor, Options]
 
@@ -71,7 +78,7 @@ def layouts() -> list[Problem]:
 
 
 def run(
-    kind: str, gpu: tuple[int, bool], problems: Sequence[Problem], folder: Path
+    kind: str, gpu: Gpu, problems: Sequence[Problem], folder: Path
 ) -> list[np.ndarray[Any, Any]]:
     """Losses and gradient of each problem, computed twice."""
 
@@ -93,27 +100,30 @@ def run(
     return [x for (losses, _), grad in pairs for x in (losses, grad)]
 
 
-def check(kind: str, gpu: tuple[int, bool], problems: Sequence[Problem], folder: Path) -> None:
+def check(kind: str, gpu: Gpu, problems: Sequence[Problem], folder: Path) -> None:
+    found = run(kind, gpu, problems, folder)
+    for given, losses, grad in zip(problems, found[::2], found[1::2], strict=True):
+        compare(given, losses, grad)
+
+
+def compare(given: Problem, losses: np.ndarray[Any, Any], grad: np.ndarray[Any, Any]) -> None:
     """Compares with the reference within the limits of float32 similarities: an error of 2e-7 in
     them changes logits by 2e-7 / t, and if the plan hardly depends on them, its gradient is mostly
     its rounding divided by epsilon."""
-    found = run(kind, gpu, problems, folder)
-    for (upstream, query, key, options), losses, grad in zip(
-        problems, found[::2], found[1::2], strict=True
-    ):
-        temperature, epsilon = options[:2]
-        want = reference.monce(query.double(), key.double(), *options)
-        error = contract.relative_error(torch.from_numpy(losses), want)
-        assert error <= 1e-5 + 2e-7 / temperature
-        row = (upstream * -torch.expm1(-want)).norm()
-        want = reference.monce_backward(upstream.double(), query.double(), key.double(), *options)
-        distance = (torch.from_numpy(grad).double() - want).norm()
-        limit = (1e-4 + 2e-7 / temperature) * want.norm() + 3e-6 * row / epsilon
-        assert distance <= limit
+    upstream, query, key, options = given
+    temperature, epsilon = options[:2]
+    want = reference.monce(query.double(), key.double(), *options)
+    error = contract.relative_error(torch.from_numpy(losses), want)
+    assert error <= 1e-5 + 2e-7 / temperature
+    row = (upstream * -torch.expm1(-want)).norm()
+    want = reference.monce_backward(upstream.double(), query.double(), key.double(), *options)
+    distance = (torch.from_numpy(grad).double() - want).norm()
+    limit = (1e-4 + 2e-7 / temperature) * want.norm() + 3e-6 * row / epsilon
+    assert distance <= limit
 
 
 @pytest.mark.parametrize("gpu", [H200, CLUSTERS, STREAMED])
-def test_values_and_gradients(gpu: tuple[int, bool], tmp_path: Path) -> None:
+def test_values_and_gradients(gpu: Gpu, tmp_path: Path) -> None:
     check("plain", gpu, small_problems(), tmp_path)
 
 
@@ -133,6 +143,33 @@ def test_larger_maps(tmp_path: Path) -> None:
     ]
     check("plain", H200, problems[:3], tmp_path)
     check("plain", STREAMED, problems[3:], tmp_path)
+
+
+@pytest.mark.parametrize("gpu", SHARED_STREAMS)
+def test_more_maps_than_the_grid_has_clusters(gpu: Gpu, tmp_path: Path) -> None:
+    """Each cluster solves several maps in the same memory, and NaN stays in its map."""
+    torch.manual_seed(0)
+    query, key = pair(5, 140)
+    query[1, 139, 3] = torch.nan
+    problems = [
+        problem(query, key),
+        problem(*pair(3, 141, 5), 0.07, 0.005, 3),
+        problem(*pair(3, 142, 5), 0.07, 0.1, 4, 1.0, "exp", "detach"),
+    ]
+    found = run("plain", gpu, problems, tmp_path)
+    for given, losses, grad in zip(problems, found[::2], found[1::2], strict=True):
+        whole = [b for b in range(len(losses)) if torch.isfinite(given[1][b]).all()]
+        for b in set(range(len(losses))) - set(whole):
+            assert np.isnan(losses[b]).all() and np.isnan(grad[b]).all()
+        upstream, query, key, options = given
+        compare((upstream[whole], query[whole], key[whole], options), losses[whole], grad[whole])
+
+
+def test_more_columns_than_a_lane_takes_at_a_time(tmp_path: Path) -> None:
+    """In the device's memory, shared by the blocks of a cluster; with one base of K and more."""
+    torch.manual_seed(0)
+    problems = [problem(*pair(2, 460, 5), 0.07, 1.0, 3), problem(*pair(1, 470, 3), 0.07, 0.005, 2)]
+    check("plain", (28 << 10, True, 8), problems, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -161,7 +198,7 @@ def test_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("gpu", [H200, CLUSTERS, STREAMED])
-def test_broken_maps(gpu: tuple[int, bool], tmp_path: Path) -> None:
+def test_broken_maps(gpu: Gpu, tmp_path: Path) -> None:
     """NaN and infinities stay in their map; a single patch has loss 0, similar patches are
     finite."""
     torch.manual_seed(0)
@@ -196,7 +233,7 @@ def test_small_losses_keep_their_digits(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("gpu", [H200, CLUSTERS, STREAMED])
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "plain"])
-def test_under_sanitizers(kind: str, gpu: tuple[int, bool], tmp_path: Path) -> None:
+def test_under_sanitizers(kind: str, gpu: Gpu, tmp_path: Path) -> None:
     torch.manual_seed(0)
     problems = [
         problem(*pair(2, 21, 35), 0.07, 0.01, 5),
@@ -204,3 +241,11 @@ def test_under_sanitizers(kind: str, gpu: tuple[int, bool], tmp_path: Path) -> N
         problem(*pair(1, 18, 9), 0.07, 0.5, 4, 1.0, "easy", "detach"),
     ]
     check(kind, gpu, problems, tmp_path)
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k != "plain"])
+def test_shared_streams_under_sanitizers(kind: str, tmp_path: Path) -> None:
+    """Two clusters of two blocks and three maps."""
+    torch.manual_seed(0)
+    gpu = (24 << 10, True, 5)
+    check(kind, gpu, [problem(*pair(3, 140, 3), 0.07, 0.01, 2)], tmp_path)

@@ -21,7 +21,14 @@ pytestmark = needs_modules
 
 H200 = (227 << 10, True)
 CLUSTERS = (12 << 10, True)  # so little shared memory that small matrices take several blocks
-STREAMED = (20 << 10, False)  # and these lie in the device's memory
+STREAMED = (20 << 10, False, 1)  # and these lie in the device's memory, one after the other
+# Matrices of 140 rows or more lie there too, and 2 clusters of 8 blocks solve them, 1 of 4, 1 of 2.
+SHARED_STREAMS = (
+    (24 << 10, True, 23),
+    (24 << 10, True, 7),
+    (24 << 10, True, 3),
+)
+Gpu = tuple[int, bool] | tuple[int, bool, int]
 Options = tuple[str, float, int, float | None]
 Problem = tuple[Tensor, Tensor, Options]
 
@@ -71,7 +78,7 @@ def calls_of(problems: Sequence[Problem]) -> list[Call]:
 
 
 def run(
-    kind: str, gpu: tuple[int, bool], problems: Sequence[Problem], folder: Path
+    kind: str, gpu: Gpu, problems: Sequence[Problem], folder: Path
 ) -> list[np.ndarray[Any, Any]]:
     """Plan and gradient of each problem, computed twice."""
     calls = calls_of(problems)
@@ -85,27 +92,30 @@ def as_tensor(array: np.ndarray[Any, Any], dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(array).view(dtype)
 
 
-def check(kind: str, gpu: tuple[int, bool], problems: Sequence[Problem], folder: Path) -> None:
+def check(kind: str, gpu: Gpu, problems: Sequence[Problem], folder: Path) -> None:
     found = run(kind, gpu, problems, folder)
-    for (upstream, similarity, options), plan, grad in zip(
-        problems, found[::2], found[1::2], strict=True
-    ):
-        exact, up = similarity.double(), upstream.double()
-        want = reference.sinkhorn_plan(exact, *options)
-        assert contract.relative_error(as_tensor(plan, similarity.dtype), want) <= 1e-5
-        want = reference.sinkhorn_plan_backward(up, exact, *options)
-        got = as_tensor(grad, similarity.dtype).double()
-        # Equal gradients along a row or column cancel, because the marginals are fixed.
-        assert (got - want).norm() <= 1e-4 * want.norm() + 1e-6 * up.norm() / options[1]
+    for given, plan, grad in zip(problems, found[::2], found[1::2], strict=True):
+        compare(given, plan, grad)
+
+
+def compare(given: Problem, plan: np.ndarray[Any, Any], grad: np.ndarray[Any, Any]) -> None:
+    upstream, similarity, options = given
+    exact, up = similarity.double(), upstream.double()
+    want = reference.sinkhorn_plan(exact, *options)
+    assert contract.relative_error(as_tensor(plan, similarity.dtype), want) <= 1e-5
+    want = reference.sinkhorn_plan_backward(up, exact, *options)
+    got = as_tensor(grad, similarity.dtype).double()
+    # Equal gradients along a row or column cancel, because the marginals are fixed.
+    assert (got - want).norm() <= 1e-4 * want.norm() + 1e-6 * up.norm() / options[1]
 
 
 @pytest.mark.parametrize("gpu", [H200, CLUSTERS, STREAMED])
-def test_values_and_gradients(gpu: tuple[int, bool], tmp_path: Path) -> None:
+def test_values_and_gradients(gpu: Gpu, tmp_path: Path) -> None:
     check("plain", gpu, small_problems(), tmp_path)
 
 
 @pytest.mark.parametrize("gpu", [H200, CLUSTERS])
-def test_layouts(gpu: tuple[int, bool], tmp_path: Path) -> None:
+def test_layouts(gpu: Gpu, tmp_path: Path) -> None:
     torch.manual_seed(0)
     check("plain", gpu, layouts(), tmp_path)
 
@@ -121,6 +131,36 @@ def test_larger_matrices(tmp_path: Path) -> None:
         problem(cosines(1, 650, 2), "hard", 0.01, 2),
     ]
     check("plain", H200, problems, tmp_path)
+
+
+@pytest.mark.parametrize("gpu", SHARED_STREAMS)
+def test_more_matrices_than_the_grid_has_clusters(gpu: Gpu, tmp_path: Path) -> None:
+    """Each cluster solves several matrices in the same memory, and NaN stays in its matrix."""
+    torch.manual_seed(0)
+    similarity = cosines(5, 140)
+    similarity[1, 139, 3] = torch.nan
+    problems = [
+        problem(similarity, "hard", 1.0, 4),
+        problem(cosines(3, 141, 2), "hard", 0.01, 3),
+        problem(cosines(3, 142).mT, "exp", 0.1, 12, 1e-2),
+    ]
+    found = run("plain", gpu, problems, tmp_path)
+    for given, plan, grad in zip(problems, found[::2], found[1::2], strict=True):
+        whole = [b for b in range(len(plan)) if torch.isfinite(given[1][b]).all()]
+        for b in set(range(len(plan))) - set(whole):
+            assert np.isnan(plan[b]).all() and np.isnan(grad[b]).all()
+        upstream, similarity, options = given
+        compare((upstream[whole], similarity[whole], options), plan[whole], grad[whole])
+
+
+def test_more_columns_than_a_lane_takes_at_a_time(tmp_path: Path) -> None:
+    """In the device's memory, shared by the blocks of a cluster; with one base of K and more."""
+    torch.manual_seed(0)
+    problems = [
+        problem(cosines(2, 460, 64), "hard", 1.0, 3),
+        problem(cosines(1, 470, 2), "hard", 0.01, 2),
+    ]
+    check("plain", (28 << 10, True, 8), problems, tmp_path)
 
 
 def test_half_precision(tmp_path: Path) -> None:
@@ -147,7 +187,7 @@ def test_half_precision(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("gpu", [H200, CLUSTERS, STREAMED])
-def test_broken_matrices(gpu: tuple[int, bool], tmp_path: Path) -> None:
+def test_broken_matrices(gpu: Gpu, tmp_path: Path) -> None:
     """NaN and infinities stay in their matrix; for one or two patches there is only one plan."""
     torch.manual_seed(0)
     for n in (2, 20):
@@ -169,7 +209,7 @@ def test_broken_matrices(gpu: tuple[int, bool], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("gpu", [H200, CLUSTERS, STREAMED])
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "plain"])
-def test_under_sanitizers(kind: str, gpu: tuple[int, bool], tmp_path: Path) -> None:
+def test_under_sanitizers(kind: str, gpu: Gpu, tmp_path: Path) -> None:
     torch.manual_seed(0)
     problems = [
         problem(cosines(1, 21, 3), "hard", 0.01, 5),
@@ -178,3 +218,10 @@ def test_under_sanitizers(kind: str, gpu: tuple[int, bool], tmp_path: Path) -> N
     if gpu == STREAMED and kind == "address":
         problems.append(problem(cosines(1, 650, 2), "hard", 0.01, 1))
     check(kind, gpu, problems, tmp_path)
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k != "plain"])
+def test_shared_streams_under_sanitizers(kind: str, tmp_path: Path) -> None:
+    """Two clusters of two blocks and three matrices."""
+    torch.manual_seed(0)
+    check(kind, (24 << 10, True, 5), [problem(cosines(3, 140, 3), "hard", 0.01, 2)], tmp_path)

@@ -3,6 +3,7 @@
 
 #include <map>
 #include <mutex>
+#include <tuple>
 #include <utility>
 
 namespace mghf::cuda {
@@ -62,6 +63,70 @@ const char* current_gpu(Gpu& gpu) {
   gpu = known[device] = {bytes, code.ptxVersion >= 90};
 #else
   gpu = {host::gpu.shared_bytes, host::gpu.clusters};
+#endif
+  return nullptr;
+}
+
+#ifdef __CUDACC__
+namespace {
+
+cudaError_t count_running(const void* kernel, int device, const Grid& grid, int64_t& clusters) {
+  int number = 0;
+  if (grid.blocks_of_cluster == 1) {
+    int multiprocessors = 0;
+    cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&number, kernel,
+                                                                      grid.threads,
+                                                                      grid.shared_bytes);
+    if (error == cudaSuccess) {
+      error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    }
+    clusters = int64_t{number} * multiprocessors;
+    return error;
+  }
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {grid.blocks_of_cluster, 1, 1};
+  cudaLaunchConfig_t configuration{};
+  configuration.gridDim = {grid.blocks_of_cluster, 1, 1};
+  configuration.blockDim = {static_cast<unsigned>(grid.threads), 1, 1};
+  configuration.dynamicSmemBytes = grid.shared_bytes;
+  configuration.attrs = &cluster;
+  configuration.numAttrs = 1;
+  const cudaError_t error = cudaOccupancyMaxActiveClusters(&number, kernel, &configuration);
+  clusters = number;
+  if (error != cudaErrorInvalidClusterSize) return error;
+  cudaGetLastError();  // is no error of a later call
+  clusters = 0;
+  return cudaSuccess;
+}
+
+}  // namespace
+#endif
+
+const char* running_at_a_time(const void* kernel, const Grid& grid, int64_t& clusters) {
+#ifdef __CUDACC__
+  static std::mutex mutex;
+  static std::map<std::tuple<const void*, int, int, size_t, unsigned>, int64_t> known;
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  if (grid.shared_bytes > kSharedBytesOfAll) {
+    const char* const refused = allow_shared(kernel, grid.shared_bytes);
+    if (refused != nullptr) return refused;
+  }
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto key =
+      std::make_tuple(kernel, device, grid.threads, grid.shared_bytes, grid.blocks_of_cluster);
+  if (const auto found = known.find(key); found != known.end()) {
+    clusters = found->second;
+    return nullptr;
+  }
+  error = count_running(kernel, device, grid, clusters);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  known[key] = clusters;
+#else
+  (void)kernel;
+  clusters = host::gpu.multiprocessors / grid.blocks_of_cluster;
 #endif
   return nullptr;
 }

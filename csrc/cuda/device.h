@@ -92,6 +92,10 @@ struct Gpu {
 // The result is cached for each device.
 const char* current_gpu(Gpu& gpu);
 
+// How many clusters of that grid's size (of one block: blocks) of a kernel run at a time on the
+// current device; cached. 0 if it has no room for one.
+const char* running_at_a_time(const void* kernel, const Grid& grid, int64_t& clusters);
+
 // Whether the architecture that is being compiled for has clusters.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr bool kClusters = false;

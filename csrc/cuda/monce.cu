@@ -230,16 +230,14 @@ __device__ __forceinline__ void differentiate(const S& s, const Weights<S>& weig
   }
 }
 
-// Writes the losses, or the gradient of the query if `losses` is null. One kernel for both, because
-// most of each is the plan.
+// Writes a map's losses, or the gradient of its query if `losses` is null.
 template <int kWords, bool kOnChip>
-__global__ void __launch_bounds__(kThreads, 1)
-    contrast(Problem p, Terms terms, Matrices grad, Matrices query, Matrices key, float* losses,
-             void* result) {
-  MGHF_DYNAMIC_SHARED(float, shared);
-  const bool exact = p.history != nullptr;
+__device__ __forceinline__ void contrast_map(Solver<kWords, kOnChip>& s, const Terms& terms,
+                                             const Matrices& grad, const Matrices& query,
+                                             const Matrices& key, float* losses, void* result) {
   using S = Solver<kWords, kOnChip>;
-  S s(p, shared);
+  const Problem& p = s.p;
+  const bool exact = p.history != nullptr;
   const Products source{query, key};
   const auto solution = s.solve(source, losses != nullptr, losses == nullptr);
   if (losses != nullptr) s.finish_leaving(solution);
@@ -258,7 +256,6 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
       });
     }
-    s.sync_all();  // the other blocks may still read this one's memory
     return;
   }
   if (exact && s.rank == 0 && s.thread == 0) s.history().made() = solution.made;
@@ -285,10 +282,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     weights.share(r) = share;
     weights.scaled(r) = share / sum;
   });
-  if (losses != nullptr) {
-    s.sync_all();  // as above
-    return;
-  }
+  if (losses != nullptr) return;
   __syncwarp();
   if (exact) {
     s.for_rows([&](int r) {
@@ -310,7 +304,17 @@ __global__ void __launch_bounds__(kThreads, 1)
   differentiate(s, weights, solution, exact);
   __syncthreads();
   multiply_area<kTilesOf<kWords, kOnChip>, kOnChip>(s.own_rows(), key, result, s.map, s.first);
-  s.sync_all();
+}
+
+// One kernel for forward and backward, because most of each is the plan.
+template <int kWords, bool kOnChip>
+__global__ void __launch_bounds__(kThreads, 1)
+    contrast(Problem p, Terms terms, Matrices grad, Matrices query, Matrices key, float* losses,
+             void* result) {
+  MGHF_DYNAMIC_SHARED(float, shared);
+  for_maps<kWords, kOnChip>(p, shared, query.batch, [&](Solver<kWords, kOnChip>& s) {
+    contrast_map(s, terms, grad, query, key, losses, result);
+  });
 }
 
 // N = 1: no negatives, no loss; NaN stays NaN.
@@ -350,6 +354,10 @@ bool differentiates_plan(const MonceOptions& options, int64_t n) {
   return options.differentiate_plan && n > 2;
 }
 
+const char* divide_maps(int64_t n, int64_t batch, Division& division) {
+  return divide(n, batch, reinterpret_cast<const void*>(contrast<kStreamedWords, false>), division);
+}
+
 Terms terms_of(const MonceOptions& options, int64_t n) {
   const double sign = options.transport.cost == TransportCost::easy ? -1 : 1;
   return {static_cast<float>(1 / options.temperature),
@@ -363,10 +371,10 @@ Terms terms_of(const MonceOptions& options, int64_t n) {
 const char* monce_workspace_bytes(int64_t batch, int64_t size, const MonceOptions& options,
                                   bool backward, int64_t& bytes) {
   Division division;
-  const char* const error = divide(size, division);
+  const char* const error = divide_maps(size, batch, division);
   if (error == nullptr) {
-    bytes = solver_bytes(batch, size, options.transport.iterations,
-                         backward && differentiates_plan(options, size), division);
+    const bool exact = backward && differentiates_plan(options, size);
+    bytes = solver_bytes(size, options.transport.iterations, exact ? division.clusters : 0, division);
   }
   return error;
 }
@@ -375,7 +383,7 @@ int64_t monce_backward_maps(int64_t batch, int64_t size, const MonceOptions& opt
   constexpr int64_t kMostBytes = int64_t{48} << 20;
   Division division;
   int64_t bytes = 0;
-  const bool all = divide(size, division) != nullptr || !division.on_chip ||
+  const bool all = divide_maps(size, batch, division) != nullptr || !division.on_chip ||
                      monce_workspace_bytes(batch, size, options, true, bytes) != nullptr ||
                      bytes <= kMostBytes;
   return all ? batch : (batch + 1) / 2;
@@ -390,11 +398,11 @@ const char* monce(const Matrices& query, const Matrices& key, const MonceOptions
                   kept);
   }
   Division division;
-  const char* const error = divide(n, division);
+  const char* const error = divide_maps(n, batch, division);
   if (error != nullptr) return error;
-  const Problem p = problem_of(n, options.transport, division, batch, true, false, workspace, kept);
+  const Problem p = problem_of(n, options.transport, division, true, 0, workspace, kept);
   return with_solver(division, [&]<int kWords, bool kOnChip>(Solver<kWords, kOnChip>*) {
-    return launch(contrast<kWords, kOnChip>, grid_of(division, batch), stream, p,
+    return launch(contrast<kWords, kOnChip>, division.grid(), stream, p,
                   terms_of(options, n), Matrices{}, query, key, result, nullptr);
   });
 }
@@ -408,14 +416,14 @@ const char* monce_backward(const Matrices& grad, const Matrices& query, const Ma
                   query, grad_query);
   }
   Division division;
-  const char* const error = divide(n, division);
+  const char* const error = divide_maps(n, batch, division);
   if (error != nullptr) return error;
   const bool exact = differentiates_plan(options, n);
   const KeptIterates kept{const_cast<int*>(state), slots};  // is only read
-  const Problem p =
-      problem_of(n, options.transport, division, batch, true, exact, workspace, kept);
+  const Problem p = problem_of(n, options.transport, division, true, exact ? division.clusters : 0,
+                               workspace, kept);
   return with_solver(division, [&]<int kWords, bool kOnChip>(Solver<kWords, kOnChip>*) {
-    return launch(contrast<kWords, kOnChip>, grid_of(division, batch), stream, p,
+    return launch(contrast<kWords, kOnChip>, division.grid(), stream, p,
                   terms_of(options, n), grad, query, key, nullptr, grad_query);
   });
 }

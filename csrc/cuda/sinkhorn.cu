@@ -85,13 +85,11 @@ struct Given {
   }
 };
 
-// Writes plans, or the terms of their gradient to the history if `plan` is null. One kernel for
-// both, because most of each are the iterations.
+// Writes a matrix's plan, or the terms of its gradient to the history if `plan` is null.
 template <int kWords, bool kOnChip>
-__global__ void __launch_bounds__(kThreads, 1)
-    transport(Problem p, Matrices similarity, Matrices grad, void* plan) {
-  MGHF_DYNAMIC_SHARED(float, shared);
-  Solver<kWords, kOnChip> s(p, shared);
+__device__ __forceinline__ void transport_map(Solver<kWords, kOnChip>& s,
+                                              const Matrices& similarity, const Matrices& grad,
+                                              void* plan) {
   const Given source{similarity};
   const auto solution = s.solve(source, false);
   const float *const u = s.u(solution.made), *const v = s.v(solution.made);
@@ -109,20 +107,28 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
       });
     });
-  } else {
-    if (s.rank == 0 && s.thread == 0) s.history().made() = solution.made;
-    if (solution.made >= 0) {
-      Statistics statistics;
-      with_element(grad.element, [&](auto element) {
-        const auto upstream = grad.matrix<decltype(element)>(s.map);
-        s.sum_gradient(statistics, [&](int r, int j, float x) {
-          return upstream(s.first + r, j) * (u[r] * x * v[j]);
-        });
-      });
-      s.recur(source, solution, kNegligible * statistics.total);
-    }
+    return;
   }
-  s.sync_all();  // the other blocks may still read this one's memory
+  if (s.rank == 0 && s.thread == 0) s.history().made() = solution.made;
+  if (solution.made < 0) return;
+  Statistics statistics;
+  with_element(grad.element, [&](auto element) {
+    const auto upstream = grad.matrix<decltype(element)>(s.map);
+    s.sum_gradient(statistics, [&](int r, int j, float x) {
+      return upstream(s.first + r, j) * (u[r] * x * v[j]);
+    });
+  });
+  s.recur(source, solution, kNegligible * statistics.total);
+}
+
+// One kernel for forward and backward, because most of each are the iterations.
+template <int kWords, bool kOnChip>
+__global__ void __launch_bounds__(kThreads, 1)
+    transport(Problem p, Matrices similarity, Matrices grad, void* plan) {
+  MGHF_DYNAMIC_SHARED(float, shared);
+  for_maps<kWords, kOnChip>(p, shared, similarity.batch, [&](Solver<kWords, kOnChip>& s) {
+    transport_map(s, similarity, grad, plan);
+  });
 }
 
 // ---- the entries of the gradient ----
@@ -229,6 +235,10 @@ __global__ void __launch_bounds__(kThreads) singles(Matrices x, void* result, El
   });
 }
 
+const char* divide_matrices(int64_t n, int64_t batch, Division& division) {
+  return divide(n, batch, reinterpret_cast<const void*>(transport<kStreamedWords, false>), division);
+}
+
 // N = 1: nothing to move mass to, and NaN stays NaN.
 const char* solve_single(const Matrices& x, Element to, void* result, Stream stream) {
   return launch(singles, {(x.batch + kThreads - 1) / kThreads, kThreads}, stream, x, result, to);
@@ -239,8 +249,8 @@ const char* solve_single(const Matrices& x, Element to, void* result, Stream str
 const char* sinkhorn_workspace_bytes(int64_t batch, int64_t size, int64_t iterations,
                                      bool backward, int64_t& bytes) {
   Division division;
-  const char* const error = divide(size, division);
-  if (error == nullptr) bytes = solver_bytes(batch, size, iterations, backward, division);
+  const char* const error = divide_matrices(size, batch, division);
+  if (error == nullptr) bytes = solver_bytes(size, iterations, backward ? batch : 0, division);
   return error;
 }
 
@@ -248,12 +258,11 @@ const char* sinkhorn(const Matrices& similarity, const TransportOptions& options
                      void* workspace, Stream stream) {
   if (similarity.rows == 1) return solve_single(similarity, similarity.element, plan, stream);
   Division division;
-  const char* const error = divide(similarity.rows, division);
+  const char* const error = divide_matrices(similarity.rows, similarity.batch, division);
   if (error != nullptr) return error;
-  const Problem p =
-      problem_of(similarity.rows, options, division, similarity.batch, false, false, workspace);
+  const Problem p = problem_of(similarity.rows, options, division, false, 0, workspace);
   return with_solver(division, [&]<int kWords, bool kOnChip>(Solver<kWords, kOnChip>*) {
-    return launch(transport<kWords, kOnChip>, grid_of(division, similarity.batch), stream, p,
+    return launch(transport<kWords, kOnChip>, division.grid(), stream, p,
                   similarity, Matrices{}, plan);
   });
 }
@@ -264,11 +273,11 @@ const char* sinkhorn_backward(const Matrices& grad, const Matrices& similarity,
   const int64_t n = similarity.rows, batch = similarity.batch;
   if (n == 1) return solve_single(grad, similarity.element, grad_similarity, stream);
   Division division;
-  const char* error = divide(n, division);
+  const char* error = divide_matrices(n, batch, division);
   if (error != nullptr) return error;
-  const Problem p = problem_of(n, options, division, batch, false, true, workspace);
+  const Problem p = problem_of(n, options, division, false, batch, workspace);
   error = with_solver(division, [&]<int kWords, bool kOnChip>(Solver<kWords, kOnChip>*) {
-    return launch(transport<kWords, kOnChip>, grid_of(division, batch), stream, p, similarity, grad,
+    return launch(transport<kWords, kOnChip>, division.grid(), stream, p, similarity, grad,
                   nullptr);
   });
   if (error != nullptr) return error;

@@ -21,14 +21,18 @@ struct Division {
   int words;    // columns of a lane at a time
   bool on_chip;
   int blocks;   // of a cluster
+  int64_t clusters;  // of the grid, which take matrices in turn; on chip one for each
   int rows;     // of a block, whole groups
   int warps;
   int chunks;   // of 32 * words columns
   __host__ __device__ int pitch() const { return chunks * words * kWarp; }
   // Numbers stored beside K: vectors of rows and of columns.
   __host__ __device__ int64_t vectors() const { return 6 * pitch() + 10 * rows; }
-  // Numbers of the warps' column sums and of the statistics, always in shared memory.
-  __host__ __device__ int exchanged() const { return partial() + 24 + 16 * warps; }
+  // Numbers of the warps' column sums and of the statistics, always in shared memory, and of what
+  // the blocks of a cluster that streams a matrix tell each other: two sums and their total.
+  __host__ __device__ int exchanged() const {
+    return partial() + 24 + 16 * warps + (!on_chip && blocks > 1 ? 3 * pitch() : 0);
+  }
   __host__ __device__ int partial() const {
     const int sums = warps * words * kWarp;
     return sums > kStaged ? sums : kStaged;
@@ -39,11 +43,16 @@ struct Division {
     const int64_t numbers = exchanged() + (on_chip ? vectors() + area() : 0);
     return static_cast<size_t>(numbers) * sizeof(float);
   }
+  // Numbers of a block in the device's memory.
   __host__ __device__ int64_t streamed() const { return on_chip ? 0 : vectors() + area(); }
+
+  Grid grid() const {
+    return {clusters * blocks, warps * kWarp, shared_bytes(), static_cast<unsigned>(blocks)};
+  }
 };
 
 inline Division divided(int64_t n, int words, bool on_chip, int blocks) {
-  Division d{words, on_chip, blocks, 0, 0, 0};
+  Division d{words, on_chip, blocks, 0, 0, 0, 0};
   const int64_t rows = (n + blocks - 1) / blocks, width = words * kWarp;
   d.rows = static_cast<int>((rows + kGroup - 1) / kGroup * kGroup);
   d.warps = d.rows / kGroup < kMostWarps ? d.rows / kGroup : kMostWarps;
@@ -54,20 +63,43 @@ inline Division divided(int64_t n, int words, bool on_chip, int blocks) {
 // A matrix with more columns does not fit a single block's shared memory.
 constexpr int kWordsOfBlock = 8;
 
-inline const char* divide(int64_t n, Division& division) {
+// Columns of a lane at a time in the kernels for matrices that do not fit on chip.
+constexpr int kStreamedWords = 14;
+
+// The fewest clusters that solve that many matrices in as many rounds as all that run at a time.
+inline int64_t clusters_for(int64_t batch, int64_t running) {
+  if (running < 1) return 1;
+  const int64_t rounds = (batch + running - 1) / running;
+  return rounds < 1 ? 1 : (batch + rounds - 1) / rounds;
+}
+
+// `streaming` is the kernel for matrices that do not fit on chip. Its clusters are as large as
+// there is room for, and no more than run at a time, so that few of their areas take memory.
+inline const char* divide(int64_t n, int64_t batch, const void* streaming, Division& division) {
   Gpu gpu;
-  const char* const error = current_gpu(gpu);
+  const char* error = current_gpu(gpu);
   if (error != nullptr) return error;
   for (const int words : {4, 8, 14, 20}) {
     if (n > words * kWarp) continue;
     if (words > kWordsOfBlock && !gpu.clusters) break;
     for (int blocks = 1; blocks <= (gpu.clusters ? 8 : 1); blocks *= 2) {
       division = divided(n, words, true, blocks);
+      division.clusters = batch;
       if (static_cast<int64_t>(division.shared_bytes()) <= gpu.shared_bytes) return nullptr;
     }
     break;
   }
-  division = divided(n, 14, false, 1);
+  for (int blocks = gpu.clusters ? 8 : 1; blocks >= 1; blocks /= 2) {
+    division = divided(n, kStreamedWords, false, blocks);
+    const bool fits = static_cast<int64_t>(division.shared_bytes()) <= gpu.shared_bytes;
+    if (!fits && blocks > 1) continue;
+    int64_t clusters = 0;
+    error = running_at_a_time(streaming, division.grid(), clusters);
+    if (error != nullptr) return error;
+    if (clusters < 1 && blocks > 1) continue;
+    division.clusters = clusters_for(batch, clusters);
+    return nullptr;
+  }
   return nullptr;
 }
 
@@ -127,14 +159,16 @@ struct Problem {
   bool settle;      // stop where further iterations would change the result negligibly
   Factor factor;    // score to exponent of two
   Division division;
-  float* streamed;  // K and vectors of each matrix, where they are not on chip
+  float* streamed;  // K and vectors of each block, where they are not on chip
   float* history;   // null unless the gradient is wanted
   int64_t history_floats;
+  bool keeps_histories;  // of all matrices, not only of those that are solved at a time
   KeptIterates kept;  // of all maps; none for plans
 };
 
+// `histories`: how many the workspace has, one for each cluster or for each matrix; 0 for a forward.
 inline Problem problem_of(int64_t n, const TransportOptions& options, const Division& division,
-                          int64_t batch, bool settle, bool backward, void* workspace,
+                          bool settle, int64_t histories, void* workspace,
                           KeptIterates kept = {}) {
   float* const memory = static_cast<float*>(workspace);
   return {static_cast<int>(n),
@@ -146,16 +180,17 @@ inline Problem problem_of(int64_t n, const TransportOptions& options, const Divi
                  options.epsilon),
           division,
           memory,
-          backward ? memory + batch * division.streamed() : nullptr,
-          backward ? History::floats(n, options.iterations) : 0,
+          histories > 0 ? memory + division.grid().blocks * division.streamed() : nullptr,
+          histories > 0 ? History::floats(n, options.iterations) : 0,
+          histories > division.clusters,
           kept};
 }
 
-inline int64_t solver_bytes(int64_t batch, int64_t n, int64_t iterations, bool backward,
+inline int64_t solver_bytes(int64_t n, int64_t iterations, int64_t histories,
                             const Division& division) {
-  const int64_t numbers =
-      division.streamed() + (backward ? History::floats(n, iterations) : 0);
-  return batch * numbers * static_cast<int64_t>(sizeof(float));
+  const int64_t numbers = division.grid().blocks * division.streamed() +
+                          histories * History::floats(n, iterations);
+  return numbers * static_cast<int64_t>(sizeof(float));
 }
 
 // The block's rows, which hold the similarities and K in turn. Groups of four columns are permuted

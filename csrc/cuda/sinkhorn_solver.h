@@ -10,8 +10,11 @@
 //
 // Where K lies. Each block of a cluster has n / blocks rows in its shared memory, and the blocks
 // read each other's column sums: one barrier of the cluster an iteration, for the sums are kept
-// twice. Where K fits no cluster, or there are none, a single block has it in the device's memory;
-// more columns than a lane's registers take are swept a chunk at a time, the row sums first.
+// twice. Where K fits no cluster's shared memory, its blocks have their rows and vectors in the
+// device's memory, and only the column sums that they exchange in shared memory; without clusters a
+// single block has them all. The grid has as many clusters as run at a time, and each takes matrices
+// in turn, in the same memory. More columns than a lane's registers take are swept a chunk at a
+// time, the row sums first.
 //
 // Stability. a and b are integers, so they cost no digits and absorb any scale exactly. Every
 // iteration checks that its row and column sums stay within [1e-14, 1e14]: entries of K below
@@ -47,24 +50,25 @@ struct Solver {
   const int first;  // row of the matrix that is the block's first
   float *partial, *block_statistics, *all_statistics, *warp_statistics, *warp_ranges;
   float *sums, *v_of, *b_of, *u_of, *a_of, *coefficients;  // two of each but the last
+  float* joined;  // the cluster's column sums
   float* of_rows;  // five numbers of each row for `monce`
   float* area;  // the block's rows of the similarities, then, in place, of K
   int turn = 0;
 
-  __device__ __forceinline__ Solver(const Problem& p, float* shared)
+  __device__ __forceinline__ Solver(const Problem& p, float* shared, int map)
       : p(p),
         n(p.n),
         pitch(kOnChip ? kWidth : p.division.pitch()),
         rows(p.division.rows),
         chunks(kOnChip ? 1 : p.division.chunks),
-        blocks(kOnChip ? p.division.blocks : 1),
-        thread(static_cast<int>(threadIdx.x)),
+        blocks(blocks_of(p)),
+        thread(thread_of_block()),
         threads(static_cast<int>(blockDim.x)),
         lane(thread % kWarp),
         warp(thread / kWarp),
         warps(threads / kWarp),
-        map(static_cast<int>(blockIdx.x) / blocks),
-        rank(kOnChip ? static_cast<int>(block_of_cluster()) : 0),
+        map(map),
+        rank(static_cast<int>(block_of_cluster())),
         first(rank * rows) {
     if constexpr (kOnChip && kWords > kWordsOfBlock && !kClusters) never();
     partial = shared;
@@ -72,8 +76,11 @@ struct Solver {
     all_statistics = block_statistics + 16;
     warp_statistics = all_statistics + 8;
     warp_ranges = warp_statistics + 8 * warps;
-    sums = kOnChip ? warp_ranges + 8 * warps : p.streamed + map * p.division.streamed();
-    v_of = sums + 2 * pitch;
+    float* const rest = warp_ranges + 8 * warps;  // of the shared memory
+    float* const own = kOnChip ? rest : p.streamed + blockIdx.x * p.division.streamed();
+    sums = kOnChip || blocks > 1 ? rest : own;
+    joined = kOnChip ? partial : rest + 2 * pitch;
+    v_of = own + 2 * pitch;
     b_of = v_of + 2 * pitch;
     area = b_of + 2 * pitch;
     u_of = area + static_cast<int64_t>(rows) * pitch;
@@ -82,6 +89,14 @@ struct Solver {
     of_rows = coefficients + rows;
   }
 
+  // In the loop over matrices every address depends on it, and none is to be kept in a register.
+  __device__ __forceinline__ static int thread_of_block() {
+    const int thread = static_cast<int>(threadIdx.x);
+    return kOnChip ? thread : opaque(thread);
+  }
+  __device__ __forceinline__ static int blocks_of(const Problem& p) {
+    return kOnChip || kClusters ? p.division.blocks : 1;
+  }
   __device__ __forceinline__ float* u(int t) const { return u_of + (t & 1) * rows; }
   __device__ __forceinline__ float* v(int t) const { return v_of + (t & 1) * pitch; }
   __device__ __forceinline__ float* a(int base) const { return a_of + (base & 1) * rows; }
@@ -89,13 +104,14 @@ struct Solver {
   __device__ __forceinline__ Area own_rows() const { return {area, pitch, rows}; }
   __device__ __forceinline__ float& at(int r, int j) const { return own_rows().at(r, j); }
   __device__ __forceinline__ History history() const {
-    return History(p.history + map * p.history_floats, n, p.iterations);
+    const int which = kOnChip || p.keeps_histories ? map : static_cast<int>(blockIdx.x) / blocks;
+    return History(p.history + which * p.history_floats, n, p.iterations);
   }
 
   // A barrier of the blocks that solve a matrix, if there are several, which orders their memory.
   // For a single block its own barriers are enough.
   __device__ __forceinline__ void sync_all() const {
-    if (kOnChip && blocks > 1) sync_cluster();
+    if (blocks > 1) sync_cluster();
   }
 
   template <class F>
@@ -258,7 +274,7 @@ struct Solver {
   __device__ __forceinline__ Ranges exchange(Statistics& statistics, const Use& use) {
     const float* const totals =
         join_blocks<Combine>(warp_statistics, block_statistics + turn * 8, all_statistics,
-                             sums + turn * pitch, partial, pitch, blocks);
+                             sums + turn * pitch, joined, pitch, blocks);
     Ranges ranges;
     MGHF_UNROLL(2)
     for (int j = thread; j < pitch; j += threads) {
@@ -542,7 +558,7 @@ const char* with_solver(const Division& division, const F& f) {
   constexpr std::true_type on_chip{};
   constexpr std::false_type streamed{};
   if (!division.on_chip) {
-    return of(std::integral_constant<int, 14>{}, streamed);
+    return of(std::integral_constant<int, kStreamedWords>{}, streamed);
   }
   switch (division.words) {
     case 4:
@@ -556,9 +572,28 @@ const char* with_solver(const Division& division, const F& f) {
   }
 }
 
-inline Grid grid_of(const Division& division, int64_t batch) {
-  return {batch * division.blocks, division.warps * kWarp, division.shared_bytes(),
-          static_cast<unsigned>(division.blocks)};
+// Calls solve(solver) for the matrices that the block has a part in, and ends each with a barrier of
+// the matrix's blocks: others may still read this one's shared memory.
+template <int kWords, bool kOnChip, class Solve>
+__device__ __forceinline__ void for_maps(const Problem& p, float* shared, int64_t batch,
+                                         const Solve& solve) {
+  using S = Solver<kWords, kOnChip>;
+  const int blocks = S::blocks_of(p);
+  const auto solve_one = [&](int map) {
+    S s(p, shared, map);
+    solve(s);
+    s.sync_all();
+  };
+  const int map = static_cast<int>(blockIdx.x) / blocks;
+  if constexpr (kOnChip) {
+    solve_one(map);
+  } else {
+    MGHF_UNROLL(1)
+    for (int next = map; next < batch; next += static_cast<int>(gridDim.x) / blocks) {
+      solve_one(next);
+      if (blocks == 1) __syncthreads();  // before the next matrix takes this one's memory
+    }
+  }
 }
 
 }  // namespace mghf::cuda

@@ -57,9 +57,13 @@ std::optional<bool> was_asked(uintptr_t kernel, int device, size_t bytes, bool f
 }  // namespace
 
 PYBIND11_MODULE(mghf_fast_cuda_host, m) {
-  m.def("set_gpu", [](int64_t shared_bytes, bool clusters) {
-    mghf::host::gpu = {shared_bytes, clusters};
-  });
+  m.def(
+      "set_gpu",
+      [](int64_t shared_bytes, bool clusters, int64_t multiprocessors) {
+        mghf::host::gpu = {shared_bytes, clusters, multiprocessors};
+      },
+      py::arg("shared_bytes"), py::arg("clusters"),
+      py::arg("multiprocessors") = mghf::host::Gpu{}.multiprocessors);
   m.def("set_coupling_feature_bytes", [](int64_t bytes) { coupling_feature_bytes = bytes; });
   m.def("set_coupling_layer_bytes", [](int64_t bytes) { coupling_layer_bytes = bytes; });
   m.def("use_older", [](const std::string& op, bool older) {

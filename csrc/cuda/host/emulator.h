@@ -40,6 +40,7 @@ extern Index thread_index, block_index, grid_size, block_size;
 struct Gpu {
   int64_t shared_bytes = 227 << 10;
   bool clusters = true;
+  int64_t multiprocessors = 132;  // each runs one block at a time
 };
 extern Gpu gpu;
 
