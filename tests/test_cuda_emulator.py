@@ -109,3 +109,24 @@ def test_wrong_distances_and_early_reads_give_wrong_products(fault: int, tmp_pat
     a, b, want = _factors(80)
     (found,) = results("plain", [("planted_product", (a, b, fault))], tmp_path)
     assert not np.allclose(found, want)
+
+
+def test_two_halves_are_a_float32(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    ones = rng.uniform(0.5, 1, 200) * rng.choice([-1, 1], 200)
+    exponents = np.array([-126, -100, -1, 0, 1, 30, 127])
+    series = [np.append(ones * 2.0 ** (e - rng.integers(0, 20, 200)), 2.0**e) for e in exponents]
+    calls = [
+        ("split_halves", (s.astype(np.float32).tolist(), 2.0**e))
+        for e, s in zip(exponents, series, strict=True)
+    ]
+    for (_, (x, largest)), found in zip(calls, results("plain", calls, tmp_path), strict=True):
+        big, small, by, back = found
+        assert by * back == 1 and np.log2(by) % 1 == 0
+        assert largest < 2.0**-112 or 2**13 <= largest * by < 2**14
+        error = np.abs(np.array(big, float) + small - np.array(x, float) * by) * back
+        assert (error <= np.maximum(2.0**-23 * np.abs(x), 2.0**-38 * largest)).all()
+    values, odd = [1.0, np.inf, np.nan], [("split_halves", ([1.0, np.inf, np.nan], np.inf))]
+    ((big, small, by, back),) = results("plain", odd, tmp_path)
+    assert by == back == 1 and big[:2] == values[:2]
+    assert small[0] == 0 and np.isnan([big[2], *small[1:]]).all()

@@ -13,6 +13,7 @@
 #include "../../csrc/cuda/coupling.h"
 #include "../../csrc/cuda/coupling_weights.h"
 #include "../../csrc/cuda/dec.h"
+#include "../../csrc/cuda/halves.h"
 #include "../../csrc/cuda/mma.h"
 #include "../../csrc/cuda/variants.h"
 #include "planted.h"
@@ -73,6 +74,16 @@ PYBIND11_MODULE(mghf_fast_cuda_host, m) {
   m.def("set_dec_blocks", [](int blocks) { dec_blocks = blocks; });
   m.def("tensor_core_sum", [](float before, const std::vector<double>& products) {
     return host_mma::add_up(before, products.data(), static_cast<int>(products.size()));
+  });
+  m.def("split_halves", [](const std::vector<float>& x, float largest) {
+    const PowerOfTwo scale(largest);
+    std::vector<float> big, small;
+    for (const float number : x) {
+      const SplitHalves halves(number * scale.by, 0.0f);
+      big.push_back(to_float(Half{static_cast<uint16_t>(halves.big)}));
+      small.push_back(to_float(Half{static_cast<uint16_t>(halves.small)}));
+    }
+    return py::make_tuple(big, small, scale.by, scale.back);
   });
   m.def("count", [](bool on) { mghf::host::counting = {on}; });
   m.def("counted", [] {
