@@ -142,8 +142,12 @@ def options() -> list[Problem]:
         for activation in ACTIVATIONS
         for scale, clamp in ((1.5, None), (3.0, 1.5))
     ]
-    clamped = problem(8, (1, 9, 11), inputs=3, kernel=3, scale=2.0, clamp=1.5)
-    return [*made, clamped, *(clamped.as_dtype(dtype) for dtype in HALVES)]
+    clamped, wide = (
+        problem(8, size, inputs=3, kernel=3, scale=2.0, clamp=1.5)
+        for size in ((1, 9, 11), (1, 24, 33))
+    )
+    # In a small image a single activation that a half's rounding moves across its kink decides.
+    return [*made, clamped, *(wide.as_dtype(dtype) for dtype in HALVES)]
 
 
 def broken() -> list[Problem]:
@@ -227,10 +231,28 @@ def check_results(problems: list[Problem], results_of_all: list[list[Tensor]]) -
             assert relative_error(got, want) <= tolerance, (p.x.shape, p.weights.activation)
 
 
+OLDER: Call = ("use_older", ("coupling", True))  # without coupling_rows.h
+
+
+@pytest.mark.parametrize("before", [(), (OLDER,)], ids=["newer", "older"])
 @pytest.mark.parametrize("problems", [types, layouts, sizes, options])
-def test_coupling(problems: Any, tmp_path: Path) -> None:
+def test_coupling(problems: Any, before: tuple[Call, ...], tmp_path: Path) -> None:
     torch.manual_seed(0)
-    check("plain", problems(), tmp_path)
+    check("plain", problems(), tmp_path, *before)
+
+
+def strips() -> list[Problem]:
+    """Strips of 64 columns, of which 62 count, or 63 at a border."""
+    return [
+        *(problem(4, (1, 3, width)) for width in (63, 64, 65, 126, 127)),
+        problem(66, (2, 10, 64)),
+        problem(66, (1, 2, 67)).as_dtype(torch.bfloat16),
+    ]
+
+
+def test_rows_in_strips(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    check("plain", strips(), tmp_path)
 
 
 def test_coupling_on_a_small_gpu(tmp_path: Path) -> None:

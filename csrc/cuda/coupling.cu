@@ -45,6 +45,9 @@
 //
 //     z1 = (y1 - eta(y2)) exp(-r),  z2 = y2 - phi(z1),  x = N (z1, z2) + e,  N = M^-1, e = -N b
 //
+// Where there are products of warpgroups the forward of relu6 and up to 64 features streams rows of
+// hidden values past weights that stay in shared memory instead (coupling_rows.h).
+//
 // Kernels: forward   mix, phi, rho and eta;
 //          gradient  rho^T and eta^T, phi^T with mix^T; for a 3x3 mix z1 before and mix^T after them;
 //          the same, recomputed   mix, phi, rho with d_r, rho^T and eta^T, phi^T, mix^T;
@@ -70,6 +73,7 @@
 #include "coupling_forward.h"
 #include "coupling_kept.h"
 #include "coupling_mix.h"
+#include "coupling_rows.h"
 #include "coupling_workspace.h"
 
 namespace mghf::cuda {
@@ -123,6 +127,7 @@ struct PartialCall {
   const CouplingShape& shape;
   const PackedWeights& packed;
   int64_t batch, height, width, shared_bytes;
+  bool streams;  // whether the forward is for stream_rows
   Rows result, kept;  // rows of the result, and rows that have features
   Stream stream;
 
@@ -264,9 +269,26 @@ struct PartialCall {
     });
   }
 
+  const char* value_by_rows(const Image<T>& x, const MutableImage<T>& y,
+                            const CouplingState<unsigned char>& state, const Features<T>& z) const {
+    const int64_t c = shape.channels / 2;
+    const Features<T> z2{z.data + half(), z.width};
+    const char* error = features(x, z, 2 * half());
+    if (error != nullptr) return error;
+    error = launch_rows<T>({tiling(1, around(1)), {}, z, Role::add, {packed.phi.rows}, z2,
+                            channels_of(y, c, c), shape.clamp, state_at(state)},
+                           half(), state.exists, stream);
+    if (error != nullptr) return error;
+    return launch_rows<T>({tiling(1, result), {}, z2, Role::couple,
+                           {packed.rho.rows, packed.eta.rows}, z, channels_of(y, 0, c), shape.clamp,
+                           state_at(state)},
+                          half(), state.exists, stream);
+  }
+
   const char* value(const Image<T>& x, const MutableImage<T>& y,
                     const CouplingState<unsigned char>& state, Pieces pieces) const {
     const Features<T> z{pieces.take<T>(pixels() * 2 * half()), 2 * half()};
+    if (streams) return value_by_rows(x, y, state, z);
     if (const char* error = start(x, z, y, around(1), state); error != nullptr) return error;
     return forward(Role::couple, {z.data + half(), z.width}, result, [&](ForwardStage<T>& s) {
       s.other = z;
@@ -430,15 +452,16 @@ const char* in_parts(const CouplingShape& shape, const PackedWeights& packed, co
   if (x.batch * x.height * x.width == 0) return nullptr;
   Gpu gpu;
   if (const char* error = current_gpu(gpu); error != nullptr) return error;
-  const char* error = nullptr;
+  bool streams = false;
+  const char* error = streams_rows(shape, padded_half(shape), gpu, streams);
   const Parts parts(shape, x.batch, x.height, x.width, sizeof(T), direction);
   for (int64_t first = 0; first < x.batch && error == nullptr; first += parts.images) {
     const int64_t count = parts.images < x.batch - first ? parts.images : x.batch - first;
     for (int64_t row = 0; row < x.height && error == nullptr; row += parts.rows) {
       const int64_t end = row + parts.rows < x.height ? row + parts.rows : x.height;
       const Rows result{static_cast<int>(row), static_cast<int>(end)};
-      error = f(PartialCall<T>{shape, packed, count, x.height, x.width, gpu.shared_bytes, result,
-                       result.wider(halo_of(shape, direction), x.height), stream},
+      error = f(PartialCall<T>{shape, packed, count, x.height, x.width, gpu.shared_bytes, streams,
+                       result, result.wider(halo_of(shape, direction), x.height), stream},
                 first, pieces);
     }
   }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "coupling_geometry.h"
+#include "coupling_rows_weights.h"
 
 namespace mghf::cuda {
 
@@ -19,16 +20,21 @@ struct Packing {
   const float* bias;
   float* padded_bias;
   Axis bias_axis;
+  RowsPacking rows;  // packed by the blocks after the others
 
   __host__ __device__ int64_t blocks() const {
     int64_t blocks = 0;
     for (int i = 0; i < count; ++i) blocks += matrices[i].blocks();
-    return blocks;
+    return (blocks * kWarp + kPackThreads - 1) / kPackThreads;
   }
 };
 
 template <class T>
 __global__ void __launch_bounds__(kPackThreads) pack_weights(Packing packing) {
+  if (blockIdx.x >= packing.blocks()) {
+    pack_rows<kPackThreads>(packing.rows, static_cast<int>(blockIdx.x - packing.blocks()));
+    return;
+  }
   if (blockIdx.x == 0) {
     for (int64_t i = threadIdx.x; i < packing.bias_axis.pieces * packing.bias_axis.padded;
          i += kPackThreads) {

@@ -12,6 +12,7 @@ struct SubnetWeights {
   const uint4 *expand, *project;                         // packed
   const uint4 *expand_transposed, *project_transposed;   // for the gradient
   const float* depthwise;                                // as given
+  const unsigned char* rows;                             // for coupling_rows.h, or null
 };
 
 // Copies features into a tile that begins at (y, x), halo included, without ending the group of

@@ -89,7 +89,8 @@ template <class T>
 PackedWeights lay_out(const CouplingShape& s, const float* weights, bool inverse, Pieces& pieces,
                       Packing& packing) {
   const int64_t c = s.channels / 2, half = padded_half(s), terms = terms_of(s);
-  packing.count = 0;
+  packing.count = packing.rows.count = 0;
+  packing.rows.layout = {static_cast<int>(half), kPartsOf<T>};
   const auto add = [&](const float* from, const Axis& n, const Axis& k, bool fast) {
     const Matrix matrix{from, n, k, nullptr, fast};
     const int loads =
@@ -129,6 +130,13 @@ PackedWeights lay_out(const CouplingShape& s, const float* weights, bool inverse
     subnet->expand = add(expand, {1, 2 * c, 2 * half, c}, {1, c, half, 1}, false);
     subnet->project = add(project, {1, c, half, 2 * c}, {1, 2 * c, 2 * half, 1}, false);
     if (inverse) continue;
+    if (half <= kWidestRows) {
+      const Matrix* const both = packing.matrices + packing.count - 2;
+      unsigned char* const to = pieces.take<unsigned char>(packing.rows.layout.bytes());
+      packing.rows.subnets[packing.rows.count++] = {both[0], both[1], subnet->depthwise,
+                                                    static_cast<int>(2 * c), to};
+      subnet->rows = to;
+    }
     subnet->expand_transposed = add(expand, {1, c, half, 1}, {1, 2 * c, 2 * half, c}, true);
     subnet->project_transposed = add(project, {1, 2 * c, 2 * half, 1}, {1, c, half, 2 * c}, true);
   }
@@ -143,7 +151,7 @@ const char* pack(const CouplingShape& s, const float* weights, bool inverse, voi
   Pieces pieces(memory);
   Packing packing{};
   lay_out<T>(s, weights, inverse, pieces, packing);
-  const Grid grid{(packing.blocks() * kWarp + kPackThreads - 1) / kPackThreads, kPackThreads};
+  const Grid grid{packing.blocks() + packing.rows.blocks(), kPackThreads};
   return launch(pack_weights<T>, grid, stream, packing);
 }
 

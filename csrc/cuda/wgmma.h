@@ -33,6 +33,9 @@ constexpr bool kWarpgroupProducts = true;
 constexpr bool kWarpgroupProducts = false;
 #endif
 
+// Whether the code that the current device runs has them. Returns an error text, or null.
+const char* has_warpgroup_products(bool& has);
+
 // Where b begins and how far apart its cores are, in bytes, all multiples of 16 and below 2^18: along
 // the depth and along the columns. The layout is that of a descriptor without swizzling.
 struct SharedColumns {
@@ -101,18 +104,20 @@ __device__ __forceinline__ void wait_for_products() {
 #if !defined(__CUDACC__)
 namespace host_wgmma {
 
-// What a product reads of b: words of two depths, [column][word].
+// What a thread reads of b: the words of its two pairs of depths in every eighth column. All threads of
+// a warp read all of it.
 template <int kColumns>
 struct Columns {
-  uint32_t words[kColumns][8];
+  uint32_t words[kColumns / 8][2];
 
   explicit Columns(uint64_t descriptor) {
     const auto bytes = [&](int place) { return (descriptor >> place & 0x3fff) << 4; };
-    const unsigned char* const from = static_cast<unsigned char*>(host::dynamic_shared()) + bytes(0);
-    for (size_t n = 0; n < kColumns; ++n) {
-      for (size_t w = 0; w < 8; ++w) {
-        std::memcpy(&words[n][w],
-                    from + n / 8 * bytes(32) + n % 8 * 16 + w / 4 * bytes(16) + w % 4 * 4, 4);
+    const size_t g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
+    const unsigned char* const from =
+        static_cast<unsigned char*>(host::dynamic_shared()) + bytes(0) + g * 16 + t * 4;
+    for (size_t j = 0; j < kColumns / 8; ++j) {
+      for (size_t half = 0; half < 2; ++half) {
+        std::memcpy(&words[j][half], from + j * bytes(32) + half * bytes(16), 4);
       }
     }
   }
@@ -140,10 +145,8 @@ struct Product final : host::Product {
            std::memcmp(&now, &b_then, sizeof now) == 0;
   }
   void make() const override {
-    const int g = static_cast<int>(threadIdx.x) % kWarp / 4, t = static_cast<int>(threadIdx.x) % 4;
     for (int j = 0; j < kColumns / 8; ++j) {
-      const uint32_t (&column)[8] = b_then.words[j * 8 + g];
-      mma_pairs<Half>(reinterpret_cast<float(&)[4]>(d[4 * j]), a_then, {column[t], column[t + 4]});
+      mma_pairs<Half>(reinterpret_cast<float(&)[4]>(d[4 * j]), a_then, b_then.words[j]);
     }
   }
 };

@@ -1,0 +1,498 @@
+// The sub-networks' forward for relu6 and up to 64 features on GPUs with products of warpgroups
+// (wgmma.h): rows of hidden values stream past weights that stay.
+//
+// A block has a strip of 64 columns of an image, of which the outer two count only at the image's
+// borders, and some rows. The packed weights of a sub-network lie in its shared memory, and beside them
+// a ring of four rows of A(E f), so that no hidden value is in memory and a row is computed once. Two
+// warpgroups take rows in turn; one of them, for its row j,
+//
+//     1. makes row j of A(E f) from features in its registers, by products of a warpgroup: 64 pixels
+//        are the rows of a matrix; and puts it into the ring;
+//     2. makes row j - 1 of D of the ring, group of channels by group, where it lies as a factor of the
+//        products with P, which run while the next group is made; then what comes of the result.
+//
+// While one makes products the other has the 3x3 layer. They wait for each other by counters, two for
+// each place of the ring: until a row is there, and until it has been read.
+//
+// Products of float32 are three of halves (halves.h), those of halves and bfloat16 one. The power of
+// two for features is that of each pixel's largest, for hidden values, which relu6 keeps within
+// [0, 6], 2^11. Small products are added up apart from the large ones, so that an accumulator is cut
+// off at most 8 times.
+//
+// Predicted for float32, C = 128, on an H200 at 1.75 GHz. A row of 64 pixels takes 24 products m64n64k16
+// of E and 24 of P, 32 cycles each: 1,536 cycles of tensor cores. Shared memory, 128 bytes a cycle: the
+// 3x3 layer reads 12 quads and 9 of taps for two pixels and four channels, 1,824 cycles a row; products
+// read 98 KB of weights, 768; the ring is written, 256: 2,850 cycles, the bound. 512 x 512 pixels are 9
+// strips of 14 runs of 37 rows, 39 with those around: 126 blocks, 0.064 ms for a sub-network if nothing
+// else stalls.
+#pragma once
+
+#include "bulk.h"
+#include "coupling_forward.h"
+#include "coupling_rows_weights.h"
+#include "variants.h"
+#include "wgmma.h"
+
+namespace mghf::cuda {
+
+namespace {
+
+constexpr int kRowsThreads = 2 * kWarpgroup;
+constexpr int kStrip = 64, kOwnOfStrip = kStrip - 2;
+constexpr int kRing = 4;
+constexpr float kHiddenScale = 2048;  // 6 times it is within 2^13 ... 2^14
+
+// How a call is cut into blocks.
+struct RowsPlan {
+  int strips, runs, rows;  // runs of so many rows
+
+  __host__ __device__ int64_t blocks(int batch) const { return int64_t{batch} * strips * runs; }
+};
+
+// By the count of rows that the busiest multiprocessor streams, of 132; a run costs about four more than
+// it has.
+RowsPlan plan_rows(int64_t batch, int rows, int width) {
+  constexpr int64_t kMultiprocessors = 132, kMore = 4;
+  constexpr int kLeast = 4;
+  RowsPlan best{width <= kStrip ? 1 : (width - 2 + kOwnOfStrip - 1) / kOwnOfStrip, 1, rows};
+  int64_t least = INT64_MAX;
+  const int strips = best.strips;
+  for (int runs = 1; runs == 1 || (runs <= kMultiprocessors && rows / runs >= kLeast); ++runs) {
+    const int of_run = (rows + runs - 1) / runs;
+    const RowsPlan plan{strips, (rows + of_run - 1) / of_run, of_run};
+    const int64_t blocks = plan.blocks(static_cast<int>(batch));
+    const int64_t turns = (blocks + kMultiprocessors - 1) / kMultiprocessors;
+    const int64_t cost = turns * (of_run + kMore);
+    if (cost < least) best = plan, least = cost;
+  }
+  return best;
+}
+
+template <class T>
+struct RowsStage {
+  Tiling tiling;
+  RowsPlan plan;
+  Features<T> features;  // the sub-networks' input
+  Role role;             // add, or couple with two sub-networks
+  const unsigned char* weights[2];
+  Features<T> other;     // for couple it becomes z1 exp(r) in between
+  MutableChannels<T> y;
+  float clamp;
+  MutableState state;  // written if Sizes::kKeeps
+};
+
+template <class T, int kHalfOf, bool kKeepsOf>
+struct RowsSizes {
+  static constexpr int kHalf = kHalfOf, kHidden = 2 * kHalf, kParts = kPartsOf<T>;
+  static constexpr bool kKeeps = kKeepsOf;
+  static constexpr int kGroups = kHalf / kGroup, kHiddenGroups = kHidden / kGroup;
+  static constexpr RowsLayout kLayout{kHalf, kParts};
+  static constexpr int kRingBytes =
+      Tile<T, kHidden>::size(kRing * kStrip) * static_cast<int>(sizeof(T));
+  static constexpr int kCounters = 2 * kRing + 1;
+  static constexpr size_t kBytes = kLayout.bytes() + kRingBytes + kCounters * sizeof(Counter);
+  static_assert(kLayout.bytes() % 16 == 0 && kLayout.scales() % 16 == 0);
+};
+
+// A block's part of an image: columns from `left` on, of which those from `first` to `end` - 1 count,
+// and rows.
+struct StripOfRows {
+  int b, left, first, end;
+  Rows rows;
+
+  __device__ __forceinline__ StripOfRows(const Tiling& t, const RowsPlan& plan, unsigned block) {
+    const int place = static_cast<int>(block) % (plan.strips * plan.runs);
+    const int strip = place % plan.strips, top = t.computed.first + place / plan.strips * plan.rows;
+    b = static_cast<int>(block) / (plan.strips * plan.runs);
+    left = strip * kOwnOfStrip;
+    first = left + (strip > 0 ? 1 : 0);
+    end = strip + 1 < plan.strips ? left + kStrip - 1 : t.width;
+    rows = {top, top + plan.rows < t.computed.end ? top + plan.rows : t.computed.end};
+  }
+  __device__ __forceinline__ bool counts(int y, int x) const {
+    return y >= rows.first && y < rows.end && x >= first && x < end;
+  }
+};
+
+// A thread's place: two neighbouring pixels of a strip, and every fourth quad of channels.
+struct PlaceInRow {
+  int lane, pixel;
+
+  __device__ __forceinline__ PlaceInRow()
+      : lane(static_cast<int>(threadIdx.x) % 4),
+        pixel(static_cast<int>(threadIdx.x) % kWarpgroup / kWarp * kGroup +
+              static_cast<int>(threadIdx.x) % kWarp / 4 * 2) {}
+};
+
+template <int kGroups>
+struct FeaturesOfRow {
+  float of[kGroups][2][4];
+};
+
+template <class Z, class T>
+__device__ __forceinline__ void read_features(FeaturesOfRow<Z::kGroups>& to, const RowsStage<T>& s,
+                                              const StripOfRows& strip, int y) {
+  const PlaceInRow place;
+  MGHF_UNROLL_ALL
+  for (int i = 0; i < 2; ++i) {
+    const int x = strip.left + place.pixel + i;
+    // Beyond the image nobody uses the results.
+    const int64_t pixel = s.tiling.pixel(strip.b, y, x < s.tiling.width ? x : s.tiling.width - 1);
+    MGHF_UNROLL_ALL
+    for (int n = 0; n < Z::kGroups; ++n) read_quad(s.features.quad(pixel, n), to.of[n][i]);
+  }
+}
+
+// The bits of a layer of a row, 16 for a group. Of a thread's two pixels a lane of four keeps the words
+// of one pair of groups.
+struct SlopesOfRow {
+  uint32_t even = 0, words[2] = {};
+
+  // Called for each group in turn.
+  __device__ __forceinline__ void note(int group, Values& x) {
+    const uint32_t bits = slope_bits(x, true);
+    if (group % 2 == 0) {
+      even = bits;
+    } else if (group / 2 == static_cast<int>(threadIdx.x) % 4) {
+      words[0] = (even & 0xffff) | bits << 16;
+      words[1] = even >> 16 | (bits & 0xffff0000);
+    }
+  }
+  template <class Z, class T>
+  __device__ __forceinline__ void keep(const RowsStage<T>& s, const StripOfRows& strip, int subnet,
+                                       int layer, int y) const {
+    const PlaceInRow place;
+    if (place.lane >= Z::kHiddenGroups / 2) return;
+    MGHF_UNROLL_ALL
+    for (int i = 0; i < 2; ++i) {
+      const int x = strip.left + place.pixel + i;
+      if (!strip.counts(y, x)) continue;
+      unsigned char* const to =
+          s.state.template slopes<T>(s.state.pixel(strip.b, y, x), subnet) +
+          layer * (slope_bytes(Z::kHalf) / 2) + place.lane * 4;
+      *reinterpret_cast<uint32_t*>(to) = words[i];
+    }
+  }
+};
+
+// The columns of a packed matrix from one of them on, for the depths of a group.
+template <int kColumns>
+__device__ __forceinline__ SharedColumns columns_of(const unsigned char* matrix, int group,
+                                                    int first_column) {
+  constexpr int kAlongDepth = kColumns / 8 * 128;
+  return SharedColumns(matrix + group * 2 * kAlongDepth + first_column / 8 * 128, kAlongDepth, 128);
+}
+
+// A row of A(E f) into its place in the ring.
+template <class Z, class T>
+__device__ __forceinline__ void expand_row(const Tile<T, Z::kHidden>& row,
+                                           const FeaturesOfRow<Z::kGroups>& features,
+                                           const unsigned char* weights, SlopesOfRow& slopes) {
+  const PlaceInRow place;
+  PowerOfTwo scale[2];
+  MGHF_UNROLL_ALL
+  for (int i = 0; i < 2; ++i) {
+    float largest = 0;
+    MGHF_UNROLL_ALL
+    for (int n = 0; n < Z::kGroups; ++n) {
+      MGHF_UNROLL_ALL
+      for (int q = 0; q < 4; ++q) largest = fmaxf(largest, fabsf(features.of[n][i][q]));
+    }
+    largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 1));
+    scale[i] = PowerOfTwo(fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 2)));
+  }
+  uint32_t big[Z::kGroups][4], small[Z::kGroups][4];
+  MGHF_UNROLL_ALL
+  for (int n = 0; n < Z::kGroups; ++n) {
+    MGHF_UNROLL_ALL
+    for (int i = 0; i < 4; ++i) {
+      const float(&of)[4] = features.of[n][i % 2];
+      const float by = scale[i % 2].by;
+      const SplitHalves pair(of[i / 2 * 2] * by, of[i / 2 * 2 + 1] * by);
+      big[n][i] = pair.big;
+      small[n][i] = pair.small;
+    }
+  }
+  // In two groups, so that one can be used while the other is made.
+  float sums[2][Z::kHalf / 2];
+  MGHF_UNROLL_ALL
+  for (int k = 0; k < Z::kHalf; ++k) {
+    // Opaque, because the compiler would set the zeros amid the products and wait for these first.
+    sums[k / (Z::kHalf / 2)][k % (Z::kHalf / 2)] = bits_as<float>(opaque(0));
+  }
+  begin_products();
+  MGHF_UNROLL_ALL
+  for (int part = 0; part < 2; ++part) {
+    const auto multiply = [&](const uint32_t(&a)[Z::kGroups][4], const unsigned char* matrix) {
+      MGHF_UNROLL_ALL
+      for (int n = 0; n < Z::kGroups; ++n) {
+        multiply_add_later<Z::kHalf>(sums[part], a[n],
+                                     columns_of<Z::kHidden>(matrix, n, part * Z::kHalf));
+      }
+    };
+    if constexpr (Z::kParts == 2) {
+      multiply(small, weights);
+      multiply(big, weights + Z::kLayout.matrix_bytes());
+    }
+    multiply(big, weights);
+    end_products();
+  }
+  const float of_weights = *reinterpret_cast<const float*>(weights + Z::kLayout.scales());
+  const float back[2] = {scale[0].back * of_weights, scale[1].back * of_weights};
+  MGHF_UNROLL_ALL
+  for (int part = 0; part < 2; ++part) {
+    if (part == 0) {
+      wait_for_products<1>();
+    } else {
+      wait_for_products<0>();
+    }
+    MGHF_UNROLL_ALL
+    for (int n = 0; n < Z::kGroups; ++n) {
+      Values values;
+      MGHF_UNROLL_ALL
+      for (int k = 0; k < kValues; ++k) {
+        values.all()[k] = sums[part][n * kValues + k] * back[k % 4 / 2];
+      }
+      const int group = part * Z::kGroups + n;
+      if constexpr (Z::kKeeps) slopes.note(group, values);
+      activate<kValues>(values.all(), Activation::relu6);
+      MGHF_UNROLL_ALL
+      for (int i = 0; i < 2; ++i) {
+        const float quad[4] = {values.at(i, 0), values.at(i, 1), values.at(i, 2), values.at(i, 3)};
+        row.write(place.pixel + i, group, quad);
+      }
+    }
+  }
+}
+
+// The pixels that a thread's windows reach, as places in a row of the strip: reflected at the image's
+// borders. At the strip's other borders they are others', for results that do not count.
+struct WindowColumns {
+  int of[4];
+
+  __device__ __forceinline__ WindowColumns(const StripOfRows& strip, int width) {
+    const PlaceInRow place;
+    MGHF_UNROLL_ALL
+    for (int i = 0; i < 4; ++i) {
+      const int at = reflected(strip.left + place.pixel + i - 1, width) - strip.left;
+      of[i] = at < 0 ? 0 : at < kStrip ? at : kStrip - 1;
+    }
+  }
+};
+
+// result = P A(D ...) for a row whose window's rows are in the ring.
+template <class Z, class T>
+__device__ __forceinline__ void project_row(Values (&result)[Z::kGroups],
+                                            const Tile<T, Z::kHidden>& ring, const int (&rows)[3],
+                                            const WindowColumns& columns,
+                                            const unsigned char* weights, SlopesOfRow& slopes) {
+  const PlaceInRow place;
+  const float* const taps =
+      reinterpret_cast<const float*>(weights + Z::kLayout.taps()) + place.lane * 4;
+  const unsigned char* const matrix = weights + Z::kLayout.project();
+  float sums[Z::kHalf / 2] = {}, small_sums[Z::kHalf / 2] = {};
+  uint32_t big[2][4], small[2][4];
+  MGHF_UNROLL(1)
+  for (int first = 0; first < Z::kHiddenGroups; first += 2) {
+    MGHF_UNROLL_ALL
+    for (int k = 0; k < 2; ++k) {
+      const int group = first + k;
+      Values inner = {};
+      MGHF_UNROLL_ALL
+      for (int y = 0; y < 3; ++y) {
+        float w[3][4];
+        MGHF_UNROLL_ALL
+        for (int tap = 0; tap < 3; ++tap) {
+          read_quad(taps + (y * 3 + tap) * Z::kHidden + group * kGroup, w[tap]);
+        }
+        MGHF_UNROLL_ALL
+        for (int x = 0; x < 4; ++x) {
+          float quad[4];
+          ring.read(rows[y] + columns.of[x], group, quad);
+          MGHF_UNROLL_ALL
+          for (int i = 0; i < 2; ++i) {
+            if (x < i || x > i + 2) continue;
+            MGHF_UNROLL_ALL
+            for (int q = 0; q < 4; ++q) inner.at(i, q) += w[x - i][q] * quad[q];
+          }
+        }
+      }
+      if constexpr (Z::kKeeps) slopes.note(group, inner);
+      activate<kValues>(inner.all(), Activation::relu6);
+      MGHF_UNROLL_ALL
+      for (int i = 0; i < 4; ++i) {
+        const float* const of = &inner.of[i / 2][i % 2 * 2];
+        const SplitHalves pair(of[0] * kHiddenScale, of[1] * kHiddenScale);
+        big[k][i] = pair.big;
+        small[k][i] = pair.small;
+      }
+      begin_products();
+      const SharedColumns of_big = columns_of<Z::kHalf>(matrix, group, 0);
+      if constexpr (Z::kParts == 2) {
+        multiply_add_later<Z::kHalf>(small_sums, small[k], of_big);
+        multiply_add_later<Z::kHalf>(small_sums, big[k],
+                                     of_big.further(Z::kLayout.matrix_bytes()));
+      }
+      multiply_add_later<Z::kHalf>(sums, big[k], of_big);
+      end_products();
+      wait_for_products<1>();  // then the factors of the group before may be overwritten
+    }
+  }
+  wait_for_products<0>();
+  const float back =
+      reinterpret_cast<const float*>(weights + Z::kLayout.scales())[1] * (1 / kHiddenScale);
+  MGHF_UNROLL_ALL
+  for (int n = 0; n < Z::kGroups; ++n) {
+    MGHF_UNROLL_ALL
+    for (int k = 0; k < kValues; ++k) {
+      const int at = n * kValues + k;
+      result[n].all()[k] = (sums[at] + small_sums[at]) * back;
+    }
+  }
+}
+
+// What comes of a sub-network's result in row y: phi's is added, rho's scales z1, eta's is added to
+// that.
+template <class Z, class T>
+__device__ __forceinline__ void finish_row(Values (&result)[Z::kGroups], const RowsStage<T>& s,
+                                           const StripOfRows& strip, int subnet, int y) {
+  const PlaceInRow place;
+  MGHF_UNROLL_ALL
+  for (int i = 0; i < 2; ++i) {
+    const int x = strip.left + place.pixel + i;
+    if (!strip.counts(y, x)) continue;
+    const int64_t pixel = s.tiling.pixel(strip.b, y, x);
+    MGHF_UNROLL_ALL
+    for (int n = 0; n < Z::kGroups; ++n) {
+      float other[4], value[4];
+      read_quad(s.other.quad(pixel, n), other);
+      MGHF_UNROLL_ALL
+      for (int q = 0; q < 4; ++q) value[q] = result[n].at(i, q);
+      if (subnet == kRho) {
+        MGHF_UNROLL_ALL
+        for (int q = 0; q < 4; ++q) value[q] = expf(log_scale_of(value[q], s.clamp));
+        if constexpr (Z::kKeeps) {
+          unsigned char* const kept = s.state.pixel(strip.b, y, x);
+          write_quad(MutableState::scale<T>(kept, n), value);
+          if (s.state.has_z1) write_quad(s.state.template z1<T>(kept, n), other);
+        }
+        MGHF_UNROLL_ALL
+        for (int q = 0; q < 4; ++q) value[q] *= other[q];
+      } else {
+        MGHF_UNROLL_ALL
+        for (int q = 0; q < 4; ++q) value[q] += other[q];
+      }
+      if (subnet != kEta) write_quad(s.other.quad(pixel, n), value);
+      if (subnet != kRho && s.y.image.data != nullptr) s.y.write(strip.b, y, x, n, value);
+    }
+  }
+}
+
+template <class T, class Z>
+__global__ void __launch_bounds__(kRowsThreads, 1) stream_rows(RowsStage<T> s) {
+  if constexpr (!kWarpgroupProducts) {
+    never();
+  } else {
+    MGHF_DYNAMIC_SHARED(unsigned char, weights);
+    const Tile<T, Z::kHidden> ring{reinterpret_cast<T*>(weights + Z::kLayout.bytes())};
+    Counter* const made = reinterpret_cast<Counter*>(weights + Z::kLayout.bytes() + Z::kRingBytes);
+    Counter *const read = made + kRing, *const loaded = read + kRing;
+    if (threadIdx.x == 0) {
+      for (int i = 0; i < kRing; ++i) {
+        made[i].begin(kWarpgroup);
+        read[i].begin(kWarpgroup);
+      }
+      loaded->begin(1);
+    }
+    publish_counters();
+    const StripOfRows strip(s.tiling, s.plan, blockIdx.x);
+    const WindowColumns columns(strip, s.tiling.width);
+    const int height = s.tiling.height;
+    // A shuffle, because the compiler must see that a warp stays together: otherwise it makes products
+    // one by one.
+    const int warpgroup =
+        __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
+    const int top = strip.rows.first > 0 ? strip.rows.first - 1 : 0;
+    // Rows of the ring, each with the row of results above it; beyond the last the turns are empty, so
+    // that every counter has as many rounds for each sub-network.
+    const int turns = (strip.rows.end - top + 1 + kRing - 1) / kRing * kRing;
+    const int subnets = s.role == Role::couple ? 2 : 1;
+    FeaturesOfRow<Z::kGroups> features;
+    const auto expands = [&](int j) { return top + j <= strip.rows.end && top + j < height; };
+    MGHF_UNROLL(1)
+    for (int i = 0; i < subnets; ++i) {
+      if (i > 0) __syncthreads();  // the weights before are in use
+      if (threadIdx.x == 0) {
+        loaded->arrive(Z::kLayout.bytes());
+        copy_bulk(weights, s.weights[i], Z::kLayout.bytes(), *loaded);
+      }
+      const int subnet = s.role == Role::couple ? kRho + i : kPhi, before = i * (turns / kRing);
+      if (expands(warpgroup)) read_features<Z>(features, s, strip, top + warpgroup);
+      loaded->wait(i % 2);
+      MGHF_UNROLL(1)
+      for (int pair = 0; pair < turns; pair += 2) {
+        const int j = pair + warpgroup, y = top + j;
+        SlopesOfRow slopes;
+        // The last turns that read what this one replaces. The one before was waited for then.
+        for (int of = j - 3; of < j - 1; ++of) {
+          if (of >= 0) read[of % kRing].wait((before + of / kRing) % 2);
+        }
+        if (expands(j)) {
+          const Tile<T, Z::kHidden> row{ring.data + j % kRing * (kStrip * Z::kHidden)};
+          expand_row<Z>(row, features, weights, slopes);
+          if constexpr (Z::kKeeps) slopes.template keep<Z>(s, strip, subnet, 0, y);
+        }
+        made[j % kRing].arrive();
+        if (expands(j + 2)) read_features<Z>(features, s, strip, y + 2);
+        // Row j - 2 was waited for then. A warp's windows reach into what others made.
+        for (int of = j > 0 ? j - 1 : 0; of <= j; ++of) {
+          made[of % kRing].wait((before + of / kRing) % 2);
+        }
+        if (y > strip.rows.first && y <= strip.rows.end) {
+          int rows[3];
+          MGHF_UNROLL_ALL
+          for (int tap = 0; tap < 3; ++tap) {
+            rows[tap] = (reflected(y - 2 + tap, height) - top) % kRing * kStrip;
+          }
+          Values result[Z::kGroups];
+          SlopesOfRow second;
+          project_row<Z>(result, ring, rows, columns, weights, second);
+          read[j % kRing].arrive();
+          if constexpr (Z::kKeeps) second.template keep<Z>(s, strip, subnet, 1, y - 1);
+          finish_row<Z>(result, s, strip, subnet, y - 1);
+        } else {
+          read[j % kRing].arrive();
+        }
+      }
+    }
+  }
+}
+
+// Whether a block is for this kernel: relu6, at most 64 features a sub-network, and a GPU whose newer
+// kernels have not failed their trial.
+const char* streams_rows(const CouplingShape& shape, int64_t half, const Gpu& gpu, bool& streams) {
+  bool products = false;
+  if (const char* error = has_warpgroup_products(products); error != nullptr) return error;
+  streams = products && shape.activation == Activation::relu6 && half <= kWidestRows &&
+            gpu.shared_bytes >= static_cast<int64_t>(RowsSizes<float, kWidestRows, true>::kBytes) &&
+            newest(Variant::coupling);
+  return nullptr;
+}
+
+template <int kHalf, class T>
+const char* stream_rows_of(const RowsStage<T>& s, bool keeps, Stream stream) {
+  const int64_t blocks = s.plan.blocks(s.tiling.batch);
+  using Plain = RowsSizes<T, kHalf, false>;
+  using Keeping = RowsSizes<T, kHalf, true>;
+  return keeps ? launch(stream_rows<T, Keeping>, {blocks, kRowsThreads, Keeping::kBytes}, stream, s)
+               : launch(stream_rows<T, Plain>, {blocks, kRowsThreads, Plain::kBytes}, stream, s);
+}
+template <class T>
+const char* launch_rows(RowsStage<T> s, int64_t half, bool keeps, Stream stream) {
+  s.plan = plan_rows(s.tiling.batch, s.tiling.computed.count(), s.tiling.width);
+  return half == 32 ? stream_rows_of<32>(s, keeps, stream) : stream_rows_of<64>(s, keeps, stream);
+}
+
+}  // namespace
+
+}  // namespace mghf::cuda

@@ -1,0 +1,122 @@
+// The weights of a sub-network as the kernel of rows has them in shared memory (coupling_rows.h), one
+// piece of memory for each:
+//
+//     E, then P   as columns of halves in the cores of wgmma.h: [8 depths][8 columns] of 128 bytes, in
+//                 the order of channels of coupling_products.h; of float32 all big parts, then all
+//                 small ones
+//     D           [tap][channel], float32
+//     what undoes the powers of two by which E and P are multiplied
+#pragma once
+
+#include "coupling_products.h"
+#include "halves.h"
+
+namespace mghf::cuda {
+
+namespace {
+
+constexpr int kWidestRows = 64;  // features of a sub-network
+
+struct RowsLayout {
+  int half, parts;  // parts: 2 for float32, big and small
+
+  __host__ __device__ constexpr int hidden() const { return 2 * half; }
+  __host__ __device__ constexpr int matrix_bytes() const { return half * hidden() * 2; }
+  __host__ __device__ constexpr int project() const { return matrix_bytes() * parts; }
+  __host__ __device__ constexpr int taps() const { return 2 * project(); }
+  __host__ __device__ constexpr int scales() const { return taps() + 9 * hidden() * 4; }
+  __host__ __device__ constexpr int bytes() const { return scales() + 16; }
+};
+template <class T>
+constexpr int kPartsOf = std::is_same_v<T, float> ? 2 : 1;
+
+// The channel within its group at a place among the depths or columns of a product.
+__device__ __forceinline__ int channel_at(int place) {
+  return place % 8 / 2 * 4 + place / 8 * 2 + place % 2;
+}
+
+// A sub-network to be packed.
+struct RowsSubnet {
+  Matrix expand, project;
+  const float* depthwise;
+  int hidden;  // channels that exist
+  unsigned char* to;
+};
+
+// Packed by some blocks each.
+struct RowsPacking {
+  static constexpr int kBlocks = 8;  // for a matrix
+  RowsSubnet subnets[3];
+  RowsLayout layout;
+  int count;  // of sub-networks
+
+  int64_t blocks() const { return int64_t{2} * count * kBlocks; }
+};
+
+template <int kThreads>
+__device__ __forceinline__ float largest_weight(const Matrix& m) {
+  __shared__ float of_warps[kThreads / kWarp];
+  const int64_t places = m.k.pieces * m.k.padded, columns = m.n.pieces * m.n.padded;
+  float largest = 0;
+  for (int64_t i = threadIdx.x; i < places * columns; i += kThreads) {
+    const int64_t n = m.n.offset(i / places), k = m.k.offset(i % places);
+    const float weight = n >= 0 && k >= 0 ? fabsf(m.from[n + k]) : 0.0f;
+    if (weight <= 3.402823466e38f) largest = fmaxf(largest, weight);
+  }
+  for (int other = kWarp / 2; other > 0; other /= 2) {
+    largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, other));
+  }
+  if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = largest;
+  __syncthreads();
+  for (const float of_warp : of_warps) largest = fmaxf(largest, of_warp);
+  return largest;
+}
+
+template <int kThreads>
+__device__ __forceinline__ void pack_rows(const RowsPacking& packing, int block) {
+  const int part = block % RowsPacking::kBlocks, which = block / RowsPacking::kBlocks;
+  const RowsSubnet& subnet = packing.subnets[which / 2];
+  const RowsLayout& layout = packing.layout;
+  const bool is_project = which % 2 != 0;
+  const Matrix& m = is_project ? subnet.project : subnet.expand;
+  const PowerOfTwo scale(largest_weight<kThreads>(m));
+  const int columns = static_cast<int>(m.n.pieces * m.n.padded);
+  const int units = static_cast<int>(m.k.pieces * m.k.padded) / 8 * columns;
+  unsigned char* const to = subnet.to + (is_project ? layout.project() : 0);
+  for (int i = part * kThreads + static_cast<int>(threadIdx.x); i < units;
+       i += RowsPacking::kBlocks * kThreads) {
+    // Eight depths of a column are 16 bytes, neighbouring columns too.
+    const int depths = i / columns, column = i % columns;
+    const int64_t n = m.n.offset(column / kGroup * kGroup + channel_at(column % kGroup));
+    SplitHalves pairs[4];
+    MGHF_UNROLL_ALL
+    for (int pair = 0; pair < 4; ++pair) {
+      float w[2];
+      MGHF_UNROLL_ALL
+      for (int q = 0; q < 2; ++q) {
+        const int depth = depths % 2 * 8 + pair * 2 + q;
+        const int64_t k = m.k.offset(depths / 2 * kGroup + channel_at(depth));
+        w[q] = n >= 0 && k >= 0 ? m.from[n + k] * scale.by : 0.0f;
+      }
+      pairs[pair] = SplitHalves(w[0], w[1]);
+    }
+    uint4* const unit = reinterpret_cast<uint4*>(to) + i;
+    *unit = {pairs[0].big, pairs[1].big, pairs[2].big, pairs[3].big};
+    if (layout.parts == 2) {
+      unit[units] = {pairs[0].small, pairs[1].small, pairs[2].small, pairs[3].small};
+    }
+  }
+  if (part != 0) return;
+  float* const scales = reinterpret_cast<float*>(subnet.to + layout.scales());
+  if (threadIdx.x < 2) scales[2 * threadIdx.x + (is_project ? 1 : 0)] = scale.back;
+  if (is_project) return;
+  float* const taps = reinterpret_cast<float*>(subnet.to + layout.taps());
+  for (int i = threadIdx.x; i < 9 * layout.hidden(); i += kThreads) {
+    const int channel = i % layout.hidden(), tap = i / layout.hidden();
+    taps[i] = channel < subnet.hidden ? subnet.depthwise[channel * 9 + tap] : 0.0f;
+  }
+}
+
+}  // namespace
+
+}  // namespace mghf::cuda
