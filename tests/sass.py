@@ -74,8 +74,8 @@ class Kernel:
                 for k in range(first, last + 1)
                 if not any(a <= k <= b for a, b in inner)
             )
-            if own["HMMA"]:
-                tensor += own["HMMA"]
+            if found := own["HMMA"] + own["HGMMA"]:
+                tensor += found
                 total += own.total()
         return tensor / total if total else 0.0
 

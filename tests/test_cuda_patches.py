@@ -19,13 +19,14 @@ pytestmark = needs_modules
 
 # batch, channels, height, width, patch size, stride, hidden, dimension, channels_last: cells with
 # one to four patches, more units, dimensions, rows and pixels of a cell than a block has at a time,
-# copies by 16 bytes and number by number.
+# copies by 16 bytes and number by number; the last as patches_rows.h takes it.
 PROBLEMS = [
     (1, 5, 9, 11, 5, 3, 9, 5, False),
     (1, 8, 44, 44, 8, 4, 40, 16, True),
     (2, 1, 24, 40, 16, 12, 140, 70, False),
+    (1, 3, 40, 56, 16, 12, 40, 20, False),
 ]
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float32)
 
 
 def problem(number: int, dtype: torch.dtype) -> tuple[Tensor, list[Tensor], int, int]:
@@ -50,13 +51,82 @@ def test_long_sums_are_exact(tmp_path: Path) -> None:
     assert relative_error(torch.from_numpy(embedding), expected) <= 1e-6
 
 
+# batch, channels, height, width, patch size, stride, hidden, dimension: what patches_rows.h takes.
+# Blocks with parts of rows of patches, with several maps, with one patch of each map; half a block.
+ROWS = [
+    (1, 2, 32, 64, 16, 8, 128, 64),
+    (1, 3, 64, 64, 32, 24, 128, 64),
+    (2, 3, 52, 100, 16, 12, 100, 50),
+    (1, 130, 16, 20, 16, 8, 33, 3),
+]
+
+
+def of_rows(case: tuple[int, ...]) -> tuple[Tensor, list[Tensor], tuple[int, int]]:
+    *shape, size, stride, hidden, dimension = case
+    shapes = [(hidden, size * size), (hidden,), (dimension, hidden), (dimension,)]
+    weights = [draws.randn(s) / s[-1] ** 0.5 for s in shapes]
+    return draws.rand(*shape), weights, (size, stride)
+
+
+def forward(x: Tensor, weights: list[Tensor], options: tuple[int, int]) -> Call:
+    return "patches", (strided(x), *map(strided, weights), *options)
+
+
+OLDER: Call = ("use_older", ("patches", True))
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_rows_of_pixels(case: tuple[int, ...], tmp_path: Path) -> None:
+    """By newer and older kernels; the newer ones twice."""
+    x, weights, options = of_rows(case)
+    call = forward(x, weights, options)
+    new, again, _, old = results("plain", [call, call, OLDER, call], tmp_path)
+    for a, b in zip(new, again, strict=True):
+        assert a.tobytes() == b.tobytes()
+    assert not np.array_equal(new[0], old[0])  # they are different kernels
+    exact = [w.double() for w in weights]
+    expected = reference.patch_projection(x.double(), *exact, *options)
+    assert relative_error(torch.from_numpy(new[0]), expected) <= 5e-7
+    assert relative_error(torch.from_numpy(old[0]), expected) <= 5e-7
+    # All bits but those of units within rounding of 0; and the norms.
+    words = (new[1][:, 1:] ^ old[1][:, 1:]).view(np.uint32)
+    assert np.bitwise_count(words).sum() <= 1
+    norms = [torch.from_numpy(s[:, 0].view(np.float32)) for s in (new[1], old[1])]
+    assert relative_error(norms[0], norms[1].double()) <= 5e-7
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_rows_of_pixels_of_any_size(scale: float, tmp_path: Path) -> None:
+    """Numbers that no half can hold; the lower half of the image is smaller by 2^20."""
+    x, weights, options = of_rows(ROWS[0])
+    x[:, :, 16:] *= 2.0**-20
+    x *= scale
+    weights[1] *= scale
+    weights[2] /= scale
+    ((embedding, _),) = results("plain", [forward(x, weights, options)], tmp_path)
+    exact = [w.double() for w in weights]
+    expected = reference.patch_projection(x.double(), *exact, *options)
+    assert relative_error(torch.from_numpy(embedding), expected) <= 5e-7
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_stays_in_its_patches(value: float, tmp_path: Path) -> None:
+    x, weights, options = of_rows(ROWS[0])
+    bad = x.clone()
+    bad[0, 1, 17, 10] = value  # in patches of three rows of patches
+    calls = [forward(image, weights, options) for image in (x, bad)]
+    (good, _), (found, _) = results("plain", calls, tmp_path)
+    expected = reference.patch_projection(bad, *weights, *options)
+    assert np.array_equal(np.isnan(found), expected.isnan().numpy()) and np.isnan(found).any()
+    assert np.array_equal(found[~np.isnan(found)], good[~np.isnan(found)])
+
+
 @pytest.mark.parametrize("kind", ["thread", "address"])
 @pytest.mark.parametrize("number", range(len(PROBLEMS)))
 def test_patches(kind: str, number: int, tmp_path: Path) -> None:
     x, w, size, stride = problem(number, DTYPES[number])
     options, parameters = (size, stride), [strided(p) for p in w]
-    forward: Call = ("patches", (strided(x), *parameters, *options))
-    ((embedding, state),) = results(kind, [forward], tmp_path)
+    ((embedding, state),) = results(kind, [forward(x, w, options)], tmp_path)
     exact = [p.double() for p in w]
     expected = reference.patch_projection(x.double(), *exact, *options)
     assert relative_error(torch.from_numpy(embedding), expected) <= 1e-5

@@ -8,7 +8,8 @@
 // All of them are matrix products by tensor cores, whose rows are the pairs of a patch (or of a
 // cell of the image, see patches_image.h) and a map. Maps run fastest among the rows if they do in
 // the image, otherwise patches do, so that copies are contiguous. No patch is ever copied in global
-// memory. |y| and the bits h > 0 come from the forward's state.
+// memory. |y| and the bits h > 0 come from the forward's state. The forward has two kernels: that
+// of patches_rows.h, and where that does not apply that of patches_forward.h.
 //
 // Sizes in the predictions: B = 1, C = 128 maps of 512 x 512, N = 441 patches of K = 1024 pixels,
 // 128 hidden units, D = 64: R = 56,448 rows; on an H200 with 4.3 TB/s, 300 TFLOP/s of TF32 and 600
@@ -18,7 +19,9 @@
 #include "patches_forward.h"
 #include "patches_hidden.h"
 #include "patches_image.h"
+#include "patches_rows.h"
 #include "patches_weights.h"
+#include "variants.h"
 #include "workspace.h"
 
 namespace mghf::cuda {
@@ -53,13 +56,48 @@ Factor factor_of(const float* weight, int64_t outputs, int64_t inputs, bool back
   return factor;
 }
 
+// The weights as `project` and as `project_rows` take them.
 struct ProjectionMemory {
   Factor weight1, weight2;
+  RowsWeights rows;
 
   ProjectionMemory(const Projection& p, Pieces& pieces)
       : weight1(factor_of(p.weight1, p.hidden, p.pixels(), false, pieces)),
-        weight2(factor_of(p.weight2, p.dimension, p.hidden, false, pieces)) {}
+        weight2(factor_of(p.weight2, p.dimension, p.hidden, false, pieces)),
+        rows(p.pixels(), pieces) {}
 };
+
+// How many steps of 16 pixels a row of a patch has for `project_rows`, or 0 where `project` takes
+// the image: the rows of an image are copied in pieces that are contiguous and aligned, and a block
+// has all columns of both layers.
+template <class T>
+int steps_of_rows(const Image<T>& x, const Patches& p) {
+  const bool takes = std::is_same_v<T, float> && (p.size == 16 || p.size == 32) &&
+                     p.stride <= p.size && !p.maps_fastest && wide(x, p) && p.hidden <= kUnits &&
+                     p.dimension <= kOutputs;
+  return takes && newest(Variant::patches) ? p.size / kHalvesOfStep : 0;
+}
+
+// Sets `done` unless the device has no products of warpgroups or too little memory for a block.
+template <int kSteps>
+const char* run_rows(const Image<float>& x, const Patches& p, const Projection& projection,
+                     const RowsWeights& weights, float* embedding, int* state, Stream stream,
+                     bool& done) {
+  Gpu gpu{};
+  bool has_products = false;
+  const char* error = has_warpgroup_products(has_products);
+  if (error == nullptr) error = current_gpu(gpu);
+  const int64_t stages = stages_within<kSteps>(gpu.shared_bytes);
+  if (error != nullptr || !has_products || stages < 2) return error;
+  done = true;
+  error = launch(pack_halves, {kPackBlocks, kThreads}, stream, weights, projection.weight1,
+                 projection.weight2, p.pixels(), p.hidden, p.dimension);
+  if (error != nullptr) return error;
+  const auto bytes = static_cast<size_t>(stages * Stage<kSteps>::kBytes + weights.second_bytes());
+  return launch(project_rows<kSteps>, {up(p.number(), kRows), kRowsThreads, bytes}, stream, x, p,
+                weights, projection.bias1, projection.bias2, embedding, state,
+                static_cast<int>(stages));
+}
 
 template <class T>
 const char* run_project(const Image<T>& x, const Projection& projection,
@@ -67,6 +105,16 @@ const char* run_project(const Image<T>& x, const Projection& projection,
                         float* hidden_layer, Stream stream) {
   const Patches p(x, projection);
   if (p.number() == 0) return nullptr;
+  if constexpr (std::is_same_v<T, float>) {
+    const int steps = hidden_layer == nullptr ? steps_of_rows(x, p) : 0;
+    bool done = false;
+    const char* error = nullptr;
+    if (steps > 0) {
+      error = (steps == 1 ? run_rows<1> : run_rows<2>)(x, p, projection, memory.rows, embedding,
+                                                       state, stream, done);
+    }
+    if (error != nullptr || done) return error;
+  }
   const char* const error =
       launch(pack, {up(memory.weight1.size() + memory.weight2.size(), kThreads), kThreads}, stream,
              memory.weight1, memory.weight2);

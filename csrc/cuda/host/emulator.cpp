@@ -25,7 +25,7 @@ Counting counting;
 namespace {
 
 constexpr size_t kStackBytes = 256 << 10;
-constexpr size_t kMostCopies = 64;  // of a round
+constexpr size_t kMostCopies = 160;  // of a round
 constexpr size_t kOutermostBytes = 4 << 10;
 
 // Two addresses for ThreadSanitizer's state of a barrier, used in turn: what threads release at the

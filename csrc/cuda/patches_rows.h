@@ -1,0 +1,413 @@
+// The forward of `patches` where products of warpgroups and bulk copies are (compute capability
+// 9.0a), for float32 images whose rows are contiguous; see patches.cu.
+#pragma once
+
+#include "bulk.h"
+#include "patches_rows_weights.h"
+#include "wgmma.h"
+
+namespace mghf::cuda {
+
+namespace {
+
+// A block takes 128 patches, in the order of maps, rows and columns, through both layers. A stage
+// is one row of pixels of all its patches: a warp has them copied from the image, whole pieces of
+// its rows, in which neighbouring patches overlap, and with them that row's weights, which are
+// packed already. Two warpgroups of 64 patches each read a patch's pixels where it lies in the
+// rows, four at a time, split them into halves and multiply them by the weights of 128 units; the
+// next row is split while the products of the last are made. Nothing is brought into another order
+// in shared memory, and nothing is split twice. After each row of pixels the sums, of 16 or 32
+// products, are added up outside the tensor cores, which cut sums off, and there every patch's own
+// power of two is undone. The hidden layer goes into the second layer's products from the registers
+// that it is in.
+//
+// Predicted for an H200 (R = 56,448 patches of 32 x 32 at stride 24, see patches.cu; 1.755 GHz):
+//   tensor cores   128 (1024 128 + 128 64) multiply-adds of a block by three products of halves,
+//                  2048 a cycle: 26,100 cycles
+//   issue slots    213 instructions (counted) of a warp for a row of pixels, of them 64 to add up;
+//                  two warps a scheduler, 32 rows: 14,000 cycles, beside the products
+//   shared memory  for a row of pixels 48 KB of weights that products read, 29 KB that copies
+//                  write and 16 to 32 KB of pixels that threads read; 128 bytes a cycle: 24,000 to
+//                  28,000 cycles
+//   second cache   13 KB of pixels (each 1.33 times, for the rows that patches share) and 16 KB of
+//                  weights for a row, 0.93 MB a block: 39,000 cycles at 5.5 TB/s for all SMs
+// 441 blocks on 132 SMs, one at a time: 75 us by the second cache, 60 us by tensor cores in four
+// rounds; 80 to 100 us are expected. (Blocks of a cluster could share the weights' way, which would
+// save 18 us.) From memory it reads x (134 MB, 31 us) and writes 15.6 MB (4 us).
+constexpr int kGroups = kRows / 64;  // of warps that multiply
+constexpr int kRowsThreads = (kGroups + 1) * kWarpgroup;  // of the last group one warp copies
+// Registers of a thread: for groups that multiply and for the one that copies, of 168 at the
+// launch.
+constexpr int kManyRegisters = 232, kFewRegisters = 40;
+constexpr int kMostStages = 8;
+
+// Change the number of registers of a warpgroup's threads, all of which call it.
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+#endif
+}
+template <int kRegisters>
+__device__ __forceinline__ void leave_registers() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+#endif
+}
+
+// Sizes of a stage in bytes.
+template <int kSteps>
+struct Stage {
+  static constexpr int kPixels = kRows * kSteps * kHalvesOfStep * static_cast<int>(sizeof(float));
+  static constexpr int kWeights = 2 * kSteps * step_bytes(kUnits);
+  static constexpr int kBytes = kPixels + kWeights;
+};
+
+// A piece of a row of an image, for the block's patches that are side by side in a map: its first
+// pixel there for the patches' first rows, its place in a stage in pixels, and its length in bytes.
+struct Piece {
+  int64_t from;
+  int to, bytes;
+};
+
+struct RowsControl {
+  Counter open[kMostStages], free[kMostStages], second;
+  Piece pieces[kRows];
+};
+
+// Stages that fit besides the second layer's weights.
+template <int kSteps>
+int64_t stages_within(int64_t shared_bytes) {
+  const int64_t rest =
+      shared_bytes - static_cast<int64_t>(sizeof(RowsControl)) - RowsWeights::second_bytes();
+  return smaller(rest / Stage<kSteps>::kBytes, kMostStages);
+}
+
+// A block's patches, and where they lie in a stage.
+struct BlockRows {
+  int64_t first;  // their numbers
+  int rows;
+  int column;          // of the first patch in its row of patches
+  int ahead, lines;    // patches of that row; rows of patches that the block touches
+  int size, stride, columns;
+
+  __device__ __forceinline__ BlockRows(const Patches& p, int64_t block)
+      : first(block * kRows),
+        rows(static_cast<int>(smaller(p.number() - first, kRows))),
+        column(static_cast<int>(first % p.columns)),
+        ahead(static_cast<int>(smaller(p.columns - column, rows))),
+        lines(1 + static_cast<int>(up(rows - ahead, p.columns))),
+        size(p.size),
+        stride(p.stride),
+        columns(p.columns) {}
+
+  // Pixels of a row of that many patches.
+  __device__ __forceinline__ int pixels(int patches) const { return (patches - 1) * stride + size; }
+  __device__ __forceinline__ int patches_of(int line) const {
+    return line == 0 ? ahead
+                     : static_cast<int>(smaller(rows - ahead - (line - 1) * columns, columns));
+  }
+  // The first pixel of a line in a stage.
+  __device__ __forceinline__ int start(int line) const {
+    return line == 0 ? 0 : pixels(ahead) + (line - 1) * pixels(columns);
+  }
+  __device__ __forceinline__ int all_pixels() const {
+    return start(lines - 1) + pixels(patches_of(lines - 1));
+  }
+  // The first pixel in a stage of one of the block's patches.
+  __device__ __forceinline__ int place(int row) const {
+    const int line = (column + row) / columns;
+    return start(line) + (row - (line == 0 ? 0 : ahead + (line - 1) * columns)) * stride;
+  }
+  __device__ __forceinline__ Piece piece(const Image<float>& x, const Patches& p, int line) const {
+    const int64_t patch = line == 0 ? first : first + ahead + (line - 1) * columns;
+    return {first_pixel(x, p.channels, patch / p.of_map(), patch % p.of_map(), columns, stride),
+            start(line), pixels(patches_of(line)) * static_cast<int>(sizeof(float))};
+  }
+};
+
+// Fills the stages, in a ring.
+template <int kSteps>
+__device__ __forceinline__ void copy_rows(unsigned char* stages, int number, unsigned char* second,
+                                          RowsControl& control, const BlockRows& block,
+                                          const Image<float>& x, const RowsWeights& weights) {
+  using Size = Stage<kSteps>;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int bytes = block.all_pixels() * static_cast<int>(sizeof(float)) + Size::kWeights;
+  int slot = 0, parity = 1;
+  MGHF_UNROLL(1)
+  for (int row = 0; row < block.size; ++row) {
+    Counter& open = control.open[slot];
+    unsigned char* const stage = stages + slot * Size::kBytes;
+    if (row >= number) control.free[slot].wait(parity);
+    if (lane == 0) {
+      open.arrive(bytes);
+      copy_bulk(stage + Size::kPixels, weights.first + row * (Size::kWeights / 16),
+                Size::kWeights, open);
+    }
+    __syncwarp();  // the bytes are announced
+    MGHF_UNROLL(1)
+    for (int line = lane; line < block.lines; line += kWarp) {
+      const Piece& piece = control.pieces[line];
+      copy_bulk(reinterpret_cast<float*>(stage) + piece.to,
+                x.data + piece.from + row * x.row_stride, piece.bytes, open);
+    }
+    if (row == 0 && lane == 0) {
+      control.second.arrive(RowsWeights::second_bytes());
+      copy_bulk(second, weights.second, RowsWeights::second_bytes(), control.second);
+    }
+    if (++slot == number) slot = 0, parity ^= 1;
+  }
+}
+
+// The largest of a row's numbers, of which the four threads of a row have a share each.
+__device__ __forceinline__ float largest_of_row(float own) {
+  own = fmaxf(own, __shfl_xor_sync(kAllLanes, own, 1));
+  return fmaxf(own, __shfl_xor_sync(kAllLanes, own, 2));
+}
+
+// A row of pixels of two patches, a thread's share as a factor.
+template <int kSteps>
+struct RowFactor {
+  uint32_t big[kSteps][4], small[kSteps][4];
+  float back[2];
+
+  __device__ __forceinline__ void read(const float* pixels, const int (&places)[2]) {
+    MGHF_UNROLL_ALL
+    for (int half = 0; half < 2; ++half) {
+      float values[kSteps][4], largest = 0;
+      MGHF_UNROLL_ALL
+      for (int step = 0; step < kSteps; ++step) {
+        load_four(values[step], pixels + places[half] + step * kHalvesOfStep);
+        MGHF_UNROLL_ALL
+        for (int i = 0; i < 4; ++i) largest = fmaxf(largest, fabsf(values[step][i]));
+      }
+      const PowerOfTwo power(largest_of_row(largest));
+      back[half] = power.back;
+      MGHF_UNROLL_ALL
+      for (int step = 0; step < kSteps; ++step) {
+        MGHF_UNROLL_ALL
+        for (int two = 0; two < 2; ++two) {
+          const SplitHalves split(values[step][2 * two] * power.by,
+                                  values[step][2 * two + 1] * power.by);
+          big[step][half + 2 * two] = split.big;
+          small[step][half + 2 * two] = split.small;
+        }
+      }
+    }
+  }
+};
+
+// Begins d += a b for all steps, the products of small parts first: those that come after a large
+// sum lose more. `b` has the steps' big parts and small parts in turn.
+template <int kColumns, int kSteps>
+__device__ __forceinline__ void multiply_steps(float (&d)[kColumns / 2],
+                                               const uint32_t (&big)[kSteps][4],
+                                               const uint32_t (&small)[kSteps][4],
+                                               const SharedColumns& b) {
+  constexpr int kPart = step_bytes(kColumns);
+  begin_products();
+  MGHF_UNROLL_ALL
+  for (int step = 0; step < kSteps; ++step) {
+    multiply_add_later<kColumns>(d, small[step], b.further(2 * step * kPart));
+    multiply_add_later<kColumns>(d, big[step], b.further((2 * step + 1) * kPart));
+  }
+  MGHF_UNROLL_ALL
+  for (int step = 0; step < kSteps; ++step) {
+    multiply_add_later<kColumns>(d, big[step], b.further(2 * step * kPart));
+  }
+  end_products();
+}
+
+// From a thread's sums of the first layer to its hidden units, of two patches.
+__device__ __forceinline__ void finish_units(float (&sums)[kUnits / 2], const RowsWeights& weights,
+                                             const float* bias1, int hidden) {
+  const int t = static_cast<int>(threadIdx.x) % 4;
+  MGHF_UNROLL_ALL
+  for (int n = 0; n < kUnits / 4; ++n) {
+    const int unit = n / 2 * 8 + 2 * t + n % 2;
+    const float back = weights.first_back[unit], bias = unit < hidden ? bias1[unit] : 0.0f;
+    MGHF_UNROLL_ALL
+    for (int half = 0; half < 2; ++half) {
+      float& sum = sums[n / 2 * 4 + half * 2 + n % 2];
+      const float before = fmaf(sum, back, bias);
+      // A NaN must stay one, except in columns without a unit.
+      sum = unit >= hidden || before < 0 ? 0.0f : before;
+    }
+  }
+}
+
+// Writes the bits h > 0 of two patches to the state.
+__device__ __forceinline__ void write_bits(const float (&units)[kUnits / 2], int* state,
+                                           const int64_t (&places)[2], const bool (&exists)[2],
+                                           const Patches& p) {
+  const int t = static_cast<int>(threadIdx.x) % 4;
+  MGHF_UNROLL_ALL
+  for (int half = 0; half < 2; ++half) {
+    unsigned own = 0;
+    MGHF_UNROLL_ALL
+    for (int word = 0; word < kUnits / 32; ++word) {
+      unsigned bits = 0;
+      MGHF_UNROLL_ALL
+      for (int n = 0; n < 8; ++n) {
+        if (units[(word * 4 + n / 2) * 4 + half * 2 + n % 2] > 0) bits |= 1u << (n / 2 * 8 + n % 2);
+      }
+      bits <<= 2 * t;
+      bits |= __shfl_xor_sync(kAllLanes, bits, 1);
+      bits |= __shfl_xor_sync(kAllLanes, bits, 2);
+      if (word == t) own = bits;
+    }
+    if (exists[half] && 1 + t < p.state_words()) {
+      state[places[half] + (1 + t) * p.maps] = static_cast<int>(own);
+    }
+  }
+}
+
+// From the hidden units of two patches to their embeddings.
+__device__ __forceinline__ void embed(const float (&units)[kUnits / 2], const SharedColumns& second,
+                                      const RowsWeights& weights, const float* bias2,
+                                      float* embedding, int* state, const int64_t (&numbers)[2],
+                                      const int64_t (&places)[2], const bool (&exists)[2],
+                                      const Patches& p) {
+  constexpr int kSteps = RowsWeights::second_steps();
+  const int t = static_cast<int>(threadIdx.x) % 4;
+  uint32_t big[kSteps][4], small[kSteps][4];
+  float back[2];
+  MGHF_UNROLL_ALL
+  for (int half = 0; half < 2; ++half) {
+    float largest = 0;
+    MGHF_UNROLL_ALL
+    for (int n = 0; n < kUnits / 4; ++n) {
+      largest = fmaxf(largest, units[n / 2 * 4 + half * 2 + n % 2]);
+    }
+    const PowerOfTwo power(largest_of_row(largest));
+    back[half] = power.back;
+    MGHF_UNROLL_ALL
+    for (int n = 0; n < 2 * kSteps; ++n) {
+      const float* const two = units + n * 4 + half * 2;
+      const SplitHalves split(two[0] * power.by, two[1] * power.by);
+      big[n / 2][half + n % 2 * 2] = split.big;
+      small[n / 2][half + n % 2 * 2] = split.small;
+    }
+  }
+  float y[kOutputs / 2] = {};
+  multiply_steps<kOutputs, kSteps>(y, big, small, second);
+  wait_for_products<0>();
+
+  float squares[2] = {};
+  MGHF_UNROLL_ALL
+  for (int n = 0; n < kOutputs / 4; ++n) {
+    const int d = n / 2 * 8 + 2 * t + n % 2;
+    const bool is_one = d < p.dimension;
+    const float column_back = weights.second_back[d], bias = is_one ? bias2[d] : 0.0f;
+    MGHF_UNROLL_ALL
+    for (int half = 0; half < 2; ++half) {
+      float& own = y[n / 2 * 4 + half * 2 + n % 2];
+      own = fmaf(own * back[half], column_back, bias);
+      // A NaN of the hidden layer is in the columns without an output too.
+      if (is_one) squares[half] += own * own;
+    }
+  }
+  MGHF_UNROLL_ALL
+  for (int half = 0; half < 2; ++half) {
+    squares[half] += __shfl_xor_sync(kAllLanes, squares[half], 1);
+    squares[half] += __shfl_xor_sync(kAllLanes, squares[half], 2);
+    const float norm = sqrtf(squares[half]);
+    if (!exists[half]) continue;
+    if (t == 0) state[places[half]] = bits_as<int>(norm);
+    float* const target = embedding + numbers[half] * p.dimension;
+    const float factor = 1 / (norm + kNormFloor);
+    MGHF_UNROLL_ALL
+    for (int n = 0; n < kOutputs / 4; ++n) {
+      const int d = n / 2 * 8 + 2 * t + n % 2;
+      if (d < p.dimension) target[d] = y[n / 2 * 4 + half * 2 + n % 2] * factor;
+    }
+  }
+}
+
+// Dynamic shared memory: the stages, then the second layer's weights.
+template <int kSteps>
+__global__ void __launch_bounds__(kRowsThreads, 1)
+    project_rows(Image<float> x, Patches p, RowsWeights weights, const float* bias1,
+                 const float* bias2, float* embedding, int* state, int stages) {
+  if (!kWarpgroupProducts) never();
+  using Size = Stage<kSteps>;
+  __shared__ RowsControl control;
+  MGHF_DYNAMIC_SHARED(unsigned char, memory);
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
+  unsigned char* const second = memory + stages * Size::kBytes;
+  const BlockRows block(p, static_cast<int64_t>(blockIdx.x));
+  if (thread == 0) {
+    for (int slot = 0; slot < stages; ++slot) {
+      control.open[slot].begin(1);
+      control.free[slot].begin(kGroups * kWarpgroup / kWarp);
+    }
+    control.second.begin(1);
+  }
+  if (thread < block.lines) control.pieces[thread] = block.piece(x, p, thread);
+  publish_counters();
+  if (warp >= kGroups * 4) {
+    leave_registers<kFewRegisters>();
+    if (warp == kGroups * 4) {
+      copy_rows<kSteps>(memory, stages, second, control, block, x, weights);
+    }
+    return;
+  }
+  take_registers<kManyRegisters>();
+
+  int rows[2], places[2];
+  MGHF_UNROLL_ALL
+  for (int half = 0; half < 2; ++half) {
+    rows[half] = warp * 16 + lane / 4 + 8 * half;
+    const int row = rows[half] < block.rows ? rows[half] : block.rows - 1;  // one that there is
+    places[half] = block.place(row) + lane % 4 * 4;
+  }
+  int next = 0, next_parity = 0, slot = 0;
+  const auto read_next = [&](RowFactor<kSteps>& factor) {
+    control.open[next].wait(next_parity);
+    factor.read(reinterpret_cast<const float*>(memory + next * Size::kBytes), places);
+    if (++next == stages) next = 0, next_parity ^= 1;
+  };
+  float sums[kUnits / 2] = {};
+  // The row of `factor`, and meanwhile the reading of the one after it.
+  const auto take_row = [&](const RowFactor<kSteps>& factor, RowFactor<kSteps>& after, bool more) {
+    float d[kUnits / 2] = {};
+    multiply_steps<kUnits, kSteps>(
+        d, factor.big, factor.small,
+        SharedColumns(memory + slot * Size::kBytes + Size::kPixels, core_bytes_along_depth(kUnits),
+                      kCoreBytes));
+    if (more) read_next(after);
+    wait_for_products<0>();
+    __syncwarp();  // all have read the stage
+    if (lane == 0) control.free[slot].arrive();
+    if (++slot == stages) slot = 0;
+    MGHF_UNROLL_ALL
+    for (int n = 0; n < kUnits / 2; ++n) sums[n] = fmaf(d[n], factor.back[n / 2 % 2], sums[n]);
+  };
+  RowFactor<kSteps> even, odd;
+  read_next(even);
+  MGHF_UNROLL(1)
+  for (int row = 0; row < block.size; row += 2) {
+    take_row(even, odd, true);
+    take_row(odd, even, row + 2 < block.size);
+  }
+
+  int64_t numbers[2], state_places[2];
+  bool exists[2];
+  MGHF_UNROLL_ALL
+  for (int half = 0; half < 2; ++half) {
+    exists[half] = rows[half] < block.rows;
+    numbers[half] = block.first + rows[half];
+    const Row row(numbers[half], p.maps, p.of_map(), false);
+    state_places[half] = row.item * p.state_words() * p.maps + row.map;
+  }
+  finish_units(sums, weights, bias1, p.hidden);
+  write_bits(sums, state, state_places, exists, p);
+  control.second.wait(0);
+  embed(sums, SharedColumns(second, core_bytes_along_depth(kOutputs), kCoreBytes), weights, bias2,
+        embedding, state, numbers, state_places, exists, p);
+}
+
+}  // namespace
+
+}  // namespace mghf::cuda
