@@ -38,7 +38,14 @@ from mghf_fast.ops.vocabulary import ContentStyleOutputs
 
 
 def forward(
-    gt: Tensor, sr: Tensor, top_m: int, alpha: float, gamma: float, bins: int, gram: str
+    gt: Tensor,
+    sr: Tensor,
+    top_m: int,
+    alpha: float,
+    gamma: float,
+    bins: int,
+    gram: str,
+    precision: str = "float32",
 ) -> ContentStyleOutputs:
     """The op's outputs: terms, kept maps, weights and what the backward needs."""
     batch, channels, height, width = sr.shape
@@ -84,6 +91,7 @@ def backward(
     moments: Tensor,
     difference: Tensor,
     gram: str,
+    precision: str = "float32",
     into: Tensor | None = None,
 ) -> Tensor:
     """The gradient of ``sr``, with its shape, dtype and layout, from the (B,) gradients of the four

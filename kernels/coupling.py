@@ -294,6 +294,7 @@ def forward(
     subnet: str,
     clamp: float | None,
     keep: bool,
+    precision: str = "float32",
 ) -> tuple[Tensor, Tensor]:
     """The block's value, (B, C, H, W), at x (B, inputs, H, W) of any strides, laid out as x, and an
     empty state. In addition it needs memory for 8 C values of the dtype of x per pixel of a band
@@ -345,6 +346,7 @@ def backward(
     subnet: str,
     clamp: float | None,
     need_weights: bool,
+    precision: str = "float32",
 ) -> list[Tensor]:
     """The gradient of x, laid out as x, followed by those of ``weights`` if they are needed; the
     layers are kept in float32 then."""

@@ -173,7 +173,7 @@ def _backward_options(channels: int) -> dict[str, Any]:
     }
 
 
-def forward(x: Tensor, scale: float) -> Tensor:
+def forward(x: Tensor, scale: float, precision: str = "float32") -> Tensor:
     """(B, C, H, W) -> (B, C, C) float32."""
     batch, channels, height, width = x.shape
     layout, pixels = layout_of(x), height * width
@@ -211,7 +211,7 @@ def forward(x: Tensor, scale: float) -> Tensor:
     return result
 
 
-def backward(grad: Tensor, x: Tensor, scale: float) -> Tensor:
+def backward(grad: Tensor, x: Tensor, scale: float, precision: str = "float32") -> Tensor:
     """The gradient of ``x``, with its shape, dtype and layout."""
     grad_x = empty_like_laid_out(x)
     batch, channels, height, width = x.shape

@@ -389,6 +389,7 @@ def forward(
     negative_weight: float,
     cost: str,
     plan_gradient: str,
+    precision: str = "float32",
 ) -> tuple[Tensor, Tensor]:
     """The losses (B, N), float32, and the state for the backward, (B, 1 + 4 kept, N)."""
     b, n, _ = query.shape
@@ -431,6 +432,7 @@ def backward(
     negative_weight: float,
     cost: str,
     plan_gradient: str,
+    precision: str = "float32",
 ) -> Tensor:
     """The gradient of the query (B, N, D)."""
     b, n, depth = query.shape

@@ -232,6 +232,7 @@ def forward(
     bias2: Tensor,
     patch_size: int,
     stride: int,
+    precision: str = "float32",
 ) -> tuple[Tensor, Tensor]:
     """The embeddings (B C, N, D), float32, and the state described in mghf_fast/ops/patches.py."""
     return _forward(x, weight1, bias1, weight2, bias2, patch_size, stride, None)
@@ -386,6 +387,7 @@ def add_backward(
     bias2: Tensor,
     patch_size: int,
     stride: int,
+    precision: str = "float32",
 ) -> None:
     """Adds the gradient of x to ``grad_x``."""
     saved = (grad, embedding, state)
@@ -404,6 +406,7 @@ def backward(
     patch_size: int,
     stride: int,
     need_weights: bool,
+    precision: str = "float32",
 ) -> list[Tensor]:
     """The gradient of x, laid out as x, followed by those of the weights and biases if they are
     needed."""

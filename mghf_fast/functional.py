@@ -5,6 +5,8 @@ the best backend that can run. A name forces that backend.
 
 Tensors are float32, float16, bfloat16 or (plain PyTorch only) float64, with any strides; sums and
 exponentials are computed in float32 (float64 for float64). No argument is ever modified.
+``precision``, where a function has it, is the least precision of its matrix products: see
+:mod:`mghf_fast.precision`.
 Common errors: ``TypeError`` for an argument of the wrong type or dtype, ``ValueError`` for a wrong
 shape, device or value, ``RuntimeError`` for a forced backend that cannot run, with its reason.
 """
@@ -24,7 +26,7 @@ from ._gather import gather_rows
 from .backends import current_backend
 from .ops import vocabulary
 from .ops.vocabulary import BlockWeights
-from .precision import accumulation_dtype
+from .precision import accumulation_dtype, product_precision
 
 __all__ = [
     "BlockWeights",
@@ -80,7 +82,13 @@ def _check_block(name: str, x: Tensor, weights: BlockWeights, kernels: tuple[int
         check.refuse_tangent("weights", weight)
 
 
-def invertible_block(x: Tensor, weights: BlockWeights, *, backend: str | None = None) -> Tensor:
+def invertible_block(
+    x: Tensor,
+    weights: BlockWeights,
+    *,
+    backend: str | None = None,
+    precision: str = "auto",
+) -> Tensor:
     """One invertible block: mix, then an affine coupling of the two halves (HF-Diff eq. 5).
 
     Args:
@@ -97,7 +105,8 @@ def invertible_block(x: Tensor, weights: BlockWeights, *, backend: str | None = 
     chosen, tensors = current_backend(backend), weights.tensors()
     options = (weights.activation, weights.subnet, weights.clamp)
     keep = ops.coupling.keeps_state(x, tensors, chosen)
-    return ops.coupling.coupling(x, tensors, *options, keep, chosen)[0]
+    grade = product_precision(precision, x.device.type)
+    return ops.coupling.coupling(x, tensors, *options, keep, chosen, grade)[0]
 
 
 def invertible_block_inverse(
@@ -138,7 +147,13 @@ def channel_entropy(x: Tensor, bins: int = 256, *, backend: str | None = None) -
     return ops.entropy.entropy(x.detach(), bins, current_backend(backend))
 
 
-def gram_matrix(x: Tensor, normalize: bool = True, *, backend: str | None = None) -> Tensor:
+def gram_matrix(
+    x: Tensor,
+    normalize: bool = True,
+    *,
+    backend: str | None = None,
+    precision: str = "auto",
+) -> Tensor:
     """Gram matrix of the feature maps of each image.
 
     Args:
@@ -151,7 +166,8 @@ def gram_matrix(x: Tensor, normalize: bool = True, *, backend: str | None = None
     check.check_tensor("x", x, "(B, C, H, W)")
     size = check.check_integer("x", x.shape[1] * x.shape[2] * x.shape[3], 1)
     scale = 1.0 / size if normalize else 1.0
-    return ops.gram.gram(x, scale, current_backend(backend))
+    grade = product_precision(precision, x.device.type)
+    return ops.gram.gram(x, scale, current_backend(backend), grade)
 
 
 class ContentStyleTerms(NamedTuple):
@@ -182,6 +198,7 @@ def content_style_terms(
     bins: int = 256,
     gram: str = "channel",
     backend: str | None = None,
+    precision: str = "auto",
 ) -> ContentStyleTerms:
     """MGHF-n and the three content-style terms of a pair of feature stacks (MGHF eqs. 3 to 7).
 
@@ -215,7 +232,15 @@ def content_style_terms(
     bins = check.check_integer("bins", bins, 2)
     check.check_choice("gram", gram, ("channel", "map"))
     terms = ops.content_style.content_style(
-        gt, sr, top_m, float(alpha), float(gamma), bins, gram, current_backend(backend)
+        gt,
+        sr,
+        top_m,
+        float(alpha),
+        float(gamma),
+        bins,
+        gram,
+        current_backend(backend),
+        product_precision(precision, sr.device.type),
     )
     return ContentStyleTerms(*terms[:4])
 
@@ -277,6 +302,7 @@ def patch_projection(
     patch_size: int = 32,
     stride: int = 24,
     backend: str | None = None,
+    precision: str = "auto",
 ) -> Tensor:
     """Unit embeddings of the patches of every feature map: Linear, ReLU, Linear, normalise.
 
@@ -293,7 +319,8 @@ def patch_projection(
     """
     parameters = (weight1, bias1, weight2, bias2)
     sizes = _check_patches(x, parameters, patch_size, stride)
-    return ops.patches.patches(x, *parameters, *sizes, current_backend(backend))[0]
+    grade = product_precision(precision, x.device.type)
+    return ops.patches.patches(x, *parameters, *sizes, current_backend(backend), grade)[0]
 
 
 def sinkhorn_plan(
@@ -370,6 +397,7 @@ def monce_loss(
     plan_gradient: str = "exact",
     reduction: str = "mean",
     backend: str | None = None,
+    precision: str = "auto",
 ) -> Tensor:
     """Patch contrastive loss whose negatives are weighted by a transport plan (MGHF eq. 8, MoNCE).
 
@@ -407,6 +435,7 @@ def monce_loss(
         cost,
         plan_gradient,
         current_backend(backend),
+        product_precision(precision, query.device.type),
     )
     return _reduce(losses, reduction)
 

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Run = Callable[[tuple[Tensor, ...], str], Tensor]
+Run = Callable[..., Tensor]
+"""Takes tensors, a backend and, for ops that have it, a precision."""
 
 CHANNELS, PATCH_SIZE, STRIDE, BINS = 128, 32, 24, 256
 NORM_FLOOR = 0.02 * 192**0.5
@@ -27,9 +28,9 @@ DRAWN: Any = {"device": "cpu", "dtype": torch.float32}
 
 @dataclass(frozen=True)
 class Problem:
-    """``run(tensors, backend)`` computes the op; its gradient, if it has one, is with respect to
-    ``tensors[0]``, and with ``weights`` the op has gradients of the other tensors too. ``size`` is
-    the one in the rules of :mod:`mghf_fast.preferences`."""
+    """``run(tensors, backend[, precision])`` computes the op; its gradient, if it has one, is with
+    respect to ``tensors[0]``, and with ``weights`` the op has gradients of the other tensors too.
+    ``size`` is the one in the rules of :mod:`mghf_fast.preferences`."""
 
     op: str
     run: Run
@@ -42,22 +43,26 @@ class Problem:
         moved = tuple(x.to(device, dtype) for x in self.tensors)
         return dataclasses.replace(self, tensors=moved)
 
-    def results(self, backend: str, of_weights: bool = False) -> list[Tensor]:
+    def results(
+        self, backend: str, of_weights: bool = False, precision: str | None = None
+    ) -> list[Tensor]:
         """The op's result and its gradient, if it has one, for an upstream gradient of 1, 2, 3, 1,
-        2, 3, ..., all detached; with ``of_weights`` also those of its weights, if it has any."""
+        2, 3, ..., all detached; with ``of_weights`` also those of its weights, if it has any.
+        ``precision`` is for the ops that have it; None leaves their default."""
+        chosen = (backend,) if precision is None else (backend, precision)
         first, *rest = (x.detach() for x in self.tensors)
         if not self.differentiable:
-            return [self.run((first, *rest), backend).detach()]
+            return [self.run((first, *rest), *chosen).detach()]
         leaf = first.clone().requires_grad_()
         with torch.enable_grad():
-            result = self.run((leaf, *rest), backend)
+            result = self.run((leaf, *rest), *chosen)
             upstream = 1 + torch.arange(result.numel(), device=result.device) % 3
             upstream = upstream.view(result.shape).to(result)
             found = [result.detach(), *torch.autograd.grad(result, leaf, upstream)]
             if of_weights and self.weights:
                 # In a call of their own, because an op may take another way where they are needed.
                 weights = [x.clone().requires_grad_() for x in rest]
-                result = self.run((first, *weights), backend)
+                result = self.run((first, *weights), *chosen)
                 found += torch.autograd.grad(result, weights, upstream)
         return found
 
@@ -99,13 +104,13 @@ def _coupling_tensors(batch: int, side: int) -> tuple[Tensor, ...]:
 def coupling(batch: int, side: int, inverse: bool = False) -> Problem:
     name = "coupling_inverse" if inverse else "coupling"
 
-    def run(tensors: tuple[Tensor, ...], backend: str) -> Tensor:
+    def run(tensors: tuple[Tensor, ...], *chosen: str) -> Tensor:
         x, *weights = tensors
         block, options = getattr(torch.ops.mghf_fast, name), ("relu6", "bottleneck", 2.0)
         if inverse:
-            undone: Tensor = block(x, weights, *options, backend)
+            undone: Tensor = block(x, weights, *options, *chosen)
             return undone
-        y: Tensor = block(x, weights, *options, x.requires_grad, backend)[0]
+        y: Tensor = block(x, weights, *options, x.requires_grad, *chosen)[0]
         return y
 
     tensors = _coupling_tensors(batch, side)
@@ -113,8 +118,8 @@ def coupling(batch: int, side: int, inverse: bool = False) -> Problem:
 
 
 def entropy(batch: int, side: int) -> Problem:
-    def run(tensors: tuple[Tensor, ...], backend: str) -> Tensor:
-        result: Tensor = torch.ops.mghf_fast.entropy(tensors[0], BINS, backend)
+    def run(tensors: tuple[Tensor, ...], *chosen: str) -> Tensor:
+        result: Tensor = torch.ops.mghf_fast.entropy(tensors[0], BINS, *chosen)
         return result
 
     tensors = tuple(_features(batch, side))
@@ -122,19 +127,19 @@ def entropy(batch: int, side: int) -> Problem:
 
 
 def gram(batch: int, side: int) -> Problem:
-    def run(tensors: tuple[Tensor, ...], backend: str) -> Tensor:
+    def run(tensors: tuple[Tensor, ...], *chosen: str) -> Tensor:
         (x,) = tensors
-        result: Tensor = torch.ops.mghf_fast.gram(x, 1 / x[0].numel(), backend)
+        result: Tensor = torch.ops.mghf_fast.gram(x, 1 / x[0].numel(), *chosen)
         return result
 
     return Problem("gram", run, tuple(_features(batch, side)))
 
 
 def content_style(batch: int, side: int) -> Problem:
-    def run(tensors: tuple[Tensor, ...], backend: str) -> Tensor:
+    def run(tensors: tuple[Tensor, ...], *chosen: str) -> Tensor:
         sr, gt = tensors
         terms = torch.ops.mghf_fast.content_style(
-            gt, sr, CHANNELS // 2, 1.1, 2**0.5, BINS, "channel", backend
+            gt, sr, CHANNELS // 2, 1.1, 2**0.5, BINS, "channel", *chosen
         )
         return torch.stack(terms[:4])
 
@@ -143,9 +148,9 @@ def content_style(batch: int, side: int) -> Problem:
 
 
 def patches(batch: int, side: int) -> Problem:
-    def run(tensors: tuple[Tensor, ...], backend: str) -> Tensor:
+    def run(tensors: tuple[Tensor, ...], *chosen: str) -> Tensor:
         embedding: Tensor
-        embedding, _ = torch.ops.mghf_fast.patches(*tensors, PATCH_SIZE, STRIDE, backend)
+        embedding, _ = torch.ops.mghf_fast.patches(*tensors, PATCH_SIZE, STRIDE, *chosen)
         return embedding
 
     generator = _generator()
@@ -158,8 +163,8 @@ def patches(batch: int, side: int) -> Problem:
 
 
 def sinkhorn(maps: int, count: int) -> Problem:
-    def run(tensors: tuple[Tensor, ...], backend: str) -> Tensor:
-        plan: Tensor = torch.ops.mghf_fast.sinkhorn(tensors[0], "hard", 0.1, 20, None, backend)
+    def run(tensors: tuple[Tensor, ...], *chosen: str) -> Tensor:
+        plan: Tensor = torch.ops.mghf_fast.sinkhorn(tensors[0], "hard", 0.1, 20, None, *chosen)
         return plan
 
     query, key = _embeddings(maps, count)
@@ -167,10 +172,10 @@ def sinkhorn(maps: int, count: int) -> Problem:
 
 
 def monce(maps: int, count: int) -> Problem:
-    def run(tensors: tuple[Tensor, ...], backend: str) -> Tensor:
+    def run(tensors: tuple[Tensor, ...], *chosen: str) -> Tensor:
         losses: Tensor
         losses, _ = torch.ops.mghf_fast.monce(
-            *tensors, 0.07, 1.0, 50, 1.0, "hard", "exact", backend
+            *tensors, 0.07, 1.0, 50, 1.0, "hard", "exact", *chosen
         )
         return losses
 
@@ -180,10 +185,10 @@ def monce(maps: int, count: int) -> Problem:
 def dec(batch: int, side: int) -> Problem:
     """`dec` on images cut into flattened patches of 8 x 8 pixels, (N, 192)."""
 
-    def run(tensors: tuple[Tensor, ...], backend: str) -> Tensor:
+    def run(tensors: tuple[Tensor, ...], *chosen: str) -> Tensor:
         loss: Tensor
         loss, _ = torch.ops.mghf_fast.dec(
-            *tensors, 34.0, 0.5, 1.5, "inside", "rmse", 1.0, NORM_FLOOR, backend
+            *tensors, 34.0, 0.5, 1.5, "inside", "rmse", 1.0, NORM_FLOOR, *chosen
         )
         return loss
 

@@ -26,7 +26,6 @@ logger = logging.getLogger("mghf_fast")
 HOPPER = ((9, 0),)
 PROVEN: Mapping[tuple[str, str], tuple[tuple[int, int], ...]] = {
     ("triton", "entropy"): HOPPER,
-    ("triton", "gram"): HOPPER,
 }
 """(backend, op) -> compute capabilities whose committed result (benchmarks/results) was made by the
 current kernels. ``tests/test_trials.py`` compares the sources with those that were run."""

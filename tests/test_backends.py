@@ -234,8 +234,10 @@ def test_why_there_are_no_cuda_kernels(
 def arguments_of(operator: str) -> list[str]:
     """The names of an operator's arguments, without the backend's."""
     names = [a.name for a in getattr(torch.ops.mghf_fast, operator).default._schema.arguments]
+    # It is the last, or the precision of products is.
+    precision = [names.pop()] if names[-1] == "precision" else []
     assert names.pop() == "backend"
-    return names
+    return names + precision
 
 
 DIALECT = [(op.name, op, ("forward", "backward")) for op in OPS.values()]

@@ -6,9 +6,18 @@
 
 #include "checks.h"
 #include "coupling.h"
+#include "precision.h"
 #include "transport.h"
 
 namespace mghf {
+
+inline Precision check_precision(const std::string& precision) {
+  if (precision == "float32") return Precision::float32;
+  if (precision == "tf32") return Precision::tf32;
+  STD_TORCH_CHECK(precision == "bfloat16", "precision is '", precision,
+                  "'; allowed are 'float32', 'tf32', 'bfloat16'");
+  return Precision::bfloat16;
+}
 
 // ---- coupling ----
 

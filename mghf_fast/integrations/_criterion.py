@@ -27,9 +27,9 @@ class Criterion(nn.Module):
     B times T images.
 
     Args:
-        variant, preset, extractor, top_m, reduction, input_range, patch_size, backend: as in
-            :class:`mghf_fast.MGHFLoss`, in the forms of configuration files too: ``preset: 2026``,
-            ``input_range: [0, 1]``, ``extractor: /path/to/mine.safetensors``.
+        variant, preset, extractor, top_m, reduction, input_range, patch_size, backend, precision:
+            as in :class:`mghf_fast.MGHFLoss`, in the forms of configuration files too:
+            ``preset: 2026``, ``input_range: [0, 1]``, ``extractor: /path/to/mine.safetensors``.
     """
 
     def __init__(
@@ -42,6 +42,7 @@ class Criterion(nn.Module):
         input_range: str | Sequence[float] | None = "0,1",
         patch_size: int | str = "auto",
         backend: str = "auto",
+        precision: str = "auto",
     ) -> None:
         super().__init__()
         self.loss = MGHFLoss(
@@ -53,6 +54,7 @@ class Criterion(nn.Module):
             input_range,
             backend,
             patch_size=patch_size,
+            precision=precision,
         )
 
     def terms(self, sr: Tensor, gt: Tensor) -> dict[str, Tensor]:

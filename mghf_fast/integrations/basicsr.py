@@ -42,8 +42,8 @@ class MGHFLoss(nn.Module):
         returns: ``"pair"`` for BasicSR's perceptual slot, ``"scalar"`` for its pixel slot.
         dec_weight: factor of :class:`mghf_fast.DECLoss`, the second of the pair; 0 omits it.
         options: as :class:`mghf_fast.MGHFLoss` takes them (``variant``, ``preset``, ``extractor``,
-            ``top_m``, ``input_range``, ``patch_size``, ``backend``), with ``input_range="0,1"``
-            and ``patch_size="auto"`` unless given.
+            ``top_m``, ``input_range``, ``patch_size``, ``backend``, ``precision``), with
+            ``input_range="0,1"`` and ``patch_size="auto"`` unless given.
     """
 
     def __init__(

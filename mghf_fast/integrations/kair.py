@@ -62,7 +62,7 @@ def PerceptualLoss(
     Args:
         feature_layer, use_input_norm: for KAIR's own VGG loss.
         weights: weights of the VGG's layers; for MGHF a mapping with ``preset``, ``extractor``,
-            ``top_m``, ``patch_size``, ``backend``, or a list, which is ignored.
+            ``top_m``, ``patch_size``, ``backend``, ``precision``, or a list, which is ignored.
         lossfn_type: ``"mghf-c"``, ``"mghf-n"``, or ``"l1"``, ``"l2"`` for KAIR's own.
         use_range_norm: the images are in [-1, 1], not in [0, 1].
 

@@ -30,8 +30,8 @@ class LPIPS(nn.Module):
             stays frozen.
         pretrained, version, lpips, pnet_rand, use_dropout, model_path, eval_mode, verbose: accepted
             and ignored.
-        options: ``preset``, ``extractor``, ``top_m``, ``patch_size``, ``backend`` of
-            :class:`mghf_fast.MGHFLoss`; ``patch_size`` is ``"auto"`` unless given.
+        options: ``preset``, ``extractor``, ``top_m``, ``patch_size``, ``backend``,
+            ``precision`` of :class:`mghf_fast.MGHFLoss`; ``patch_size`` is ``"auto"`` unless given.
 
     Raises:
         ValueError: ``net`` is another network's name; or ``spatial`` or ``pnet_tune`` is not False.

@@ -35,8 +35,8 @@ class mghf_loss(nn.Module):
     Args:
         loss_weight: factor of the loss.
         options: ``variant``, ``preset``, ``extractor``, ``top_m``, ``input_range``,
-            ``patch_size``, ``backend`` of :class:`mghf_fast.MGHFLoss`, with ``input_range="0,1"``
-            and ``patch_size="auto"`` unless given.
+            ``patch_size``, ``backend``, ``precision`` of :class:`mghf_fast.MGHFLoss`, with
+            ``input_range="0,1"`` and ``patch_size="auto"`` unless given.
     """
 
     def __init__(self, loss_weight: float = DEFAULT_WEIGHT, **options: Any) -> None:

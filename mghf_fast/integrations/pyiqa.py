@@ -24,9 +24,9 @@ class MGHF(nn.Module):
 
     Args:
         variant: ``"c"`` or ``"n"``.
-        options: ``preset``, ``extractor``, ``top_m``, ``input_range``, ``patch_size``, ``backend``
-            of :class:`mghf_fast.MGHFLoss`, with ``input_range="0,1"`` and ``patch_size="auto"``
-            unless given.
+        options: ``preset``, ``extractor``, ``top_m``, ``input_range``, ``patch_size``, ``backend``,
+            ``precision`` of :class:`mghf_fast.MGHFLoss`, with ``input_range="0,1"`` and
+            ``patch_size="auto"`` unless given.
     """
 
     def __init__(self, variant: str = "c", **options: Any) -> None:

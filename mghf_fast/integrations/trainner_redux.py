@@ -35,7 +35,7 @@ class MGHFLoss(nn.Module):
     Args:
         loss_weight: the factor by which the trainer multiplies. If it is negative, the trainer
             passes the enlarged low resolution instead of the ground truth, as for all its losses.
-        variant, preset, extractor, top_m, input_range, patch_size, backend: as in
+        variant, preset, extractor, top_m, input_range, patch_size, backend, precision: as in
             :class:`mghf_fast.MGHFLoss`.
         terms: log each weighted term separately, as ``l_g_mghf_naive`` and so on.
     """
@@ -50,6 +50,7 @@ class MGHFLoss(nn.Module):
         input_range: str = "0,1",
         patch_size: int | str = "auto",
         backend: str = "auto",
+        precision: str = "auto",
         terms: bool = False,
     ) -> None:
         super().__init__()
@@ -63,6 +64,7 @@ class MGHFLoss(nn.Module):
             input_range=input_range,
             patch_size=patch_size,
             backend=backend,
+            precision=precision,
         )
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor | dict[str, Tensor]:

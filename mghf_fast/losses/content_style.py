@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .. import _checks as check
 from .. import functional
+from ..precision import check_precision
 
 
 class ContentStyleLoss(nn.Module):
@@ -19,6 +20,7 @@ class ContentStyleLoss(nn.Module):
         top_m, alpha, gamma, bins, gram: as in :func:`functional.content_style_terms`.
         reduction: ``"mean"`` for a scalar, ``"none"`` for (B,).
         backend: ``"auto"`` or a backend's name.
+        precision: as in :class:`MGHFLoss`.
     """
 
     def __init__(
@@ -32,6 +34,7 @@ class ContentStyleLoss(nn.Module):
         gram: str = "channel",
         reduction: str = "mean",
         backend: str | None = None,
+        precision: str = "auto",
     ) -> None:
         super().__init__()
         check.check_choice("reduction", reduction, ("mean", "none"))
@@ -39,6 +42,7 @@ class ContentStyleLoss(nn.Module):
         self.betas = (beta1, beta2, beta3)
         self.top_m, self.alpha, self.gamma, self.bins, self.gram = top_m, alpha, gamma, bins, gram
         self.reduction, self.backend = reduction, backend
+        self.precision = check_precision(precision)
 
     def terms(self, sr: Tensor, gt: Tensor) -> functional.ContentStyleTerms:
         """The four unweighted terms, each (B,)."""
@@ -51,6 +55,7 @@ class ContentStyleLoss(nn.Module):
             bins=self.bins,
             gram=self.gram,
             backend=self.backend,
+            precision=self.precision,
         )
 
     def combine(self, terms: functional.ContentStyleTerms) -> Tensor:
@@ -66,5 +71,6 @@ class ContentStyleLoss(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"betas={self.betas}, top_m={self.top_m}, alpha={self.alpha}, gamma={self.gamma}, "
-            f"bins={self.bins}, gram={self.gram!r}, reduction={self.reduction!r}"
+            f"bins={self.bins}, gram={self.gram!r}, reduction={self.reduction!r}, "
+            f"precision={self.precision!r}"
         )

@@ -23,7 +23,7 @@ class HFDiffLoss(nn.Module):
     are SinSR's distillation terms.
 
     Args:
-        extractor, input_range, backend: as in :class:`MGHFLoss`.
+        extractor, input_range, backend, precision: as in :class:`MGHFLoss`.
         embedder: any callable from images (B, 3, H, W) to embeddings (B, D) or (B, T, D), such as a
             frozen DINO-v2 with its own preprocessing; ``None`` omits the JS term. A module is used
             without a copy and kept in evaluation mode; freezing its weights is up to the caller.
@@ -42,6 +42,7 @@ class HFDiffLoss(nn.Module):
         input_range: str | Sequence[float] | None = None,
         backend: str = "auto",
         reduction: str = "mean",
+        precision: str = "auto",
     ) -> None:
         super().__init__()
         eta1, eta2 = check.check_number("eta1", eta1), check.check_number("eta2", eta2)
@@ -56,6 +57,7 @@ class HFDiffLoss(nn.Module):
             input_range=input_range,
             backend=backend,
             reduction=reduction,
+            precision=precision,
         )
 
     def train(self, mode: bool = True) -> HFDiffLoss:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from .. import _checks as check
 from .. import functional
 from ..nn import PatchProjection
 from ..ops.vocabulary import COSTS, PLAN_GRADIENTS
+from ..precision import check_precision
 from .frozen import HoldsFrozen, freeze
 
 AUTO_PATCH_SIZES = (32, 16, 8)
@@ -35,6 +38,7 @@ class LocalInformationLoss(HoldsFrozen):
         backend: ``"auto"`` or a backend's name.
         save_weights: keep the frozen projection's weights in ``state_dict()``, although the seed
             reproduces them. (A trainable projection's are always there.)
+        precision: as in :class:`MGHFLoss`.
         downscale: image pixels per pixel of the features, along each side; it must divide
             ``patch_size`` and ``stride``. ``"auto"`` uses only patches of at least 2 pixels of the
             features and rounds their strides down to whole pixels.
@@ -58,6 +62,7 @@ class LocalInformationLoss(HoldsFrozen):
         backend: str | None = None,
         downscale: int = 1,
         save_weights: bool = False,
+        precision: str = "auto",
     ) -> None:
         super().__init__()
         if isinstance(patch_size, str):
@@ -90,6 +95,7 @@ class LocalInformationLoss(HoldsFrozen):
         self.temperature, self.epsilon, self.iterations = temperature, epsilon, iterations
         self.negative_weight, self.cost, self.plan_gradient = negative_weight, cost, plan_gradient
         self.patch_reduction, self.reduction, self.backend = patch_reduction, reduction, backend
+        self.precision = check_precision(precision)
         # Side of a patch -> stride, in pixels of the features.
         if isinstance(patch_size, int):
             strides = {patch_size // downscale: stride // downscale}
@@ -146,9 +152,10 @@ class LocalInformationLoss(HoldsFrozen):
         check.check_pair("sr", sr, "gt", gt)
         check.check_order("sr", sr, "gt", gt)
         project = self._projection(sr)
+        chosen: dict[str, Any] = {"backend": self.backend, "precision": self.precision}
         losses = functional.monce_loss(
-            project(sr, backend=self.backend),
-            project(gt.detach(), backend=self.backend),
+            project(sr, **chosen),
+            project(gt.detach(), **chosen),
             temperature=self.temperature,
             epsilon=self.epsilon,
             iterations=self.iterations,
@@ -156,7 +163,7 @@ class LocalInformationLoss(HoldsFrozen):
             cost=self.cost,
             plan_gradient=self.plan_gradient,
             reduction="none",
-            backend=self.backend,
+            **chosen,
         ).view(sr.shape[0], sr.shape[1], -1)
         per_map = losses.mean(2) if self.patch_reduction == "mean" else losses.sum(2)
         per_image = per_map.mean(1)
@@ -166,5 +173,5 @@ class LocalInformationLoss(HoldsFrozen):
         return (
             f"patch_size={self.patch_size!r}, stride={self.stride}, "
             f"temperature={self.temperature}, epsilon={self.epsilon}, cost={self.cost!r}, "
-            f"reduction={self.reduction!r}"
+            f"reduction={self.reduction!r}, precision={self.precision!r}"
         )

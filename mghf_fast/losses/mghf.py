@@ -17,7 +17,7 @@ from .. import _checks as check
 from .. import functional
 from ..backends import check_backend
 from ..nn import DetailFeatureExtractor
-from ..precision import accumulation_dtype, autocasting, without_autocast
+from ..precision import accumulation_dtype, autocasting, check_precision, without_autocast
 from . import step
 from .content_style import ContentStyleLoss
 from .frozen import HoldsFrozen, digest, floating_type, freeze
@@ -94,6 +94,12 @@ class MGHFLoss(HoldsFrozen):
         save_weights: keep the weights of extractor and projection in ``state_dict()``, and load
             them from there. By default a checkpoint holds none of them; weights in a checkpoint are
             ignored, with a warning if they differ from this loss's.
+        precision: the least precision of the matrix products, for every op of the loss:
+            ``"float32"``, ``"tf32"`` (factors of 11 significant bits), ``"bfloat16"`` (8), or
+            ``"auto"``, what PyTorch itself uses for convolutions on the device of the images: on
+            CUDA TF32 unless ``torch.backends.cudnn.conv.fp32_precision = "ieee"`` is set, elsewhere
+            float32. A backend may be more precise: the CPU's kernels and plain PyTorch ignore the
+            option. Entropies, the choice of maps and Sinkhorn's sums are in float32 always.
 
     ``loss.gammas = (0.28, 1, 8e-3)`` sets Gamma1 to Gamma3 between steps. A compiled loss uses the
     new values without being recompiled, unless they switch a term on or off.
@@ -133,6 +139,7 @@ class MGHFLoss(HoldsFrozen):
         *,
         patch_size: int | str = 32,
         save_weights: bool = False,
+        precision: str = "auto",
     ) -> None:
         super().__init__()
         check.check_choice("variant", variant, VARIANTS)
@@ -145,7 +152,7 @@ class MGHFLoss(HoldsFrozen):
         self.input_range = read_range(input_range)
         # A list, so that DataParallel's replicas, which are shallow copies, share it.
         self._range_unchecked = [True] if self.input_range else []
-        self.backend = check_backend(backend)
+        self.backend, self.precision = check_backend(backend), check_precision(precision)
         self._downscale = downscale_of(network)
         # Has the type and device of the computation: a buffer follows .to() and casts, and replicas
         # have it, whatever the extractor consists of.
@@ -172,6 +179,7 @@ class MGHFLoss(HoldsFrozen):
             gamma=self.preset.gamma,
             reduction="none",
             backend=self.backend,
+            precision=self.precision,
         )
 
         def make_local(downscale: int) -> LocalInformationLoss:
@@ -182,6 +190,7 @@ class MGHFLoss(HoldsFrozen):
                 backend=self.backend,
                 downscale=downscale,
                 save_weights=save_weights,
+                precision=self.precision,
             )
 
         self._local_problem: str | None = None
@@ -238,7 +247,8 @@ class MGHFLoss(HoldsFrozen):
         if self.input_range == "0,1":
             image = image * 2 - 1
         if isinstance(self.extractor, DetailFeatureExtractor):
-            features: Tensor = self.extractor(image, backend=self.backend)
+            chosen = {"backend": self.backend, "precision": self.precision}
+            features: Tensor = self.extractor(image, **chosen)
         else:
             # A copy, because another module may begin with an in-place layer.
             features = self.extractor(image if self.input_range == "0,1" else image.clone())
@@ -366,5 +376,6 @@ class MGHFLoss(HoldsFrozen):
         parts["input_range"] = repr(self.input_range)
         parts["reduction"] = repr(self.reduction)
         parts["backend"] = repr(self.backend)
+        parts["precision"] = repr(self.precision)
         listed = ", ".join(f"{name}={value}" for name, value in parts.items())
         return f"{type(self).__name__}({listed})"

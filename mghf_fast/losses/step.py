@@ -14,6 +14,7 @@ dispatch modes use the loss composed of operators instead.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ from ..nn.stems import SqueezeStem
 from ..ops._batching import is_batched
 from ..ops._dispatch import Implementation, epoch
 from ..ops.vocabulary import PackedWeights
-from ..precision import accumulation_dtype
+from ..precision import accumulation_dtype, product_precision
 from .settings import factors
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ class _Extraction:
     coupling: Implementation
     together: bool
     dtype: torch.dtype
+    precision: str
     from_unit_range: bool
     """Whether images are mapped from [0, 1] to [-1, 1] before the first block."""
 
@@ -132,7 +134,8 @@ class _Extraction:
         x = self.prepared(images)
         for weights, options in self.blocks:
             given = x
-            x, state = self.coupling.forward(x, weights, *options, inputs is not None)
+            keep = inputs is not None
+            x, state = self.coupling.forward(x, weights, *options, keep, self.precision)
             if inputs is not None:
                 inputs += (given, state)
         return x
@@ -141,7 +144,8 @@ class _Extraction:
         """The gradient in the image from that in its features. Empties ``inputs``."""
         for weights, options in reversed(self.blocks):
             state, x = inputs.pop(), inputs.pop()
-            grad = self.coupling.backward(grad, x, weights, state, *options, False)[0]
+            chosen = (False, self.precision)
+            grad = self.coupling.backward(grad, x, weights, state, *options, *chosen)[0]
             del state, x
         if self.squeeze is not None:
             return self.squeeze.unsqueezed(grad, sr)
@@ -302,8 +306,8 @@ class _Compare(torch.autograd.Function):
         names = ("naive", "csc_mse", "csc_correlation", "csc_gram")
         of_style = [in_terms.get(name, plan.none) for name in names]
         if plan.patches is None or plan.monce is None:
-            options = plan.style_options[-1]
-            grad_sr = plan.style.backward(*of_style, gt, sr, *kept, options, **into)
+            options = plan.style_options[-2:]
+            grad_sr = plan.style.backward(*of_style, gt, sr, *kept, *options, **into)
             return grad_sr, *(None,) * 5
         *statistics, query, state, key, iterates = kept
         of_losses = in_terms["lip"].view(images, 1, 1)
@@ -313,8 +317,8 @@ class _Compare(torch.autograd.Function):
         # afterwards, unless the graph is retained.
         grad_query = plan.monce.backward(of_losses, query, key, iterates, *plan.monce_options)
         del kept, key, iterates, of_losses
-        options = plan.style_options[-1]
-        grad_sr = plan.style.backward(*of_style, gt, sr, *statistics, options, **into)
+        options = plan.style_options[-2:]
+        grad_sr = plan.style.backward(*of_style, gt, sr, *statistics, *options, **into)
         del gt, into
         plan.patches.add_backward(grad_sr, grad_query, query, state, sr, *plan.patches_options)
         return grad_sr, *(None,) * 5
@@ -364,10 +368,11 @@ def extract(loss: MGHFLoss, sr: Tensor, gt: Tensor) -> tuple[Tensor, Tensor, boo
     """The features of images that have been checked, and whether nobody else has them: a module
     that is called may keep its result."""
     backend, dtype = current_backend(loss.backend), loss._likeness.dtype
-    key = ("extract", backend, epoch(), sr.shape, sr.device, dtype)
+    precision = product_precision(loss.precision, sr.device.type)
+    key = ("extract", backend, precision, epoch(), sr.shape, sr.device, dtype)
     plan: _Extraction | None = loss._steps.find(key, loss.extractor)
     if plan is None or not plan.weights.are_current():
-        plan = None if _capturing(sr) else _plan_extraction(loss, sr, backend)
+        plan = None if _capturing(sr) else _plan_extraction(loss, sr, backend, precision)
         if plan is not None:
             loss._steps.keep(key, loss.extractor, plan)
     if plan is None or _has_any_global_hook():
@@ -384,7 +389,9 @@ def extract(loss: MGHFLoss, sr: Tensor, gt: Tensor) -> tuple[Tensor, Tensor, boo
     return sr_features, gt_features, True
 
 
-def _plan_extraction(loss: MGHFLoss, sr: Tensor, backend: str) -> _Extraction | None:
+def _plan_extraction(
+    loss: MGHFLoss, sr: Tensor, backend: str, precision: str
+) -> _Extraction | None:
     """A plan, or None if the extractor is of an unsupported kind or refuses the image."""
     extractor = loss.extractor
     if type(extractor) is not DetailFeatureExtractor:
@@ -426,6 +433,7 @@ def _plan_extraction(loss: MGHFLoss, sr: Tensor, backend: str) -> _Extraction | 
         coupling=ops.OPS["coupling"].choose(backend, x, *first, subnet=subnet),
         together=together,
         dtype=loss._likeness.dtype,
+        precision=precision,
         from_unit_range=unit and not squeezes,
     )
 
@@ -454,14 +462,17 @@ def compare(
         loss.content_style,
         loss.local_information,
     )
+    grade = functools.partial(product_precision, device_type=sr.device.type)
     names = ("naive", *(name for name in loss._active if name != "naive"))
-    of_style: tuple[Any, ...] = (0, 1.0, 1.0, 2, "channel")
+    of_style: tuple[Any, ...] = (0, 1.0, 1.0, 2, "channel", grade(style.precision))
     if len(names) > 1 and names != ("naive", "lip"):
         top_m = max(sr.shape[1] // 2, 1) if style.top_m is None else style.top_m
         of_style = (top_m, float(style.alpha), float(style.gamma), style.bins, style.gram)
+        of_style += (grade(style.precision),)
     of_monce = (
         *(float(local.temperature), float(local.epsilon), local.iterations),
         *(float(local.negative_weight), local.cost, local.plan_gradient),
+        grade(local.precision),
     )
     sizes = (sr.shape, sr.device, sr.dtype)
     weights = (loss._gammas, style.betas, loss.reduction)
@@ -509,7 +520,7 @@ def _plan_comparison(
         local = {
             "weights": _Weights(projection.modules()),
             "patches": ops.OPS["patches"].choose(backend, sr, *parameters),
-            "patches_options": (*parameters, side, step),
+            "patches_options": (*parameters, side, step, of_monce[-1]),
             "monce": ops.OPS["monce"].choose(backend, embedding, embedding),
             "monce_options": of_monce,
         }
@@ -517,7 +528,7 @@ def _plan_comparison(
     return _Comparison(
         names=names,
         mean=mean,
-        style=ops.OPS["content_style"].choose(backend, sr, sr, gram=of_style[-1]),
+        style=ops.OPS["content_style"].choose(backend, sr, sr, gram=of_style[-2]),
         style_options=of_style,
         factors=None if weighed == [1.0] else exact.new_tensor(in_total).unsqueeze(1),
         gradients=exact.new_tensor(into_terms).unsqueeze(1),

@@ -122,7 +122,12 @@ class InvertibleBlock(nn.Module):
         return weights._replace(mix_weight=kernel.to(dtype), mix_bias=bias.to(dtype))
 
     def forward(
-        self, x: Tensor, *, stem: nn.Conv2d | None = None, backend: str | None = None
+        self,
+        x: Tensor,
+        *,
+        stem: nn.Conv2d | None = None,
+        backend: str | None = None,
+        precision: str = "auto",
     ) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W); with ``stem`` the block is applied to the stem's output.
 
@@ -138,7 +143,7 @@ class InvertibleBlock(nn.Module):
                     "stores its activations"
                 )
             return coupling.plain_block(x, weights)
-        return functional.invertible_block(x, weights, backend=backend)
+        return functional.invertible_block(x, weights, backend=backend, precision=precision)
 
     def inverse(self, y: Tensor, *, backend: str | None = None) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W): the input whose output is ``y``."""
@@ -272,7 +277,9 @@ class DetailFeatureExtractor(nn.Module):
                 curve_block(block, rms)
                 rms = BLOCK_OUTPUT_RMS
 
-    def forward(self, image: Tensor, *, backend: str | None = None) -> Tensor:
+    def forward(
+        self, image: Tensor, *, backend: str | None = None, precision: str = "auto"
+    ) -> Tensor:
         """Features of an image.
 
         Args:
@@ -293,16 +300,17 @@ class DetailFeatureExtractor(nn.Module):
             # The features take the image's layout, and on the CPU both the kernels and PyTorch are
             # faster on channels_last.
             image = image.contiguous(memory_format=torch.channels_last)
+        chosen: dict[str, Any] = {"backend": backend, "precision": precision}
         first, *others = self.blocks
         # With the stem folded into the first mix, its features are neither computed nor saved.
         drawn_in = isinstance(self.stem, nn.Conv2d)
         x: Tensor = (
-            first(image, stem=self.stem, backend=backend)
+            first(image, stem=self.stem, **chosen)
             if drawn_in
-            else (first(self.stem(image), backend=backend))
+            else (first(self.stem(image), **chosen))
         )
         for block in others:
-            x = block(x, backend=backend)
+            x = block(x, **chosen)
         return x
 
     @torch.no_grad()

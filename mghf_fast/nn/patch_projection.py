@@ -50,7 +50,7 @@ class PatchProjection(nn.Module):
         self.to(torch.get_default_device(), torch.get_default_dtype())
         self.requires_grad_(trainable)
 
-    def forward(self, x: Tensor, *, backend: str | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, backend: str | None = None, precision: str = "auto") -> Tensor:
         """(B, C, H, W) feature maps -> (B * C, N, D); see :func:`functional.patch_projection`."""
         return functional.patch_projection(
             x,
@@ -61,6 +61,7 @@ class PatchProjection(nn.Module):
             patch_size=self.patch_size,
             stride=self.stride,
             backend=backend,
+            precision=precision,
         )
 
     def extra_repr(self) -> str:

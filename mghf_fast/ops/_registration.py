@@ -7,6 +7,7 @@ directly from the arguments, and only lists of tensors are flattened.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -29,6 +30,8 @@ class Operator:
         self.__name__, self.__doc__ = function.__name__, function.__doc__
         schema = torch.library.infer_schema(function, mutates_args=())
         tags = (torch.Tag.pt2_compliant_tag,)
+        parameters = inspect.signature(function).parameters.values()
+        self._defaults = [p.default for p in parameters]
         _LIBRARY.define(f"{self.__name__}{schema}", tags=tags)
         _LIBRARY.impl(self.__name__, function, "CompositeExplicitAutograd")
         self.overload: Any = getattr(torch.ops.mghf_fast, self.__name__).default
@@ -54,7 +57,7 @@ class Operator:
         """Registers the gradient, as `torch.library.register_autograd` does: ``setup_context(ctx,
         inputs, output)`` saves what ``backward(ctx, *grads)`` needs, which returns the gradient of
         each argument, a list for a list of tensors."""
-        overload = self.overload
+        overload, defaults = self.overload, self._defaults
 
         class Node(torch.autograd.Function):
             @staticmethod
@@ -78,6 +81,8 @@ class Operator:
                 return None, *_flat(found, ctx.lengths)
 
         def kernel(*arguments: Any) -> Any:
+            # The dispatcher leaves out trailing arguments that have their default.
+            arguments += tuple(defaults[len(arguments) :])
             if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
                 lengths = [len(a) if isinstance(a, (list, tuple)) else None for a in arguments]
                 return Node.apply(lengths, *_flat(arguments, lengths))

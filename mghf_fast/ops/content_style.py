@@ -38,10 +38,11 @@ def content_style(
     bins: int,
     gram: str,
     backend: str,
+    precision: str = "float32",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See ContentStyleOutputs."""
     run = OP.choose(backend, gt, sr, gram=gram).forward
-    return run(gt, sr, top_m, alpha, gamma, bins, gram)
+    return run(gt, sr, top_m, alpha, gamma, bins, gram, precision)
 
 
 @Operator
@@ -58,11 +59,12 @@ def content_style_backward(
     difference: Tensor,
     gram: str,
     backend: str,
+    precision: str = "float32",
 ) -> Tensor:
     run = OP.choose(backend, gt, sr, gram=gram).backward
     grads = (grad_naive, grad_mse, grad_correlation, grad_gram)
     statistics = (kept, weights, moments, difference)
-    return laid_out_as(sr, run(*grads, gt, sr, *statistics, gram))
+    return laid_out_as(sr, run(*grads, gt, sr, *statistics, gram, precision))
 
 
 @content_style.fake
@@ -75,6 +77,7 @@ def _(
     bins: int,
     gram: str,
     backend: str,
+    precision: str = "float32",
 ) -> ContentStyleOutputs:
     b, dtype = sr.shape[0], accumulation_dtype(sr.dtype)
     naive, mse, correlation, style = (sr.new_empty((b,), dtype=dtype) for _ in range(4))
@@ -100,7 +103,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    gt, sr, *_, ctx.gram, ctx.backend = inputs
+    gt, sr, *_, ctx.gram, ctx.backend, ctx.precision = inputs
     statistics = output[4:]
     ctx.mark_non_differentiable(*statistics)
     ctx.save_for_backward(gt, sr, *statistics)
@@ -111,8 +114,8 @@ def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     if double_backward_requested():
         grad_sr = reference.backward(*given)
     else:
-        grad_sr = content_style_backward(*given, ctx.backend)
-    return None, grad_sr, None, None, None, None, None, None
+        grad_sr = content_style_backward(*given, ctx.backend, ctx.precision)
+    return None, grad_sr, *(None,) * 7
 
 
 content_style.differentiate(_backward, _setup_context)

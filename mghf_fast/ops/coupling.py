@@ -49,10 +49,11 @@ def coupling(
     clamp: float | None,
     keep: bool,
     backend: str,
+    precision: str = "float32",
 ) -> tuple[Tensor, Tensor]:
     """y and the state."""
     run = OP.choose(backend, x, *weights, subnet=subnet).forward
-    y, state = run(x, weights, activation, subnet, clamp, keep)
+    y, state = run(x, weights, activation, subnet, clamp, keep, precision)
     return laid_out_as(x, y), state
 
 
@@ -80,12 +81,14 @@ def coupling_backward(
     clamp: float | None,
     need_weights: bool,
     backend: str,
+    precision: str = "float32",
 ) -> list[Tensor]:
     """[gradient of x], followed by those of ``weights`` if they are needed."""
     limited_by = {"subnet": subnet, "need_weights": need_weights}
     # x comes first, as in the forward, so that the same backend is preferred, which has kept state.
     run = OP.choose(backend, x, grad, *weights, **limited_by).backward
-    grad_x, *grads = run(grad, x, weights, state, activation, subnet, clamp, need_weights)
+    options = (activation, subnet, clamp, need_weights, precision)
+    grad_x, *grads = run(grad, x, weights, state, *options)
     return [laid_out_as(x, grad_x), *(g.contiguous() for g in grads)]
 
 
@@ -98,6 +101,7 @@ def _(
     clamp: float | None,
     keep: bool,
     backend: str,
+    precision: str = "float32",
 ) -> tuple[Tensor, Tensor]:
     y = empty_like_laid_out(x, channels=weights[0].shape[0])
     # "auto" may choose any backend when it runs, and nothing is kept where the fakes are used then.
@@ -130,13 +134,14 @@ def _(
     clamp: float | None,
     need_weights: bool,
     backend: str,
+    precision: str = "float32",
 ) -> list[Tensor]:
     grad_weights = [w.new_empty(w.shape) for w in weights] if need_weights else []
     return [empty_like_laid_out(x), *grad_weights]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weights, *ctx.options, _, ctx.backend = inputs
+    x, weights, *ctx.options, _, ctx.backend, ctx.precision = inputs
     ctx.save_for_backward(x, output[1], *weights)
 
 
@@ -152,9 +157,9 @@ def _backward(ctx: Any, grad: Tensor, _: None) -> tuple[Any, ...]:
     if double_backward_requested() or is_batched(grad):
         found = reference.backward(*given)
     else:
-        found = coupling_backward(*given, ctx.backend)
+        found = coupling_backward(*given, ctx.backend, ctx.precision)
     grad_x, *grad_weights = found
-    return grad_x, grad_weights or [None] * len(weights), None, None, None, None, None
+    return grad_x, grad_weights or [None] * len(weights), *(None,) * 6
 
 
 def _inverse_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:

@@ -36,12 +36,12 @@ def monce(
     cost: str,
     plan_gradient: str,
     backend: str,
+    precision: str = "float32",
 ) -> tuple[Tensor, Tensor]:
     """The losses (B, N), and the state for the backward."""
     run = OP.choose(backend, query, key).forward
-    losses, state = run(
-        query, key, temperature, epsilon, iterations, negative_weight, cost, plan_gradient
-    )
+    options = (temperature, epsilon, iterations, negative_weight, cost, plan_gradient, precision)
+    losses, state = run(query, key, *options)
     return losses.contiguous(), state
 
 
@@ -58,10 +58,11 @@ def monce_backward(
     cost: str,
     plan_gradient: str,
     backend: str,
+    precision: str = "float32",
 ) -> Tensor:
     # Chosen by the forward's tensors only, so that it is the backend that produced the state.
     run = OP.choose(backend, query, key).backward
-    options = (temperature, epsilon, iterations, negative_weight, cost, plan_gradient)
+    options = (temperature, epsilon, iterations, negative_weight, cost, plan_gradient, precision)
     return run(grad, query, key, state, *options).contiguous()
 
 
@@ -77,7 +78,7 @@ def _(grad: Tensor, query: Tensor, key: Tensor, state: Tensor, *_: Any) -> Tenso
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, *ctx.options, ctx.backend = inputs
+    query, key, *ctx.options, ctx.backend, ctx.precision = inputs
     ctx.save_for_backward(query, key, output[1])
 
 
@@ -86,8 +87,9 @@ def _backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
     if double_backward_requested():
         grad_query = reference.backward(grad, query, key, state, *ctx.options)
     else:
-        grad_query = monce_backward(grad, query, key, state, *ctx.options, ctx.backend)
-    return grad_query, None, None, None, None, None, None, None, None
+        chosen = (ctx.backend, ctx.precision)
+        grad_query = monce_backward(grad, query, key, state, *ctx.options, *chosen)
+    return grad_query, *(None,) * 9
 
 
 monce.differentiate(_backward, _setup_context)

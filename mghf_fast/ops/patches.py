@@ -43,11 +43,12 @@ def patches(
     patch_size: int,
     stride: int,
     backend: str,
+    precision: str = "float32",
 ) -> tuple[Tensor, Tensor]:
     """The embeddings and the state."""
     parameters = (weight1, bias1, weight2, bias2)
     run = OP.choose(backend, x, *parameters).forward
-    embedding, state = run(x, *parameters, patch_size, stride)
+    embedding, state = run(x, *parameters, patch_size, stride, precision)
     return embedding.contiguous(), state
 
 
@@ -65,12 +66,13 @@ def patches_backward(
     stride: int,
     need_weights: bool,
     backend: str,
+    precision: str = "float32",
 ) -> list[Tensor]:
     """[gradient of x], followed by those of the weights and biases if they are needed."""
     parameters = (weight1, bias1, weight2, bias2)
     # Chosen by the forward's tensors only, so that it is the backend that produced the state.
     run = OP.choose(backend, x, *parameters).backward
-    options = (patch_size, stride, need_weights)
+    options = (patch_size, stride, need_weights, precision)
     grad_x, *grads = run(grad, embedding, state, x, *parameters, *options)
     return [laid_out_as(x, grad_x), *(g.contiguous() for g in grads)]
 
@@ -85,6 +87,7 @@ def _(
     patch_size: int,
     stride: int,
     backend: str,
+    precision: str = "float32",
 ) -> tuple[Tensor, Tensor]:
     embedding, state = patches_shapes(x, weight1, weight2, patch_size, stride)
     return (
@@ -107,13 +110,14 @@ def _(
     stride: int,
     need_weights: bool,
     backend: str,
+    precision: str = "float32",
 ) -> list[Tensor]:
     parameters = (weight1, bias1, weight2, bias2) if need_weights else ()
     return [empty_like_laid_out(x), *(p.new_empty(p.shape) for p in parameters)]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.patch_size, ctx.stride, ctx.backend = inputs
+    *tensors, ctx.patch_size, ctx.stride, ctx.backend, ctx.precision = inputs
     ctx.save_for_backward(*output, *tensors)
 
 
@@ -124,9 +128,9 @@ def _backward(ctx: Any, grad: Tensor, _: None) -> tuple[Any, ...]:
     if double_backward_requested() or is_batched(grad):
         found = reference.backward(*given)
     else:
-        found = patches_backward(*given, ctx.backend)
+        found = patches_backward(*given, ctx.backend, ctx.precision)
     grad_x, *grad_parameters = found
-    return grad_x, *(grad_parameters or (None,) * 4), None, None, None
+    return grad_x, *(grad_parameters or (None,) * 4), *(None,) * 4
 
 
 patches.differentiate(_backward, _setup_context)

@@ -216,6 +216,7 @@ def forward(
     subnet: str,
     clamp: float | None,
     keep: bool,
+    precision: str = "float32",
 ) -> tuple[Tensor, Tensor]:
     block = BlockWeights.from_tensors(weights, activation, subnet, clamp)
     return invertible_block(x, block), nothing_kept(x)
@@ -230,6 +231,7 @@ def backward(
     subnet: str,
     clamp: float | None,
     need_weights: bool,
+    precision: str = "float32",
 ) -> list[Tensor]:
     block = BlockWeights.from_tensors(weights, activation, subnet, clamp)
     grad_x, grad_weights = invertible_block_backward(grad, x, block, need_weights)

@@ -23,4 +23,15 @@ def gram_matrix_backward(grad: Tensor, x: Tensor, scale: float) -> Tensor:
     return ((grad + grad.mT) @ features * scale).view(x.shape).to(x.dtype)
 
 
-forward, backward, can_run = gram_matrix, gram_matrix_backward, can_run_reference
+# ---- as a backend ----
+
+
+def forward(x: Tensor, scale: float, precision: str = "float32") -> Tensor:
+    return gram_matrix(x, scale)
+
+
+def backward(grad: Tensor, x: Tensor, scale: float, precision: str = "float32") -> Tensor:
+    return gram_matrix_backward(grad, x, scale)
+
+
+can_run = can_run_reference

@@ -116,6 +116,7 @@ def forward(
     negative_weight: float,
     cost: str,
     plan_gradient: str,
+    precision: str = "float32",
 ) -> tuple[Tensor, Tensor]:
     options = (temperature, epsilon, iterations, negative_weight, cost, plan_gradient)
     shape = monce_state_shape(query, iterations)
@@ -133,6 +134,7 @@ def backward(
     negative_weight: float,
     cost: str,
     plan_gradient: str,
+    precision: str = "float32",
 ) -> Tensor:
     options = (temperature, epsilon, iterations, negative_weight, cost, plan_gradient)
     return monce_backward(grad, query, key, *options)

@@ -96,6 +96,7 @@ def forward(
     bias2: Tensor,
     patch_size: int,
     stride: int,
+    precision: str = "float32",
 ) -> tuple[Tensor, Tensor]:
     embedding = patch_projection(x, weight1, bias1, weight2, bias2, patch_size, stride)
     _, shape = patches_shapes(x, weight1, weight2, patch_size, stride)
@@ -114,6 +115,7 @@ def backward(
     patch_size: int,
     stride: int,
     need_weights: bool,
+    precision: str = "float32",
 ) -> list[Tensor]:
     parameters = (weight1, bias1, weight2, bias2)
     grad_x, grads = patch_projection_backward(
@@ -134,6 +136,7 @@ def add_backward(
     bias2: Tensor,
     patch_size: int,
     stride: int,
+    precision: str = "float32",
 ) -> None:
     parameters = (weight1, bias1, weight2, bias2)
     grad_x += patch_projection_backward(grad, x, *parameters, patch_size, stride, False)[0]

@@ -215,7 +215,8 @@ struct Correlation {
 using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Result content_style(const Tensor& gt, const Tensor& sr, int64_t top_m, double alpha, double gamma,
-                     int64_t bins) {
+                     int64_t bins, const std::string& precision) {
+  mghf::check_precision(precision);
   const StylePair pair = check_pair(gt, sr);
   const int64_t batch = pair.sr.batch, channels = pair.sr.channels;
   const int64_t pixels = pair.sr.height * pair.sr.width;
@@ -353,8 +354,10 @@ void content_style_backward_into_(Tensor grad_sr, const Tensor& grad_naive,
                                   const Tensor& grad_mse, const Tensor& grad_correlation,
                                   const Tensor& grad_gram, const Tensor& gt, const Tensor& sr,
                                   const Tensor& kept, const Tensor& weights,
-                                  const Tensor& moments, const Tensor& difference) {
+                                  const Tensor& moments, const Tensor& difference,
+                                  const std::string& precision) {
   using namespace mghf;
+  check_precision(precision);
   const StylePair pair = check_pair(gt, sr);
   check_same_shape(grad_sr, "grad_sr", sr, "sr");
   STD_TORCH_CHECK(grad_sr.scalar_type() == sr.scalar_type(), "grad_sr and sr are not of one type");
@@ -446,11 +449,11 @@ Tensor content_style_backward(const Tensor& grad_naive, const Tensor& grad_mse,
                               const Tensor& grad_correlation, const Tensor& grad_gram,
                               const Tensor& gt, const Tensor& sr, const Tensor& kept,
                               const Tensor& weights, const Tensor& moments,
-                              const Tensor& difference) {
+                              const Tensor& difference, const std::string& precision) {
   mghf::check_image(sr, "sr");
   Tensor grad_sr = mghf::new_image_like(sr, sr.size(1));
   content_style_backward_into_(grad_sr, grad_naive, grad_mse, grad_correlation, grad_gram, gt, sr,
-                               kept, weights, moments, difference);
+                               kept, weights, moments, difference, precision);
   return grad_sr;
 }
 

@@ -85,7 +85,9 @@ struct ImageTiles {
 };
 
 Tensor coupling(const Tensor& x, const Tensor& weights, int64_t channels, int64_t kernel,
-                const std::string& activation, double clamp) {
+                const std::string& activation, double clamp,
+                const std::string& precision) {
+  check_precision(precision);
   const auto shape = check_block(x, "x", weights, channels, kernel, activation, clamp);
   const auto& kernels = MGHF_BFLOAT16_KERNELS_OF(coupling);
   Memory memory;
@@ -125,7 +127,9 @@ constexpr int64_t kSlots = 32;
 std::tuple<Tensor, Tensor> coupling_backward(const Tensor& grad, const Tensor& x,
                                              const Tensor& weights, int64_t channels,
                                              int64_t kernel, const std::string& activation,
-                                             double clamp, bool need_weights) {
+                                             double clamp, bool need_weights,
+                                             const std::string& precision) {
+  check_precision(precision);
   const auto shape =
       check_block(x, "x", weights, channels, kernel, activation, clamp, need_weights);
   check_image(grad, "grad");

@@ -13,7 +13,8 @@ using mghf::Tensor;
 constexpr int64_t kRunPixels = 8192;
 constexpr int64_t kMostSums = 1 << 20;  // float64 elements of all runs' matrices, 8 MiB
 
-Tensor gram(const Tensor& features, double scale) {
+Tensor gram(const Tensor& features, double scale, const std::string& precision) {
+  mghf::check_precision(precision);
   const ImageView x = mghf::read_view(features, "x");
   const auto& kernels = MGHF_KERNELS_OF(gram);
   const int64_t channels = x.channels, width = kernels.padded(channels), size = channels * width;
@@ -47,7 +48,9 @@ Tensor gram(const Tensor& features, double scale) {
   return result;
 }
 
-Tensor gram_backward(const Tensor& grad, const Tensor& features, double scale) {
+Tensor gram_backward(const Tensor& grad, const Tensor& features, double scale,
+                     const std::string& precision) {
+  mghf::check_precision(precision);
   const ImageView x = mghf::read_view(features, "x");
   const int64_t channels = x.channels;
   mghf::check_float32(grad, "grad", 3);

@@ -46,7 +46,8 @@ mghf::KeptIterates kept_of(int32_t* state, int64_t b, int64_t slots, int64_t pat
 std::tuple<Tensor, Tensor> monce(const Tensor& query, const Tensor& key, double temperature,
                                  double epsilon, int64_t iterations, double negative_weight,
                                  const std::string& cost, const std::string& plan_gradient,
-                                 int64_t kept) {
+                                 int64_t kept, const std::string& precision) {
+  mghf::check_precision(precision);
   const auto options = check_monce(query, key, temperature, epsilon, iterations, negative_weight,
                                    cost, plan_gradient);
   mghf::check_kept(kept, iterations);
@@ -69,7 +70,8 @@ std::tuple<Tensor, Tensor> monce(const Tensor& query, const Tensor& key, double 
 Tensor monce_backward(const Tensor& grad, const Tensor& query, const Tensor& key,
                       const Tensor& state, double temperature, double epsilon, int64_t iterations,
                       double negative_weight, const std::string& cost,
-                      const std::string& plan_gradient) {
+                      const std::string& plan_gradient, const std::string& precision) {
+  mghf::check_precision(precision);
   const auto options = check_monce(query, key, temperature, epsilon, iterations, negative_weight,
                                    cost, plan_gradient);
   check_float32(grad, "grad", 2);

@@ -150,7 +150,8 @@ Tensor unit_pairs(const Tensor& weight1, int64_t size) {
 
 std::tuple<Tensor, Tensor> patches(const Tensor& x, const Tensor& weight1, const Tensor& bias1,
                                    const Tensor& weight2, const Tensor& bias2, int64_t patch_size,
-                                   int64_t stride) {
+                                   int64_t stride, const std::string& precision) {
+  mghf::check_precision(precision);
   PatchesOptions options = check_patches(x, weight1, weight2, patch_size, stride);
   options.bias1 = check_parameter(bias1, "bias1", options.hidden, -1);
   options.bias2 = check_parameter(bias2, "bias2", options.dimension, -1);
@@ -200,7 +201,8 @@ void image_gradient(const Tensor& grad_x, bool add, const Tensor& grad, const Te
 
 Tensor patches_backward(const Tensor& grad, const Tensor& embedding, const Tensor& state,
                         const Tensor& x, const Tensor& weight1, const Tensor& weight2,
-                        int64_t patch_size, int64_t stride) {
+                        int64_t patch_size, int64_t stride, const std::string& precision) {
+  mghf::check_precision(precision);
   mghf::check_image(x, "x");
   Tensor grad_x = mghf::new_image_like(x, x.size(1));
   image_gradient(grad_x, false, grad, embedding, state, weight1, weight2, patch_size, stride);
@@ -209,14 +211,17 @@ Tensor patches_backward(const Tensor& grad, const Tensor& embedding, const Tenso
 
 void patches_backward_add_(Tensor grad_x, const Tensor& grad, const Tensor& embedding,
                            const Tensor& state, const Tensor& weight1, const Tensor& weight2,
-                           int64_t patch_size, int64_t stride) {
+                           int64_t patch_size, int64_t stride,
+                           const std::string& precision) {
+  mghf::check_precision(precision);
   image_gradient(grad_x, true, grad, embedding, state, weight1, weight2, patch_size, stride);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> patches_backward_weights(
     const Tensor& grad, const Tensor& embedding, const Tensor& state, const Tensor& x,
     const Tensor& weight1, const Tensor& bias1, const Tensor& weight2, int64_t patch_size,
-    int64_t stride) {
+    int64_t stride, const std::string& precision) {
+  mghf::check_precision(precision);
   PatchesOptions options = check_patches(x, weight1, weight2, patch_size, stride);
   options.bias1 = check_parameter(bias1, "bias1", options.hidden, -1);
   const PatchesGradient gradient = check_gradient(options, grad, embedding, state);

@@ -30,7 +30,8 @@ void check_pair(const Tensor& gt, const Tensor& sr) {
 using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Result content_style_op(const Tensor& gt, const Tensor& sr, int64_t top_m, double alpha,
-                        double gamma, int64_t bins) {
+                        double gamma, int64_t bins, const std::string& precision) {
+  check_precision(precision);
   check_pair(gt, sr);
   const int64_t batch = sr.size(0), channels = sr.size(1);
   check_top_m(top_m, channels);
@@ -67,7 +68,9 @@ void content_style_backward_into_op(Tensor grad_sr, const Tensor& grad_naive,
                                     const Tensor& grad_mse, const Tensor& grad_correlation,
                                     const Tensor& grad_gram, const Tensor& gt, const Tensor& sr,
                                     const Tensor& kept, const Tensor& weights,
-                                    const Tensor& moments, const Tensor& difference) {
+                                    const Tensor& moments, const Tensor& difference,
+                                    const std::string& precision) {
+  check_precision(precision);
   check_pair(gt, sr);
   check_image(grad_sr, "grad_sr");
   check_same_shape(grad_sr, "grad_sr", sr, "sr");
@@ -115,11 +118,11 @@ Tensor content_style_backward_op(const Tensor& grad_naive, const Tensor& grad_ms
                                  const Tensor& grad_correlation, const Tensor& grad_gram,
                                  const Tensor& gt, const Tensor& sr, const Tensor& kept,
                                  const Tensor& weights, const Tensor& moments,
-                                 const Tensor& difference) {
+                                 const Tensor& difference, const std::string& precision) {
   check_image(sr, "sr");
   Tensor grad_sr = new_image_like(sr, sr.size(1));
   content_style_backward_into_op(grad_sr, grad_naive, grad_mse, grad_correlation, grad_gram, gt,
-                                 sr, kept, weights, moments, difference);
+                                 sr, kept, weights, moments, difference, precision);
   return grad_sr;
 }
 

@@ -73,7 +73,9 @@ void check_state(const Tensor& state, const Tensor& x, const CouplingShape& shap
 }
 
 Tensor coupling_op(const Tensor& x, const Tensor& weights, int64_t channels, int64_t kernel,
-                   const std::string& activation, double clamp) {
+                   const std::string& activation, double clamp,
+                   const std::string& precision) {
+  check_precision(precision);
   const CouplingShape shape = check_block(x, "x", weights, channels, kernel, activation, clamp);
   const Launcher launcher(x);
   Tensor y = new_image_like(x, channels);
@@ -103,7 +105,9 @@ Tensor coupling_pack_op(const Tensor& x, const Tensor& weights, int64_t channels
 std::tuple<Tensor, Tensor> coupling_packed_op(const Tensor& x, const Tensor& weights,
                                               const Tensor& packed, int64_t channels,
                                               int64_t kernel, const std::string& activation,
-                                              double clamp, bool keep) {
+                                              double clamp, bool keep,
+                                              const std::string& precision) {
+  check_precision(precision);
   const CouplingShape shape = check_block(x, "x", weights, channels, kernel, activation, clamp);
   const Launcher launcher(x);
   Tensor y = new_image_like(x, channels), state;
@@ -165,7 +169,9 @@ Tensor gradients_of_weights(const CouplingShape& shape, const Tensor& grad, cons
 std::tuple<Tensor, Tensor> coupling_backward_op(const Tensor& grad, const Tensor& x,
                                                 const Tensor& weights, int64_t channels,
                                                 int64_t kernel, const std::string& activation,
-                                                double clamp, bool need_weights) {
+                                                double clamp, bool need_weights,
+                                                const std::string& precision) {
+  check_precision(precision);
   const CouplingShape shape = check_block(x, "x", weights, channels, kernel, activation, clamp);
   check_grad(grad, x, channels);
   const Launcher launcher(x);
@@ -186,7 +192,9 @@ std::tuple<Tensor, Tensor> coupling_backward_op(const Tensor& grad, const Tensor
 
 Tensor coupling_packed_backward_op(const Tensor& grad, const Tensor& x, const Tensor& weights,
                                    const Tensor& packed, const Tensor& state, int64_t channels,
-                                   int64_t kernel, const std::string& activation, double clamp) {
+                                   int64_t kernel, const std::string& activation, double clamp,
+                                   const std::string& precision) {
+  check_precision(precision);
   const CouplingShape shape = check_block(x, "x", weights, channels, kernel, activation, clamp);
   check_grad(grad, x, channels);
   const Launcher launcher(x);

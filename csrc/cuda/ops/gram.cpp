@@ -17,7 +17,8 @@ void check_features(const Tensor& x) {
                   shape_of(x), "; allowed are at most ", kMostSize - 1, " pixels and channels");
 }
 
-Tensor gram_op(const Tensor& x, double scale) {
+Tensor gram_op(const Tensor& x, double scale, const std::string& precision) {
+  check_precision(precision);
   check_features(x);
   const int64_t batch = x.size(0), channels = x.size(1);
   const Launcher launcher(x);
@@ -35,7 +36,9 @@ Tensor gram_op(const Tensor& x, double scale) {
   return result;
 }
 
-Tensor gram_backward_op(const Tensor& grad, const Tensor& x, double scale) {
+Tensor gram_backward_op(const Tensor& grad, const Tensor& x, double scale,
+                        const std::string& precision) {
+  check_precision(precision);
   check_features(x);
   const int64_t batch = x.size(0), channels = x.size(1);
   check_float32(grad, "grad", 3);

@@ -40,7 +40,8 @@ Tensor workspace_for(const Tensor& query, int64_t maps, const MonceOptions& opti
 std::tuple<Tensor, Tensor> monce_op(const Tensor& query, const Tensor& key, double temperature,
                                     double epsilon, int64_t iterations, double negative_weight,
                                     const std::string& cost, const std::string& plan_gradient,
-                                    int64_t kept) {
+                                    int64_t kept, const std::string& precision) {
+  check_precision(precision);
   const Arguments given = check_monce(query, key, temperature, epsilon, iterations,
                                       negative_weight, cost, plan_gradient);
   check_kept(kept, iterations);
@@ -63,7 +64,9 @@ std::tuple<Tensor, Tensor> monce_op(const Tensor& query, const Tensor& key, doub
 Tensor monce_backward_op(const Tensor& grad, const Tensor& query, const Tensor& key,
                          const Tensor& state, double temperature, double epsilon, int64_t iterations,
                          double negative_weight, const std::string& cost,
-                         const std::string& plan_gradient) {
+                         const std::string& plan_gradient,
+                         const std::string& precision) {
+  check_precision(precision);
   const Arguments given = check_monce(query, key, temperature, epsilon, iterations,
                                       negative_weight, cost, plan_gradient);
   STD_TORCH_CHECK(grad.dim() == 2 && grad.size(0) == query.size(0) &&

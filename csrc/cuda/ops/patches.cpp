@@ -68,7 +68,9 @@ EmbeddingGradient check_gradient(const Projection& p, const Tensor& x, const Ten
 
 std::tuple<Tensor, Tensor> patches_op(const Tensor& x, const Tensor& weight1, const Tensor& bias1,
                                       const Tensor& weight2, const Tensor& bias2,
-                                      int64_t patch_size, int64_t stride) {
+                                      int64_t patch_size, int64_t stride,
+                                      const std::string& precision) {
+  check_precision(precision);
   Projection p = check_patches(x, "x", weight1, weight2, patch_size, stride);
   p.bias1 = check_parameter(bias1, "bias1", p.hidden, -1);
   p.bias2 = check_parameter(bias2, "bias2", p.dimension, -1);
@@ -104,7 +106,9 @@ void image_gradient(const Tensor& grad_x, const char* argument, bool add, const 
 
 Tensor patches_backward_op(const Tensor& grad, const Tensor& embedding, const Tensor& state,
                            const Tensor& x, const Tensor& weight1, const Tensor& weight2,
-                           int64_t patch_size, int64_t stride) {
+                           int64_t patch_size, int64_t stride,
+                           const std::string& precision) {
+  check_precision(precision);
   check_image(x, "x");
   const Tensor grad_x = new_image_like(x, x.size(1));
   image_gradient(grad_x, "x", false, grad, embedding, state, weight1, weight2, patch_size, stride);
@@ -113,7 +117,9 @@ Tensor patches_backward_op(const Tensor& grad, const Tensor& embedding, const Te
 
 void patches_backward_add_op(Tensor grad_x, const Tensor& grad, const Tensor& embedding,
                              const Tensor& state, const Tensor& weight1, const Tensor& weight2,
-                             int64_t patch_size, int64_t stride) {
+                             int64_t patch_size, int64_t stride,
+                             const std::string& precision) {
+  check_precision(precision);
   image_gradient(grad_x, "grad_x", true, grad, embedding, state, weight1, weight2, patch_size,
                  stride);
 }
@@ -121,7 +127,8 @@ void patches_backward_add_op(Tensor grad_x, const Tensor& grad, const Tensor& em
 std::tuple<Tensor, Tensor, Tensor, Tensor> patches_backward_weights_op(
     const Tensor& grad, const Tensor& embedding, const Tensor& state, const Tensor& x,
     const Tensor& weight1, const Tensor& bias1, const Tensor& weight2, int64_t patch_size,
-    int64_t stride) {
+    int64_t stride, const std::string& precision) {
+  check_precision(precision);
   Projection p = check_patches(x, "x", weight1, weight2, patch_size, stride);
   p.bias1 = check_parameter(bias1, "bias1", p.hidden, -1);
   const EmbeddingGradient gradient = check_gradient(p, x, grad, embedding, state);

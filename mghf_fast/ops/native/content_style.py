@@ -21,9 +21,10 @@ class ContentStyle(Binding):
         gamma: float,
         bins: int,
         gram: str,
+        precision: str = "float32",
     ) -> ContentStyleOutputs:
         images = self.image(gt), self.image(sr)
-        return self.ops.content_style(*images, top_m, alpha, gamma, bins)
+        return self.ops.content_style(*images, top_m, alpha, gamma, bins, precision)
 
     def backward(
         self,
@@ -38,17 +39,17 @@ class ContentStyle(Binding):
         moments: Tensor,
         difference: Tensor,
         gram: str,
+        precision: str = "float32",
         into: Tensor | None = None,
     ) -> Tensor:
         grads = (g.float() for g in (grad_naive, grad_mse, grad_correlation, grad_gram))
         images = self.image(gt), self.image(sr)
+        statistics = (kept, weights, moments, difference)
         if into is not None and images[1] is sr:
-            statistics = (kept, weights, moments, difference)
-            self.ops.content_style_backward_into_(into, *grads, *images, *statistics)
+            self.ops.content_style_backward_into_(into, *grads, *images, *statistics, precision)
             return into
-        return self.ops.content_style_backward(
-            *grads, *images, kept, weights, moments, difference
-        ).to(sr.dtype)
+        given = (*grads, *images, *statistics, precision)
+        return self.ops.content_style_backward(*given).to(sr.dtype)
 
     def can_run(self, *tensors: Tensor, gram: str = "channel", **options: Any) -> str | None:
         return only_channel_gram(gram) or super().can_run(*tensors)

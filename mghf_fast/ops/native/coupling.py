@@ -36,14 +36,15 @@ class Coupling(Binding):
         subnet: str,
         clamp: float | None,
         keep: bool,
+        precision: str = "float32",
     ) -> tuple[Tensor, Tensor]:
         channels, _, kernel, _ = weights[0].shape
         options = (channels, kernel, activation, clamp or 0.0)
         if self.on_cpu or not (keep or isinstance(weights, PackedWeights)):
-            y = self.ops.coupling(self.image(x), flat(weights), *options)
+            y = self.ops.coupling(self.image(x), flat(weights), *options, precision)
             return y.to(x.dtype), nothing_kept(x)
         packed = self._packed(x, weights)
-        return self.ops.coupling_packed(x, flat(weights), packed, *options, keep)
+        return self.ops.coupling_packed(x, flat(weights), packed, *options, keep, precision)
 
     def backward(
         self,
@@ -55,6 +56,7 @@ class Coupling(Binding):
         subnet: str,
         clamp: float | None,
         need_weights: bool,
+        precision: str = "float32",
     ) -> list[Tensor]:
         channels, _, kernel, _ = weights[0].shape
         options = (channels, kernel, activation, clamp or 0.0)
@@ -62,9 +64,9 @@ class Coupling(Binding):
         kept = state.numel() > 0 or isinstance(weights, PackedWeights)
         if not self.on_cpu and not need_weights and kept:
             given = (*images, flat(weights), self._packed(x, weights), state)
-            return [self.ops.coupling_packed_backward(*given, *options)]
+            return [self.ops.coupling_packed_backward(*given, *options, precision)]
         grad_x, of_weights = self.ops.coupling_backward(
-            *images, flat(weights), *options, need_weights
+            *images, flat(weights), *options, need_weights, precision
         )
         if not need_weights:
             return [grad_x.to(x.dtype)]

@@ -21,10 +21,11 @@ class Monce(Binding):
         negative_weight: float,
         cost: str,
         plan_gradient: str,
+        precision: str = "float32",
     ) -> tuple[Tensor, Tensor]:
         options = (temperature, epsilon, iterations, negative_weight, cost, plan_gradient)
         return self.ops.monce(
-            self.values(query), self.values(key), *options, kept_iterations(iterations)
+            self.values(query), self.values(key), *options, kept_iterations(iterations), precision
         )
 
     def backward(
@@ -39,11 +40,11 @@ class Monce(Binding):
         negative_weight: float,
         cost: str,
         plan_gradient: str,
+        precision: str = "float32",
     ) -> Tensor:
         options = (temperature, epsilon, iterations, negative_weight, cost, plan_gradient)
-        return self.ops.monce_backward(*map(self.values, (grad, query, key)), state, *options).to(
-            query.dtype
-        )
+        given = (*map(self.values, (grad, query, key)), state, *options, precision)
+        return self.ops.monce_backward(*given).to(query.dtype)
 
     def can_run(self, *tensors: Tensor, **options: Any) -> str | None:
         if (reason := super().can_run(*tensors)) is not None or self.on_cpu:

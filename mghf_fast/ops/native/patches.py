@@ -22,9 +22,10 @@ class Patches(Binding):
         bias2: Tensor,
         patch_size: int,
         stride: int,
+        precision: str = "float32",
     ) -> tuple[Tensor, Tensor]:
         parameters = _dense((weight1, bias1, weight2, bias2))
-        return self.ops.patches(self.image(x), *parameters, patch_size, stride)
+        return self.ops.patches(self.image(x), *parameters, patch_size, stride, precision)
 
     def backward(
         self,
@@ -39,14 +40,15 @@ class Patches(Binding):
         patch_size: int,
         stride: int,
         need_weights: bool,
+        precision: str = "float32",
     ) -> list[Tensor]:
-        parameters, sizes = (weight1, bias1, weight2, bias2), (patch_size, stride)
+        parameters, options = (weight1, bias1, weight2, bias2), (patch_size, stride, precision)
         saved, image = (grad.float(), embedding, state), self.image(x)
         w1, b1, w2, _ = _dense(parameters)
-        grad_x = self.ops.patches_backward(*saved, image, w1, w2, *sizes).to(x.dtype)
+        grad_x = self.ops.patches_backward(*saved, image, w1, w2, *options).to(x.dtype)
         if not need_weights:
             return [grad_x]
-        grads = self.ops.patches_backward_weights(*saved, image, w1, b1, w2, *sizes)
+        grads = self.ops.patches_backward_weights(*saved, image, w1, b1, w2, *options)
         return [grad_x, *(g.to(p.dtype) for g, p in zip(grads, parameters, strict=True))]
 
     def add_backward(
@@ -62,11 +64,12 @@ class Patches(Binding):
         bias2: Tensor,
         patch_size: int,
         stride: int,
+        precision: str = "float32",
     ) -> None:
-        saved, sizes = (grad.float(), embedding, state), (patch_size, stride)
+        saved, options = (grad.float(), embedding, state), (patch_size, stride, precision)
         w1, w2 = _dense((weight1, weight2))
         if self.on_cpu and grad_x.dtype == torch.float16:
             # The CPU's kernels return a float32 gradient, which is rounded when it is added.
-            grad_x += self.ops.patches_backward(*saved, self.image(x), w1, w2, *sizes)
+            grad_x += self.ops.patches_backward(*saved, self.image(x), w1, w2, *options)
         else:
-            self.ops.patches_backward_add_(grad_x, *saved, w1, w2, *sizes)
+            self.ops.patches_backward_add_(grad_x, *saved, w1, w2, *options)
