@@ -43,8 +43,9 @@ class Rule(NamedTuple):
 # On an H200 (benchmarks/results/h200.json) CUDA's monce was twice as fast as Triton's with 100
 # patches per map, and half as fast with 441, where Triton's bfloat16 sinkhorn was faster too.
 # Bounds are geometric means of measured sizes. From 641 patches on a matrix exceeds a cluster's
-# shared memory, and CUDA's monce streams it by one block. Triton's dec has passed its tests there,
-# CUDA's has run on no GPU yet, and neither have its gradients of a block's weights.
+# shared memory, and CUDA's monce streamed it by one block; that a cluster shares it now has run on
+# no GPU yet. Triton's dec has passed its tests there, CUDA's has run on no GPU yet, and neither
+# have its gradients of a block's weights.
 MANY = 210
 ON_CHIP = 641
 HALVES = (torch.float16, torch.bfloat16)

@@ -129,6 +129,7 @@ def test_larger_matrices(tmp_path: Path) -> None:
         problem(cosines(1, 441, 64)),
         problem(cosines(1, 460, 2), "hard", 0.02, 2),
         problem(cosines(1, 650, 2), "hard", 0.01, 2),
+        problem(cosines(1, 1800, 4), "hard", 0.5, 1),  # more than come from memory once
     ]
     check("plain", H200, problems, tmp_path)
 

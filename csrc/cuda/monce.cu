@@ -355,7 +355,8 @@ bool differentiates_plan(const MonceOptions& options, int64_t n) {
 }
 
 const char* divide_maps(int64_t n, int64_t batch, Division& division) {
-  return divide(n, batch, reinterpret_cast<const void*>(contrast<kStreamedWords, false>), division);
+  const auto kernel = contrast<kStreamedWords, false>;
+  return divide(n, batch, reinterpret_cast<const void*>(kernel), division);
 }
 
 Terms terms_of(const MonceOptions& options, int64_t n) {
@@ -374,7 +375,8 @@ const char* monce_workspace_bytes(int64_t batch, int64_t size, const MonceOption
   const char* const error = divide_maps(size, batch, division);
   if (error == nullptr) {
     const bool exact = backward && differentiates_plan(options, size);
-    bytes = solver_bytes(size, options.transport.iterations, exact ? division.clusters : 0, division);
+    bytes = solver_bytes(size, options.transport.iterations, exact ? division.clusters : 0,
+                         division);
   }
   return error;
 }

@@ -236,7 +236,8 @@ __global__ void __launch_bounds__(kThreads) singles(Matrices x, void* result, El
 }
 
 const char* divide_matrices(int64_t n, int64_t batch, Division& division) {
-  return divide(n, batch, reinterpret_cast<const void*>(transport<kStreamedWords, false>), division);
+  const auto kernel = transport<kStreamedWords, false>;
+  return divide(n, batch, reinterpret_cast<const void*>(kernel), division);
 }
 
 // N = 1: nothing to move mass to, and NaN stays NaN.

@@ -2,7 +2,7 @@
 // sinkhorn_solver.h.
 #pragma once
 
-#include "sinkhorn_solver.h"
+#include "sinkhorn_streaming.h"
 
 namespace mghf::cuda {
 

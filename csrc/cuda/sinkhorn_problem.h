@@ -166,7 +166,7 @@ struct Problem {
   KeptIterates kept;  // of all maps; none for plans
 };
 
-// `histories`: how many the workspace has, one for each cluster or for each matrix; 0 for a forward.
+// `histories`: how many the workspace has: one for each cluster, or for each matrix; 0 forward.
 inline Problem problem_of(int64_t n, const TransportOptions& options, const Division& division,
                           bool settle, int64_t histories, void* workspace,
                           KeptIterates kept = {}) {
@@ -258,22 +258,44 @@ struct Most {
   __device__ __forceinline__ float operator()(float x, float y) const { return most_of(x, y); }
 };
 
+// Columns of a row in the device's memory that a lane loads before it uses the first; a pitch has
+// whole numbers of them.
+constexpr int kLoaded = 7;
+template <int kCount>
+__device__ __forceinline__ void load_columns(float (&x)[kCount], const float* row) {
+  MGHF_UNROLL_ALL
+  for (int k = 0; k < kCount; ++k) x[k] = row[k * kWarp];
+}
+
 // Not inlined, because kernels call them in several places. Builds K from the similarities in the
 // area, whose first row is the matrix's row `first`, with the exponents a of the area's rows and b.
-inline __device__ MGHF_NOINLINE void build_kernel(Area area, int first, int n, const float* a,
-                                                  const float* b, TransportCost cost,
-                                                  float factor, float factor_low) {
+template <bool kOnChip>
+__device__ MGHF_NOINLINE void build_kernel(Area area, int first, int n, const float* a,
+                                           const float* b, TransportCost cost, float factor,
+                                           float factor_low) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
   for_rows_of_warp(area.rows, [&](int r) {
     const int i = first + r;
     const float exponent = i < n ? a[r] : 0;
-    MGHF_UNROLL(4)
-    for (int j = static_cast<int>(threadIdx.x) % kWarp; j < area.pitch; j += kWarp) {
-      float entry = 0;
-      if (i < n && j < n && j != i) {
-        const Power power = power_of_two(score_of(area.at(r, j), cost), factor, factor_low);
-        entry = power.power * scale(power.exponent - exponent - b[j]);
+    const auto built = [&](int j, float similarity) {
+      if (i >= n || j >= n || j == i) return 0.0f;
+      const Power power = power_of_two(score_of(similarity, cost), factor, factor_low);
+      return power.power * scale(power.exponent - exponent - b[j]);
+    };
+    if constexpr (kOnChip) {
+      MGHF_UNROLL(4)
+      for (int j = lane; j < area.pitch; j += kWarp) area.at(r, j) = built(j, area.at(r, j));
+    } else {
+      MGHF_UNROLL(1)
+      for (int left = lane; left < area.pitch; left += kLoaded * kWarp) {
+        float x[kLoaded];
+        float* const row = &area.at(r, left);
+        load_columns(x, row);
+        MGHF_UNROLL_ALL
+        for (int k = 0; k < kLoaded; ++k) x[k] = built(left + k * kWarp, x[k]);
+        MGHF_UNROLL_ALL
+        for (int k = 0; k < kLoaded; ++k) row[k * kWarp] = x[k];
       }
-      area.at(r, j) = entry;
     }
   });
 }

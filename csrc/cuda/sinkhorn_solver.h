@@ -12,9 +12,8 @@
 // read each other's column sums: one barrier of the cluster an iteration, for the sums are kept
 // twice. Where K fits no cluster's shared memory, its blocks have their rows and vectors in the
 // device's memory, and only the column sums that they exchange in shared memory; without clusters a
-// single block has them all. The grid has as many clusters as run at a time, and each takes matrices
-// in turn, in the same memory. More columns than a lane's registers take are swept a chunk at a
-// time, the row sums first.
+// single block has them all. Then the grid has as many clusters as run at a time, and each takes
+// matrices in turn, in the same memory; see sinkhorn_streaming.h.
 //
 // Stability. a and b are integers, so they cost no digits and absorb any scale exactly. Every
 // iteration checks that its row and column sums stay within [1e-14, 1e14]: entries of K below
@@ -118,12 +117,31 @@ struct Solver {
   __device__ __forceinline__ void for_rows(const F& f) const {
     for_rows_of_warp(rows, f);
   }
+  // Calls f(j, entry) for the lane's columns j < n of a row. Of a row in the device's memory some
+  // are loaded before the first is used.
+  template <class F>
+  __device__ __forceinline__ void for_columns(int r, const F& f) const {
+    if constexpr (kOnChip) {
+      MGHF_UNROLL(2)
+      for (int j = lane; j < n; j += kWarp) f(j, at(r, j));
+    } else {
+      MGHF_UNROLL(1)
+      for (int left = lane; left < n; left += kLoaded * kWarp) {
+        float x[kLoaded];
+        load_columns(x, &at(r, left));
+        MGHF_UNROLL_ALL
+        for (int k = 0; k < kLoaded; ++k) {
+          if (left + k * kWarp < n) f(left + k * kWarp, x[k]);
+        }
+      }
+    }
+  }
 
   // ---- K ----
 
   // Builds K from the similarities in the area, with the exponents a of the block's rows and b.
   __device__ __forceinline__ void build(const float* a, const float* b) const {
-    build_kernel(own_rows(), first, n, a, b, p.cost, p.factor.value, p.factor.low);
+    build_kernel<kOnChip>(own_rows(), first, n, a, b, p.cost, p.factor.value, p.factor.low);
   }
   __device__ __forceinline__ Power power_of(float similarity) const {
     return power_of_entry(similarity, p.cost, p.factor.value, p.factor.low);
@@ -136,13 +154,12 @@ struct Solver {
     for_rows([&](int r) {
       if (first + r >= n) return;
       float top = -INFINITY;
-      MGHF_UNROLL(2)
-      for (int j = lane; j < n; j += kWarp) {
-        const float y = score_of(at(r, j), p.cost) * p.factor.value;
-        if (j == first + r) continue;
+      for_columns(r, [&](int j, float x) {
+        const float y = score_of(x, p.cost) * p.factor.value;
+        if (j == first + r) return;
         bad = bad || !(fabsf(y) < kLargestExponent);
         top = most_of(top, y);
-      }
+      });
       top = across_lanes(top, Most{});
       if (lane == 0) a[r] = round_to_integer(top);
     });
@@ -158,19 +175,7 @@ struct Solver {
   __device__ __forceinline__ void sweep(const float* weights, const Entry& entry,
                                         const Coefficient& coefficient, const Finish& finish) {
     if (chunks > 1) {
-      for_rows([&](int r) {
-        float sum = 0;
-        MGHF_UNROLL(4)
-        for (int j = lane; j < pitch; j += kWarp) sum += entry(r, j, at(r, j)) * weights[j];
-        sum = across_lanes(sum, Add{});
-        const float c = coefficient(r, sum);
-        if (lane == 0) coefficients[r] = c;
-      });
-      __syncwarp();
-      finish();
-      sweep_columns<Add>([&](float total, int r, int j, float x) {
-        return total + coefficients[r] * entry(r, j, x);
-      });
+      sweep_chunks(weights, entry, coefficient, finish);
       return;
     }
     float weight[kWords], total[kWords];
@@ -222,6 +227,12 @@ struct Solver {
     for (int k = 0; k < kWords; ++k) partial[warp * kWidth + lane + k * kWarp] = total[k];
     join_warps<Add>(0);
   }
+
+  // The same for rows of several chunks.
+  template <class Entry, class Coefficient, class Finish>
+  __device__ __forceinline__ void sweep_chunks(const float* weights, const Entry& entry,
+                                               const Coefficient& coefficient,
+                                               const Finish& finish);
 
   // Combines f(total, row of the block, j, the area's entry) over the block's rows. On chip few
   // matrices need it, so the loop is kept short, with few columns at a time.
@@ -569,30 +580,6 @@ const char* with_solver(const Division& division, const F& f) {
       return of(std::integral_constant<int, 14>{}, on_chip);
     default:
       return of(std::integral_constant<int, 20>{}, on_chip);
-  }
-}
-
-// Calls solve(solver) for the matrices that the block has a part in, and ends each with a barrier of
-// the matrix's blocks: others may still read this one's shared memory.
-template <int kWords, bool kOnChip, class Solve>
-__device__ __forceinline__ void for_maps(const Problem& p, float* shared, int64_t batch,
-                                         const Solve& solve) {
-  using S = Solver<kWords, kOnChip>;
-  const int blocks = S::blocks_of(p);
-  const auto solve_one = [&](int map) {
-    S s(p, shared, map);
-    solve(s);
-    s.sync_all();
-  };
-  const int map = static_cast<int>(blockIdx.x) / blocks;
-  if constexpr (kOnChip) {
-    solve_one(map);
-  } else {
-    MGHF_UNROLL(1)
-    for (int next = map; next < batch; next += static_cast<int>(gridDim.x) / blocks) {
-      solve_one(next);
-      if (blocks == 1) __syncthreads();  // before the next matrix takes this one's memory
-    }
   }
 }
 
