@@ -62,7 +62,9 @@ __device__ __forceinline__ void activate(float* x, Activation activation) {
 
 // Whether an activation with kinks, at 0 and for relu6 at 6, has slope 1 at x or at its value,
 // which has the same sign; not at a NaN.
-__device__ __forceinline__ bool is_steep(float x, bool relu6) { return x > 0 && !(relu6 && x >= 6); }
+__device__ __forceinline__ bool is_steep(float x, bool relu6, float six = 6) {
+  return x > 0 && !(relu6 && x >= six);
+}
 // Its other slope.
 __device__ __forceinline__ float flat_slope(Activation activation) {
   return activation == Activation::relu6 ? 0.0f : 0.01f;

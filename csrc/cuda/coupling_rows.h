@@ -16,7 +16,7 @@
 //
 // Products of float32 are three of halves (halves.h), those of halves and bfloat16 one. The power of
 // two for features is that of each pixel's largest, for hidden values, which relu6 keeps within
-// [0, 6], 2^11. Small products are added up apart from the large ones, so that an accumulator is cut
+// [0, 6], 2^11, by which D is multiplied. Small products are added up apart from the large ones, so that an accumulator is cut
 // off at most 8 times.
 //
 // Predicted for float32, C = 128, on an H200 at 1.75 GHz. A row of 64 pixels takes 24 products m64n64k16
@@ -40,7 +40,6 @@ namespace {
 constexpr int kRowsThreads = 2 * kWarpgroup;
 constexpr int kStrip = 64, kOwnOfStrip = kStrip - 2;
 constexpr int kRing = 4;
-constexpr float kHiddenScale = 2048;  // 6 times it is within 2^13 ... 2^14
 
 // How a call is cut into blocks.
 struct RowsPlan {
@@ -79,6 +78,21 @@ struct RowsStage {
   MutableChannels<T> y;
   float clamp;
   MutableState state;  // written if Sizes::kKeeps
+  bool by_pairs = false;  // whether two neighbouring pixels of y, from an even one on, are contiguous
+};
+
+// Rows of hidden values in shared memory, [pixel][channel]. Before every second pixel a group is left
+// out: a quarter of a warp, or half of it where a quad is 8 bytes, reads or writes quads of pixels 2
+// apart, which so lie in all banks.
+template <class T, int kHidden>
+struct HiddenRow {
+  static constexpr int kSize = kStrip * kHidden + kStrip / 2 * kGroup;  // elements
+  T* data;
+
+  // Offset of a thread's quad of the first group.
+  static __device__ __forceinline__ int offset(int pixel) {
+    return pixel * kHidden + pixel / 2 * kGroup + static_cast<int>(threadIdx.x) % 4 * 4;
+  }
 };
 
 template <class T, int kHalfOf, bool kKeepsOf>
@@ -87,8 +101,8 @@ struct RowsSizes {
   static constexpr bool kKeeps = kKeepsOf;
   static constexpr int kGroups = kHalf / kGroup, kHiddenGroups = kHidden / kGroup;
   static constexpr RowsLayout kLayout{kHalf, kParts};
-  static constexpr int kRingBytes =
-      Tile<T, kHidden>::size(kRing * kStrip) * static_cast<int>(sizeof(T));
+  using Row = HiddenRow<T, kHidden>;
+  static constexpr int kRingBytes = kRing * Row::kSize * static_cast<int>(sizeof(T));
   static constexpr int kCounters = 2 * kRing + 1;
   static constexpr size_t kBytes = kLayout.bytes() + kRingBytes + kCounters * sizeof(Counter);
   static_assert(kLayout.bytes() % 16 == 0 && kLayout.scales() % 16 == 0);
@@ -149,8 +163,8 @@ struct SlopesOfRow {
   uint32_t even = 0, words[2] = {};
 
   // Called for each group in turn.
-  __device__ __forceinline__ void note(int group, Values& x) {
-    const uint32_t bits = slope_bits(x, true);
+  __device__ __forceinline__ void note(int group, Values& x, float six) {
+    const uint32_t bits = slope_bits(x, true, six);
     if (group % 2 == 0) {
       even = bits;
     } else if (group / 2 == static_cast<int>(threadIdx.x) % 4) {
@@ -183,9 +197,22 @@ __device__ __forceinline__ SharedColumns columns_of(const unsigned char* matrix,
   return SharedColumns(matrix + group * 2 * kAlongDepth + first_column / 8 * 128, kAlongDepth, 128);
 }
 
+// relu6, or a multiple of it. A NaN stays one.
+__device__ __forceinline__ float between_zero_and(float six, float x) {
+#ifdef __CUDA_ARCH__
+  float positive, result;
+  asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(positive) : "f"(x));
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(positive), "f"(six));
+  return result;
+#else
+  const float positive = x < 0 ? 0 : x;
+  return positive > six ? six : positive;
+#endif
+}
+
 // A row of A(E f) into its place in the ring.
 template <class Z, class T>
-__device__ __forceinline__ void expand_row(const Tile<T, Z::kHidden>& row,
+__device__ __forceinline__ void expand_row(const typename Z::Row& row,
                                            const FeaturesOfRow<Z::kGroups>& features,
                                            const unsigned char* weights, SlopesOfRow& slopes) {
   const PlaceInRow place;
@@ -254,19 +281,21 @@ __device__ __forceinline__ void expand_row(const Tile<T, Z::kHidden>& row,
         values.all()[k] = sums[part][n * kValues + k] * back[k % 4 / 2];
       }
       const int group = part * Z::kGroups + n;
-      if constexpr (Z::kKeeps) slopes.note(group, values);
-      activate<kValues>(values.all(), Activation::relu6);
+      if constexpr (Z::kKeeps) slopes.note(group, values, 6);
       MGHF_UNROLL_ALL
       for (int i = 0; i < 2; ++i) {
-        const float quad[4] = {values.at(i, 0), values.at(i, 1), values.at(i, 2), values.at(i, 3)};
-        row.write(place.pixel + i, group, quad);
+        float quad[4];
+        MGHF_UNROLL_ALL
+        for (int q = 0; q < 4; ++q) quad[q] = between_zero_and(6, values.at(i, q));
+        write_quad(row.data + Z::Row::offset(place.pixel + i) + group * kGroup, quad);
       }
     }
   }
 }
 
-// The pixels that a thread's windows reach, as places in a row of the strip: reflected at the image's
+// The pixels that a thread's windows reach, as offsets in a row of the strip: reflected at the image's
 // borders. At the strip's other borders they are others', for results that do not count.
+template <class Row>
 struct WindowColumns {
   int of[4];
 
@@ -275,7 +304,7 @@ struct WindowColumns {
     MGHF_UNROLL_ALL
     for (int i = 0; i < 4; ++i) {
       const int at = reflected(strip.left + place.pixel + i - 1, width) - strip.left;
-      of[i] = at < 0 ? 0 : at < kStrip ? at : kStrip - 1;
+      of[i] = Row::offset(at < 0 ? 0 : at < kStrip ? at : kStrip - 1);
     }
   }
 };
@@ -283,8 +312,8 @@ struct WindowColumns {
 // result = P A(D ...) for a row whose window's rows are in the ring.
 template <class Z, class T>
 __device__ __forceinline__ void project_row(Values (&result)[Z::kGroups],
-                                            const Tile<T, Z::kHidden>& ring, const int (&rows)[3],
-                                            const WindowColumns& columns,
+                                            const T* ring, const int (&rows)[3],
+                                            const WindowColumns<typename Z::Row>& columns,
                                             const unsigned char* weights, SlopesOfRow& slopes) {
   const PlaceInRow place;
   const float* const taps =
@@ -308,7 +337,7 @@ __device__ __forceinline__ void project_row(Values (&result)[Z::kGroups],
         MGHF_UNROLL_ALL
         for (int x = 0; x < 4; ++x) {
           float quad[4];
-          ring.read(rows[y] + columns.of[x], group, quad);
+          read_quad(ring + (rows[y] + columns.of[x]) + group * kGroup, quad);
           MGHF_UNROLL_ALL
           for (int i = 0; i < 2; ++i) {
             if (x < i || x > i + 2) continue;
@@ -317,12 +346,12 @@ __device__ __forceinline__ void project_row(Values (&result)[Z::kGroups],
           }
         }
       }
-      if constexpr (Z::kKeeps) slopes.note(group, inner);
-      activate<kValues>(inner.all(), Activation::relu6);
+      if constexpr (Z::kKeeps) slopes.note(group, inner, 6 * kHiddenScale);
       MGHF_UNROLL_ALL
       for (int i = 0; i < 4; ++i) {
         const float* const of = &inner.of[i / 2][i % 2 * 2];
-        const SplitHalves pair(of[0] * kHiddenScale, of[1] * kHiddenScale);
+        const SplitHalves pair(between_zero_and(6 * kHiddenScale, of[0]),
+                               between_zero_and(6 * kHiddenScale, of[1]));
         big[k][i] = pair.big;
         small[k][i] = pair.small;
       }
@@ -339,8 +368,7 @@ __device__ __forceinline__ void project_row(Values (&result)[Z::kGroups],
     }
   }
   wait_for_products<0>();
-  const float back =
-      reinterpret_cast<const float*>(weights + Z::kLayout.scales())[1] * (1 / kHiddenScale);
+  const float back = reinterpret_cast<const float*>(weights + Z::kLayout.scales())[1];
   MGHF_UNROLL_ALL
   for (int n = 0; n < Z::kGroups; ++n) {
     MGHF_UNROLL_ALL
@@ -351,11 +379,10 @@ __device__ __forceinline__ void project_row(Values (&result)[Z::kGroups],
   }
 }
 
-// What comes of a sub-network's result in row y: phi's is added, rho's scales z1, eta's is added to
-// that.
+// A thread's part of the features that a row of results is added to or scales.
 template <class Z, class T>
-__device__ __forceinline__ void finish_row(Values (&result)[Z::kGroups], const RowsStage<T>& s,
-                                           const StripOfRows& strip, int subnet, int y) {
+__device__ __forceinline__ void read_other(FeaturesOfRow<Z::kGroups>& to, const RowsStage<T>& s,
+                                           const StripOfRows& strip, int y) {
   const PlaceInRow place;
   MGHF_UNROLL_ALL
   for (int i = 0; i < 2; ++i) {
@@ -363,27 +390,73 @@ __device__ __forceinline__ void finish_row(Values (&result)[Z::kGroups], const R
     if (!strip.counts(y, x)) continue;
     const int64_t pixel = s.tiling.pixel(strip.b, y, x);
     MGHF_UNROLL_ALL
-    for (int n = 0; n < Z::kGroups; ++n) {
-      float other[4], value[4];
-      read_quad(s.other.quad(pixel, n), other);
-      MGHF_UNROLL_ALL
-      for (int q = 0; q < 4; ++q) value[q] = result[n].at(i, q);
+    for (int n = 0; n < Z::kGroups; ++n) read_quad(s.other.quad(pixel, n), to.of[n][i]);
+  }
+}
+
+// Two neighbouring pixels of four channels, aligned to both.
+template <class T>
+__device__ __forceinline__ void write_pairs(const RowsStage<T>& s, int b, int y, int x, int group,
+                                            const float (&values)[2][4]) {
+  const MutableChannels<T>& to = s.y;
+  const int c = group * kGroup + PlaceInRow().lane * 4;
+  T* const first = to.image.pixel(b, y, x) + (to.first + c) * to.image.channel_stride;
+  MGHF_UNROLL_ALL
+  for (int q = 0; q < 4; ++q) {
+    if (c + q >= to.count) continue;
+    T* const place = first + q * to.image.channel_stride;
+    if constexpr (std::is_same_v<T, float>) {
+      *reinterpret_cast<float2*>(place) = float2{values[0][q], values[1][q]};
+    } else {
+      *reinterpret_cast<uint32_t*>(place) = pair_of<T>(values[0][q], values[1][q]);
+    }
+  }
+}
+
+// What comes of a sub-network's result in row y: phi's is added, rho's scales z1, eta's is added to
+// that.
+template <class Z, class T>
+__device__ __forceinline__ void finish_row(Values (&result)[Z::kGroups],
+                                           const FeaturesOfRow<Z::kGroups>& other,
+                                           const RowsStage<T>& s, const StripOfRows& strip,
+                                           int subnet, int y) {
+  const PlaceInRow place;
+  const int x = strip.left + place.pixel;
+  const bool counts[2] = {strip.counts(y, x), strip.counts(y, x + 1)};
+  const int64_t pixel = s.tiling.pixel(strip.b, y, x);
+  MGHF_UNROLL_ALL
+  for (int n = 0; n < Z::kGroups; ++n) {
+    float value[2][4];
+    MGHF_UNROLL_ALL
+    for (int i = 0; i < 2; ++i) {
+      if (!counts[i]) continue;
+      const float(&before)[4] = other.of[n][i];
       if (subnet == kRho) {
         MGHF_UNROLL_ALL
-        for (int q = 0; q < 4; ++q) value[q] = expf(log_scale_of(value[q], s.clamp));
+        for (int q = 0; q < 4; ++q) {
+          value[i][q] = expf(log_scale_of(result[n].at(i, q), s.clamp));
+        }
         if constexpr (Z::kKeeps) {
-          unsigned char* const kept = s.state.pixel(strip.b, y, x);
-          write_quad(MutableState::scale<T>(kept, n), value);
-          if (s.state.has_z1) write_quad(s.state.template z1<T>(kept, n), other);
+          unsigned char* const kept = s.state.pixel(strip.b, y, x + i);
+          write_quad(MutableState::scale<T>(kept, n), value[i]);
+          if (s.state.has_z1) write_quad(s.state.template z1<T>(kept, n), before);
         }
         MGHF_UNROLL_ALL
-        for (int q = 0; q < 4; ++q) value[q] *= other[q];
+        for (int q = 0; q < 4; ++q) value[i][q] *= before[q];
       } else {
         MGHF_UNROLL_ALL
-        for (int q = 0; q < 4; ++q) value[q] += other[q];
+        for (int q = 0; q < 4; ++q) value[i][q] = result[n].at(i, q) + before[q];
       }
-      if (subnet != kEta) write_quad(s.other.quad(pixel, n), value);
-      if (subnet != kRho && s.y.image.data != nullptr) s.y.write(strip.b, y, x, n, value);
+      if (subnet != kEta) write_quad(s.other.quad(pixel + i, n), value[i]);
+    }
+    if (subnet == kRho) continue;
+    if (s.by_pairs && counts[0] && counts[1]) {
+      write_pairs(s, strip.b, y, x, n, value);
+      continue;
+    }
+    MGHF_UNROLL_ALL
+    for (int i = 0; i < 2; ++i) {
+      if (counts[i]) s.y.write(strip.b, y, x + i, n, value[i]);
     }
   }
 }
@@ -394,7 +467,7 @@ __global__ void __launch_bounds__(kRowsThreads, 1) stream_rows(RowsStage<T> s) {
     never();
   } else {
     MGHF_DYNAMIC_SHARED(unsigned char, weights);
-    const Tile<T, Z::kHidden> ring{reinterpret_cast<T*>(weights + Z::kLayout.bytes())};
+    T* const ring = reinterpret_cast<T*>(weights + Z::kLayout.bytes());
     Counter* const made = reinterpret_cast<Counter*>(weights + Z::kLayout.bytes() + Z::kRingBytes);
     Counter *const read = made + kRing, *const loaded = read + kRing;
     if (threadIdx.x == 0) {
@@ -406,7 +479,7 @@ __global__ void __launch_bounds__(kRowsThreads, 1) stream_rows(RowsStage<T> s) {
     }
     publish_counters();
     const StripOfRows strip(s.tiling, s.plan, blockIdx.x);
-    const WindowColumns columns(strip, s.tiling.width);
+    const WindowColumns<typename Z::Row> columns(strip, s.tiling.width);
     const int height = s.tiling.height;
     // A shuffle, because the compiler must see that a warp stays together: otherwise it makes products
     // one by one.
@@ -438,12 +511,11 @@ __global__ void __launch_bounds__(kRowsThreads, 1) stream_rows(RowsStage<T> s) {
           if (of >= 0) read[of % kRing].wait((before + of / kRing) % 2);
         }
         if (expands(j)) {
-          const Tile<T, Z::kHidden> row{ring.data + j % kRing * (kStrip * Z::kHidden)};
-          expand_row<Z>(row, features, weights, slopes);
+          const typename Z::Row row{ring + j % kRing * Z::Row::kSize};
+          expand_row<Z, T>(row, features, weights, slopes);
           if constexpr (Z::kKeeps) slopes.template keep<Z>(s, strip, subnet, 0, y);
         }
         made[j % kRing].arrive();
-        if (expands(j + 2)) read_features<Z>(features, s, strip, y + 2);
         // Row j - 2 was waited for then. A warp's windows reach into what others made.
         for (int of = j > 0 ? j - 1 : 0; of <= j; ++of) {
           made[of % kRing].wait((before + of / kRing) % 2);
@@ -452,16 +524,20 @@ __global__ void __launch_bounds__(kRowsThreads, 1) stream_rows(RowsStage<T> s) {
           int rows[3];
           MGHF_UNROLL_ALL
           for (int tap = 0; tap < 3; ++tap) {
-            rows[tap] = (reflected(y - 2 + tap, height) - top) % kRing * kStrip;
+            rows[tap] = (reflected(y - 2 + tap, height) - top) % kRing * Z::Row::kSize;
           }
+          FeaturesOfRow<Z::kGroups> other;
+          read_other<Z>(other, s, strip, y - 1);
           Values result[Z::kGroups];
           SlopesOfRow second;
           project_row<Z>(result, ring, rows, columns, weights, second);
           read[j % kRing].arrive();
+          if (expands(j + 2)) read_features<Z>(features, s, strip, y + 2);
           if constexpr (Z::kKeeps) second.template keep<Z>(s, strip, subnet, 1, y - 1);
-          finish_row<Z>(result, s, strip, subnet, y - 1);
+          finish_row<Z>(result, other, s, strip, subnet, y - 1);
         } else {
           read[j % kRing].arrive();
+          if (expands(j + 2)) read_features<Z>(features, s, strip, y + 2);
         }
       }
     }
@@ -490,6 +566,9 @@ const char* stream_rows_of(const RowsStage<T>& s, bool keeps, Stream stream) {
 template <class T>
 const char* launch_rows(RowsStage<T> s, int64_t half, bool keeps, Stream stream) {
   s.plan = plan_rows(s.tiling.batch, s.tiling.computed.count(), s.tiling.width);
+  const MutableImage<T>& y = s.y.image;
+  s.by_pairs = y.column_stride == 1 && y.row_stride % 2 == 0 && y.channel_stride % 2 == 0 &&
+               y.batch_stride % 2 == 0 && reinterpret_cast<uintptr_t>(y.data) % (2 * sizeof(T)) == 0;
   return half == 32 ? stream_rows_of<32>(s, keeps, stream) : stream_rows_of<64>(s, keeps, stream);
 }
 

@@ -4,8 +4,8 @@
 //     E, then P   as columns of halves in the cores of wgmma.h: [8 depths][8 columns] of 128 bytes, in
 //                 the order of channels of coupling_products.h; of float32 all big parts, then all
 //                 small ones
-//     D           [tap][channel], float32
-//     what undoes the powers of two by which E and P are multiplied
+//     D           [tap][channel], float32, times a power of two, so that its results are factors of P
+//     what undoes the powers of two by which E, and P and D, are multiplied
 #pragma once
 
 #include "coupling_products.h"
@@ -15,7 +15,8 @@ namespace mghf::cuda {
 
 namespace {
 
-constexpr int kWidestRows = 64;  // features of a sub-network
+constexpr int kWidestRows = 64;       // features of a sub-network
+constexpr float kHiddenScale = 2048;  // 6 times it is within 2^13 ... 2^14
 
 struct RowsLayout {
   int half, parts;  // parts: 2 for float32, big and small
@@ -108,12 +109,15 @@ __device__ __forceinline__ void pack_rows(const RowsPacking& packing, int block)
   }
   if (part != 0) return;
   float* const scales = reinterpret_cast<float*>(subnet.to + layout.scales());
-  if (threadIdx.x < 2) scales[2 * threadIdx.x + (is_project ? 1 : 0)] = scale.back;
+  if (threadIdx.x < 2) {
+    scales[2 * threadIdx.x + (is_project ? 1 : 0)] =
+        is_project ? scale.back * (1 / kHiddenScale) : scale.back;
+  }
   if (is_project) return;
   float* const taps = reinterpret_cast<float*>(subnet.to + layout.taps());
   for (int i = threadIdx.x; i < 9 * layout.hidden(); i += kThreads) {
     const int channel = i % layout.hidden(), tap = i / layout.hidden();
-    taps[i] = channel < subnet.hidden ? subnet.depthwise[channel * 9 + tap] : 0.0f;
+    taps[i] = channel < subnet.hidden ? subnet.depthwise[channel * 9 + tap] * kHiddenScale : 0.0f;
   }
 }
 

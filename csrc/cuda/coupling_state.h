@@ -75,14 +75,14 @@ struct Slopes {
 };
 
 // The bits of a block's channels at a thread's two pixels, those of the second in the upper half.
-// All threads of a warp call it.
-__device__ __forceinline__ uint32_t slope_bits(Values& x, bool relu6) {
+// All threads of a warp call it. `six`: where relu6 ends, if x has another scale.
+__device__ __forceinline__ uint32_t slope_bits(Values& x, bool relu6, float six = 6) {
   uint32_t bits = 0;
   MGHF_UNROLL_ALL
   for (int pixel = 0; pixel < 2; ++pixel) {
     MGHF_UNROLL_ALL
     for (int q = 0; q < 4; ++q) {
-      bits |= static_cast<uint32_t>(is_steep(x.at(pixel, q), relu6)) << (pixel * kGroup + q);
+      bits |= static_cast<uint32_t>(is_steep(x.at(pixel, q), relu6, six)) << (pixel * kGroup + q);
     }
   }
   bits <<= opaque(static_cast<int>(threadIdx.x)) % 4 * 4;
