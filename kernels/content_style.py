@@ -75,7 +75,7 @@ def forward(
             distance=DISTANCE.value,
             square=SQUARE.value,
         )
-        difference, style = gram_difference(products_of(gt, sr, kept), weights, pixels)
+        difference, style = gram_difference(products_of(gt, sr, kept, precision), weights, pixels)
     return naive, mse, correlation, style, kept, weights, moments, difference
 
 
@@ -99,7 +99,7 @@ def backward(
     their gradients, and no other program reads them."""
     grad_sr = empty_like_laid_out(sr) if into is None else into
     grads = (grad_naive, grad_mse, grad_correlation, grad_gram)
-    gradient(grads, gt, sr, kept, weights, moments, difference, grad_sr)
+    gradient(grads, gt, sr, kept, weights, moments, difference, grad_sr, precision)
     return grad_sr
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from mghf_fast.kernels import launch
 from mghf_fast.kernels.content_style_rows import EXCESS, MOMENTS, SCALE, SLOPE
 from mghf_fast.kernels.image import layout_of, pixel_offsets, power_of_two
+from mghf_fast.kernels.products import dot, dot_precision
 
 # Rows of a map's coefficients in the gradient, 0 where it is not kept.
 OF_DIFFERENCE = tl.constexpr(0)
@@ -118,6 +119,7 @@ def _gradient_kernel(
     SR_FLAT: tl.constexpr,
     GRAD_FLAT: tl.constexpr,
     NAIVE_ONLY: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -143,7 +145,7 @@ def _gradient_kernel(
             value = tl.load(at, mask=pixel & (j < maps)[None, :], other=0).to(tl.float32)
             inside = (j < maps)[:, None] & channel[None, :]
             factor = tl.load(columns + j[:, None], mask=inside, other=0)
-            product = tl.dot(value, factor, product, input_precision="tf32x3")
+            product = dot(value, factor, product, PRECISION)
 
     inside = pixel & channel[None, :]
     s = tl.load(s_base + c.to(tl.int64)[None, :] * sr_channel, mask=inside, other=0).to(tl.float32)
@@ -192,6 +194,7 @@ def gradient(
     moments: Tensor,
     difference: Tensor,
     grad_sr: Tensor,
+    precision: str,
 ) -> None:
     """Writes the gradient of ``sr``, from the (B,) gradients of the four terms, into ``grad_sr``,
     which has the shape and dtype of ``sr``."""
@@ -248,6 +251,7 @@ def gradient(
             GT_FLAT=of_gt.flat,
             SR_FLAT=of_sr.flat,
             GRAD_FLAT=of_grad.flat,
+            PRECISION=dot_precision(precision, "tf32x3"),
             **options,
             num_warps=8,
             num_stages=3,

@@ -20,6 +20,7 @@ from mghf_fast.kernels.content_style_rows import (
     STATISTICS,
 )
 from mghf_fast.kernels.image import layout_of, pixel_offsets, place_of, power_of_two, runs_of
+from mghf_fast.kernels.products import dot, dot_precision
 
 SWEEP_PROGRAMS = 4096
 PRODUCT_PROGRAMS = 256
@@ -356,6 +357,7 @@ def _product_kernel(
     GT_FLAT: tl.constexpr,
     SR_FLAT: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
@@ -388,7 +390,7 @@ def _product_kernel(
             at_g = g_base + of_j * gt_channel + g_offsets
             total = tl.load(at_s, mask=inside, other=0).to(tl.float32)
             total += tl.load(at_g, mask=inside, other=0).to(tl.float32)
-        product = tl.dot(difference, tl.trans(total), product, input_precision="tf32x3")
+        product = dot(difference, tl.trans(total), product, PRECISION)
     target = partial + (b * runs + run) * maps * maps + i.to(tl.int64)[:, None] * maps + j[None, :]
     tl.store(target, product, mask=(i < maps)[:, None] & (j < maps)[None, :])
 
@@ -484,7 +486,7 @@ def statistics_of(gt: Tensor, sr: Tensor) -> tuple[Tensor, Tensor]:
     return statistics, ranges
 
 
-def products_of(gt: Tensor, sr: Tensor, kept: Tensor) -> Tensor:
+def products_of(gt: Tensor, sr: Tensor, kept: Tensor, precision: str) -> Tensor:
     """Products of the kept maps over each run of pixels, (B, runs, M, M)."""
     batch, _, height, width = sr.shape
     of_gt, of_sr, pixels, maps = layout_of(gt), layout_of(sr), height * width, kept.shape[1]
@@ -506,6 +508,7 @@ def products_of(gt: Tensor, sr: Tensor, kept: Tensor) -> Tensor:
         *of_sr.strides,
         GT_FLAT=of_gt.flat,
         SR_FLAT=of_sr.flat,
+        PRECISION=dot_precision(precision, "tf32x3"),
         **options,
         num_warps=8,
         num_stages=3,

@@ -64,6 +64,7 @@ from mghf_fast.kernels.coupling_forward import (
     uncouple_kernel,
     unmix_kernel,
 )
+from mghf_fast.kernels.products import dot_precision
 from mghf_fast.ops.layout import empty_like_laid_out
 from mghf_fast.ops.limits import block_channels, only_bottleneck
 from mghf_fast.ops.vocabulary import inverted_mix, nothing_kept
@@ -100,6 +101,7 @@ class Shape:
     activation: str
     clamp: float  # 0 for none
     layers: torch.dtype  # of the layers in memory between the kernels, and of the products' factors
+    precision: str = "float32"  # of the products of float32 layers
 
     @property
     def block_half(self) -> int:
@@ -123,6 +125,14 @@ class Shape:
         # Both halves of a tile's channels must fit the registers of eight warps.
         return min(4, max(1, 256 // self.block_half))
 
+    def product(self, of_gradient: bool) -> Any:
+        """The precision of a kernel's products. For TF32 those of the gradient stay three of
+        bfloat16, the time of one and a half: with one `grad_z2_kernel` spills on sm_90."""
+        if of_gradient:
+            once = self.exact and self.precision == "bfloat16"
+            return dot_precision("bfloat16" if once else "float32", GRADIENT_PRECISION)
+        return dot_precision(self.precision, PRECISION) if self.exact else PRECISION
+
     def constants(self, kernel: Any, **flags: bool) -> dict[str, Any]:
         """The compile-time arguments of a kernel."""
         block = BLOCK_EXACT if self.exact else BLOCK_HALF
@@ -141,7 +151,7 @@ class Shape:
             "ACTIVATION": self.activation,
             "CLAMP": self.clamp,
             "OPERAND": _operand(self.layers),
-            "PRECISION": GRADIENT_PRECISION if kernel in GRADIENT_KERNELS else PRECISION,
+            "PRECISION": self.product(kernel in GRADIENT_KERNELS),
             **flags,
         }
         return {name: known[name] for name in kernel.arg_names if name in known}
@@ -281,10 +291,14 @@ _AXES = ("batch", "channel", "row", "column")
 
 
 def _shape(
-    weights: list[Tensor], activation: str, clamp: float | None, layers: torch.dtype
+    weights: list[Tensor],
+    activation: str,
+    clamp: float | None,
+    layers: torch.dtype,
+    precision: str = "float32",
 ) -> Shape:
     channels, inputs, kernel, _ = weights[0].shape
-    return Shape(inputs, channels, kernel, activation, clamp or 0.0, layers)
+    return Shape(inputs, channels, kernel, activation, clamp or 0.0, layers, precision)
 
 
 def forward(
@@ -301,7 +315,7 @@ def forward(
     (if c is a power of 2, at least 16), up to `workspace_bytes` of the value."""
     y = empty_like_laid_out(x, channels=weights[0].shape[0])
     with launch.on_device_of(x):
-        shape = _shape(weights, activation, clamp, x.dtype)
+        shape = _shape(weights, activation, clamp, x.dtype, precision)
         hidden = shape.padded_hidden
         layers = {"z": 2 * shape.block_half, "hidden1": hidden, "hidden2": 2 * hidden}
         run = Run(shape, _named(weights), x, 2, layers, workspace_bytes(y))
@@ -352,7 +366,8 @@ def backward(
     layers are kept in float32 then."""
     grad_x = empty_like_laid_out(x)
     with launch.on_device_of(x):
-        shape = _shape(weights, activation, clamp, torch.float32 if need_weights else x.dtype)
+        layer_type = torch.float32 if need_weights else x.dtype
+        shape = _shape(weights, activation, clamp, layer_type, precision)
         hidden, half = shape.padded_hidden, shape.block_half
         layers = {
             "z": 2 * half,
@@ -480,7 +495,7 @@ class _Sums:
             BLOCK_A=BLOCK_WEIGHTS,
             BLOCK_B=BLOCK_WEIGHTS,
             BLOCK_PIXELS=32,
-            PRECISION=GRADIENT_PRECISION,
+            PRECISION=self.run.shape.product(True),
             num_warps=4,
             num_stages=NUM_STAGES,
             maxnreg=launch.MOST_REGISTERS,

@@ -6,6 +6,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mghf_fast.kernels.products import dot
+
 # Sizes that differ from band to band: specialising to them would compile the kernel for each.
 BAND = ("first_image", "first_row", "own_begin", "own_end", "rows", "height")
 
@@ -137,7 +139,7 @@ def matrix(
 def product(
     a: tl.tensor, b: tl.tensor, total: tl.tensor, OPERAND: tl.constexpr, PRECISION: tl.constexpr
 ) -> tl.tensor:
-    return tl.dot(a.to(OPERAND), b.to(OPERAND), total, input_precision=PRECISION)
+    return dot(a.to(OPERAND), b.to(OPERAND), total, PRECISION)
 
 
 # ---- the depthwise layers ----

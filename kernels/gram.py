@@ -18,6 +18,7 @@ from torch import Tensor
 from mghf_fast.backends import can_run_triton
 from mghf_fast.kernels import launch
 from mghf_fast.kernels.image import layout_of, pixel_offsets, power_of_two, runs_of
+from mghf_fast.kernels.products import dot, dot_precision
 from mghf_fast.ops.layout import empty_like_laid_out
 
 PROGRAMS = 512
@@ -74,7 +75,7 @@ def _product_kernel(
             else:
                 inside = (j < channels)[:, None] & (p < pixels)[None, :]
                 right = tl.load(rows_j + offsets, mask=inside, other=0).to(tl.float32)
-            product = tl.dot(left, tl.trans(right), product, input_precision=PRECISION)
+            product = dot(left, tl.trans(right), product, PRECISION)
         target = partial + (b * runs + run) * channels * channels
         target += i.to(tl.int64)[:, None] * channels + j[None, :]
         tl.store(target, product, mask=(i < channels)[:, None] & (j < channels)[None, :])
@@ -126,6 +127,7 @@ def _backward_kernel(
     grad_column,
     X_FLAT: tl.constexpr,
     GRAD_FLAT: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -146,7 +148,7 @@ def _backward_kernel(
         value = tl.load(at, mask=pixel & (j < channels)[None, :], other=0).to(tl.float32)
         inside = (j < channels)[:, None] & (c < channels)[None, :]
         factor = tl.load(columns + j[:, None], mask=inside, other=0)
-        product = tl.dot(value, factor, product, input_precision="tf32x3")
+        product = dot(value, factor, product, PRECISION)
     offsets = pixel_offsets(p, width, grad_row, grad_column, GRAD_FLAT)[:, None]
     target = grad_x + b * grad_batch + c.to(tl.int64)[None, :] * grad_channel + offsets
     tl.store(target, product.to(grad_x.dtype.element_ty), mask=pixel & (c < channels)[None, :])
@@ -155,18 +157,19 @@ def _backward_kernel(
 # ---- launches ----
 
 
-def _product_options(channels: int, dtype: torch.dtype) -> dict[str, Any]:
+def _product_options(channels: int, dtype: torch.dtype, precision: str) -> dict[str, Any]:
     block = power_of_two(channels, 16, 64)
     return {
         "ONE_BLOCK": channels <= block,
-        "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
+        "PRECISION": dot_precision(precision, "tf32x3") if dtype == torch.float32 else "tf32",
         "BLOCK_C": block,
         "BLOCK_P": 32,
     }
 
 
-def _backward_options(channels: int) -> dict[str, Any]:
+def _backward_options(channels: int, precision: str) -> dict[str, Any]:
     return {
+        "PRECISION": dot_precision(precision, "tf32x3"),
         "BLOCK_C": power_of_two(channels, 16, 64),
         "BLOCK_J": power_of_two(channels, 16, 32),
         "BLOCK_P": 128,
@@ -177,7 +180,7 @@ def forward(x: Tensor, scale: float, precision: str = "float32") -> Tensor:
     """(B, C, H, W) -> (B, C, C) float32."""
     batch, channels, height, width = x.shape
     layout, pixels = layout_of(x), height * width
-    options = _product_options(channels, x.dtype)
+    options = _product_options(channels, x.dtype, precision)
     others = batch * launch.blocks(channels, options["BLOCK_C"]) ** 2
     runs = runs_of(pixels, options["BLOCK_P"], others, PROGRAMS)
     result = torch.empty(batch, channels, channels, dtype=torch.float32, device=x.device)
@@ -216,7 +219,7 @@ def backward(grad: Tensor, x: Tensor, scale: float, precision: str = "float32") 
     grad_x = empty_like_laid_out(x)
     batch, channels, height, width = x.shape
     layout, target = layout_of(x), layout_of(grad_x)
-    options = _backward_options(channels)
+    options = _backward_options(channels, precision)
     tiles = launch.blocks(height * width, options["BLOCK_P"])
     with launch.on_device_of(x):
         matrix = ((grad + grad.mT) * scale).float().contiguous()

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mghf_fast.backends import can_run_triton
 from mghf_fast.kernels import launch
+from mghf_fast.kernels.products import dot, dot_precision
 from mghf_fast.kernels.sinkhorn import recur
 from mghf_fast.kernels.sinkhorn_exponents import (
     FAR,
@@ -89,7 +90,7 @@ def similarity_kernel(
         k = tl.load(
             key_rows + wide[:, None] * key_d, mask=inside_j & (d[:, None] < depth), other=0.0
         )
-        s = tl.dot(q.to(tl.float32), k.to(tl.float32), s, input_precision=PRECISION)
+        s = dot(q.to(tl.float32), k.to(tl.float32), s, PRECISION)
     offsets = (b * n + rows.to(tl.int64)[:, None]) * pitch + columns[None, :]
     tl.store(out + offsets, s, mask=inside_i & inside_j)
 
@@ -270,7 +271,7 @@ def query_gradient_kernel(
             mask=(columns[:, None] < n) & (d[None, :] < depth),
             other=0.0,
         )
-        dq = tl.dot(ds, k.to(tl.float32), dq, input_precision=PRECISION)
+        dq = dot(ds, k.to(tl.float32), dq, PRECISION)
     offsets = (b * n + rows.to(tl.int64)[:, None]) * depth + d[None, :]
     inside = (rows[:, None] < n) & (d[None, :] < depth)
     tl.store(out + offsets, dq.to(out.dtype.element_ty), mask=inside)
@@ -308,12 +309,15 @@ def _maps_at_a_time(b: int, n: int, iterates: int, device: torch.device) -> int:
     return max(1, -(-b // rounds))  # rounds of equal size
 
 
-def _product_precision(dtype: torch.dtype, epsilon: float, temperature: float) -> str:
+def _product_precision(
+    dtype: torch.dtype, epsilon: float, temperature: float, precision: str
+) -> str:
     """The precision of the similarities. They are divided by epsilon and t: where these are small,
-    every digit counts."""
+    every digit counts, whatever is asked for."""
     if dtype != torch.float32:
         return "tf32"  # exact: half-precision factors have no more digits than TF32
-    return "tf32x3" if min(epsilon, temperature) >= 0.05 else "ieee"
+    exact = min(epsilon, temperature) < 0.05
+    return "ieee" if exact else str(dot_precision(precision, "tf32x3"))
 
 
 def _similarity_options(precision: str) -> dict[str, Any]:
@@ -326,17 +330,21 @@ def _losses_options(n: int) -> dict[str, Any]:
     return {**blocks, "num_warps": warps(blocks), "num_stages": 1}
 
 
-def _gradient_options(depth: int) -> dict[str, Any]:
+def _gradient_options(depth: int, precision: str) -> dict[str, Any]:
     width = min(64, max(16, int(triton.next_power_of_2(depth))))
     tile = {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": width}
-    return {**tile, "PRECISION": "tf32x3", "num_warps": 8, "num_stages": 2}
+    product = dot_precision(precision, "tf32x3")
+    return {**tile, "PRECISION": product, "num_warps": 8, "num_stages": 2}
 
 
-def _similarities(query: Tensor, key: Tensor, epsilon: float, temperature: float) -> Tensor:
+def _similarities(
+    query: Tensor, key: Tensor, epsilon: float, temperature: float, precision: str
+) -> Tensor:
     b, n, depth = query.shape
     pitch = _pitch(n)
     s = torch.empty((b, n, pitch), dtype=torch.float32, device=query.device)
-    options = _similarity_options(_product_precision(query.dtype, epsilon, temperature))
+    product = _product_precision(query.dtype, epsilon, temperature, precision)
+    options = _similarity_options(product)
     similarity_kernel[(b * launch.blocks(n, options["BLOCK"]) ** 2,)](
         s, query, key, *query.stride(), *key.stride(), n, depth, pitch, **options
     )
@@ -403,7 +411,7 @@ def forward(
         size = _maps_at_a_time(b, n, kept_iterations(iterations) + 2, query.device)
         for start in range(0, b, size):
             chosen = slice(start, min(b, start + size))
-            s = _similarities(query[chosen], key[chosen], epsilon, temperature)
+            s = _similarities(query[chosen], key[chosen], epsilon, temperature, precision)
             potentials, steps = solve(
                 s, cost, epsilon, iterations, None, False, settle=True, leave=state[chosen]
             )
@@ -441,14 +449,14 @@ def backward(
     # With two patches each can only be moved to the other, so the plan is constant.
     exact = plan_gradient == "exact" and n > 2
     out = torch.empty((b, n, depth), dtype=query.dtype, device=query.device)
-    options = _gradient_options(depth)
+    options = _gradient_options(depth, precision)
     blocks = launch.blocks(n, options["BLOCK_M"]) * launch.blocks(depth, options["BLOCK_D"])
     with launch.on_device_of(query):
         size = _maps_at_a_time(b, n, iterations + 1 if exact else 2, query.device)
         for start in range(0, b, size):
             chosen = slice(start, min(b, start + size))
             keys = key[chosen]
-            s = _similarities(query[chosen], keys, epsilon, temperature)
+            s = _similarities(query[chosen], keys, epsilon, temperature, precision)
             potentials, steps = solve(
                 s, cost, epsilon, iterations, None, exact, settle=True, take=state[chosen]
             )

@@ -28,6 +28,7 @@ from mghf_fast.kernels.patches_kernels import (
     image_gradient_kernel,
     outer_product_kernel,
 )
+from mghf_fast.kernels.products import dot_precision
 from mghf_fast.ops.layout import empty_like_laid_out
 
 LARGEST_DIMENSION = 256
@@ -42,6 +43,10 @@ IMAGE_GRADIENT = {"num_warps": 8, "num_stages": 2, "maxnreg": MOST_REGISTERS}
 OUTER_PRODUCT = {"num_warps": 4, "num_stages": 3, "maxnreg": MOST_REGISTERS}
 
 
+def _gradient_precision(precision: str) -> Any:
+    return dot_precision(precision, GRADIENT_PRECISION.value)
+
+
 def _forward_constants(
     patch_size: int,
     stride: int,
@@ -50,6 +55,7 @@ def _forward_constants(
     maps_fastest: bool,
     vector: int,
     keep: bool,
+    precision: str,
     architecture: int,
 ) -> dict[str, Any]:
     return {
@@ -60,6 +66,7 @@ def _forward_constants(
         "MAPS_FASTEST": maps_fastest,
         "VECTOR": vector,
         "KEEP_HIDDEN": keep,
+        "PRECISION": dot_precision(precision, "tf32x3"),
         "BLOCK_M": 64 if architecture >= 90 else 32,  # sm_80 lacks the registers for more
         "BLOCK_H": power_of_two(hidden, 32, 128),
         "BLOCK_D": power_of_two(dimension, 16, LARGEST_DIMENSION),
@@ -68,13 +75,14 @@ def _forward_constants(
 
 
 def _hidden_gradient_constants(
-    hidden: int, dimension: int, maps_fastest: bool, keep: bool
+    hidden: int, dimension: int, maps_fastest: bool, keep: bool, precision: str
 ) -> dict[str, Any]:
     return {
         "HIDDEN": hidden,
         "DIMENSION": dimension,
         "MAPS_FASTEST": maps_fastest,
         "KEEP_OUTPUT": keep,
+        "PRECISION": _gradient_precision(precision),
         "BLOCK_M": 64 if dimension <= 64 else 32,
         "BLOCK_H": 32,
         "BLOCK_D": power_of_two(dimension, 16, LARGEST_DIMENSION),
@@ -91,6 +99,7 @@ def _image_gradient_constants(
     maps_fastest: bool,
     vector: int,
     add: bool,
+    precision: str,
 ) -> dict[str, Any]:
     terms = blocks(patch_size, stride)
     full = patch_size - (terms - 1) * stride  # pixels of a cell that `terms` patches cover
@@ -116,7 +125,11 @@ def _image_gradient_constants(
         "ADD": add,
         # TF32's error, 3e-4, is a sixth of that of rounding the result to bfloat16; the error of
         # three bfloat16 products, 5e-6, is a twentieth of what a gradient may have.
-        "PRECISION": "tf32" if dtype == torch.bfloat16 else GRADIENT_PRECISION.value,
+        "PRECISION": (
+            "tf32"
+            if dtype == torch.bfloat16 and precision == "float32"
+            else _gradient_precision(precision)
+        ),
         "MAPS_FASTEST": maps_fastest,
         "VECTOR": vector,
         "BLOCK_M": 128,
@@ -133,6 +146,7 @@ def _outer_product_constants(
     implicit: bool,
     maps_fastest: bool,
     vector: int,
+    precision: str,
 ) -> dict[str, Any]:
     return {
         "M": m,
@@ -140,6 +154,7 @@ def _outer_product_constants(
         "PATCH": patch_size,
         "STRIDE": stride,
         "IMPLICIT": implicit,
+        "PRECISION": _gradient_precision(precision),
         "MAPS_FASTEST": maps_fastest,
         "VECTOR": vector,
         "BLOCK_M": power_of_two(m, 16, 64),
@@ -186,6 +201,7 @@ def _forward(
     bias2: Tensor,
     patch_size: int,
     stride: int,
+    precision: str,
     hidden: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     g = _Geometry(x, patch_size, stride)
@@ -203,6 +219,7 @@ def _forward(
         _maps_fastest(x),
         _vector(x),
         keep,
+        precision,
         architecture_of(x),
     )
     with on_device_of(x):
@@ -235,7 +252,7 @@ def forward(
     precision: str = "float32",
 ) -> tuple[Tensor, Tensor]:
     """The embeddings (B C, N, D), float32, and the state described in mghf_fast/ops/patches.py."""
-    return _forward(x, weight1, bias1, weight2, bias2, patch_size, stride, None)
+    return _forward(x, weight1, bias1, weight2, bias2, patch_size, stride, precision, None)
 
 
 def _hidden_gradient(
@@ -246,6 +263,7 @@ def _hidden_gradient(
     weight2: Tensor,
     g: _Geometry,
     maps_fastest: bool,
+    precision: str,
     output: Tensor | None,
 ) -> Tensor:
     """The gradient before the ReLU, (rows, hidden). Also stores that of y in ``output``,
@@ -253,7 +271,8 @@ def _hidden_gradient(
     units, dimension = weight1.shape[0], weight2.shape[0]
     state = state.contiguous()  # that of some of the maps is a slice
     result = grad.new_empty((g.rows, units), dtype=torch.float32)
-    constants = _hidden_gradient_constants(units, dimension, maps_fastest, output is not None)
+    keep = output is not None
+    constants = _hidden_gradient_constants(units, dimension, maps_fastest, keep, precision)
     with on_device_of(grad):
         hidden_gradient_kernel[(blocks(g.rows, constants["BLOCK_M"]),)](
             grad,
@@ -281,6 +300,7 @@ def _image_gradient(
     g: _Geometry,
     maps_fastest: bool,
     add: bool,
+    precision: str,
 ) -> None:
     """Writes the gradient of x to ``grad_x``, or adds it."""
     constants = _image_gradient_constants(
@@ -293,6 +313,7 @@ def _image_gradient(
         maps_fastest,
         _vector(grad_x) if maps_fastest else 1,
         add,
+        precision,
     )
     rows = g.maps * g.cells
     with on_device_of(grad_x):
@@ -325,6 +346,7 @@ def _backward_x(
     weight2: Tensor,
     patch_size: int,
     stride: int,
+    precision: str,
     *,
     add: bool,
 ) -> None:
@@ -332,8 +354,9 @@ def _backward_x(
     if grad_x.numel() == 0:
         return
     g, maps_fastest = _Geometry(grad_x, patch_size, stride), _maps_fastest(grad_x)
-    hidden = _hidden_gradient(grad, embedding, state, weight1, weight2, g, maps_fastest, None)
-    _image_gradient(grad_x, hidden, weight1, patch_size, stride, g, maps_fastest, add)
+    given = (grad, embedding, state, weight1, weight2)
+    hidden = _hidden_gradient(*given, g, maps_fastest, precision, None)
+    _image_gradient(grad_x, hidden, weight1, patch_size, stride, g, maps_fastest, add, precision)
 
 
 def _outer_product(
@@ -345,11 +368,14 @@ def _outer_product(
     stride: int,
     implicit: bool,
     maps_fastest: bool,
+    precision: str,
 ) -> Tensor:
     """left^T right over all rows, (M, n), float32."""
     m = left.shape[1]
     vector = _vector(right) if implicit else 1
-    constants = _outer_product_constants(m, n, patch_size, stride, implicit, maps_fastest, vector)
+    constants = _outer_product_constants(
+        m, n, patch_size, stride, implicit, maps_fastest, vector, precision
+    )
     tiles = blocks(m, constants["BLOCK_M"]), blocks(n, constants["BLOCK_N"])
     # Enough programs to fill a GPU, but at least 256 rows for each partial result.
     splits = max(1, min(512 // (tiles[0] * tiles[1]), 64, g.rows // 256))
@@ -391,7 +417,7 @@ def add_backward(
 ) -> None:
     """Adds the gradient of x to ``grad_x``."""
     saved = (grad, embedding, state)
-    _backward_x(grad_x, *saved, weight1, weight2, patch_size, stride, add=True)
+    _backward_x(grad_x, *saved, weight1, weight2, patch_size, stride, precision, add=True)
 
 
 def backward(
@@ -412,7 +438,7 @@ def backward(
     needed."""
     grad_x, saved, sizes = empty_like_laid_out(x), (grad, embedding, state), (patch_size, stride)
     if not need_weights:
-        _backward_x(grad_x, *saved, weight1, weight2, *sizes, add=False)
+        _backward_x(grad_x, *saved, weight1, weight2, *sizes, precision, add=False)
         return [grad_x]
     parameters = (weight1, bias1, weight2, bias2)
     if x.numel() == 0:
@@ -423,16 +449,16 @@ def backward(
     g, maps_fastest = _Geometry(x, patch_size, stride), _maps_fastest(x)
     units, dimension = weight1.shape[0], weight2.shape[0]
     hidden = x.new_empty((g.rows, units), dtype=torch.float32)
-    _forward(x, *parameters, *sizes, hidden)
+    _forward(x, *parameters, *sizes, precision, hidden)
     grad_y = x.new_empty((g.rows, dimension), dtype=torch.float32)
     grad_hidden = _hidden_gradient(
-        grad, embedding, state, weight1, weight2, g, maps_fastest, grad_y
+        grad, embedding, state, weight1, weight2, g, maps_fastest, precision, grad_y
     )
-    _image_gradient(grad_x, grad_hidden, weight1, patch_size, stride, g, maps_fastest, False)
+    _image_gradient(grad_x, grad_hidden, weight1, *sizes, g, maps_fastest, False, precision)
     grads = (
-        _outer_product(grad_hidden, x, weight1.shape[1], g, *sizes, True, maps_fastest),
+        _outer_product(grad_hidden, x, weight1.shape[1], g, *sizes, True, maps_fastest, precision),
         grad_hidden.sum(0),
-        _outer_product(grad_y, hidden, units, g, *sizes, False, maps_fastest),
+        _outer_product(grad_y, hidden, units, g, *sizes, False, maps_fastest, precision),
         grad_y.sum(0),
     )
     return [grad_x, *(g.to(p.dtype) for g, p in zip(grads, parameters, strict=True))]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mghf_fast.kernels.launch import GRADIENT_PRECISION
+from mghf_fast.kernels.products import dot
 
 NORM_FLOOR = tl.constexpr(1e-7)
 TINY = tl.constexpr(1.1754943508222875e-38)  # float32's smallest normal number
@@ -78,6 +78,7 @@ def _add_second_layer(
     HIDDEN: tl.constexpr,
     DIMENSION: tl.constexpr,
     UNITS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """y + W2 h for a run of hidden units."""
     unit = first_unit + tl.arange(0, UNITS)
@@ -86,7 +87,7 @@ def _add_second_layer(
         mask=(d < DIMENSION)[None, :] & (unit < HIDDEN)[:, None],
         other=0.0,
     )
-    return tl.dot(h, w2, y, input_precision="tf32x3")
+    return dot(h, w2, y, PRECISION)
 
 
 # h = relu(W1 patch + b1),  y = W2 h + b2,  embedding = y / (|y| + 1e-7)
@@ -122,6 +123,7 @@ def forward_kernel(
     MAPS_FASTEST: tl.constexpr,
     VECTOR: tl.constexpr,
     KEEP_HIDDEN: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -166,7 +168,7 @@ def forward_kernel(
                 mask=is_unit[None, :] & is_pixel[:, None],
                 other=0.0,
             )
-            h = tl.dot(a, b, h, input_precision="tf32x3")
+            h = dot(a, b, h, PRECISION)
         h += tl.load(bias1 + unit, mask=is_unit, other=0.0)[None, :]
 
         bits = tl.reshape((h > 0).to(tl.int32), [BLOCK_M, BLOCK_H // 32, 32])
@@ -191,12 +193,20 @@ def forward_kernel(
             left, right = _halves(h, BLOCK_M, 128)
             h0, h1 = _halves(left, BLOCK_M, 64)
             h2, h3 = _halves(right, BLOCK_M, 64)
-            y = _add_second_layer(y, h0, weight2, d, first_unit, HIDDEN, DIMENSION, 32)
-            y = _add_second_layer(y, h1, weight2, d, first_unit + 32, HIDDEN, DIMENSION, 32)
-            y = _add_second_layer(y, h2, weight2, d, first_unit + 64, HIDDEN, DIMENSION, 32)
-            y = _add_second_layer(y, h3, weight2, d, first_unit + 96, HIDDEN, DIMENSION, 32)
+            y = _add_second_layer(y, h0, weight2, d, first_unit, HIDDEN, DIMENSION, 32, PRECISION)
+            y = _add_second_layer(
+                y, h1, weight2, d, first_unit + 32, HIDDEN, DIMENSION, 32, PRECISION
+            )
+            y = _add_second_layer(
+                y, h2, weight2, d, first_unit + 64, HIDDEN, DIMENSION, 32, PRECISION
+            )
+            y = _add_second_layer(
+                y, h3, weight2, d, first_unit + 96, HIDDEN, DIMENSION, 32, PRECISION
+            )
         else:
-            y = _add_second_layer(y, h, weight2, d, first_unit, HIDDEN, DIMENSION, BLOCK_H)
+            y = _add_second_layer(
+                y, h, weight2, d, first_unit, HIDDEN, DIMENSION, BLOCK_H, PRECISION
+            )
 
     is_d = d < DIMENSION
     y = tl.where(is_d[None, :], y + tl.load(bias2 + d, mask=is_d, other=0.0)[None, :], 0.0)
@@ -236,6 +246,7 @@ def hidden_gradient_kernel(
     DIMENSION: tl.constexpr,
     MAPS_FASTEST: tl.constexpr,
     KEEP_OUTPUT: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -270,7 +281,8 @@ def hidden_gradient_kernel(
             mask=(d < DIMENSION)[:, None] & is_unit[None, :],
             other=0.0,
         )
-        h = tl.dot(grad_y, w2, input_precision=GRADIENT_PRECISION)
+        h = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
+        h = dot(grad_y, w2, h, PRECISION)
         word = tl.load(
             patch_state[:, None] + (1 + unit // 32).to(tl.int64)[None, :] * maps,
             mask=is_row[:, None] & is_unit[None, :],
@@ -385,7 +397,7 @@ def image_gradient_kernel(
             mask=is_pixel[None, :] & (h < HIDDEN)[:, None],
             other=0.0,
         )
-        total = tl.dot(a, b, total, input_precision=PRECISION)
+        total = dot(a, b, total, PRECISION)
 
     cell_place = _first_pixel(
         cell,
@@ -443,6 +455,7 @@ def outer_product_kernel(
     PATCH: tl.constexpr,
     STRIDE: tl.constexpr,
     IMPLICIT: tl.constexpr,
+    PRECISION: tl.constexpr,
     MAPS_FASTEST: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -483,6 +496,6 @@ def outer_product_kernel(
             b = tl.load(right + first_pixel[:, None] + pixel[None, :], mask=mask, other=0.0)
         else:
             b = tl.load(right + row[:, None] * N + n[None, :], mask=mask, other=0.0)
-        total = tl.dot(a, b.to(tl.float32), total, input_precision=GRADIENT_PRECISION)
+        total = dot(a, b.to(tl.float32), total, PRECISION)
     place = (split * M + m)[:, None] * N + n[None, :]
     tl.store(partial + place, total, mask=(m < M)[:, None] & (n < N)[None, :])

@@ -63,6 +63,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if triton_is_interpreted():
         interpreter.hasten()
         interpreter.round_bfloat16()
+        interpreter.cut_tf32()
 
 
 def as_float32_and_repeatable() -> None:

@@ -79,6 +79,28 @@ def round_bfloat16() -> None:
     InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = rounding_cast, float32_dot
 
 
+def cut_tf32() -> None:
+    """Makes the interpreter's products in "tf32" read of a float32 what tensor cores read of it,
+    all but the lowest 13 bits."""
+    import triton.language as tl
+    from triton._C.libtriton.ir import INPUT_PRECISION
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    dot = InterpreterBuilder.create_dot
+
+    def cut(x: Any) -> Any:
+        if x.dtype.scalar != tl.float32:
+            return x
+        read = np.ascontiguousarray(x.data).view(np.uint32) & np.uint32(0xFFFFE000)
+        return TensorHandle(read.view(np.float32), tl.float32)
+
+    def dot_of_tf32(self: Any, a: Any, b: Any, total: Any, precision: Any, *rest: Any) -> Any:
+        factors = (cut(a), cut(b)) if precision == INPUT_PRECISION.TF32 else (a, b)
+        return dot(self, *factors, total, precision, *rest)
+
+    InterpreterBuilder.create_dot = dot_of_tf32
+
+
 @contextlib.contextmanager
 def another_order() -> Iterator[None]:
     """Runs a kernel's programs from the last to the first, with new memory full of NaN."""

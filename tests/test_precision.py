@@ -206,6 +206,40 @@ def test_float32_products_whatever_is_asked(op: str, kernels: str) -> None:
             assert torch.equal(got, want)
 
 
+# What a grade may err by in a result and a gradient on the small problems, against float64: a few
+# times what its rounding of the factors gives. Most of a gradient's error is that of units whose
+# rounded value is on the other side of an activation's kink.
+ALLOWED = {"float32": (1e-5, 1e-4), "tf32": (2e-3, 2e-2), "bfloat16": (1e-2, 1e-1)}
+SMALL = {
+    "coupling": (1, 5),
+    "gram": (1, 9),
+    "content_style": (1, 24),
+    "patches": (1, 56),
+    "monce": (1, 20),
+}
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("kernels", ["triton", "cuda"])
+def test_products_on_a_gpu_have_the_precision(op: str, kernels: str) -> None:
+    whole = problems.PROBLEMS[op](*SMALL[op])
+    x = whole.tensors[0].to(torch.get_default_device())
+    if (reason := ops.OPS[op].why_not(kernels, x)) is not None:
+        pytest.skip(reason)
+    problem = whole.to(x.device, torch.float32)
+    exact = problem.to(x.device, whole.exact).results("reference", True)
+    errors = {}
+    for precision, (of_result, of_gradient) in ALLOWED.items():
+        found = problem.results(kernels, True, precision)
+        errors[precision] = [
+            contract.relative_error(got, want) for got, want in zip(found, exact, strict=True)
+        ]
+        for error, allowed in zip(
+            errors[precision], [of_result] + 99 * [of_gradient], strict=False
+        ):
+            assert error <= allowed, (precision, errors)
+
+
 def test_the_compiled_ops_refuse_another_value() -> None:
     if ops.OPS["gram"].why_not("cpu", torch.zeros(1, 2, 2, 2)) is not None:
         pytest.skip("there is no CPU library")

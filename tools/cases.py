@@ -23,6 +23,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 
 from mghf_fast.commands.table5.workloads import CHANNELS, PATCH_SIZE, STRIDE
+from mghf_fast.kernels.products import ONE_PRODUCT
 from mghf_fast.ops import OPS, coupling
 from mghf_fast.ops.vocabulary import KEPT, weight_shapes
 
@@ -134,6 +135,12 @@ def _coupling() -> Cases:
         yield f"inverse, {label}", inverse.forward, (x, *block)
         yield f"weights, {label}", backward, (True, x, x, *block)
         yield f"weights of the stem, {label}", backward, (True, x, image, *stem)
+    x = _empty(1, CHANNELS, SIZE, SIZE)
+    for grade in ONE_PRODUCT:
+        yield f"forward, products in {grade}", op.forward, (x, *block, False, grade)
+        for need_weights in (False, True):
+            label = f"{'weights' if need_weights else 'backward'}, products in {grade}"
+            yield label, op.backward, (x, x, block[0], state, *block[1:], need_weights, grade)
 
 
 def _entropy() -> Cases:
@@ -148,6 +155,10 @@ def _gram() -> Cases:
     for label, x in _images():
         yield f"forward, {label}", op.forward, (x, 1.0)
         yield f"backward, {label}", op.backward, (grad, x, 1.0)
+    x = _empty(1, CHANNELS, SIZE, SIZE)
+    for grade in ONE_PRODUCT:
+        yield f"forward, products in {grade}", op.forward, (x, 1.0, grade)
+        yield f"backward, products in {grade}", op.backward, (grad, x, 1.0, grade)
 
 
 def _content_style() -> Cases:
@@ -163,6 +174,16 @@ def _content_style() -> Cases:
                 op.backward,
                 (*terms, x, x, kept, *saved, "channel"),
             )
+    x, options = _empty(1, CHANNELS, SIZE, SIZE), (TOP_M, 1.0, 0.8, BINS, "channel")
+    kept = _empty(1, TOP_M, dtype=torch.int64)
+    saved = [_empty(1, TOP_M), _empty(1, 6, TOP_M), _empty(1, TOP_M, TOP_M)]
+    for grade in ONE_PRODUCT:
+        yield f"forward, products in {grade}", op.forward, (x, x, *options, grade)
+        yield (
+            f"backward, products in {grade}",
+            op.backward,
+            (*terms, x, x, kept, *saved, "channel", grade),
+        )
 
 
 def _patches() -> Cases:
@@ -177,6 +198,12 @@ def _patches() -> Cases:
         yield f"backward, {label}", op.backward, (*rest, False)
         yield f"added to a gradient, {label}", op.add_backward, (x, *rest)
         yield f"weights, {label}", op.backward, (*rest, True)
+    for x in (_empty(1, CHANNELS, SIZE, SIZE), _empty(1, CHANNELS, SIZE, SIZE, dtype=TYPES[-1])):
+        for grade in ONE_PRODUCT:
+            rest = (y, y, state, x, *parameters, *sizes)
+            label = f"products in {grade} of {str(x.dtype).removeprefix('torch.')}"
+            yield f"forward, {label}", op.forward, (x, *parameters, *sizes, grade)
+            yield f"weights, {label}", op.backward, (*rest, True, grade)
 
 
 def _sinkhorn() -> Cases:
@@ -208,6 +235,10 @@ def _monce() -> Cases:
             yield f"backward, {label}", op.backward, (grad, q, q, state, *options)
     q, options = _empty(TOP_M, MANY_PATCHES, DIMENSION), (0.07, 1.0, 50, 1.0, "hard", "exact")
     yield f"forward, {MANY_PATCHES} patches", op.forward, (q, q, *options)
+    q = _empty(TOP_M, PATCHES, DIMENSION)
+    for grade in ONE_PRODUCT:
+        yield f"forward, products in {grade}", op.forward, (q, q, *options, grade)
+        yield f"backward, products in {grade}", op.backward, (grad, q, q, state, *options, grade)
 
 
 def _dec() -> Cases:
