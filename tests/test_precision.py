@@ -240,6 +240,21 @@ def test_products_on_a_gpu_have_the_precision(op: str, kernels: str) -> None:
             assert error <= allowed, (precision, errors)
 
 
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("kernels", ["triton", "cuda"])
+def test_a_nan_of_any_bits_stays_one(op: str, kernels: str) -> None:
+    whole = problems.PROBLEMS[op](*SMALL[op])
+    x = whole.tensors[0].to(torch.get_default_device())
+    if (reason := ops.OPS[op].why_not(kernels, x)) is not None:
+        pytest.skip(reason)
+    problem = whole.to(x.device, torch.float32)
+    # GPUs make the first of these; adding to its bits would give -0.
+    for bits in (0x7FFFFFFF, -1, 0x7FC00000):
+        problem.tensors[0].view(-1)[3] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+        for precision in PRECISIONS:
+            assert problem.run(problem.tensors, kernels, precision).isnan().any(), (bits, precision)
+
+
 def test_the_compiled_ops_refuse_another_value() -> None:
     if ops.OPS["gram"].why_not("cpu", torch.zeros(1, 2, 2, 2)) is not None:
         pytest.skip("there is no CPU library")

@@ -145,7 +145,7 @@ struct PartialCall {
 
   // For `rows` of x and of the result. `columns` of the weights' are computed or lie beyond.
   template <class P, int kKernel, class Result>
-  const char* mix(const Channels<T>& x, MutableChannels<Result> result, const uint4* weights,
+  const char* mix(const Channels<T>& x, MutableChannels<Result> result, const Packed& weights,
                   const float* bias, int64_t terms, int64_t columns, const Rows& rows) const {
     const int64_t count = batch * rows.count() * width;
     const int64_t blocks = (count + kMixPixels - 1) / kMixPixels *
@@ -479,7 +479,7 @@ template <class T>
 PackedWeights packed_weights(const CouplingBlock& block) {
   Pieces pieces(block.packed);
   Packing packing{};
-  return lay_out<T>(block.shape, block.weights, false, pieces, packing);
+  return lay_out<T>(block.shape, block.weights, false, pieces, packing, block.precision);
 }
 
 // The part of the state, if there is one, from an image on.

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../common/coupling.h"
+#include "../common/precision.h"
 #include "image.h"
 
 namespace mghf::cuda {
@@ -28,6 +29,7 @@ struct CouplingBlock {
   CouplingShape shape;
   const float* weights;
   void* packed;  // is only read
+  Precision precision = Precision::float32;  // of products with float32 images
 };
 
 // Memory with what the forward keeps for the gradient, (B, H, W, bytes of a pixel), or none. Tests

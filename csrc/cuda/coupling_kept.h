@@ -24,7 +24,7 @@ struct KeptStage {
   Features<T> z1;                 // outer; z1.data is null where the state has it
   Features<T> d2;
   Features<T> d1;                 // inner, for a 3x3 mix
-  const uint4* mix_transposed;    // inner, for a 1x1 mix, else null
+  Packed mix_transposed;          // inner, for a 1x1 mix, else null
   MutableChannels<T> grad_x;      // likewise
 };
 
@@ -294,13 +294,13 @@ __global__ void __launch_bounds__(Z::kThreads, Z::kBlocks) kept_stage(KeptStage<
       }
       if constexpr (Z::kOuter) {
         write_quad(s.d2.quad(pixel, n), direct);
-      } else if (s.mix_transposed == nullptr) {
+      } else if (s.mix_transposed.at == nullptr) {
         write_quad(s.d1.quad(pixel, n), direct);
       }
     }
   });
   if constexpr (!Z::kOuter) {
-    if (s.mix_transposed != nullptr) unmix<Z>(result, gradients, s);
+    if (s.mix_transposed.at != nullptr) unmix<Z>(result, gradients, s);
   }
 }
 

@@ -68,7 +68,7 @@ template <class T, class Result>
 struct Mix {
   Channels<T> x;
   MutableChannels<Result> result;
-  const uint4* weights;
+  Packed weights;
   int groups;  // of columns of W: all or the first ones are computed
   const float* bias;
   int pixels, height, width;  // pixels in all; size of each image's part
@@ -215,7 +215,7 @@ struct Unmix {
   Tiling tiling;  // with kUnmixRows
   Features<T> d;
   int depths;  // groups of d
-  const uint4* weights;
+  Packed weights;
   MutableImage<T> grad_x;
 };
 

@@ -112,13 +112,20 @@ struct ExactFloats {
     }
     return factor;
   }
+  // The factor of a single product.
+  static __device__ __forceinline__ void nearest(uint32_t (&to)[4], const Values& v, int step) {
+    constexpr int kOrder[4] = {0, 2, 1, 3};
+    MGHF_UNROLL_ALL
+    for (int i = 0; i < 4; ++i) to[i] = opaque(nearest_tf32(v.of[step][kOrder[i]]));
+  }
   // w[e][q]: column e of this lane at depth q.
   static __device__ __forceinline__ void pack(const float (&w)[2][4], int step,
                                               uint4 (&to)[kLoads]) {
     MGHF_UNROLL_ALL
     for (int e = 0; e < 2; ++e) {
-      const SplitTf32 x(w[e][2 * step]), y(w[e][2 * step + 1]);
-      to[e] = {x.big, y.big, x.small, y.small};
+      const float first = w[e][2 * step], second = w[e][2 * step + 1];
+      to[e] = {nearest_tf32(first), nearest_tf32(second), SplitTf32(first).small,
+               SplitTf32(second).small};
     }
   }
   static __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4],
@@ -140,6 +147,12 @@ struct FastFloats {
       factor.small[i] = x.small;
     }
     return factor;
+  }
+  static __device__ __forceinline__ void nearest(uint32_t (&to)[4], const Values& v, int) {
+    MGHF_UNROLL_ALL
+    for (int i = 0; i < 4; ++i) {
+      to[i] = pair_of<BFloat16>(v.of[i / 2][i % 2 * 2], v.of[i / 2][i % 2 * 2 + 1]);
+    }
   }
   static __device__ __forceinline__ void pack(const float (&w)[2][4], int, uint4 (&to)[kLoads]) {
     MGHF_UNROLL_ALL
@@ -216,6 +229,15 @@ using Fast = std::conditional_t<std::is_same_v<T, float>, FastFloats, Halves<T>>
 
 // ---- packed weights ----
 
+// A packed matrix. `once`: its products with float32 are one each, of the nearest neighbours in the
+// type of the products, instead of three.
+struct Packed {
+  const uint4* at;
+  bool once;
+
+  __host__ __device__ operator const uint4*() const { return at; }
+};
+
 // An axis of `pieces` with `padded` places each, of which `count` exist, but not more than `all`
 // together.
 struct Axis {
@@ -264,13 +286,42 @@ __device__ __forceinline__ void pack_block(const Matrix& m, int64_t block) {
 }
 
 // sum[n] += values times a block of weights, for each group n < `groups` of results, starting at
-// the block `first`.
+// the block `first`; here by one product each.
 template <class P, int kGroups, int kCount>
-__device__ __forceinline__ void multiply_add(Values (&sum)[kGroups][kCount],
-                                             const Values (&values)[kCount], const uint4* weights,
-                                             int first, int groups = kGroups) {
+__device__ __forceinline__ void multiply_add_once(Values (&sum)[kGroups][kCount],
+                                                  const Values (&values)[kCount],
+                                                  const uint4* weights, int first, int groups) {
   const uint4* const block =
       weights + first * (P::kSteps * P::kLoads * kWarp) + threadIdx.x % kWarp;
+  MGHF_UNROLL_ALL
+  for (int step = 0; step < P::kSteps; ++step) {
+    uint32_t a[kCount][4];
+    MGHF_UNROLL_ALL
+    for (int i = 0; i < kCount; ++i) P::nearest(a[i], values[i], step);
+    MGHF_UNROLL_ALL
+    for (int n = 0; n < kGroups; ++n) {
+      if (n >= groups) continue;
+      MGHF_UNROLL_ALL
+      for (int e = 0; e < P::kLoads; ++e) {
+        const uint4 both = block[((n * P::kSteps + step) * P::kLoads + e) * kWarp];
+        const uint32_t b[2] = {both.x, both.y};
+        MGHF_UNROLL_ALL
+        for (int i = 0; i < kCount; ++i) P::multiply_add(sum[n][i].of[e], a[i], b);
+      }
+    }
+  }
+}
+
+// The same, as precise as the weights ask for.
+template <class P, int kGroups, int kCount>
+__device__ __forceinline__ void multiply_add(Values (&sum)[kGroups][kCount],
+                                             const Values (&values)[kCount], const Packed& weights,
+                                             int first, int groups = kGroups) {
+  if constexpr (P::kLoads == 2) {
+    if (weights.once) return multiply_add_once<P>(sum, values, weights, first, groups);
+  }
+  const uint4* const block =
+      weights.at + first * (P::kSteps * P::kLoads * kWarp) + threadIdx.x % kWarp;
   MGHF_UNROLL_ALL
   for (int step = 0; step < P::kSteps; ++step) {
     typename P::Factor a[kCount];
@@ -294,14 +345,15 @@ __device__ __forceinline__ void multiply_add(Values (&sum)[kGroups][kCount],
 template <class P, int kGroups, int kCount>
 __device__ __forceinline__ void multiply_add_outside(Values (&sum)[kGroups][kCount],
                                                      const Values (&values)[kCount],
-                                                     const uint4* weights, int first,
+                                                     const Packed& weights, int first,
                                                      int groups = kGroups) {
   if constexpr (!std::is_same_v<P, ExactFloats>) {
     multiply_add<P>(sum, values, weights, first, groups);
     return;
   } else {
+    if (weights.once) return multiply_add_once<P>(sum, values, weights, first, groups);
     const uint4* const block =
-        weights + first * (P::kSteps * P::kLoads * kWarp) + threadIdx.x % kWarp;
+        weights.at + first * (P::kSteps * P::kLoads * kWarp) + threadIdx.x % kWarp;
     typename P::Factor a[P::kSteps][kCount];
     MGHF_UNROLL_ALL
     for (int step = 0; step < P::kSteps; ++step) {

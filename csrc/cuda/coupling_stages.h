@@ -9,10 +9,10 @@ namespace mghf::cuda {
 namespace {
 
 struct SubnetWeights {
-  const uint4 *expand, *project;                         // packed
-  const uint4 *expand_transposed, *project_transposed;   // for the gradient
-  const float* depthwise;                                // as given
-  const unsigned char* rows;                             // for coupling_rows.h, or null
+  Packed expand, project;
+  Packed expand_transposed, project_transposed;  // for the gradient
+  const float* depthwise;                        // as given
+  const unsigned char* rows;                     // for coupling_rows.h, or null
 };
 
 // Copies features into a tile that begins at (y, x), halo included, without ending the group of
@@ -63,7 +63,7 @@ struct Share {
 // sum = a tile of pixels times this warp's part of a slice of a packed matrix.
 template <class P, class S, int kPixels, class T, int kChannels>
 __device__ __forceinline__ void multiply_tile(Values (&sum)[S::kGroups][S::kRows], const S& share,
-                                              const Tile<T, kChannels>& tile, const uint4* weights,
+                                              const Tile<T, kChannels>& tile, const Packed& weights,
                                               int first_group) {
   constexpr int kAllGroups = 2 * kChannels / kGroup;  // of the matrix: those of a hidden layer
   MGHF_UNROLL(1)
@@ -88,7 +88,7 @@ struct NoNote {
 template <class P, int kPixels, int kWarps, class T, int kChannels, int kSlice,
           class Note = NoNote>
 __device__ __forceinline__ void expand(const Tile<T, kSlice>& hidden,
-                                       const Tile<T, kChannels>& features, const uint4* weights,
+                                       const Tile<T, kChannels>& features, const Packed& weights,
                                        int slice, Activation activation,
                                        const Note& note = Note{}) {
   using S = Share<kPixels, kSlice, kWarps>;

@@ -78,16 +78,17 @@ struct Parts {
 };
 
 struct PackedWeights {
-  const uint4 *mix, *mix_transposed;
+  Packed mix, mix_transposed;
   const float* bias;
   SubnetWeights phi, rho, eta;
 };
 
 // Lays the packed weights out in memory: for the value and the gradient together, or for the
-// inverse.
+// inverse. The layout does not depend on the precision. With less than float32 the exact matrices'
+// products are one of TF32 each, and for bfloat16 the fast ones' one of bfloat16.
 template <class T>
 PackedWeights lay_out(const CouplingShape& s, const float* weights, bool inverse, Pieces& pieces,
-                      Packing& packing) {
+                      Packing& packing, Precision precision = Precision::float32) {
   const int64_t c = s.channels / 2, half = padded_half(s), terms = terms_of(s);
   packing.count = packing.rows.count = 0;
   packing.rows.layout = {static_cast<int>(half), kPartsOf<T>};
@@ -98,7 +99,8 @@ PackedWeights lay_out(const CouplingShape& s, const float* weights, bool inverse
     uint4* const to = pieces.take<uint4>(matrix.blocks() * loads * kWarp);
     packing.matrices[packing.count] = matrix;
     packing.matrices[packing.count++].to = to;
-    return to;
+    return Packed{to, precision == Precision::bfloat16 ||
+                          (precision == Precision::tf32 && !fast)};
   };
   const auto take = [&](int64_t count) {
     const float* const piece = weights;

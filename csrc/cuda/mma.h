@@ -34,6 +34,13 @@ struct SplitTf32 {
         small(bits_as<uint32_t>(x - bits_as<float>(big & kBitsOfTf32))) {}
 };
 
+// The nearest TF32 of a float32, in the bits that are read. A NaN is left as it is: with nothing
+// beside `big` the addition would turn some of them into numbers.
+__device__ __forceinline__ uint32_t nearest_tf32(float x) {
+  const uint32_t bits = bits_as<uint32_t>(x);
+  return x == x ? bits + 0x1000 : bits;
+}
+
 // Likewise by truncation: one instruction less, exact to 2^-20.
 struct CutTf32 {
   uint32_t big, small;
@@ -238,13 +245,13 @@ struct TripleBFloat16 {
 
 // sums[i][first + j] += a[i] b[j], added outside the tensor cores, with rounding: they truncate at
 // each addition, so a sum of a thousand products would be wrong by 1e-5. The products of all i and
-// j come between two additions to the same numbers.
-template <class Products, bool kExactA, int kRows, int kSome, int kAll>
+// j come between two additions to the same numbers. kOnce: one product, of the big parts.
+template <class Products, bool kExactA, bool kOnce = false, int kRows, int kSome, int kAll>
 __device__ __forceinline__ void add_products(float (&sums)[kRows][kAll][4], int first,
                                              const SplitA (&a)[kRows], const SplitB (&b)[kSome]) {
   float d[kRows][kSome][4] = {};
   MGHF_UNROLL_ALL
-  for (int term = kExactA ? 1 : 0; term < 3; ++term) {
+  for (int term = kOnce ? 2 : kExactA ? 1 : 0; term < 3; ++term) {
     MGHF_UNROLL_ALL
     for (int i = 0; i < kRows; ++i) {
       MGHF_UNROLL_ALL

@@ -39,15 +39,17 @@ void pack(const Tensor& weights, const Tensor& packed, const CouplingShape& shap
 
 // `packed` is filled already.
 template <class T>
-CouplingBlock block_of(const Tensor& weights, const Tensor& packed, const CouplingShape& shape) {
-  return {shape, weights.const_data_ptr<float>(), packed.mutable_data_ptr()};
+CouplingBlock block_of(const Tensor& weights, const Tensor& packed, const CouplingShape& shape,
+                       Precision precision) {
+  return {shape, weights.const_data_ptr<float>(), packed.mutable_data_ptr(), precision};
 }
 
 template <class T>
 CouplingBlock packed_block(const Tensor& x, const Tensor& weights, const CouplingShape& shape,
-                           const Tensor& packed, const Launcher& launcher) {
+                           const Tensor& packed, Precision precision,
+                           const Launcher& launcher) {
   if (x.numel() > 0) pack<T>(weights, packed, shape, launcher);
-  return block_of<T>(weights, packed, shape);
+  return block_of<T>(weights, packed, shape, precision);
 }
 
 template <class T>
@@ -75,14 +77,14 @@ void check_state(const Tensor& state, const Tensor& x, const CouplingShape& shap
 Tensor coupling_op(const Tensor& x, const Tensor& weights, int64_t channels, int64_t kernel,
                    const std::string& activation, double clamp,
                    const std::string& precision) {
-  check_precision(precision);
+  const Precision grade = check_precision(precision);
   const CouplingShape shape = check_block(x, "x", weights, channels, kernel, activation, clamp);
   const Launcher launcher(x);
   Tensor y = new_image_like(x, channels);
   with_image(x, "x", [&]<class T>(const Image<T>& image) {
     const Tensor packed = new_workspace(x, coupling_packed_bytes<T>(shape));
     const Tensor workspace = new_workspace(x, coupling_workspace_bytes(shape, image));
-    const CouplingBlock block = packed_block<T>(x, weights, shape, packed, launcher);
+    const CouplingBlock block = packed_block<T>(x, weights, shape, packed, grade, launcher);
     check_launch(coupling(block, image, mutable_image_of<T>(y), {},
                           workspace.mutable_data_ptr(), launcher.stream()),
                  "coupling");
@@ -107,7 +109,7 @@ std::tuple<Tensor, Tensor> coupling_packed_op(const Tensor& x, const Tensor& wei
                                               int64_t kernel, const std::string& activation,
                                               double clamp, bool keep,
                                               const std::string& precision) {
-  check_precision(precision);
+  const Precision grade = check_precision(precision);
   const CouplingShape shape = check_block(x, "x", weights, channels, kernel, activation, clamp);
   const Launcher launcher(x);
   Tensor y = new_image_like(x, channels), state;
@@ -120,8 +122,9 @@ std::tuple<Tensor, Tensor> coupling_packed_op(const Tensor& x, const Tensor& wei
     const Tensor workspace = new_workspace(x, coupling_workspace_bytes(shape, image));
     const CouplingState<unsigned char> kept{
         bytes > 0, static_cast<unsigned char*>(state.mutable_data_ptr())};
-    check_launch(coupling(block_of<T>(weights, packed, shape), image, mutable_image_of<T>(y), kept,
-                          workspace.mutable_data_ptr(), launcher.stream()),
+    check_launch(coupling(block_of<T>(weights, packed, shape, grade), image,
+                          mutable_image_of<T>(y), kept, workspace.mutable_data_ptr(),
+                          launcher.stream()),
                  "coupling_packed");
   });
   return {y, state};
@@ -171,7 +174,7 @@ std::tuple<Tensor, Tensor> coupling_backward_op(const Tensor& grad, const Tensor
                                                 int64_t kernel, const std::string& activation,
                                                 double clamp, bool need_weights,
                                                 const std::string& precision) {
-  check_precision(precision);
+  const Precision grade = check_precision(precision);
   const CouplingShape shape = check_block(x, "x", weights, channels, kernel, activation, clamp);
   check_grad(grad, x, channels);
   const Launcher launcher(x);
@@ -180,7 +183,7 @@ std::tuple<Tensor, Tensor> coupling_backward_op(const Tensor& grad, const Tensor
     const Tensor packed = new_workspace(x, coupling_packed_bytes<T>(shape));
     const Tensor workspace =
         new_workspace(x, coupling_backward_workspace_bytes(shape, image, false));
-    const CouplingBlock block = packed_block<T>(x, weights, shape, packed, launcher);
+    const CouplingBlock block = packed_block<T>(x, weights, shape, packed, grade, launcher);
     check_launch(coupling_backward(block, image_of<T>(grad), image, {},
                                    mutable_image_of<T>(grad_x), workspace.mutable_data_ptr(),
                                    launcher.stream()),
@@ -194,7 +197,7 @@ Tensor coupling_packed_backward_op(const Tensor& grad, const Tensor& x, const Te
                                    const Tensor& packed, const Tensor& state, int64_t channels,
                                    int64_t kernel, const std::string& activation, double clamp,
                                    const std::string& precision) {
-  check_precision(precision);
+  const Precision grade = check_precision(precision);
   const CouplingShape shape = check_block(x, "x", weights, channels, kernel, activation, clamp);
   check_grad(grad, x, channels);
   const Launcher launcher(x);
@@ -207,8 +210,8 @@ Tensor coupling_packed_backward_op(const Tensor& grad, const Tensor& x, const Te
         new_workspace(x, coupling_backward_workspace_bytes(shape, image, with_state));
     const CouplingState<const unsigned char> kept{
         with_state, static_cast<const unsigned char*>(state.const_data_ptr())};
-    check_launch(coupling_backward(block_of<T>(weights, packed, shape), image_of<T>(grad), image,
-                                   kept, mutable_image_of<T>(grad_x),
+    check_launch(coupling_backward(block_of<T>(weights, packed, shape, grade),
+                                   image_of<T>(grad), image, kept, mutable_image_of<T>(grad_x),
                                    workspace.mutable_data_ptr(), launcher.stream()),
                  "coupling_packed_backward");
   });
