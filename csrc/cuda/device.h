@@ -77,6 +77,12 @@ const char* launch(void (*kernel)(Parameters...), const Grid& grid, Stream strea
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 #else
   (void)stream;
+  if (host::counting.on) {
+    host::counting.kernels.push_back({reinterpret_cast<const void*>(kernel),
+                                      host::parameters(static_cast<Parameters>(arguments)...),
+                                      static_cast<unsigned>(grid.blocks), grid.blocks_of_cluster,
+                                      grid.threads, grid.shared_bytes});
+  }
   return host::run(static_cast<unsigned>(grid.blocks), grid.blocks_of_cluster, grid.threads,
                    grid.shared_bytes, [&] { kernel(static_cast<Parameters>(arguments)...); });
 #endif

@@ -89,6 +89,16 @@ PYBIND11_MODULE(mghf_fast_cuda_host, m) {
   m.def("counted", [] {
     return py::make_tuple(mghf::host::counting.launches, mghf::host::counting.workspace_bytes);
   });
+  // (address of the kernel, parameters, blocks, blocks of a cluster, threads, shared bytes)
+  m.def("counted_kernels", [] {
+    py::list kernels;
+    for (const mghf::host::Counted& each : mghf::host::counting.kernels) {
+      kernels.append(py::make_tuple(reinterpret_cast<uintptr_t>(each.kernel),
+                                    py::bytes(each.parameters), each.blocks,
+                                    each.blocks_of_cluster, each.threads, each.shared_bytes));
+    }
+    return kernels;
+  });
   m.def("allow_once", &was_asked);
   m.def("planted_barrier", &run<planted_barrier>);
   m.def("planted_index", &run<planted_index>);

@@ -13,6 +13,8 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <string>
+#include <type_traits>
 #include <vector>
 
 #include "../../common/warp.h"
@@ -44,13 +46,36 @@ struct Gpu {
 };
 extern Gpu gpu;
 
+// A launch that was counted: the kernel, what it was given, and its grid.
+struct Counted {
+  const void* kernel;
+  std::string parameters;
+  unsigned blocks = 0, blocks_of_cluster = 1;
+  int threads = 0;
+  size_t shared_bytes = 0;
+};
+
 // While it is on, launches and workspaces are counted, and nothing is run or allocated, so that an
 // op's use of a GPU is known without data.
 struct Counting {
   bool on = false;
   int64_t launches = 0, workspace_bytes = 0;
+  std::vector<Counted> kernels = {};
 };
 extern Counting counting;
+
+// A kernel's parameters as they lie in its constant memory: each at a multiple of its alignment.
+template <class... Parameters>
+std::string parameters(const Parameters&... each) {
+  std::string bytes;
+  const auto append = [&](const auto& parameter) {
+    const size_t alignment = alignof(std::remove_cvref_t<decltype(parameter)>);
+    bytes.resize((bytes.size() + alignment - 1) / alignment * alignment);
+    bytes.append(reinterpret_cast<const char*>(&parameter), sizeof parameter);
+  };
+  (append(each), ...);
+  return bytes;
+}
 
 // Runs the kernel for every thread of every block; returns an error text, or null.
 const char* run(unsigned blocks, unsigned blocks_of_cluster, int threads, size_t shared_bytes,

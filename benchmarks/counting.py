@@ -1,0 +1,278 @@
+"""Counts what the CUDA kernels of a step execute, without a GPU: predict.py makes times of it.
+
+The host build of the kernels records each launch with its parameters, nvcc compiles the same
+sources to machine code, and walk.py goes through that as some threads of the launch. What is
+counted are a warp's instructions by the unit that executes them, the bytes that it moves, and its
+cycles alone on the GPU. Of a launch three blocks are walked, none at a border, and of each the
+first, the middle and the last warp. Decisions that depend on data are those of `RULES`; the number
+of Sinkhorn iterations until nothing changes is `ITERATIONS`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import re
+import subprocess
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from .machine_code import Instruction, Program, Resources, local_name, read, resources
+from .walk import Place, Rule, Walk, Walker, shortest
+
+ROOT = Path(__file__).resolve().parents[1]
+ARCHITECTURE = "90a"
+ITERATIONS = 4
+"""Of Sinkhorn, after which the embeddings of the benchmarks and of images settle: 3 or 4."""
+
+SHARED_BYTES, RESERVED_BYTES = 228 << 10, 1 << 10  # of a multiprocessor, and of each block
+REGISTERS, WARPS, BLOCKS = 64 << 10, 64, 32
+
+UNITS: Mapping[str, tuple[str, ...]] = {
+    "tensor": ("HMMA", "HGMMA"),
+    "fp32": ("FADD", "FFMA", "FMUL"),
+    "integer": (
+        "FMNMX", "FSEL", "FSETP", "IABS", "IADD3", "ISETP", "LEA", "LOP3", "PRMT", "SEL", "SHF",
+        "VIADD", "VIADDMNMX", "VIMNMX",
+    ),
+    "multiply": ("IMAD",),
+    "special": ("F2F", "F2I", "FLO", "FRND", "I2F", "MUFU", "POPC"),
+    "double": ("DADD", "DFMA", "DMUL", "DSETP"),
+    "shared": ("ATOMS", "LD", "LDS", "LDSM", "ST", "STS"),
+    "global": ("ATOM", "ATOMG", "LDG", "LDGSTS", "RED", "STG"),
+    "shuffle": ("SHFL",),
+    "barrier": ("BAR",),
+}  # fmt: skip
+"""Mnemonics by the unit that executes them; the others are only issued."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """As the host build records it: mangled name, sizes, and the bytes of its parameters."""
+
+    name: str
+    blocks: int
+    blocks_of_cluster: int
+    threads: int
+    shared_bytes: int
+    parameters: bytes
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of a launch. ``issued``, ``units``, ``tensor_cycles`` and ``bytes`` are those of a mean warp,
+    ``near`` and ``far`` the cycles of a block's slowest warp alone, global loads being served by L2
+    or by memory. ``reached``: different instructions executed. ``unknown``: branches that a rule
+    decided, of a warp."""
+
+    name: str
+    blocks: int
+    blocks_of_cluster: int
+    warps: int
+    blocks_of_sm: int
+    issued: int
+    units: dict[str, int]
+    tensor_cycles: int
+    bytes: dict[str, int]
+    near: int
+    far: int
+    reached: int
+    unknown: int
+
+
+def short_name(mangled: str) -> str:
+    """The function's own name."""
+    rest, name = local_name(mangled).removeprefix("_ZN"), ""
+    while found := re.match(r"(\d+)", rest):
+        name = rest[found.end() : found.end() + int(found[1])]
+        rest = rest[found.end() + int(found[1]) :]
+    return name or mangled
+
+
+def blocks_of_sm(used: Resources, threads: int, shared_bytes: int) -> int:
+    """Blocks that a multiprocessor holds at once; each warp's registers come in steps of 256."""
+    warps = threads // 32
+    registers = math.ceil(used.registers * 32 / 256) * 256
+    shared = shared_bytes + used.shared_bytes + RESERVED_BYTES
+    held = (REGISTERS // registers // warps, WARPS // warps, BLOCKS, SHARED_BYTES // shared)
+    return max(1, min(held))
+
+
+WGMMA = re.compile(r"HGMMA\.64x(\d+)x")
+MMA_CYCLES = 6.4
+"""Of mma.sync with 16 x 8 results on a quarter of a multiprocessor: 4 at the rate of wgmma, of
+which mma.sync reaches about 62 %."""
+
+
+def tensor_cycles(counts: Mapping[str, float]) -> float:
+    """wgmma with 64 x N results takes N / 2 cycles, in any of the types that are used."""
+    total = 0.0
+    for name, count in counts.items():
+        if found := WGMMA.match(name):
+            total += count * int(found[1]) / 2
+        elif name.startswith("HMMA"):
+            total += count * MMA_CYCLES
+    return total
+
+
+# ---- what depends on data ----
+
+RULES = (
+    (r"for \(int t = 1; t <= p\.iterations; \+\+t\)", "iterations"),
+    (r"progress\.hopeless|p\.tolerance|settled\(|kRounding &&|const bool is_narrow", "stay"),
+    (r"if \(!fast\)", "skip"),
+)
+"""Patterns of source lines, and what their jumps do: "iterations" ends the loop after `ITERATIONS`,
+"stay" goes on behind the jump, "skip" jumps forward whatever the predicate says."""
+
+
+class Sources:
+    """The lines of the files of `csrc/cuda` and `csrc/common`, by which jumps are known."""
+
+    def __init__(self, root: Path = ROOT) -> None:
+        folders = (root / "csrc" / "common", root / "csrc" / "cuda")
+        files = (path for folder in folders for path in folder.glob("*.*"))
+        self._lines = {path.name: path.read_text().splitlines() for path in files}
+
+    def line(self, place: str) -> str:
+        """Of "file.h:12", or "" if there is none."""
+        name, _, number = place.partition(":")
+        lines = self._lines.get(name, [])
+        return lines[int(number) - 1] if number and int(number) <= len(lines) else ""
+
+    def rule(self, iterations: int = ITERATIONS) -> Rule:
+        @functools.cache
+        def kind(place: str) -> str:
+            line = self.line(place)
+            return next((what for pattern, what in RULES if re.search(pattern, line)), "")
+
+        def decide(program: Program, jump: Instruction, known: bool | None, times: int) -> bool:
+            found = kind(jump.line) if jump.mnemonic == "BRA" else ""
+            if found == "iterations" and not _forward(program, jump):
+                return times < iterations - 1
+            if found == "stay" and known is None:
+                return False
+            if found == "skip":
+                return _forward(program, jump)
+            return shortest(program, jump, known, times)
+
+        return decide
+
+
+def _forward(program: Program, jump: Instruction) -> bool:
+    at = program.labels.get(jump.target)
+    return at is not None and program.instructions[at].address > jump.address
+
+
+# ---- machine code ----
+
+
+class Code:
+    """The kernels of compiled sources by `local_name`, and what `ptxas` says of them."""
+
+    def __init__(self) -> None:
+        self._walkers: dict[str, Walker] = {}
+        self._resources: dict[str, Resources] = {}
+
+    def add(self, programs: Iterable[Program], used: Mapping[str, Resources]) -> None:
+        for program in programs:
+            if program.name in used:
+                name = local_name(program.name)
+                self._walkers[name] = Walker(program)
+                self._resources[name] = used[program.name]
+
+    def compile(self, source: Path, folder: Path, nvcc: Path, nvdisasm: Path) -> None:
+        """Adds the kernels of a source, with nvcc's and nvdisasm's files in ``folder``."""
+        target = folder / f"{source.stem}.cubin"
+        code = f"-gencode=arch=compute_{ARCHITECTURE},code=sm_{ARCHITECTURE}"
+        flags = ["-cubin", "-std=c++20", "-lineinfo", "-Xptxas", "-v", code]
+        command: list[str | Path] = [nvcc, *flags, "-o", target, source]
+        made = subprocess.run(command, check=True, capture_output=True, text=True)
+        self.add(read(target, nvdisasm), resources(made.stderr))
+
+    def count(self, launch: Launch, rule: Rule = shortest) -> Counts:
+        """Raises KeyError for a kernel that no source has, WalkError for one that does not end."""
+        name = local_name(launch.name)
+        walker, used = self._walkers[name], self._resources[name]
+        warps = launch.threads // 32
+        blocks = sorted({int(launch.blocks * part) for part in (0.29, 0.57, 0.83)})
+        by_block: list[list[Walk]] = []
+        for block in blocks:
+            places = (
+                Place(32 * warp, block, launch.threads, launch.blocks, launch.parameters,
+                      launch.blocks_of_cluster)
+                for warp in sorted({0, warps // 2, warps - 1})
+            )  # fmt: skip
+            by_block.append([walker.walk(place, rule) for place in places])
+        walks = [walk for block in by_block for walk in block]
+        names: Counter[str] = Counter()
+        moved: Counter[str] = Counter()
+        for walk in walks:
+            names.update(walk.counts)
+            moved.update(walk.bytes)
+        of = {mnemonic: unit for unit, mnemonics in UNITS.items() for mnemonic in mnemonics}
+        units: Counter[str] = Counter()
+        for name, count in names.items():
+            units[of.get(name.split(".", 1)[0], "other")] += count
+        number = len(walks)
+        near, far = (
+            sum(max(walk.cycles[k] for walk in block) for block in by_block) / len(by_block)
+            for k in (0, 1)
+        )
+        return Counts(
+            short_name(launch.name),
+            launch.blocks,
+            launch.blocks_of_cluster,
+            warps,
+            blocks_of_sm(used, launch.threads, launch.shared_bytes),
+            round(names.total() / number),
+            {unit: round(count / number) for unit, count in sorted(units.items())},
+            round(tensor_cycles(names) / number),
+            {kind: round(count / number) for kind, count in sorted(moved.items())},
+            round(near),
+            round(far),
+            max(walk.reached for walk in walks),
+            round(sum(walk.unknown.total() for walk in walks) / number),
+        )
+
+
+# ---- the files of counts ----
+
+
+@dataclass
+class Row:
+    """A measurement, or a step: its launches in order, and how many more PyTorch makes."""
+
+    launches: list[Counts]
+    pytorch: int = 0
+
+
+def write(path: Path, rows: Mapping[str, Row]) -> None:
+    """Equal launches are written once."""
+    kernels: dict[str, int] = {}
+    for row in rows.values():
+        for counts in row.launches:
+            kernels.setdefault(json.dumps(dataclasses.asdict(counts)), len(kernels))
+    lines = ",\n".join(f"    {text}" for text in kernels)
+    listed = ",\n".join(
+        f"    {json.dumps(name)}: "
+        + json.dumps({
+            "launches": [kernels[json.dumps(dataclasses.asdict(c))] for c in row.launches],
+            "pytorch": row.pytorch,
+        })
+        for name, row in rows.items()
+    )  # fmt: skip
+    path.write_text(f'{{\n  "kernels": [\n{lines}\n  ],\n  "rows": {{\n{listed}\n  }}\n}}\n')
+
+
+def load(path: Path) -> dict[str, Row]:
+    found = json.loads(path.read_text())
+    kernels = [Counts(**fields) for fields in found["kernels"]]
+    return {
+        name: Row([kernels[k] for k in row["launches"]], row["pytorch"])
+        for name, row in found["rows"].items()
+    }

@@ -1,0 +1,90 @@
+"""Records the launches of a step by the CUDA kernels: which, of what sizes, with what parameters.
+
+The host build of the kernels (`make cuda-host`) runs nothing while it counts, so that a step on
+tensors of the CPU takes no time, and their memory is never touched.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from mghf_fast.commands.table5.workloads import paper_extractor
+from mghf_fast.losses import MGHFLoss
+
+from . import launches
+from .counting import Launch
+
+
+def _names(library: Path) -> dict[int, str]:
+    """Mangled names by offset, those of local functions too."""
+    text = subprocess.run(["nm", library], check=True, capture_output=True, text=True).stdout
+    fields = (line.split() for line in text.splitlines())
+    return {int(f[0], 16): f[2] for f in fields if len(f) == 3}
+
+
+def _base(library: Path) -> int:
+    """Where the library lies in this process."""
+    found = [
+        int(line.split("-", 1)[0], 16)
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if line.endswith(str(library))
+    ]
+    return min(found)
+
+
+@dataclass
+class Recorder:
+    """``module``: the host build, of `launches.host_module`."""
+
+    module: Any
+    found: list[Launch] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        library = Path(self.module.__file__).resolve()
+        self._names, self._base = _names(library), _base(library)
+
+    def _ops(self, module: Any, counter: Any) -> Any:
+        recorder = self
+
+        class Ops:
+            def __getattr__(self, name: str) -> Callable[..., Any]:
+                def call(*arguments: Any) -> Any:
+                    module.count(True)
+                    result = getattr(torch.ops.mghf_cuda_host, name)(*arguments)
+                    for kernel, parameters, *sizes in module.counted_kernels():
+                        blocks, cluster, threads, shared = sizes
+                        mangled = recorder._names[kernel - recorder._base]
+                        recorder.found.append(
+                            Launch(mangled, blocks, cluster, threads, shared, parameters)
+                        )
+                    module.count(False)
+                    return result
+
+                return call
+
+        return Ops()
+
+    def step(self, variant: str, shape: tuple[int, ...], extractor: str) -> list[Launch]:
+        """The launches of a step, forward and backward, of a loss that has made one before.
+        Arguments as `launches.count` has them."""
+        chosen = paper_extractor() if extractor == "paper" else extractor
+        loss = MGHFLoss(variant, extractor=chosen)
+        sr, gt = torch.empty(shape, requires_grad=True), torch.empty(shape)
+        counter = launches._Counter()
+        with (
+            mock.patch.object(launches, "_CudaOps", self._ops),
+            launches._backend("cuda", counter, self.module),
+            counter,
+        ):
+            loss(sr, gt).backward()
+            sr.grad = None
+            self.found.clear()
+            loss(sr, gt).backward()
+        return list(self.found)
