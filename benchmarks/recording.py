@@ -1,4 +1,5 @@
-"""Records the launches of a step by the CUDA kernels: which, of what sizes, with what parameters.
+"""Records the launches of a step by the CUDA kernels: which, of what sizes, with what parameters;
+and counts what they execute (counting.py).
 
 The host build of the kernels (`make cuda-host`) runs nothing while it counts, so that a step on
 tensors of the CPU takes no time, and their memory is never touched.
@@ -6,7 +7,11 @@ tensors of the CPU takes no time, and their memory is never touched.
 
 from __future__ import annotations
 
+import itertools
+import re
+import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +24,7 @@ from mghf_fast.commands.table5.workloads import paper_extractor
 from mghf_fast.losses import MGHFLoss
 
 from . import launches
-from .counting import Launch
+from .counting import ROOT, Code, Counts, Launch, Row, Sources
 
 
 def _names(library: Path) -> dict[int, str]:
@@ -88,3 +93,57 @@ class Recorder:
             self.found.clear()
             loss(sr, gt).backward()
         return list(self.found)
+
+
+def tool(name: str) -> Path | None:
+    """nvcc or nvdisasm: in PATH, as `make cuda` installs it, or Triton's."""
+    if found := shutil.which(name):
+        return Path(found)
+    fetched = sorted(ROOT.glob(f"build/toolkits/*/nvidia/cu*/bin/{name}"))
+    if fetched:
+        return fetched[-1]
+    try:
+        import triton
+    except ImportError:
+        return None
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return path if path.exists() else None
+
+
+def compiled(nvcc: Path, nvdisasm: Path) -> Code:
+    """All kernels of `csrc/cuda`, which takes minutes."""
+    code = Code()
+    with tempfile.TemporaryDirectory() as folder:
+        for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+            code.compile(source, Path(folder), nvcc, nvdisasm)
+    return code
+
+
+ADDRESS = re.compile(rb"..[\x55-\x7f]\x00\x00", re.DOTALL)
+
+
+def without_addresses(parameters: bytes) -> bytes:
+    """The same for launches that differ only in where their tensors lie."""
+    result = bytearray(parameters)
+    for k in range(0, len(result) - 7, 8):
+        if ADDRESS.fullmatch(result, k + 3, k + 8):
+            result[k : k + 8] = b"\xff" * 8
+    return bytes(result)
+
+
+def steps(module: Any, code: Code) -> dict[str, Row]:
+    """The counts of all launches of the steps that `launches` counts."""
+    recorder, rule = Recorder(module), Sources().rule()
+    known: dict[tuple[Any, ...], Counts] = {}
+    rows = {}
+    for variant, extractor, shape in itertools.product(
+        launches.VARIANTS, launches.EXTRACTORS, launches.SHAPES
+    ):
+        row = Row([], launches.count(variant, shape, extractor, "cuda", module).pytorch)
+        for each in recorder.step(variant, shape, extractor):
+            key = (each.name, each.blocks, each.shared_bytes, without_addresses(each.parameters))
+            if key not in known:
+                known[key] = code.count(each, rule)
+            row.launches.append(known[key])
+        rows[f"mghf_{variant} {extractor} {'x'.join(map(str, shape))}"] = row
+    return rows

@@ -1,0 +1,227 @@
+"""The prediction's arithmetic, and how well it reproduces what was measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+
+from benchmarks import counting, predict
+from benchmarks.counting import Code, Counts, Launch, Row, Sources
+from benchmarks.launches import EXTRACTORS, SHAPES, VARIANTS
+from benchmarks.machine_code import Resources, programs
+from benchmarks.predict import Fitted, Measurement
+from benchmarks.walk import Place, Walker, WalkError
+
+COUNTS = Counts(
+    name="mix",
+    blocks=132,
+    blocks_of_cluster=1,
+    warps=4,
+    blocks_of_sm=2,
+    issued=1000,
+    units={"fp32": 300, "integer": 100, "shuffle": 5},
+    tensor_cycles=0,
+    bytes={"global load": 128, "shared load": 1280},
+    near=5000,
+    far=7000,
+    reached=80,
+    unknown=0,
+)
+
+
+def changed(**fields: object) -> Counts:
+    return dataclasses.replace(COUNTS, **fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("fields", "cycles"),
+    [
+        ({}, 1000),  # of each quarter of a multiprocessor, which has one of the four warps
+        ({"warps": 8}, 2000),
+        ({"tensor_cycles": 1500}, 1500),
+        ({"units": {"special": 200}}, 1600),
+        ({"bytes": {"shared load": 128 * 500}}, 4 * (500 + 5)),
+        ({"bytes": {"shared atomic": 128 * 500}}, 4 * (4 * 500 + 5)),
+    ],
+)
+def test_the_busiest_unit(fields: dict[str, object], cycles: float) -> None:
+    assert predict.busiest(changed(**fields), 1) == cycles
+    assert predict.busiest(changed(**fields), 2) == 2 * cycles
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, (1, 1)),
+        ({"blocks": 5}, (1, 1)),
+        ({"blocks": 133}, (1, 2)),
+        ({"blocks": 265}, (2, 2)),
+        ({"blocks": 1320}, (5.5, 2)),
+        ({"blocks": 512, "blocks_of_cluster": 4, "blocks_of_sm": 1}, (4.5, 1)),  # 32 clusters
+        ({"blocks": 128, "blocks_of_cluster": 4, "blocks_of_sm": 1}, (1, 1)),
+    ],
+)
+def test_rounds(fields: dict[str, object], expected: tuple[float, float]) -> None:
+    assert predict.rounds(changed(**fields)) == expected
+
+
+def test_the_time_of_a_launch() -> None:
+    clock, start = predict.CLOCK, predict.LAUNCH_SECONDS
+    far, cold = Fitted(0.5, 0), Fitted(0, 100)
+    assert predict.seconds(COUNTS, far) == pytest.approx(start + (6000 + 1000) / clock)
+    assert predict.seconds(COUNTS, cold) == pytest.approx(start + (5000 + 1000 + 1000) / clock)
+    moving = changed(bytes={"global load": 10**6, "global store": 10**6})
+    expected = start + 2e6 * 4 * 132 / predict.BANDWIDTH
+    assert predict.seconds(moving, Fitted(0, 0)) == pytest.approx(expected)
+    row = Row([COUNTS, moving], pytorch=3)
+    assert predict.total(row, far) == pytest.approx(
+        predict.seconds(COUNTS, far) + predict.seconds(moving, far) + 3 * start
+    )
+
+
+def test_a_fit_finds_the_numbers_and_leaves_rows_out() -> None:
+    truth = Fitted(0.25, 500)
+    counts = [changed(near=1000 * k, far=1000 * (k + k % 3), reached=400 * k) for k in range(1, 9)]
+    rows = [
+        Measurement(f"{op} {k} row", Row([each]), predict.seconds(each, truth))
+        for op in ("first", "second")
+        for k, each in enumerate(counts)
+    ]
+    found = predict.calibrate(rows)
+    assert found.fitted == truth and found.error < 1e-9
+    wrong = [*rows, Measurement("third 0 row", rows[0].row, 2 * rows[0].seconds)]
+    found = predict.calibrate(wrong)
+    assert found.apart_by_op["third 0 row"] == pytest.approx(0.5)
+    assert found.apart["third 0 row"] == pytest.approx(0.5)
+    assert 0.5 <= found.within["third 0 row"] < 0.6
+
+
+def test_an_interval() -> None:
+    low, high = predict.interval(2.0, math.log(1.5))
+    assert low * high == pytest.approx(4) and high / 2 == pytest.approx(1.5**1.645)
+
+
+def test_the_measurements_are_reproduced_within_a_factor_of_two() -> None:
+    """One standard deviation of rows of an op to which nothing was fitted."""
+    rows = predict.measurements(counting.load(predict.MEASURED))
+    assert len(rows) == 25 and len({m.name.split()[0] for m in rows}) == 4
+    found = predict.calibrate(rows)
+    assert predict.spread(found.within.values()) < math.log(1.4)
+    assert predict.spread(found.apart.values()) < math.log(1.45)
+    assert found.error < math.log(1.6)
+
+
+def test_the_table_and_the_launches(capsys: pytest.CaptureFixture[str]) -> None:
+    assert predict.main([]) == 0
+    text = capsys.readouterr().out
+    assert "predicted, no GPU has run it" in text and "coupling 512 float32 forward" in text
+    steps = [
+        f"mghf_{variant} {extractor} {'x'.join(map(str, shape))}"
+        for variant in VARIANTS
+        for extractor in EXTRACTORS
+        for shape in SHAPES
+    ]
+    assert all(step in text for step in steps)
+    assert predict.main(["--kernels", steps[0]]) == 0
+    assert "mix" in capsys.readouterr().out
+    assert predict.main(["--kernels", "mghf_x"]) == 2
+    error = capsys.readouterr().err
+    assert "'mghf_x'" in error and steps[0] in error
+
+
+def test_counting_without_a_host_build(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks import recording
+
+    monkeypatch.setattr(recording, "tool", lambda name: Path(name))
+    assert predict.main(["--count", "--host-modules", str(tmp_path)]) == 2
+    assert "make cuda-host" in capsys.readouterr().err
+    monkeypatch.setattr(recording, "tool", lambda name: None)
+    assert predict.main(["--count"]) == 2
+    assert "nvcc" in capsys.readouterr().err
+
+
+def test_equal_launches_are_written_once(tmp_path: Path) -> None:
+    rows = {"a": Row([COUNTS, changed(blocks=7), COUNTS]), "b": Row([COUNTS], pytorch=4)}
+    file = tmp_path / "counts.json"
+    counting.write(file, rows)
+    assert counting.load(file) == rows
+    assert file.read_text().count('"mix"') == 2
+
+
+@pytest.mark.parametrize(
+    ("registers", "threads", "shared", "blocks"),
+    [
+        (255, 128, 71808, 2),
+        (168, 128, 0, 3),
+        (32, 256, 0, 8),
+        (16, 32, 0, 32),
+        (240, 256, 230880, 1),
+    ],
+)
+def test_blocks_of_a_multiprocessor(registers: int, threads: int, shared: int, blocks: int) -> None:
+    assert counting.blocks_of_sm(Resources(registers, 0), threads, shared) == blocks
+
+
+def test_cycles_of_tensor_cores() -> None:
+    counts = {"HGMMA.64x128x16.F32": 2.0, "HMMA.1688.F32.TF32": 10.0, "FFMA": 99.0}
+    assert counting.tensor_cycles(counts) == 2 * 64 + 10 * 6.4
+
+
+def test_names() -> None:
+    space = "_ZN4mghf4cuda40_GLOBAL__N__ca7e4b93_8_monce_cu_b7840fd5"
+    assert counting.short_name(f"{space}8contrastILi14ELb1EEEvNS0_7ProblemE") == "contrast"
+    assert counting.short_name("_ZN4mghf4cuda12_GLOBAL__N_13mixIffEEvi") == "mix"
+    assert counting.short_name("_ZN4mghf4cuda16products_of_runsIfEEvi") == "products_of_runs"
+
+
+TEXT = """
+.text._ZN4mghf4cuda12_GLOBAL__N_17planned:
+//## File "/x/csrc/cuda/planned.h", line 1
+        /*0000*/                   MOV R0, RZ ;
+        /*0010*/                   ULDC UR4, c[0x0][0x210] ;
+.L_x_0:
+        /*0020*/                   HMMA.1688.F32.TF32 R4, R8, R2, R4 ;
+        /*0030*/                   FSETP.GT.AND P1, PT, R4, R5, PT ;
+//## File "/x/csrc/cuda/planned.h", line 2
+        /*0040*/               @P1 BRA `(.L_x_1) ;
+        /*0050*/                   IADD3 R0, R0, 0x1, RZ ;
+        /*0060*/                   ISETP.LT.AND P0, PT, R0, UR4, PT ;
+//## File "/x/csrc/cuda/planned.h", line 1
+        /*0070*/               @P0 BRA `(.L_x_0) ;
+.L_x_1:
+        /*0080*/                   EXIT ;
+"""
+SOURCE = """for (int t = 1; t <= p.iterations; ++t) {
+  if (progress.hopeless) return;
+"""
+
+
+def test_counts_of_a_launch(tmp_path: Path) -> None:
+    folder = tmp_path / "csrc" / "cuda"
+    folder.mkdir(parents=True)
+    (folder / "planned.h").write_text(SOURCE)
+    code = Code()
+    found = list(programs(TEXT))
+    code.add(found, {found[0].name: Resources(200, 0)})
+    launch = Launch(found[0].name, 500, 1, 256, 1 << 10, (50).to_bytes(4, "little"))
+    rule = Sources(tmp_path).rule(iterations=3)
+    counts = code.count(launch, rule)
+    assert (counts.name, counts.blocks, counts.warps, counts.blocks_of_sm) == ("planned", 500, 8, 1)
+    assert counts.units["tensor"] == 3 and counts.tensor_cycles == round(3 * 6.4)
+    assert counts.unknown == 3 and counts.reached == 9
+    assert counts.issued == 2 + 3 * 6 + 1 == counts.near == counts.far
+    with pytest.raises(KeyError):
+        code.count(dataclasses.replace(launch, name="other"))
+    endless = TEXT.replace("IADD3 R0, R0, 0x1", "IADD3 R0, R0, 0x0")
+    (other,) = programs(endless)
+    with pytest.raises(WalkError):
+        Walker(other).walk(
+            Place(0, 0, 32, 1, launch.parameters),
+            lambda program, jump, known, times: bool(known),
+            most=10_000,
+        )
