@@ -117,11 +117,10 @@ struct Weights {
   __device__ __forceinline__ float excess(int r, float u, float a, bool even, float& sum) const {
     const int i = s.first + r;
     float high = -INFINITY, low = INFINITY;
-    for (int j = s.lane; j < s.n; j += kWarp) {
-      const float x = s.at(r, j);
+    s.for_columns(r, [&](int j, float x) {
       high = j == i ? high : most_of(high, x);
       low = j == i ? low : least_of(low, x);
-    }
+    });
     high = across_lanes(high, Most{});
     low = across_lanes(low, [](float x, float y) { return least_of(x, y); });
     const float range = score_of(high, s.p.cost) - score_of(low, s.p.cost);
@@ -130,11 +129,10 @@ struct Weights {
     float most = a;
     sum = 0;
     if (is_narrow) {
-      MGHF_UNROLL(2)
-      for (int j = s.lane; j < s.n; j += kWarp) {
-        const float x = s.at(r, j), w = narrow_weight(power(x), distance(x), j, a);
+      s.for_columns(r, [&](int j, float x) {
+        const float w = narrow_weight(power(x), distance(x), j, a);
         sum += j == i ? 0 : w;
-      }
+      });
     } else {
       most = 4 * kNoExponent;
       MGHF_UNROLL(1)
@@ -200,13 +198,19 @@ __device__ __forceinline__ void differentiate(const S& s, const Weights<S>& weig
           }
         }
       }
+      float loaded[kRows][kWords];
+      if constexpr (!S::kShared) {
+        MGHF_UNROLL_ALL
+        for (int g = 0; g < kRows; ++g) load_columns(loaded[g], &s.at(r + g, left));
+      }
       MGHF_UNROLL_ALL
       for (int k = 0; k < kWords; ++k) {
         const int j = left + k * kWarp;
         MGHF_UNROLL_ALL
         for (int g = 0; g < kRows; ++g) {
           const int i = s.first + r + g;
-          float& entry = s.at(r + g, j);
+          float& place = s.at(r + g, j);
+          const float entry = S::kShared ? place : loaded[g][k];
           float d = 0;
           if (i < s.n && j == i) d = -weights.share(r + g) * terms.inverse_temperature;
           if (i < s.n && j < s.n && j != i) {
@@ -223,7 +227,7 @@ __device__ __forceinline__ void differentiate(const S& s, const Weights<S>& weig
               d += (w - through) * terms.slope * by_score;
             }
           }
-          entry = d;
+          place = d;
         }
       }
     }

@@ -28,20 +28,34 @@ constexpr int kThreads = kMostWarps * kWarp;
 constexpr float kNegligible = 1e-7f;
 
 // A warp takes rows. float32 is copied into shared memory without registers, so all copies are in
-// flight at once.
+// flight at once; on their way to the device's memory numbers are loaded some at a time.
 template <bool kOnChip, class T>
 __device__ __forceinline__ void fill_rows(const Area& area, const Matrix<T>& matrix, int first,
                                           int n) {
   for_rows_of_warp(area.rows, [&](int r) {
     const int64_t i = first + r;
     if (i >= n) return;
-    MGHF_UNROLL(8)
-    for (int j = static_cast<int>(threadIdx.x) % kWarp; j < n; j += kWarp) {
-      if constexpr (kOnChip && std::is_same_v<T, float>) {
-        copy_async<4>(&area.at(r, j),
-                      matrix.data + i * matrix.row_stride + j * matrix.column_stride);
-      } else {
-        area.at(r, j) = matrix(i, j);
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    if constexpr (kOnChip) {
+      MGHF_UNROLL(8)
+      for (int j = lane; j < n; j += kWarp) {
+        if constexpr (std::is_same_v<T, float>) {
+          copy_async<4>(&area.at(r, j),
+                        matrix.data + i * matrix.row_stride + j * matrix.column_stride);
+        } else {
+          area.at(r, j) = matrix(i, j);
+        }
+      }
+    } else {
+      MGHF_UNROLL(1)
+      for (int left = lane; left < n; left += kLoaded * kWarp) {
+        float x[kLoaded];
+        MGHF_UNROLL_ALL
+        for (int k = 0; k < kLoaded; ++k) {
+          x[k] = left + k * kWarp < n ? matrix(i, left + k * kWarp) : 0;
+        }
+        MGHF_UNROLL_ALL
+        for (int k = 0; k < kLoaded; ++k) area.at(r, left + k * kWarp) = x[k];
       }
     }
   });
@@ -100,11 +114,10 @@ __device__ __forceinline__ void transport_map(Solver<kWords, kOnChip>& s,
       s.for_rows([&](int r) {
         const int64_t i = s.first + r;
         if (i >= s.n) return;
-        MGHF_UNROLL(8)
-        for (int j = s.lane; j < s.n; j += kWarp) {
-          const float value = solution.made < 0 ? NAN : u[r] * s.at(r, j) * v[j];
+        s.template for_columns<8>(r, [&](int j, float x) {
+          const float value = solution.made < 0 ? NAN : u[r] * x * v[j];
           out[i * s.n + j] = from_float<T>(value);
-        }
+        });
       });
     });
     return;

@@ -40,6 +40,7 @@ struct Plain {
 template <int kColumnWords, bool kOnChip>
 struct Solver {
   static constexpr int kWords = kColumnWords;
+  static constexpr bool kShared = kOnChip;  // whether the area is in shared memory
   static constexpr int kWidth = kWords * kWarp;
 
   const Problem& p;
@@ -119,10 +120,10 @@ struct Solver {
   }
   // Calls f(j, entry) for the lane's columns j < n of a row. Of a row in the device's memory some
   // are loaded before the first is used.
-  template <class F>
+  template <int kUnrolled = 2, class F>
   __device__ __forceinline__ void for_columns(int r, const F& f) const {
     if constexpr (kOnChip) {
-      MGHF_UNROLL(2)
+      MGHF_UNROLL(kUnrolled)
       for (int j = lane; j < n; j += kWarp) f(j, at(r, j));
     } else {
       MGHF_UNROLL(1)
