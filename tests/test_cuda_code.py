@@ -38,6 +38,9 @@ BOUNDS = [
     Bounds("patches", "13outer_productIfLb1E", 0.16, 26),
     Bounds("coupling", "13forward_stageIfNS1_12ForwardSizesIfLi64ELi8ELi2ELi32ELb0E", 0.21, 84.7),
     Bounds("coupling", "13forward_stageIfNS1_12ForwardSizesIfLi64ELi8ELi2ELi32ELb1E", 0.195, 105),
+    # One instruction of a warpgroup makes a warp the products of 16 of those above.
+    Bounds("coupling", "11stream_rowsIfNS1_9RowsSizesIfLi64ELb0E", 0.0095, 56),
+    Bounds("coupling", "11stream_rowsIfNS1_9RowsSizesIfLi64ELb1E", 0.0075, 64),
     Bounds("coupling", "10kept_stageIfNS1_9KeptSizesIfLb1ELi64E", 0.05, 62),
     Bounds("coupling", "10kept_stageIfNS1_9KeptSizesIfLb0ELi64E", 0.076, 80),
     Bounds("coupling", "10unmix_tapsIfE", 0.19, 11.5),
