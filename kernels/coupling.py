@@ -8,13 +8,15 @@ With A the activation, D* the depthwise 3x3 with reflection, and, at every pixel
     r  = Pr A(Dr hr)          or k tanh(r / k)
     y1 = z1 exp(r) + Pe A(De he),   y2 = z2
 
-the forward is three kernels: M and Ep; the rest of phi with Er and Ee; the rest of rho and eta with
-the coupling. Between them only z, h and (hr, he) are in memory, [pixel][channel] whatever the
+the forward takes three steps: M and Ep; the rest of phi with Er and Ee; the rest of rho and eta
+with the coupling. Between them only z, h and (hr, he) are in memory, [pixel][channel] whatever the
 image's strides are, and only for a band of rows or a few images at a time (WORKSPACE_BYTES). A
-hidden layer is read by tiles of pixels whose 3x3 halo comes from the caches.
+hidden layer is read by tiles of pixels whose 3x3 halo comes from the caches. All steps of all bands
+are one launch (turns.py).
 
-The gradient computes the first two kernels again and then goes back in three of its own, T marking
-a transposed matrix, A' the slope of the activation, and (g1, g2) the gradient of y:
+The gradient takes the first two steps again and then goes back in three of its own, likewise in one
+launch unless the weights' gradients are needed, T marking a transposed matrix, A' the slope of the
+activation, and (g1, g2) the gradient of y:
 
     d_r = g1 z1 exp(r) (1 - (r / k)^2)
     gr = A' Pr^T d_r,  ge = A' Pe^T g1        before the depthwise layers of rho and eta
@@ -36,6 +38,7 @@ the time.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +50,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mghf_fast.backends import can_run_triton
-from mghf_fast.kernels import launch
+from mghf_fast.kernels import launch, turns
 from mghf_fast.kernels.coupling_backward import (
     depthwise_weights_kernel,
     gather_kernel,
@@ -57,12 +60,17 @@ from mghf_fast.kernels.coupling_backward import (
     weights_kernel,
 )
 from mghf_fast.kernels.coupling_forward import (
-    couple_kernel,
     expand_kernel,
     mix_expand_kernel,
     phi_expand_kernel,
     uncouple_kernel,
     unmix_kernel,
+)
+from mghf_fast.kernels.coupling_whole import (
+    BACKWARD_STEPS,
+    FORWARD_STEPS,
+    backward_kernel,
+    forward_kernel,
 )
 from mghf_fast.kernels.products import dot_precision
 from mghf_fast.ops.layout import empty_like_laid_out
@@ -133,7 +141,7 @@ class Shape:
             return dot_precision("bfloat16" if once else "float32", GRADIENT_PRECISION)
         return dot_precision(self.precision, PRECISION) if self.exact else PRECISION
 
-    def constants(self, kernel: Any, **flags: bool) -> dict[str, Any]:
+    def constants(self, kernel: Any, **flags: int) -> dict[str, Any]:
         """The compile-time arguments of a kernel."""
         block = BLOCK_EXACT if self.exact else BLOCK_HALF
         known = {
@@ -152,6 +160,7 @@ class Shape:
             "CLAMP": self.clamp,
             "OPERAND": _operand(self.layers),
             "PRECISION": self.product(kernel in GRADIENT_KERNELS),
+            "GRADIENT_PRECISION": self.product(True),
             **flags,
         }
         return {name: known[name] for name in kernel.arg_names if name in known}
@@ -177,11 +186,6 @@ class Band:
     own_begin: int
     own_end: int
 
-    @property
-    def pixels(self) -> int:
-        """Pixels of one column."""
-        return self.images * self.rows
-
 
 def workspace_bytes(stack: Tensor, less: int = 0) -> int:
     """The most memory of the layers where ``stack`` (B, C, H, W) is what is computed or given, and
@@ -190,27 +194,51 @@ def workspace_bytes(stack: Tensor, less: int = 0) -> int:
     return min(max(WORKSPACE_BYTES, size), MOST_WORKSPACE_BYTES)
 
 
-def bands(shape: torch.Size, halo: int, bytes_per_pixel: int, room: int) -> Iterator[Band]:
-    """Bands of (B, any, H, W) images whose layers fit into ``room`` bytes."""
-    batch, _, height, width = shape
-    images = room // (bytes_per_pixel * height * width)
-    if images > 0:
-        images = launch.blocks(batch, launch.blocks(batch, images))  # groups of equal size
-        for first in range(0, batch, images):
-            yield Band(first, min(images, batch - first), 0, height, 0, height)
-        return
-    most = max(1, room // (bytes_per_pixel * width) - 2 * halo)
-    own = launch.blocks(height, launch.blocks(height, most))
-    for image in range(batch):
-        for begin in range(0, height, own):
-            end = min(begin + own, height)
-            first, last = max(begin - halo, 0), min(end + halo, height)
-            yield Band(image, 1, first, last - first, begin, end)
+@dataclass(frozen=True)
+class Cut:
+    """How (B, any, H, W) images are cut into bands, whose layers fit into memory: groups of images,
+    or an image's rows with a halo."""
+
+    batch: int
+    height: int
+    halo: int
+    images: int
+    rows: int
+    """The own rows of a band."""
+
+    @classmethod
+    def of(cls, shape: torch.Size, halo: int, bytes_per_pixel: int, room: int) -> Cut:
+        """Bands of about equal size whose layers fit into ``room`` bytes."""
+        batch, _, height, width = shape
+        images = room // (bytes_per_pixel * height * width)
+        if images > 0:
+            images = launch.blocks(batch, launch.blocks(batch, images))
+            return cls(batch, height, halo, images, height)
+        most = max(1, room // (bytes_per_pixel * width) - 2 * halo)
+        rows = launch.blocks(height, launch.blocks(height, most))
+        return cls(batch, height, halo, 1, rows)
+
+    @property
+    def number(self) -> int:
+        return launch.blocks(self.batch, self.images) * launch.blocks(self.height, self.rows)
+
+    @property
+    def most_rows(self) -> int:
+        """The most rows that a band has, of one image and with its halo."""
+        return min(self.height, self.rows + 2 * self.halo)
+
+    def bands(self) -> Iterator[Band]:
+        for image in range(0, self.batch, self.images):
+            for begin in range(0, self.height, self.rows):
+                end = min(begin + self.rows, self.height)
+                first, last = max(begin - self.halo, 0), min(end + self.halo, self.height)
+                count = min(self.images, self.batch - image)
+                yield Band(image, count, first, last - first, begin, end)
 
 
 class Run:
-    """The kernels of one call, band by band. Arguments of a kernel are found by their names: layers
-    and weights, strides, sizes of the band, compile-time constants."""
+    """The kernels of one call. Arguments of a kernel are found by their names: layers and weights,
+    strides, sizes of the band or of all bands, compile-time constants."""
 
     def __init__(
         self,
@@ -225,13 +253,14 @@ class Run:
         self.image = image
         self.architecture = launch.architecture_of(image)
         bytes_per_pixel = sum(layers.values()) * shape.layers.itemsize
-        self.bands = list(bands(image.shape, halo, bytes_per_pixel, room))
-        pixels = max(band.pixels for band in self.bands) * image.shape[3]
+        self.cut = Cut.of(image.shape, halo, bytes_per_pixel, room)
+        pixels = self.cut.images * self.cut.most_rows * image.shape[3]
         self.tensors = {name: w.contiguous() for name, w in weights.items()}
         for name, channels in layers.items():
             self.tensors[name] = image.new_empty((pixels, channels), dtype=shape.layers)
         # Images that a variant of a kernel does not use have strides of zero.
-        self.strides = {f"{name}_{axis}": 0 for name in ("x", "y", "grad") for axis in _AXES}
+        named = ("x", "y", "grad", "grad_x")
+        self.strides = {f"{name}_{axis}": 0 for name in named for axis in _AXES}
 
     def add_image(self, name: str, image: Tensor, strides: str) -> None:
         self.tensors[name] = image
@@ -241,39 +270,57 @@ class Run:
     def most_registers(self, kernel: Any) -> int | None:
         """The limit of registers per thread. With 128 two programs share a multiprocessor. Without
         a limit ptxas spills a few words to reach a round number."""
+        if kernel in (forward_kernel, backward_kernel):
+            few = not self.shape.exact and self.shape.kernel == 1 and self.architecture >= 90
+            return 128 if few else launch.MOST_REGISTERS
         if not self.shape.exact:
             return 128 if kernel in (phi_expand_kernel, grad_z2_kernel) else None
         if kernel in (grad_z2_kernel, grad_mixed_kernel) and self.architecture >= 90:
             return 128
         return launch.MOST_REGISTERS if kernel in (grad_hidden2_kernel, unmix_kernel) else None
 
-    def start(self, kernel: Any, band: Band, second: int = 1, **flags: bool) -> None:
-        height, width = self.image.shape[2:]
-        known = {
-            **self.tensors,
-            **self.strides,
-            "first_image": band.first_image,
-            "first_row": band.first_row,
-            "own_begin": band.own_begin,
-            "own_end": band.own_end,
-            "rows": band.rows,
-            "height": height,
-            "width": width,
-        }
+    def _tiles(self, images: int, rows: int) -> int:
+        across = launch.blocks(self.image.shape[3], TILE_COLUMNS)
+        return images * launch.blocks(rows, self.shape.tile_rows) * across
+
+    def _launch(
+        self, kernel: Any, programs: int, sizes: dict[str, int | None], **flags: int
+    ) -> None:
+        known = {**self.tensors, **self.strides, **sizes, "width": self.image.shape[3]}
         # A layer that this variant of the kernel does not use has no memory; any pointer will do.
         anything = self.tensors["z"]
         constants = self.shape.constants(kernel, **flags)
         arguments = {
             name: known.get(name, anything) for name in kernel.arg_names if name not in constants
         }
-        tiles = launch.blocks(band.rows, self.shape.tile_rows) * launch.blocks(width, TILE_COLUMNS)
-        kernel[(band.images * tiles, second)](
+        kernel[(programs,)](
             **arguments,
             **constants,
             num_warps=NUM_WARPS,
             num_stages=NUM_STAGES,
             maxnreg=self.most_registers(kernel),
         )
+
+    def start(self, kernel: Any, band: Band, **flags: bool) -> None:
+        """One step of one band."""
+        sizes = dataclasses.asdict(band) | {"height": self.cut.height, "tile": None}
+        self._launch(kernel, self._tiles(band.images, band.rows), sizes, **flags)
+
+    def start_all(self, kernel: Any, steps: int) -> None:
+        """All steps of all bands, as one launch."""
+        cut = self.cut
+        tiles = self._tiles(cut.images, cut.most_rows)
+        if (programs := cut.number * steps * tiles) == 0:
+            return
+        self.tensors["counters"] = turns.counters_for(self.image)
+        sizes: dict[str, int | None] = {
+            "batch": cut.batch,
+            "images": cut.images,
+            "own_rows": cut.rows,
+            "height": cut.height,
+            "tiles": tiles,
+        }
+        self._launch(kernel, programs, sizes, HALO=cut.halo)
 
 
 def _named_weights() -> list[str]:
@@ -321,10 +368,7 @@ def forward(
         run = Run(shape, _named(weights), x, 2, layers, workspace_bytes(y))
         run.add_image("x", x, "x")
         run.add_image("y", y, "y")
-        for band in run.bands:
-            run.start(mix_expand_kernel, band)
-            run.start(phi_expand_kernel, band, FOR_GRADIENT=False)
-            run.start(couple_kernel, band)
+        run.start_all(forward_kernel, FORWARD_STEPS.value)
     return y, nothing_kept(x)
 
 
@@ -344,7 +388,7 @@ def inverse(
         run = Run(shape, named, y, 2, layers, workspace_bytes(y))
         run.add_image("y", y, "y")
         run.add_image("x", x, "x")
-        for band in run.bands:
+        for band in run.cut.bands():
             run.start(expand_kernel, band)
             run.start(uncouple_kernel, band)
             run.start(unmix_kernel, band)
@@ -391,22 +435,23 @@ def backward(
         room = workspace_bytes(grad, less=grad_x.numel() * grad_x.itemsize)
         run = Run(shape, _named(weights), x, halo, layers, room)
         run.add_image("x", x, "x")
+        run.add_image("grad", grad, "grad")
+        run.add_image("grad_x", grad_x, "grad_x")
+        if not need_weights:
+            run.start_all(backward_kernel, BACKWARD_STEPS.value + (shape.kernel == 3))
+            return [grad_x]
         sums = _Sums(run)
-        for band in run.bands:
+        for band in run.cut.bands():
             run.add_image("x", x, "x")
             run.start(mix_expand_kernel, band)
             run.start(phi_expand_kernel, band, FOR_GRADIENT=True)
-            run.add_image("grad", grad, "grad")
-            run.start(grad_hidden2_kernel, band, WITH_WEIGHTS=need_weights)
-            run.start(grad_z2_kernel, band, WITH_WEIGHTS=need_weights)
+            run.start(grad_hidden2_kernel, band, WITH_WEIGHTS=True)
+            run.start(grad_z2_kernel, band, WITH_WEIGHTS=True)
             run.add_image("grad_x", grad_x, "x")
-            run.start(grad_mixed_kernel, band, WITH_WEIGHTS=need_weights)
+            run.start(grad_mixed_kernel, band, WITH_WEIGHTS=True)
             if shape.kernel == 3:
-                run.start(gather_kernel, band, launch.blocks(shape.inputs, 4))
-            if need_weights:
-                _add_weight_gradients(sums, run, band, grad, x)
-        if not need_weights:
-            return [grad_x]
+                run.start(gather_kernel, band)
+            _add_weight_gradients(sums, run, band, grad, x)
         found = zip(sums.in_order(), weights, strict=True)
         return [grad_x, *(t.reshape(w.shape).to(w.dtype) for t, w in found)]
 

@@ -47,6 +47,7 @@ def grad_hidden2_kernel(
     grad_channel: tl.tensor,
     grad_row: tl.tensor,
     grad_column: tl.tensor,
+    tile: tl.tensor | None,
     first_image: tl.tensor,
     first_row: tl.tensor,
     rows: tl.tensor,
@@ -65,7 +66,7 @@ def grad_hidden2_kernel(
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    image, down, column = tile_of(rows, width, TILE_ROWS, TILE_COLUMNS)
+    image, down, column = tile_of(tile, rows, width, TILE_ROWS, TILE_COLUMNS)
     inside = (down < rows) & (column < width)
     pixel = pixel_of(image, down, column, rows, width)
     n = tl.arange(0, BLOCK_HALF)
@@ -151,6 +152,7 @@ def grad_z2_kernel(
     grad_channel: tl.tensor,
     grad_row: tl.tensor,
     grad_column: tl.tensor,
+    tile: tl.tensor | None,
     first_image: tl.tensor,
     first_row: tl.tensor,
     rows: tl.tensor,
@@ -168,7 +170,7 @@ def grad_z2_kernel(
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    image, down, column = tile_of(rows, width, TILE_ROWS, TILE_COLUMNS)
+    image, down, column = tile_of(tile, rows, width, TILE_ROWS, TILE_COLUMNS)
     inside = (down < rows) & (column < width)
     pixel = pixel_of(image, down, column, rows, width)
     n = tl.arange(0, BLOCK_HALF)
@@ -242,6 +244,7 @@ def grad_mixed_kernel(
     x_channel: tl.tensor,
     x_row: tl.tensor,
     x_column: tl.tensor,
+    tile: tl.tensor | None,
     first_image: tl.tensor,
     first_row: tl.tensor,
     own_begin: tl.tensor,
@@ -265,7 +268,7 @@ def grad_mixed_kernel(
     PRECISION: tl.constexpr,
 ) -> None:
     TERMS: tl.constexpr = INPUTS * KERNEL * KERNEL
-    image, down, column = tile_of(rows, width, TILE_ROWS, TILE_COLUMNS)
+    image, down, column = tile_of(tile, rows, width, TILE_ROWS, TILE_COLUMNS)
     inside = (down < rows) & (column < width)
     pixel = pixel_of(image, down, column, rows, width)
     n = tl.arange(0, BLOCK_HALF)
@@ -317,6 +320,7 @@ def gather_kernel(
     x_channel: tl.tensor,
     x_row: tl.tensor,
     x_column: tl.tensor,
+    tile: tl.tensor | None,
     first_image: tl.tensor,
     first_row: tl.tensor,
     own_begin: tl.tensor,
@@ -329,23 +333,25 @@ def gather_kernel(
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
 ) -> None:
-    image, down, column = tile_of(rows, width, TILE_ROWS, TILE_COLUMNS)
+    image, down, column = tile_of(tile, rows, width, TILE_ROWS, TILE_COLUMNS)
     row = first_row + down
     own = (down < rows) & (column < width) & (row >= own_begin) & (row < own_end)
-    channel = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-    known = own[:, None] & (channel < INPUTS)[None, :]
-    total = tl.zeros((TILE_ROWS * TILE_COLUMNS, BLOCK_CHANNELS), tl.float32)
-    for tap in tl.static_range(9):
-        to_row = row + (1 - tap // 3)
-        to_column = column + (1 - tap % 3)
-        valid = (to_row >= 0) & (to_row < height) & (to_column >= 0) & (to_column < width)
-        pixel = pixel_of(image, to_row - first_row, to_column, rows, width)
-        at = pixel[:, None] * (INPUTS * 9) + (channel * 9 + tap)[None, :]
-        total += tl.load(products + at, mask=known & valid[:, None], other=0.0).to(tl.float32)
-    at_x = offsets_of(
-        first_image + image, row, column, channel, x_batch, x_channel, x_row, x_column
-    )
-    tl.store(grad_x + at_x, total, mask=known)
+    for start in range(0, INPUTS, BLOCK_CHANNELS):
+        channel = start + tl.arange(0, BLOCK_CHANNELS)
+        known = own[:, None] & (channel < INPUTS)[None, :]
+        total = tl.zeros((TILE_ROWS * TILE_COLUMNS, BLOCK_CHANNELS), tl.float32)
+        for tap in tl.static_range(9):
+            to_row = row + (1 - tap // 3)
+            to_column = column + (1 - tap % 3)
+            valid = (to_row >= 0) & (to_row < height) & (to_column >= 0) & (to_column < width)
+            pixel = pixel_of(image, to_row - first_row, to_column, rows, width)
+            at = pixel[:, None] * (INPUTS * 9) + (channel * 9 + tap)[None, :]
+            value = tl.load(products + at, mask=known & valid[:, None], other=0.0)
+            total += value.to(tl.float32)
+        at_x = offsets_of(
+            first_image + image, row, column, channel, x_batch, x_channel, x_row, x_column
+        )
+        tl.store(grad_x + at_x, total, mask=known)
 
 
 # ---- gradients of the weights ----

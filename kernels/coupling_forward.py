@@ -36,6 +36,7 @@ def mix_expand_kernel(
     x_channel: tl.tensor,
     x_row: tl.tensor,
     x_column: tl.tensor,
+    tile: tl.tensor | None,
     first_image: tl.tensor,
     first_row: tl.tensor,
     rows: tl.tensor,
@@ -56,7 +57,7 @@ def mix_expand_kernel(
     PRECISION: tl.constexpr,
 ) -> None:
     TERMS: tl.constexpr = INPUTS * KERNEL * KERNEL
-    image, y, column = tile_of(rows, width, TILE_ROWS, TILE_COLUMNS)
+    image, y, column = tile_of(tile, rows, width, TILE_ROWS, TILE_COLUMNS)
     inside = (y < rows) & (column < width)
     row = first_row + y
     n = tl.arange(0, BLOCK_HALF)
@@ -116,6 +117,7 @@ def phi_expand_kernel(
     y_channel: tl.tensor,
     y_row: tl.tensor,
     y_column: tl.tensor,
+    tile: tl.tensor | None,
     first_image: tl.tensor,
     first_row: tl.tensor,
     own_begin: tl.tensor,
@@ -135,7 +137,7 @@ def phi_expand_kernel(
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    image, down, column = tile_of(rows, width, TILE_ROWS, TILE_COLUMNS)
+    image, down, column = tile_of(tile, rows, width, TILE_ROWS, TILE_COLUMNS)
     inside = (down < rows) & (column < width)
     pixel = pixel_of(image, down, column, rows, width)
     n = tl.arange(0, BLOCK_HALF)
@@ -175,8 +177,8 @@ def phi_expand_kernel(
 # r = Pr A(Dr hr),  y1 = z1 exp(r) + Pe A(De he).
 # Floor: (hr, he) and z1 read, y1 written: 403 MB, 0.09 ms; 16,384 multiply-adds a pixel, 0.06 ms,
 # and 2,304 of the depthwise layers, 0.02 ms.
-@triton.jit(do_not_specialize=BAND)
-def couple_kernel(
+@triton.jit
+def couple(
     hidden2: tl.tensor,
     rho_depthwise: tl.tensor,
     rho_project: tl.tensor,
@@ -188,6 +190,7 @@ def couple_kernel(
     y_channel: tl.tensor,
     y_row: tl.tensor,
     y_column: tl.tensor,
+    tile: tl.tensor | None,
     first_image: tl.tensor,
     first_row: tl.tensor,
     own_begin: tl.tensor,
@@ -207,7 +210,7 @@ def couple_kernel(
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    image, down, column = tile_of(rows, width, TILE_ROWS, TILE_COLUMNS)
+    image, down, column = tile_of(tile, rows, width, TILE_ROWS, TILE_COLUMNS)
     inside = (down < rows) & (column < width)
     n = tl.arange(0, BLOCK_HALF)
     raw = tl.zeros((TILE_ROWS * TILE_COLUMNS, BLOCK_HALF), tl.float32)
@@ -267,7 +270,7 @@ def expand_kernel(
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    image, down, column = tile_of(rows, width, TILE_ROWS, TILE_COLUMNS)
+    image, down, column = tile_of(None, rows, width, TILE_ROWS, TILE_COLUMNS)
     inside = (down < rows) & (column < width)
     pixel = pixel_of(image, down, column, rows, width)
     n = tl.arange(0, BLOCK_HALF)
@@ -324,7 +327,7 @@ def uncouple_kernel(
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    image, down, column = tile_of(rows, width, TILE_ROWS, TILE_COLUMNS)
+    image, down, column = tile_of(None, rows, width, TILE_ROWS, TILE_COLUMNS)
     inside = (down < rows) & (column < width)
     pixel = pixel_of(image, down, column, rows, width)
     n = tl.arange(0, BLOCK_HALF)
@@ -400,7 +403,7 @@ def unmix_kernel(
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    image, down, column = tile_of(rows, width, TILE_ROWS, TILE_COLUMNS)
+    image, down, column = tile_of(None, rows, width, TILE_ROWS, TILE_COLUMNS)
     inside = (down < rows) & (column < width)
     pixel = pixel_of(image, down, column, rows, width)
     n = tl.arange(0, BLOCK_HALF)

@@ -72,13 +72,17 @@ def log_scale_of(raw: tl.tensor, CLAMP: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def tile_of(
-    rows: tl.tensor, width: tl.tensor, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr
+    number: tl.tensor | None,
+    rows: tl.tensor,
+    width: tl.tensor,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
 ) -> tl.tensor:
-    """This program's image of the band, and the rows (counted from the band's first) and columns of
-    its pixels, some of which may be beyond the last."""
+    """The image of the band, and the rows (counted from the band's first) and columns of the pixels
+    of a tile, some of which may be beyond the last. Without a number it is the program's."""
     across = tl.cdiv(width, TILE_COLUMNS)
     down = tl.cdiv(rows, TILE_ROWS)
-    tile = tl.program_id(0)
+    tile = tl.program_id(0) if number is None else number
     pixel = tl.arange(0, TILE_ROWS * TILE_COLUMNS)
     y = tile // across % down * TILE_ROWS + pixel // TILE_COLUMNS
     x = tile % across * TILE_COLUMNS + pixel % TILE_COLUMNS

@@ -533,9 +533,13 @@ def test_memory_of_triton() -> None:
     assert room(1, 128, 64, 64) == kernels.WORKSPACE_BYTES
     assert room(2, 64, 1024, 1024) == 2 * 64 * 1024 * 1024 * 4
     assert room(64, 128, 1024, 1024) == kernels.MOST_WORKSPACE_BYTES
-    found = list(kernels.bands(torch.Size((9, 3, 8, 8)), 2, 1, 4 * 64))
-    assert [(band.first_image, band.images) for band in found] == [(0, 3), (3, 3), (6, 3)]
-    for band in kernels.bands(torch.Size((1, 3, 100, 8)), 2, 1, 30 * 8):
+    cut = kernels.Cut.of(torch.Size((9, 3, 8, 8)), 2, 1, 4 * 64)
+    found = [(band.first_image, band.images) for band in cut.bands()]
+    assert found == [(0, 3), (3, 3), (6, 3)] and cut.number == 3
+    cut = kernels.Cut.of(torch.Size((1, 3, 100, 8)), 2, 1, 30 * 8)
+    assert cut.number == len(list(cut.bands())) > 1
+    for band in cut.bands():
+        assert band.rows <= cut.most_rows
         assert band.rows * 8 <= 30 * 8
         assert band.first_row <= max(0, band.own_begin - 2)
         assert band.first_row + band.rows >= min(100, band.own_end + 2)

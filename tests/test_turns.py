@@ -1,0 +1,70 @@
+"""Steps of Triton kernels that are one launch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import interpreter
+import pytest
+import torch
+
+from mghf_fast.backends import triton_is_interpreted
+
+pytest.importorskip("triton")
+import triton
+import triton.language as tl
+
+from mghf_fast.kernels import turns
+from mghf_fast.kernels.turns import draw, leave, wait
+
+pytestmark = pytest.mark.skipif(
+    not triton_is_interpreted() and not torch.cuda.is_available(),
+    reason="there is no GPU, and TRITON_INTERPRET is not 1",
+)
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TILES, STEPS = 5, 3
+
+
+@triton.jit
+def _sums_kernel(counters: Any, x: Any, tiles: Any, BLOCK: tl.constexpr) -> None:
+    """Row by row, x[step + 1] = the sum of x[step] plus the number of the element."""
+    drawn = draw(counters)
+    wait(counters, drawn // tiles * tiles)
+    step = drawn // tiles
+    i = tl.arange(0, BLOCK)
+    total = tl.sum(tl.load(x + step * tiles + i, mask=i < tiles, other=0.0), axis=0)
+    tl.store(x + (step + 1) * tiles + drawn % tiles, total + drawn % tiles)
+    leave(counters, x)
+
+
+def sums(x: torch.Tensor, counters: torch.Tensor) -> list[float]:
+    _sums_kernel[(STEPS * TILES,)](counters, x, TILES, BLOCK=8)
+    return x[-1].tolist()
+
+
+def start() -> torch.Tensor:
+    x = torch.full((STEPS + 1, TILES), float("nan"), device=DEVICE)
+    x[0] = 1.0
+    return x
+
+
+def test_triton_steps_follow_each_other() -> None:
+    # 5 elements of 1; then 5 + i; then 5 * 5 + 10 + i; then 5 * 35 + 10 + i.
+    expected = [185.0, 186.0, 187.0, 188.0, 189.0]
+    counters = turns.counters_for(start())
+    assert sums(start(), counters) == expected
+    assert counters[0] == counters[turns.LEFT.value] == STEPS * TILES
+    if triton_is_interpreted():
+        with interpreter.another_order():
+            assert sums(start(), turns.counters_for(start())) == expected
+
+
+def test_triton_gives_up_rather_than_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not triton_is_interpreted():
+        pytest.skip("it takes seconds of a GPU")
+    monkeypatch.setattr(turns, "MOST_POLLS", tl.constexpr(3))
+    x, counters = start(), turns.counters_for(start())
+    counters[turns.LEFT.value] = -1  # as if a program did not leave
+    sums(x, counters)
+    assert x[0, 0].isnan()
+    assert counters[turns.LEFT.value] >= turns.LOST.value
