@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import interpreter
@@ -52,19 +53,36 @@ def test_triton_steps_follow_each_other() -> None:
     # 5 elements of 1; then 5 + i; then 5 * 5 + 10 + i; then 5 * 35 + 10 + i.
     expected = [185.0, 186.0, 187.0, 188.0, 189.0]
     counters = turns.counters_for(start())
-    assert sums(start(), counters) == expected
-    assert counters[0] == counters[turns.LEFT.value] == STEPS * TILES
+    for _ in range(2):
+        assert sums(start(), counters) == expected
+        assert not counters.any()
+    assert turns.counters_for(start()) is counters
     if triton_is_interpreted():
         with interpreter.another_order():
-            assert sums(start(), turns.counters_for(start())) == expected
+            assert sums(start(), counters) == expected
 
 
 def test_triton_gives_up_rather_than_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     if not triton_is_interpreted():
         pytest.skip("it takes seconds of a GPU")
     monkeypatch.setattr(turns, "MOST_POLLS", tl.constexpr(3))
-    x, counters = start(), turns.counters_for(start())
+    x, counters = start(), torch.zeros(turns.COUNTERS, dtype=torch.int32)
     counters[turns.LEFT.value] = -1  # as if a program did not leave
     sums(x, counters)
+    assert counters[turns.LOST.value] == 1
+    counters.zero_()
+    counters[turns.LOST.value] = 1
+    sums(x, counters)
     assert x[0, 0].isnan()
-    assert counters[turns.LEFT.value] >= turns.LOST.value
+    assert not counters.any()
+
+
+def test_triton_counters_of_a_graph_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = SimpleNamespace(cuda_stream=7)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    x = SimpleNamespace(device=torch.device("cpu"), is_cuda=True)
+    for capturing in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)  # noqa: B023
+        first, second = (turns.counters_for(x) for _ in range(2))
+        assert (first is second) != capturing
+    assert turns.counters_for(x) is not turns.counters_for(torch.zeros(1))
