@@ -52,6 +52,10 @@ BOUNDS = [
     Bounds("dec", "13sums_of_pairs", 0.26, 35),
     Bounds("dec", "17gradient_of_pairsILi3E", 0.3, 67),
     Bounds("monce", "8contrastILi14ELb1E", 0.045, 290, generic_loads=True),
+    Bounds("monce_chip", "16contrast_on_chipILb0ELb0E", 0.58, 50),
+    Bounds("monce_chip", "16contrast_on_chipILb1ELb0E", 0.58, 54),
+    Bounds("monce_chip", "16contrast_on_chipILb0ELb1E", 0.42, 86),
+    Bounds("monce_chip", "16contrast_on_chipILb1ELb1E", 0.42, 94),
 ]
 
 

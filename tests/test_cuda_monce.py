@@ -31,6 +31,11 @@ SHARED_STREAMS = (
     (24 << 10, True, 3),
 )
 Gpu = tuple[int, bool] | tuple[int, bool, int]
+# The kernels for maps that fit a block, which smaller GPUs do without, and the others.
+KERNELS = [(H200, False), (H200, True), (CLUSTERS, False), (STREAMED, False)]
+all_kernels = pytest.mark.parametrize(
+    ("gpu", "older"), KERNELS, ids=["chip", "older", "clusters", "streamed"]
+)
 Options = tuple[float, float, int, float, str, str]
 Problem = tuple[Tensor, Tensor, Tensor, Options]
 
@@ -78,30 +83,37 @@ def layouts() -> list[Problem]:
 
 
 def run(
-    kind: str, gpu: Gpu, problems: Sequence[Problem], folder: Path
+    kind: str,
+    gpu: Gpu,
+    problems: Sequence[Problem],
+    folder: Path,
+    older: bool = False,
+    older_backward: bool | None = None,
 ) -> list[np.ndarray[Any, Any]]:
-    """Losses and gradient of each problem, computed twice."""
+    """Losses and gradient of each problem, computed twice; by the older kernels if wanted."""
 
-    def twice(calls: list[Call]) -> list[Any]:
-        found = results(kind, [("set_gpu", gpu), *calls, *calls], folder)[1:]
+    def twice(calls: list[Call], older: bool) -> list[Any]:
+        setting: list[Call] = [("set_gpu", gpu), ("use_older", ("monce", older))]
+        found = results(kind, [*setting, *calls, *calls], folder)[2:]
         assert pickle.dumps(found[: len(calls)]) == pickle.dumps(found[len(calls) :])
         return found[: len(calls)]
 
     given = [(strided(q), strided(k), *options) for _, q, k, options in problems]
     kept = [kept_iterations(options[2]) for *_, options in problems]
-    forwards = twice([("monce", (*g, k)) for g, k in zip(given, kept, strict=True)])
+    forwards = twice([("monce", (*g, k)) for g, k in zip(given, kept, strict=True)], older)
     backwards = twice(
         [
             ("monce_backward", (strided(upstream), *g[:2], state, *g[2:]))
             for (upstream, *_), g, (_, state) in zip(problems, given, forwards, strict=True)
-        ]
+        ],
+        older if older_backward is None else older_backward,
     )
     pairs = zip(forwards, backwards, strict=True)
     return [x for (losses, _), grad in pairs for x in (losses, grad)]
 
 
-def check(kind: str, gpu: Gpu, problems: Sequence[Problem], folder: Path) -> None:
-    found = run(kind, gpu, problems, folder)
+def check(kind: str, gpu: Gpu, problems: Sequence[Problem], folder: Path, *older: bool) -> None:
+    found = run(kind, gpu, problems, folder, *older)
     for given, losses, grad in zip(problems, found[::2], found[1::2], strict=True):
         compare(given, losses, grad)
 
@@ -122,14 +134,15 @@ def compare(given: Problem, losses: np.ndarray[Any, Any], grad: np.ndarray[Any, 
     assert distance <= limit
 
 
-@pytest.mark.parametrize("gpu", [H200, CLUSTERS, STREAMED])
-def test_values_and_gradients(gpu: Gpu, tmp_path: Path) -> None:
-    check("plain", gpu, small_problems(), tmp_path)
+@all_kernels
+def test_values_and_gradients(gpu: Gpu, older: bool, tmp_path: Path) -> None:
+    check("plain", gpu, small_problems(), tmp_path, older)
 
 
-def test_layouts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("older", [False, True])
+def test_layouts(older: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    check("plain", H200, layouts(), tmp_path)
+    check("plain", H200, layouts(), tmp_path, older)
 
 
 def test_larger_maps(tmp_path: Path) -> None:
@@ -141,7 +154,7 @@ def test_larger_maps(tmp_path: Path) -> None:
         problem(*pair(1, 460, 5), 0.07, 1.0, 2),
         problem(*pair(1, 470, 5), 0.07, 0.005, 2),
     ]
-    check("plain", H200, problems[:3], tmp_path)
+    check("plain", H200, problems[:3], tmp_path, True)
     check("plain", STREAMED, problems[3:], tmp_path)
 
 
@@ -156,7 +169,7 @@ def test_more_maps_than_the_grid_has_clusters(gpu: Gpu, tmp_path: Path) -> None:
         problem(*pair(3, 141, 5), 0.07, 0.005, 3),
         problem(*pair(3, 142, 5), 0.07, 0.1, 4, 1.0, "exp", "detach"),
     ]
-    found = run("plain", gpu, problems, tmp_path)
+    found = run("plain", gpu, problems, tmp_path, True)
     for given, losses, grad in zip(problems, found[::2], found[1::2], strict=True):
         whole = [b for b in range(len(losses)) if torch.isfinite(given[1][b]).all()]
         for b in set(range(len(losses))) - set(whole):
@@ -169,15 +182,63 @@ def test_more_columns_than_a_lane_takes_at_a_time(tmp_path: Path) -> None:
     """In the device's memory, shared by the blocks of a cluster; with one base of K and more."""
     torch.manual_seed(0)
     problems = [problem(*pair(2, 460, 5), 0.07, 1.0, 3), problem(*pair(1, 470, 3), 0.07, 0.005, 2)]
-    check("plain", (28 << 10, True, 8), problems, tmp_path)
+    check("plain", (28 << 10, True, 8), problems, tmp_path, True)
 
 
+@pytest.mark.parametrize("n", [1, 4, 5, 25, 57, 100, 441, 448])
+def test_maps_on_chip(n: int, tmp_path: Path) -> None:
+    """Every number of warps' columns and of tiles of rows that matters, epsilons that need many
+    iterations."""
+    torch.manual_seed(n)
+    large = n > 100
+    problems = [problem(*pair(1, n, 16), 0.07, 1.0, 4 if large else 50, 1.0, "hard")]
+    if n < 100:
+        problems += [
+            problem(*pair(2, n, d), 0.07, epsilon, 50, 1.0, cost)
+            for d, epsilon, cost in ((64, 0.1, "easy"), (3, 0.05, "hard"), (17, 0.05, "exp"))
+        ]
+    check("plain", H200, problems, tmp_path)
+
+
+def test_more_maps_than_blocks(tmp_path: Path) -> None:
+    """Also more maps that make their iterations again than there is memory for at a time."""
+    torch.manual_seed(0)
+    problems = [problem(*pair(600, 3, 2), 0.07, 1.0, 2), problem(*pair(12, 7, 3), 0.07, 0.1, 2000)]
+    check("plain", H200, problems, tmp_path)
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_the_other_kernels_state(older: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    problems = [problem(*pair(2, 19)), problem(*pair(1, 40, 3), 0.07, 0.05)]
+    check("plain", H200, problems, tmp_path, older, not older)
+
+
+def test_which_kernels_run(tmp_path: Path) -> None:
+    """Those on chip round differently; below an epsilon of 0.05 they are not used."""
+    torch.manual_seed(0)
+    problems = [problem(*pair(1, 33), 0.07, epsilon, 3) for epsilon in (0.05, 0.04)]
+    problems.append(problem(*pair(1, 33, 65), 0.07, 1.0, 3))
+    newer, older = (run("plain", H200, problems, tmp_path, choice) for choice in (False, True))
+    assert [(a == b).all() for a, b in zip(newer, older, strict=True)] == [False] * 2 + [True] * 4
+
+
+def test_scales_of_numbers(tmp_path: Path) -> None:
+    """Halves have a small range: small gradients, and rows that are not unit."""
+    torch.manual_seed(0)
+    upstream, query, key, options = problem(*pair(1, 33))
+    problems = [(upstream * scale, query, key, options) for scale in (1e-12, 1e-30, 1e20)]
+    problems += [(upstream, query * scale, key, options) for scale in (1e-12, 1e-3, 16.0)]
+    check("plain", H200, problems, tmp_path)
+
+
+@pytest.mark.parametrize("older", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_half_precision(dtype: torch.dtype, older: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
     query, key = (x.to(dtype) for x in pair(2, 12))
     upstream, _, _, options = given = problem(query, key)
-    losses, grad = run("plain", H200, [given], tmp_path)
+    losses, grad = run("plain", H200, [given], tmp_path, older)
     exact = (query.double(), key.double(), *options)
     for got, want, own in (
         (
@@ -197,8 +258,8 @@ def test_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
         assert contract.relative_error(got, want) <= 2 * floor + 1e-6
 
 
-@pytest.mark.parametrize("gpu", [H200, CLUSTERS, STREAMED])
-def test_broken_maps(gpu: Gpu, tmp_path: Path) -> None:
+@all_kernels
+def test_broken_maps(gpu: Gpu, older: bool, tmp_path: Path) -> None:
     """NaN and infinities stay in their map; a single patch has loss 0, similar patches are
     finite."""
     torch.manual_seed(0)
@@ -207,7 +268,7 @@ def test_broken_maps(gpu: Gpu, tmp_path: Path) -> None:
         query[1, n - 1, 3], key[3, 0, 2] = torch.nan, torch.inf
         for mode in PLAN_GRADIENTS:
             options = (0.07, 1.0, 50, 1.0, "hard", mode)
-            losses, grad = run("plain", gpu, [problem(query, key, *options)], tmp_path)
+            losses, grad = run("plain", gpu, [problem(query, key, *options)], tmp_path, older)
             for index in (0, 2):
                 assert np.isfinite(losses[index]).all() and np.isfinite(grad[index]).all()
             assert np.isnan(losses[[1, 3]]).any(1).all()
@@ -218,29 +279,32 @@ def test_broken_maps(gpu: Gpu, tmp_path: Path) -> None:
     query, key = pair(3, 6)
     query[0], key[0] = query[0, :1], query[0, :1]
     query[1, 2], key[1, 3], query[2], key[2] = 0, 0, 0, 0
-    for epsilon in (1.0, 0.005):
-        for found in run("plain", gpu, [problem(query, key, 0.07, epsilon)], tmp_path):
+    for epsilon in (1.0, 0.05, 0.005):
+        for found in run("plain", gpu, [problem(query, key, 0.07, epsilon)], tmp_path, older):
             assert np.isfinite(found).all()
 
 
-def test_small_losses_keep_their_digits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("older", [False, True])
+def test_small_losses_keep_their_digits(older: bool, tmp_path: Path) -> None:
     key = torch.eye(6).unsqueeze(0)
-    losses, _ = run("plain", H200, [problem(key, key, 0.05)], tmp_path)
+    losses, _ = run("plain", H200, [problem(key, key, 0.05)], tmp_path, older)
     want = reference.monce(key.double(), key.double(), 0.05, 1.0, 50, 1.0, "hard", "exact")
     assert (want < 1e-7).all()
     assert contract.relative_error(torch.from_numpy(losses), want) < 1e-5
 
 
-@pytest.mark.parametrize("gpu", [H200, CLUSTERS, STREAMED])
+@all_kernels
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "plain"])
-def test_under_sanitizers(kind: str, gpu: Gpu, tmp_path: Path) -> None:
+def test_under_sanitizers(kind: str, gpu: Gpu, older: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
     problems = [
+        problem(*pair(1, 59, 19), 0.07, 0.5, 7),
+        problem(*pair(2, 7, 5), 0.07, 0.1, 9),
         problem(*pair(2, 21, 35), 0.07, 0.01, 5),
         problem(*pair(1, 17, 3), 0.07, 0.5, 6, 1.0, "exp"),
         problem(*pair(1, 18, 9), 0.07, 0.5, 4, 1.0, "easy", "detach"),
     ]
-    check(kind, gpu, problems, tmp_path)
+    check(kind, gpu, problems, tmp_path, older)
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "plain"])
@@ -248,4 +312,4 @@ def test_shared_streams_under_sanitizers(kind: str, tmp_path: Path) -> None:
     """Two clusters of two blocks and three maps."""
     torch.manual_seed(0)
     gpu = (24 << 10, True, 5)
-    check(kind, gpu, [problem(*pair(3, 140, 3), 0.07, 0.01, 2)], tmp_path)
+    check(kind, gpu, [problem(*pair(3, 140, 3), 0.07, 0.01, 2)], tmp_path, True)

@@ -17,6 +17,8 @@
 // Where K or v covers too many powers of two for w to be a float32, the exponents of all factors
 // are added before the power is taken.
 //
+// Maps that fit one block's shared memory without K are those of monce_chip.h instead.
+//
 // Predicted floor for B = 128, N = 441, D = 64, float32 on an H200: 29 MB read, 6 us at 4.3 TB/s; 1.6 G
 // multiply-adds for each s, as three products of TF32 33 us at 300 TFLOP/s. In each of four rounds
 // of 33 clusters: s in 14 us, bound by the loads of its operands, K in 7, an iteration or a sweep
@@ -25,8 +27,10 @@
 // the terms' sums and dq: 150 us, 0.6 ms in all.
 #include "monce.h"
 
+#include "monce_chip.h"
 #include "patch_product.h"
 #include "sinkhorn_gradient.h"
+#include "variants.h"
 
 namespace mghf::cuda {
 
@@ -371,10 +375,21 @@ Terms terms_of(const MonceOptions& options, int64_t n) {
           static_cast<float>(sign / options.transport.epsilon)};
 }
 
+// Whether the kernels of monce_chip.h take these maps.
+bool on_one_chip(int64_t n, int64_t depth, const MonceOptions& options) {
+  Gpu gpu;
+  return newest(Variant::monce) && current_gpu(gpu) == nullptr &&
+         fits_chip(n, depth, options, gpu.shared_bytes);
+}
+
 }  // namespace
 
-const char* monce_workspace_bytes(int64_t batch, int64_t size, const MonceOptions& options,
-                                  bool backward, int64_t& bytes) {
+const char* monce_workspace_bytes(int64_t batch, int64_t size, int64_t depth,
+                                  const MonceOptions& options, bool backward, int64_t& bytes) {
+  if (on_one_chip(size, depth, options)) {
+    bytes = chip_workspace_bytes(batch, size, options, backward);
+    return nullptr;
+  }
   Division division;
   const char* const error = divide_maps(size, batch, division);
   if (error == nullptr) {
@@ -385,12 +400,14 @@ const char* monce_workspace_bytes(int64_t batch, int64_t size, const MonceOption
   return error;
 }
 
-int64_t monce_backward_maps(int64_t batch, int64_t size, const MonceOptions& options) {
+int64_t monce_backward_maps(int64_t batch, int64_t size, int64_t depth,
+                            const MonceOptions& options) {
   constexpr int64_t kMostBytes = int64_t{48} << 20;
+  if (on_one_chip(size, depth, options)) return batch;
   Division division;
   int64_t bytes = 0;
   const bool all = divide_maps(size, batch, division) != nullptr || !division.on_chip ||
-                     monce_workspace_bytes(batch, size, options, true, bytes) != nullptr ||
+                     monce_workspace_bytes(batch, size, depth, options, true, bytes) != nullptr ||
                      bytes <= kMostBytes;
   return all ? batch : (batch + 1) / 2;
 }
@@ -402,6 +419,9 @@ const char* monce(const Matrices& query, const Matrices& key, const MonceOptions
   if (n == 1) {
     return launch(single_losses, {blocks_for(batch), kThreads}, stream, query, key, result,
                   kept);
+  }
+  if (on_one_chip(n, query.columns, options)) {
+    return monce_on_chip(query, key, options, result, state, slots, workspace, stream);
   }
   Division division;
   const char* const error = divide_maps(n, batch, division);
@@ -420,6 +440,10 @@ const char* monce_backward(const Matrices& grad, const Matrices& query, const Ma
   if (n == 1) {
     return launch(single_gradients, {blocks_for(batch * query.columns), kThreads}, stream, grad,
                   query, grad_query);
+  }
+  if (on_one_chip(n, query.columns, options)) {
+    return monce_backward_on_chip(grad, query, key, state, slots, options, grad_query, workspace,
+                                  stream);
   }
   Division division;
   const char* const error = divide_maps(n, batch, division);

@@ -33,7 +33,8 @@ Arguments check_monce(const Tensor& query, const Tensor& key, double temperature
 Tensor workspace_for(const Tensor& query, int64_t maps, const MonceOptions& options,
                      bool backward) {
   int64_t bytes = 0;
-  check_launch(monce_workspace_bytes(maps, query.size(1), options, backward, bytes), "monce");
+  check_launch(monce_workspace_bytes(maps, query.size(1), query.size(2), options,
+                                     backward, bytes), "monce");
   return new_workspace(query, bytes);
 }
 
@@ -85,7 +86,7 @@ Tensor monce_backward_op(const Tensor& grad, const Tensor& query, const Tensor& 
   if (result.numel() == 0) return result;
   const int64_t batch = query.size(0), of_state = state.size(1) * state.size(2);
   const int64_t of_result = query.size(1) * query.size(2) * query.element_size();
-  const int64_t maps = monce_backward_maps(batch, query.size(1), given.options);
+  const int64_t maps = monce_backward_maps(batch, query.size(1), query.size(2), given.options);
   const Tensor workspace = workspace_for(query, maps, given.options, true);
   for (int64_t first = 0; first < batch; first += maps) {
     const int64_t count = maps < batch - first ? maps : batch - first;
