@@ -41,6 +41,8 @@ BOUNDS = [
     # One instruction of a warpgroup makes a warp the products of 16 of those above.
     Bounds("coupling", "11stream_rowsIfNS1_9RowsSizesIfLi64ELb0E", 0.0095, 56),
     Bounds("coupling", "11stream_rowsIfNS1_9RowsSizesIfLi64ELb1E", 0.0075, 64),
+    Bounds("coupling", "8mix_rowsIfNS1_12MixRowsSizesIfLi1ELi8ELi64E", 0.008, 48),
+    Bounds("coupling", "8mix_rowsIfNS1_12MixRowsSizesIfLi3ELi2ELi64E", 0.0065, 20),
     Bounds("coupling", "10kept_stageIfNS1_9KeptSizesIfLb1ELi64E", 0.05, 62),
     Bounds("coupling", "10kept_stageIfNS1_9KeptSizesIfLb0ELi64E", 0.076, 80),
     Bounds("coupling", "10unmix_tapsIfE", 0.19, 11.5),

@@ -46,7 +46,7 @@
 //     z1 = (y1 - eta(y2)) exp(-r),  z2 = y2 - phi(z1),  x = N (z1, z2) + e,  N = M^-1, e = -N b
 //
 // Where there are products of warpgroups the forward of relu6 and up to 64 features streams rows of
-// hidden values past weights that stay in shared memory instead (coupling_rows.h).
+// hidden values past weights that stay in shared memory instead (coupling_rows.h, coupling_mix_rows.h).
 //
 // Kernels: forward   mix, phi, rho and eta;
 //          gradient  rho^T and eta^T, phi^T with mix^T; for a 3x3 mix z1 before and mix^T after them;
@@ -73,32 +73,13 @@
 #include "coupling_forward.h"
 #include "coupling_kept.h"
 #include "coupling_mix.h"
+#include "coupling_mix_rows.h"
 #include "coupling_rows.h"
 #include "coupling_workspace.h"
 
 namespace mghf::cuda {
 
 namespace {
-
-template <class T>
-bool reads_by_quads(const T* data, int64_t first, int64_t channel_stride, int64_t batch_stride,
-                    int64_t row_stride, int64_t column_stride) {
-  return channel_stride == 1 && batch_stride % 4 == 0 && row_stride % 4 == 0 &&
-         column_stride % 4 == 0 && first % 4 == 0 &&
-         reinterpret_cast<uintptr_t>(data) % (4 * sizeof(T)) == 0;
-}
-template <class T>
-Channels<T> channels_of(const Image<T>& i, int64_t first, int64_t count) {
-  return {i, static_cast<int>(first), static_cast<int>(count),
-          reads_by_quads(i.data, first, i.channel_stride, i.batch_stride, i.row_stride,
-                         i.column_stride)};
-}
-template <class T>
-MutableChannels<T> channels_of(const MutableImage<T>& i, int64_t first, int64_t count) {
-  return {i, static_cast<int>(first), static_cast<int>(count),
-          reads_by_quads(i.data, first, i.channel_stride, i.batch_stride, i.row_stride,
-                         i.column_stride)};
-}
 
 // Some of the images.
 template <class I>
@@ -169,6 +150,14 @@ struct PartialCall {
     const Channels<T> from = channels_of(x, 0, shape.inputs);
     const MutableChannels<T> to = channels_of(image_of(z), 0, count);
     const int64_t terms = terms_of(shape), all = 2 * half();
+    if (streams && count == all && packed.mix_rows != nullptr) {
+      MutableChannels<T> rows = to;
+      rows.image.data += kept.first * to.image.row_stride;
+      const Mix<T, T> m{from, rows, nullptr, 0, packed.bias, static_cast<int>(pixels()),
+                        kept.count(), static_cast<int>(width), kept.first, static_cast<int>(terms)};
+      return launch_mix_rows<T>(m, packed.mix_rows, shape.kernel,
+                                mix_depths(terms, shape.kernel, half()), half(), stream);
+    }
     return shape.kernel == 1
                ? mix<Exact<T>, 1>(from, to, packed.mix, packed.bias, terms, all, kept)
                : mix<Exact<T>, 3>(from, to, packed.mix, packed.bias, terms, all, kept);

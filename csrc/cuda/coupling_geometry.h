@@ -106,6 +106,27 @@ struct MutableChannels {
   }
 };
 
+// Some channels of an image.
+template <class T>
+bool reads_by_quads(const T* data, int64_t first, int64_t channel_stride, int64_t batch_stride,
+                    int64_t row_stride, int64_t column_stride) {
+  return channel_stride == 1 && batch_stride % 4 == 0 && row_stride % 4 == 0 &&
+         column_stride % 4 == 0 && first % 4 == 0 &&
+         reinterpret_cast<uintptr_t>(data) % (4 * sizeof(T)) == 0;
+}
+template <class T>
+Channels<T> channels_of(const Image<T>& i, int64_t first, int64_t count) {
+  return {i, static_cast<int>(first), static_cast<int>(count),
+          reads_by_quads(i.data, first, i.channel_stride, i.batch_stride, i.row_stride,
+                         i.column_stride)};
+}
+template <class T>
+MutableChannels<T> channels_of(const MutableImage<T>& i, int64_t first, int64_t count) {
+  return {i, static_cast<int>(first), static_cast<int>(count),
+          reads_by_quads(i.data, first, i.channel_stride, i.batch_stride, i.row_stride,
+                         i.column_stride)};
+}
+
 }  // namespace
 
 }  // namespace mghf::cuda

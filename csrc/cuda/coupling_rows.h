@@ -2,34 +2,37 @@
 // (wgmma.h): rows of hidden values stream past weights that stay.
 //
 // A block has a strip of 64 columns of an image, of which the outer two count only at the image's
-// borders, and some rows. The packed weights of a sub-network lie in its shared memory, and beside them
-// a ring of four rows of A(E f), so that no hidden value is in memory and a row is computed once. Two
-// warpgroups take rows in turn; one of them, for its row j,
+// borders, and some rows. The packed weights of a sub-network lie in its shared memory, and beside
+// them a ring of four rows of A(E f), so that no hidden value is in memory and a row is computed
+// once. Two warpgroups take rows in turn; one of them, for its row j,
 //
-//     1. makes row j of A(E f) from features in its registers, by products of a warpgroup: 64 pixels
-//        are the rows of a matrix; and puts it into the ring;
-//     2. makes row j - 1 of D of the ring, group of channels by group, where it lies as a factor of the
-//        products with P, which run while the next group is made; then what comes of the result.
+//     1. makes row j of A(E f) from features in its registers, by products of a warpgroup, whose
+//        matrices have 64 rows, the pixels; and puts it into the ring;
+//     2. makes row j - 1 of D of the ring, group of channels by group, where it lies as a factor of
+//        the products with P, which run while the next group is made; then what comes of the
+//        result.
 //
-// While one makes products the other has the 3x3 layer. They wait for each other by counters, two for
-// each place of the ring: until a row is there, and until it has been read.
+// While one makes products the other has the 3x3 layer. They wait for each other by counters, two
+// for each place of the ring: until a row is there, and until it has been read.
 //
-// Products of float32 are three of halves (halves.h), those of halves and bfloat16 one. The power of
-// two for features is that of each pixel's largest, for hidden values, which relu6 keeps within
-// [0, 6], 2^11, by which D is multiplied. Small products are added up apart from the large ones, so that an accumulator is cut
-// off at most 8 times.
+// Products of float32 are three of halves (halves.h), those of halves and bfloat16 one. The power
+// of two for features is that of each pixel's largest, for hidden values, which relu6 keeps within
+// [0, 6], 2^11, by which D is multiplied. Small products are added up before the large ones, or
+// apart from them, so that a large sum is cut off at most 8 times.
 //
-// Predicted for float32, C = 128, on an H200 at 1.75 GHz. A row of 64 pixels takes 24 products m64n64k16
-// of E and 24 of P, 32 cycles each: 1,536 cycles of tensor cores. Shared memory, 128 bytes a cycle: the
-// 3x3 layer reads 12 quads and 9 of taps for two pixels and four channels, 1,824 cycles a row; products
-// read 98 KB of weights, 768; the ring is written, 256: 2,850 cycles, the bound. 512 x 512 pixels are 9
-// strips of 14 runs of 37 rows, 39 with those around: 126 blocks, 0.064 ms for a sub-network if nothing
-// else stalls.
+// Predicted for float32, C = 128, on an H200 at 1.75 GHz. A row of 64 pixels takes 24 products
+// m64n64k16 of E and 24 of P, 32 cycles each: 1,536 cycles of tensor cores. Shared memory, 128
+// bytes a cycle: the 3x3 layer reads 12 quads and 9 of taps for two pixels and four channels, 1,824
+// cycles a row; products read 98 KB of weights, 768; the ring is written, 256: 2,850 cycles, the
+// bound. A scheduler issues about 2,600 instructions a row (counted; 3,100 where slopes are kept),
+// half of them those of the 3x3 layer. 512 x 512 pixels are 9 strips of 14 runs of 37 rows, 39 with
+// those around: 126 blocks, 0.064 ms for a sub-network if nothing else stalls, 0.2 ms for three;
+// 0.3 ms are expected.
 #pragma once
 
 #include "bulk.h"
 #include "coupling_forward.h"
-#include "coupling_rows_weights.h"
+#include "coupling_rows_factors.h"
 #include "variants.h"
 #include "wgmma.h"
 
@@ -48,8 +51,8 @@ struct RowsPlan {
   __host__ __device__ int64_t blocks(int batch) const { return int64_t{batch} * strips * runs; }
 };
 
-// By the count of rows that the busiest multiprocessor streams, of 132; a run costs about four more than
-// it has.
+// By the count of rows that the busiest multiprocessor streams, of 132; a run costs about four more
+// than it has.
 RowsPlan plan_rows(int64_t batch, int rows, int width) {
   constexpr int64_t kMultiprocessors = 132, kMore = 4;
   constexpr int kLeast = 4;
@@ -78,12 +81,12 @@ struct RowsStage {
   MutableChannels<T> y;
   float clamp;
   MutableState state;  // written if Sizes::kKeeps
-  bool by_pairs = false;  // whether two neighbouring pixels of y, from an even one on, are contiguous
+  bool by_pairs = false;  // whether two pixels of y, from an even one on, are contiguous
 };
 
-// Rows of hidden values in shared memory, [pixel][channel]. Before every second pixel a group is left
-// out: a quarter of a warp, or half of it where a quad is 8 bytes, reads or writes quads of pixels 2
-// apart, which so lie in all banks.
+// Rows of hidden values in shared memory, [pixel][channel]. Before every second pixel a group is
+// left out: a quarter of a warp, or half of it where a quad is 8 bytes, reads or writes quads of
+// pixels 2 apart, which so lie in all banks.
 template <class T, int kHidden>
 struct HiddenRow {
   static constexpr int kSize = kStrip * kHidden + kStrip / 2 * kGroup;  // elements
@@ -108,8 +111,8 @@ struct RowsSizes {
   static_assert(kLayout.bytes() % 16 == 0 && kLayout.scales() % 16 == 0);
 };
 
-// A block's part of an image: columns from `left` on, of which those from `first` to `end` - 1 count,
-// and rows.
+// A block's part of an image: columns from `left` on, of which those from `first` to `end` - 1
+// count, and rows.
 struct StripOfRows {
   int b, left, first, end;
   Rows rows;
@@ -128,21 +131,6 @@ struct StripOfRows {
   }
 };
 
-// A thread's place: two neighbouring pixels of a strip, and every fourth quad of channels.
-struct PlaceInRow {
-  int lane, pixel;
-
-  __device__ __forceinline__ PlaceInRow()
-      : lane(static_cast<int>(threadIdx.x) % 4),
-        pixel(static_cast<int>(threadIdx.x) % kWarpgroup / kWarp * kGroup +
-              static_cast<int>(threadIdx.x) % kWarp / 4 * 2) {}
-};
-
-template <int kGroups>
-struct FeaturesOfRow {
-  float of[kGroups][2][4];
-};
-
 template <class Z, class T>
 __device__ __forceinline__ void read_features(FeaturesOfRow<Z::kGroups>& to, const RowsStage<T>& s,
                                               const StripOfRows& strip, int y) {
@@ -157,8 +145,8 @@ __device__ __forceinline__ void read_features(FeaturesOfRow<Z::kGroups>& to, con
   }
 }
 
-// The bits of a layer of a row, 16 for a group. Of a thread's two pixels a lane of four keeps the words
-// of one pair of groups.
+// The bits of a layer of a row, 16 for a group. Of a thread's two pixels a lane of four keeps the
+// words of one pair of groups.
 struct SlopesOfRow {
   uint32_t even = 0, words[2] = {};
 
@@ -189,14 +177,6 @@ struct SlopesOfRow {
   }
 };
 
-// The columns of a packed matrix from one of them on, for the depths of a group.
-template <int kColumns>
-__device__ __forceinline__ SharedColumns columns_of(const unsigned char* matrix, int group,
-                                                    int first_column) {
-  constexpr int kAlongDepth = kColumns / 8 * 128;
-  return SharedColumns(matrix + group * 2 * kAlongDepth + first_column / 8 * 128, kAlongDepth, 128);
-}
-
 // relu6, or a multiple of it. A NaN stays one.
 __device__ __forceinline__ float between_zero_and(float six, float x) {
 #ifdef __CUDA_ARCH__
@@ -216,30 +196,7 @@ __device__ __forceinline__ void expand_row(const typename Z::Row& row,
                                            const FeaturesOfRow<Z::kGroups>& features,
                                            const unsigned char* weights, SlopesOfRow& slopes) {
   const PlaceInRow place;
-  PowerOfTwo scale[2];
-  MGHF_UNROLL_ALL
-  for (int i = 0; i < 2; ++i) {
-    float largest = 0;
-    MGHF_UNROLL_ALL
-    for (int n = 0; n < Z::kGroups; ++n) {
-      MGHF_UNROLL_ALL
-      for (int q = 0; q < 4; ++q) largest = fmaxf(largest, fabsf(features.of[n][i][q]));
-    }
-    largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 1));
-    scale[i] = PowerOfTwo(fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 2)));
-  }
-  uint32_t big[Z::kGroups][4], small[Z::kGroups][4];
-  MGHF_UNROLL_ALL
-  for (int n = 0; n < Z::kGroups; ++n) {
-    MGHF_UNROLL_ALL
-    for (int i = 0; i < 4; ++i) {
-      const float(&of)[4] = features.of[n][i % 2];
-      const float by = scale[i % 2].by;
-      const SplitHalves pair(of[i / 2 * 2] * by, of[i / 2 * 2 + 1] * by);
-      big[n][i] = pair.big;
-      small[n][i] = pair.small;
-    }
-  }
+  const RowFactors<Z::kGroups> factors(features);
   // In two groups, so that one can be used while the other is made.
   float sums[2][Z::kHalf / 2];
   MGHF_UNROLL_ALL
@@ -258,14 +215,14 @@ __device__ __forceinline__ void expand_row(const typename Z::Row& row,
       }
     };
     if constexpr (Z::kParts == 2) {
-      multiply(small, weights);
-      multiply(big, weights + Z::kLayout.matrix_bytes());
+      multiply(factors.small, weights);
+      multiply(factors.big, weights + Z::kLayout.matrix_bytes());
     }
-    multiply(big, weights);
+    multiply(factors.big, weights);
     end_products();
   }
   const float of_weights = *reinterpret_cast<const float*>(weights + Z::kLayout.scales());
-  const float back[2] = {scale[0].back * of_weights, scale[1].back * of_weights};
+  const float back[2] = {factors.scale[0].back * of_weights, factors.scale[1].back * of_weights};
   MGHF_UNROLL_ALL
   for (int part = 0; part < 2; ++part) {
     if (part == 0) {
@@ -293,8 +250,8 @@ __device__ __forceinline__ void expand_row(const typename Z::Row& row,
   }
 }
 
-// The pixels that a thread's windows reach, as offsets in a row of the strip: reflected at the image's
-// borders. At the strip's other borders they are others', for results that do not count.
+// The pixels that a thread's windows reach, as offsets in a row of the strip: reflected at the
+// image's borders. At the strip's other borders they are others', for results that do not count.
 template <class Row>
 struct WindowColumns {
   int of[4];
@@ -481,13 +438,13 @@ __global__ void __launch_bounds__(kRowsThreads, 1) stream_rows(RowsStage<T> s) {
     const StripOfRows strip(s.tiling, s.plan, blockIdx.x);
     const WindowColumns<typename Z::Row> columns(strip, s.tiling.width);
     const int height = s.tiling.height;
-    // A shuffle, because the compiler must see that a warp stays together: otherwise it makes products
-    // one by one.
+    // A shuffle, because the compiler must see that a warp stays together: otherwise it makes
+    // products one by one.
     const int warpgroup =
         __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
     const int top = strip.rows.first > 0 ? strip.rows.first - 1 : 0;
-    // Rows of the ring, each with the row of results above it; beyond the last the turns are empty, so
-    // that every counter has as many rounds for each sub-network.
+    // Rows of the ring, each with the row of results above it; beyond the last the turns are empty,
+    // so that every counter has as many rounds for each sub-network.
     const int turns = (strip.rows.end - top + 1 + kRing - 1) / kRing * kRing;
     const int subnets = s.role == Role::couple ? 2 : 1;
     FeaturesOfRow<Z::kGroups> features;
@@ -544,8 +501,8 @@ __global__ void __launch_bounds__(kRowsThreads, 1) stream_rows(RowsStage<T> s) {
   }
 }
 
-// Whether a block is for this kernel: relu6, at most 64 features a sub-network, and a GPU whose newer
-// kernels have not failed their trial.
+// Whether a block is for this kernel: relu6, at most 64 features a sub-network, and a GPU whose
+// newer kernels have not failed their trial.
 const char* streams_rows(const CouplingShape& shape, int64_t half, const Gpu& gpu, bool& streams) {
   bool products = false;
   if (const char* error = has_warpgroup_products(products); error != nullptr) return error;
@@ -568,7 +525,8 @@ const char* launch_rows(RowsStage<T> s, int64_t half, bool keeps, Stream stream)
   s.plan = plan_rows(s.tiling.batch, s.tiling.computed.count(), s.tiling.width);
   const MutableImage<T>& y = s.y.image;
   s.by_pairs = y.column_stride == 1 && y.row_stride % 2 == 0 && y.channel_stride % 2 == 0 &&
-               y.batch_stride % 2 == 0 && reinterpret_cast<uintptr_t>(y.data) % (2 * sizeof(T)) == 0;
+               y.batch_stride % 2 == 0 &&
+               reinterpret_cast<uintptr_t>(y.data) % (2 * sizeof(T)) == 0;
   return half == 32 ? stream_rows_of<32>(s, keeps, stream) : stream_rows_of<64>(s, keeps, stream);
 }
 

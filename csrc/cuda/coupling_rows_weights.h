@@ -1,10 +1,11 @@
-// The weights of a sub-network as the kernel of rows has them in shared memory (coupling_rows.h), one
-// piece of memory for each:
+// The weights of a sub-network as the kernel of rows has them in shared memory (coupling_rows.h),
+// one piece of memory for each; those of the mix (coupling_mix_rows.h) likewise, its matrix and
+// what undoes the power of two:
 //
-//     E, then P   as columns of halves in the cores of wgmma.h: [8 depths][8 columns] of 128 bytes, in
-//                 the order of channels of coupling_products.h; of float32 all big parts, then all
-//                 small ones
-//     D           [tap][channel], float32, times a power of two, so that its results are factors of P
+//     E, then P   as columns of halves in the cores of wgmma.h: [8 depths][8 columns] of 128 bytes,
+//                 in the order of channels of coupling_products.h; of float32 all big parts, then
+//                 all small ones
+//     D           [tap][channel], float32, times a power of two: its results are factors of P
 //     what undoes the powers of two by which E, and P and D, are multiplied
 #pragma once
 
@@ -44,15 +45,26 @@ struct RowsSubnet {
   unsigned char* to;
 };
 
-// Packed by some blocks each.
+// Each matrix is packed by some blocks: two for each sub-network, and that of the mix.
 struct RowsPacking {
-  static constexpr int kBlocks = 8;  // for a matrix
+  static constexpr int kBlocks = 8;
   RowsSubnet subnets[3];
   RowsLayout layout;
   int count;  // of sub-networks
+  Matrix mix;
+  unsigned char* to_mix;
+  bool with_mix;
 
-  int64_t blocks() const { return int64_t{2} * count * kBlocks; }
+  int64_t blocks() const { return int64_t{2 * count + (with_mix ? 1 : 0)} * kBlocks; }
 };
+
+// Groups of terms that the kernel of the mix has room for, or 0 if it takes none so many.
+constexpr int kFewDepths = 2, kManyDepths = 8;
+inline int64_t mix_depths(int64_t terms, int64_t kernel, int64_t half) {
+  if (half > kWidestRows) return 0;
+  if (terms <= kFewDepths * kGroup) return kFewDepths;
+  return kernel == 1 && terms <= kManyDepths * kGroup ? kManyDepths : 0;
+}
 
 template <int kThreads>
 __device__ __forceinline__ float largest_weight(const Matrix& m) {
@@ -76,14 +88,15 @@ __device__ __forceinline__ float largest_weight(const Matrix& m) {
 template <int kThreads>
 __device__ __forceinline__ void pack_rows(const RowsPacking& packing, int block) {
   const int part = block % RowsPacking::kBlocks, which = block / RowsPacking::kBlocks;
-  const RowsSubnet& subnet = packing.subnets[which / 2];
+  const bool is_mix = which == 2 * packing.count, is_project = which % 2 != 0;
+  const RowsSubnet& subnet = packing.subnets[is_mix ? 0 : which / 2];
   const RowsLayout& layout = packing.layout;
-  const bool is_project = which % 2 != 0;
-  const Matrix& m = is_project ? subnet.project : subnet.expand;
+  const Matrix& m = is_mix ? packing.mix : is_project ? subnet.project : subnet.expand;
   const PowerOfTwo scale(largest_weight<kThreads>(m));
   const int columns = static_cast<int>(m.n.pieces * m.n.padded);
   const int units = static_cast<int>(m.k.pieces * m.k.padded) / 8 * columns;
-  unsigned char* const to = subnet.to + (is_project ? layout.project() : 0);
+  unsigned char* const to =
+      is_mix ? packing.to_mix : subnet.to + (is_project ? layout.project() : 0);
   for (int i = part * kThreads + static_cast<int>(threadIdx.x); i < units;
        i += RowsPacking::kBlocks * kThreads) {
     // Eight depths of a column are 16 bytes, neighbouring columns too.
@@ -108,6 +121,12 @@ __device__ __forceinline__ void pack_rows(const RowsPacking& packing, int block)
     }
   }
   if (part != 0) return;
+  if (is_mix) {
+    uint4* const after = reinterpret_cast<uint4*>(to) + layout.parts * units;
+    float* const back = reinterpret_cast<float*>(after);
+    if (threadIdx.x < 4) back[threadIdx.x] = scale.back;
+    return;
+  }
   float* const scales = reinterpret_cast<float*>(subnet.to + layout.scales());
   if (threadIdx.x < 2) {
     scales[2 * threadIdx.x + (is_project ? 1 : 0)] =

@@ -79,6 +79,7 @@ struct Parts {
 
 struct PackedWeights {
   Packed mix, mix_transposed;
+  const unsigned char* mix_rows;  // for coupling_mix_rows.h, or null
   const float* bias;
   SubnetWeights phi, rho, eta;
 };
@@ -92,6 +93,7 @@ PackedWeights lay_out(const CouplingShape& s, const float* weights, bool inverse
   const int64_t c = s.channels / 2, half = padded_half(s), terms = terms_of(s);
   packing.count = packing.rows.count = 0;
   packing.rows.layout = {static_cast<int>(half), kPartsOf<T>};
+  packing.rows.with_mix = false;
   const auto add = [&](const float* from, const Axis& n, const Axis& k, bool fast) {
     const Matrix matrix{from, n, k, nullptr, fast};
     const int loads =
@@ -119,6 +121,14 @@ PackedWeights lay_out(const CouplingShape& s, const float* weights, bool inverse
     const int64_t chunks = (s.inputs + kUnmixChannels - 1) / kUnmixChannels;
     const Axis taps{chunks, kUnmixChannels * kTaps, kUnmixColumns, 1, terms};
     packed.mix_transposed = add(mix, s.kernel == 1 ? all_terms : taps, features, true);
+  }
+  if (const int64_t depths = inverse ? 0 : mix_depths(terms, s.kernel, half); depths > 0) {
+    const Axis padded{1, terms, depths * kGroup, 1};
+    packing.rows.mix = {mix, features, padded, nullptr, false};
+    packing.rows.with_mix = true;
+    packing.rows.to_mix =
+        pieces.take<unsigned char>(kPartsOf<T> * depths * kGroup * 2 * half * 2 + 16);
+    packed.mix_rows = packing.rows.to_mix;
   }
   packing.bias = take(s.channels);
   packing.bias_axis = inverse ? Axis{1, s.channels, padded_to(s.channels, kGroup), 1}

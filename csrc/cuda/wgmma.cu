@@ -9,8 +9,8 @@ namespace mghf::cuda {
 #ifdef __CUDACC__
 namespace {
 
-// Only code for 9.0a has the instructions, and the driver does not say whether code for 9.0 is that.
-// A kernel's largest block does.
+// Only code for 9.0a has the instructions, and the driver does not say whether code for 9.0 is
+// that. A kernel's largest block does.
 __global__ void __launch_bounds__(kWarpgroupProducts ? kWarpgroup : kWarp) code_for_products() {}
 
 }  // namespace
