@@ -7,8 +7,7 @@ memory. Triton's launches are recorded instead of being compiled, as in `tools/c
 the CUDA kernels are counted by their host build (`make cuda-host`), which then runs nothing. Each
 operation of PyTorch that computes counts as one launch, which may be wrong by a few. Memory is
 that of all live tensors and of an op's workspace, without the two images. The number of maps that
-Triton's `monce` takes at a time depends on the GPU's multiprocessors; without a GPU few are
-assumed.
+Triton's `monce` takes at a time depends on the GPU's memory; one of 32 GiB or more is assumed.
 """
 
 from __future__ import annotations
@@ -192,12 +191,15 @@ def _backend(name: str, counter: _Counter, module: Any) -> Iterator[None]:
             import triton
             from triton import knobs
 
+            from mghf_fast.kernels import monce
             from tools.cases import NoDevice
 
             def note(**_: Any) -> bool:
                 counter.note()
                 return True  # no need to compile
 
+            large = mock.patch.object(monce, "_buffer", lambda device: monce.MOST_BUFFER)
+            stack.enter_context(large)
             triton.runtime.driver.set_active(NoDevice(ARCHITECTURE))
             stack.enter_context(mock.patch.object(knobs.runtime, "jit_cache_hook", note))
         yield

@@ -283,9 +283,10 @@ SHARE = 16
 LEAST_BUFFER, MOST_BUFFER = 256 << 20, 2 << 30
 """Bounds, in bytes, of the buffer for the maps at a time, which is 1 / SHARE of the device's
 memory."""
-SMALL_BUFFER = 128 << 20
-"""The buffer's bytes for maps of fewer than `LARGE` patches. It holds enough of them to fill a
-device, and a step at 512 x 512 stays below 450 MiB."""
+SMALL_BUFFER, FEW_PATCHES = 128 << 20, 1 << 16
+"""The buffer's bytes for maps of fewer than `LARGE` patches, if all maps together have no more than
+FEW_PATCHES. It holds enough of them to fill a device, and a step at 512 x 512 stays below 450 MiB.
+Where there are more, the stacks of features are much larger than that."""
 
 
 @functools.cache
@@ -304,7 +305,8 @@ def _pitch(n: int) -> int:
 def _maps_at_a_time(b: int, n: int, iterates: int, device: torch.device) -> int:
     """How many maps the buffer has room for, with their similarities and ``iterates`` iterates."""
     of_a_map = 4 * n * (_pitch(n) + 6 * iterates + 4)
-    room = max(1, (SMALL_BUFFER if n < LARGE else _buffer(device)) // of_a_map)
+    small = n < LARGE and b * n <= FEW_PATCHES
+    room = max(1, (SMALL_BUFFER if small else _buffer(device)) // of_a_map)
     rounds = max(1, -(-b // room))
     return max(1, -(-b // rounds))  # rounds of equal size
 

@@ -34,6 +34,7 @@ from mghf_fast.kernels.sinkhorn_exponents import (
     split_exponent,
 )
 from mghf_fast.kernels.sinkhorn_potentials import solve
+from mghf_fast.kernels.sinkhorn_recursion import first_terms
 
 NEGLIGIBLE = 1e-7
 """Relative part of the sum of |dlog plan| that the recursion may leave out."""
@@ -103,6 +104,9 @@ def recursion_kernel(
     statistics: tl.tensor,
     terms: tl.tensor,
     bounds: tl.tensor,
+    places: tl.tensor,
+    limits: tl.tensor,
+    next_term: tl.tensor,
     stride_b: tl.tensor,
     stride_i: tl.tensor,
     stride_j: tl.tensor,
@@ -119,13 +123,15 @@ def recursion_kernel(
     steepness: tl.tensor,
     COST: tl.constexpr,
     MONCE: tl.constexpr,
+    CONTINUE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:
     """W is upstream * plan, or that of `monce`. The recursion stops once the remaining dg adds up
     to less than `negligible` times sum |W|. That bound is divided by `steepness` (times the
-    steepest slope of the score) where this is greater than one."""
+    steepest slope of the score) where this is greater than one. CONTINUE: from where
+    recursion_pass_kernel ended, W being summed."""
     b = tl.program_id(0).to(tl.int64)
     matrix = similarity + b * stride_b
     history = potentials + b * slots * 4 * n
@@ -143,7 +149,8 @@ def recursion_kernel(
     steepest = tl.zeros([BLOCK_M], tl.float32) + 1.0
     if COST == "exp":
         steepest = tl.zeros([BLOCK_M], tl.float32)
-    for start in tl.range(0, n, BLOCK_M, num_stages=STAGES):
+    summed = n if not CONTINUE else 0
+    for start in tl.range(0, summed, BLOCK_M, num_stages=STAGES):
         rows = start + tl.arange(0, BLOCK_M)
         s = load_tile(matrix, stride_i, stride_j, rows, columns, n)
         counted = off_diagonal(rows, columns, n)
@@ -172,6 +179,12 @@ def recursion_kernel(
 
     first = last
     going = t > 0
+    if CONTINUE:
+        t = tl.load(places + 2 * b)
+        going = tl.load(places + 2 * b + 1) != 0
+        least = tl.load(limits + b)
+        dg = tl.load(next_term + b * n + columns, mask=real, other=0.0)
+        first = tl.minimum(tl.minimum(t + 1, started), made + 1)
     while going:
         now = tl.minimum(t, made)
         before = tl.minimum(t - 1, made)
@@ -307,6 +320,12 @@ def recur(
     terms = torch.empty((b, slots, 2, n), dtype=torch.float32, device=similarity.device)
     bounds = torch.empty((b, 2), dtype=torch.int32, device=similarity.device)
     given = similarity if upstream is None else upstream
+    begun = None
+    if statistics is not None:
+        begun = first_terms(
+            *(similarity, potentials, steps, statistics, terms),
+            *(cost, epsilon, temperature, negligible),
+        )
     recursion_kernel[(b,)](
         similarity,
         potentials,
@@ -315,6 +334,7 @@ def recur(
         potentials if statistics is None else statistics,
         terms,
         bounds,
+        *(begun or (bounds, terms, terms)),
         *similarity.stride(),
         *given.stride(),
         n,
@@ -325,6 +345,7 @@ def recur(
         1.0 if statistics is None else temperature / epsilon,
         COST=cost,
         MONCE=statistics is not None,
+        CONTINUE=begun is not None,
         **_recursion_options(n),
     )
     return terms, bounds

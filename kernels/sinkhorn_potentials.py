@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mghf_fast.kernels import launch
+from mghf_fast.kernels import launch, turns
 from mghf_fast.kernels.sinkhorn_exponents import (
     FAR,
     LN2,
@@ -29,6 +29,7 @@ from mghf_fast.kernels.sinkhorn_exponents import (
     score_of,
     split_exponent,
 )
+from mghf_fast.kernels.turns import draw, leave, wait
 
 TINY = tl.constexpr(5e-20)  # column sums of at least 2^-64 lost nothing to underflow
 
@@ -287,14 +288,15 @@ def solve_kernel(
         leave_state(state + b * (1 + 4 * kept) * n, history, t, kept, slots, columns, n)
 
 
-# Large maps: a launch for each of the first iterations, with many programs per map. A program takes
-# some rows. It first computes g from the column sums that the previous launch left in parts; every
-# program does so for itself, in the same order. Once a map has settled, or a column's sum is too
-# small, its programs do nothing; solve_kernel goes on from there.
+# Large maps: a step for each of the first iterations, with many programs per map, and all steps in
+# one launch (turns.py). A program takes some rows. It first computes g from the column sums that
+# the step before left in parts; every program does so for itself, in the same order. Once a map has
+# settled, or a column's sum is too small, its programs do nothing; solve_kernel goes on from there.
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("maps", "last"))
 def pass_kernel(
+    counters: tl.tensor,
     similarity: tl.tensor,
     potentials: tl.tensor,
     partial: tl.tensor,
@@ -304,7 +306,7 @@ def pass_kernel(
     stride_i: tl.tensor,
     n: tl.tensor,
     slots: tl.tensor,
-    t: tl.tensor,
+    maps: tl.tensor,
     last: tl.tensor,
     programs: tl.tensor,
     rows_of_program: tl.tensor,
@@ -320,9 +322,11 @@ def pass_kernel(
     `partial`: the column sums of even and odd iterations, (2, B, programs, N). `progress` and
     `steps`, from which solve_kernel goes on, alternate as well, so that no program reads what
     another one writes."""
-    b = (tl.program_id(0) // programs).to(tl.int64)
-    maps = tl.num_programs(0) // programs
-    part_of_map = tl.program_id(0) % programs
+    drawn = draw(counters)
+    wait(counters, drawn // (maps * programs) * (maps * programs))
+    t = drawn // (maps * programs) + 1
+    b = (drawn % (maps * programs) // programs).to(tl.int64)
+    part_of_map = drawn % programs
     history = potentials + b * slots * 4 * n
     columns = tl.arange(0, BLOCK_N)
     real = columns < n
@@ -405,6 +409,7 @@ def pass_kernel(
     if (ended == 0) & (t < last):
         to = partial + ((t % 2 * maps + b) * programs + part_of_map) * n + columns
         tl.store(to, tl.sum(total, 0), mask=real)
+    leave(counters, similarity)
 
 
 # ---- launches ----
@@ -426,7 +431,7 @@ PROGRAMS = 1024
 the GPU, so that sums are added in the same order on every one."""
 
 
-def _programs_of_map(b: int, n: int) -> int:
+def programs_of_map(b: int, n: int) -> int:
     return max(1, min(PROGRAMS // b, n // 16))
 
 
@@ -436,29 +441,29 @@ def _first_passes(
     """Makes up to ``count`` iterations of each map, with many programs; returns the state from
     which solve_kernel goes on."""
     b, n, _ = similarity.shape
-    programs = _programs_of_map(b, n)
+    programs = programs_of_map(b, n)
     options = pass_options(n, 2048, 2) | {"maxnreg": SHARED_REGISTERS}
     partial = torch.empty((2, b, programs, n), dtype=torch.float32, device=similarity.device)
     steps = torch.empty((2, b, 2), dtype=torch.int32, device=similarity.device)
     progress = torch.empty((2, b, 3), dtype=torch.float32, device=similarity.device)
-    for t in range(1, count + 2):
-        pass_kernel[(b * programs,)](
-            similarity,
-            potentials,
-            partial,
-            steps,
-            progress,
-            *similarity.stride()[:2],
-            n,
-            potentials.shape[1],
-            t,
-            count + 1,
-            programs,
-            launch.blocks(n, programs),
-            *exponent_scale(cost, epsilon),
-            COST=cost,
-            **options,
-        )
+    pass_kernel[(b * programs * (count + 1),)](
+        turns.counters_for(similarity),
+        similarity,
+        potentials,
+        partial,
+        steps,
+        progress,
+        *similarity.stride()[:2],
+        n,
+        potentials.shape[1],
+        b,
+        count + 1,
+        programs,
+        launch.blocks(n, programs),
+        *exponent_scale(cost, epsilon),
+        COST=cost,
+        **options,
+    )
     final = (count + 1) % 2
     return steps[final], progress[final]
 
@@ -489,7 +494,7 @@ def solve(
     potentials = torch.empty((b, slots, 4, n), dtype=torch.float32, device=similarity.device)
     steps = torch.empty((b, 2), dtype=torch.int32, device=similarity.device)
     progress = potentials
-    in_passes = leave is not None and n >= LARGE and _programs_of_map(b, n) > 1
+    in_passes = leave is not None and n >= LARGE and programs_of_map(b, n) > 1
     if in_passes:
         steps, progress = _first_passes(
             similarity, potentials, cost, epsilon, min(kept, iterations)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import contract
 import draws
@@ -278,3 +279,42 @@ def test_many_programs_of_a_map_on_triton(
         found.append((steps[:2], state[:2, 0], state[:2, 1:].view(torch.float32)))
     for one, several in zip(*found, strict=True):
         torch.testing.assert_close(several, one, rtol=0, atol=1e-6)
+
+
+@pytest.mark.skipif(not backends.triton_is_interpreted(), reason="needs Triton's interpreter")
+@pytest.mark.parametrize(
+    ("cost", "epsilon", "terms"), [("hard", 1.0, 8), ("hard", 0.1, 2), ("exp", 1.0, 3)]
+)
+def test_many_programs_of_a_gradient_on_triton(
+    cost: str, epsilon: float, terms: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first terms of a large map's recursion are made by many programs, and the rest by one: as
+    many terms as one program makes, with the same values. One map is NaN."""
+    from mghf_fast.kernels import monce, sinkhorn_potentials, sinkhorn_recursion
+
+    n, options = 21, (0.5, epsilon, 50, 1.0, cost, "exact")
+    query, key = (torch.nn.functional.normalize(draws.randn(3, n, 4), dim=2) for _ in range(2))
+    query[2, 1, 0] = torch.nan
+    _, state = monce.forward(query, key, *options)
+    upstream = draws.randn(3, n)
+    monkeypatch.setattr(sinkhorn_potentials, "PROGRAMS", 9)
+    monkeypatch.setattr(sinkhorn_potentials, "programs_of_map", lambda b, n: 3)
+    monkeypatch.setattr(sinkhorn_recursion, "programs_of_map", lambda b, n: 3)
+    monkeypatch.setattr(sinkhorn_recursion, "TERMS", terms)
+    found, recur = [], monce.recur
+    for large in (n + 1, 2):
+        monkeypatch.setattr(sinkhorn_recursion, "LARGE", large)
+        bounds = []
+
+        def noted(*arguments: Any, bounds: Any = bounds, **more: Any) -> Any:
+            made = recur(*arguments, **more)
+            bounds.append(made[1][:2].tolist())
+            return made
+
+        monkeypatch.setattr(monce, "recur", noted)
+        with interpreter.another_order() if large == 2 else contextlib.nullcontext():
+            found.append((monce.backward(upstream, query, key, state, *options), bounds))
+    (one, bounds), (several, also) = found
+    assert bounds == also
+    assert several[2].isnan().all()
+    torch.testing.assert_close(several[:2], one[:2], rtol=1e-5, atol=1e-7)

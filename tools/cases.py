@@ -235,6 +235,13 @@ def _monce() -> Cases:
             yield f"backward, {label}", op.backward, (grad, q, q, state, *options)
     q, options = _empty(TOP_M, MANY_PATCHES, DIMENSION), (0.07, 1.0, 50, 1.0, "hard", "exact")
     yield f"forward, {MANY_PATCHES} patches", op.forward, (q, q, *options)
+    of_many = _empty(TOP_M, MANY_PATCHES)
+    state_of_many = _empty(*state.shape[:2], MANY_PATCHES, dtype=state.dtype)
+    yield (
+        f"backward, {MANY_PATCHES} patches",
+        op.backward,
+        (of_many, q, q, state_of_many, *options),
+    )
     q = _empty(TOP_M, PATCHES, DIMENSION)
     for grade in ONE_PRODUCT:
         yield f"forward, products in {grade}", op.forward, (q, q, *options, grade)
