@@ -150,7 +150,8 @@ const char* forward(const Image<T>& gt, const Image<T>& sr, const StyleOptions& 
                             results.difference, results.gram, maps,
                             pixels,             space.ended + 2 * sr.batch * channels + sr.batch};
   return products<true, kReading>(gt, sr, space.ascending.channels, maps, space.products,
-                                  space.totals, stream, then);
+                                  space.totals, options.precision != Precision::float32, stream,
+                                  then);
 }
 
 // ---- the backward's launches ----
@@ -185,7 +186,8 @@ const char* backward(const StyleGradients& grads, const Image<T>& gt, const Imag
   if (error != nullptr) return error;
   const StyleTerms<T> terms{gt, space.channels, space.starts, space.terms,
                             static_cast<int>(maps)};
-  return write_gradient<kReading>(sr, grad_sr, space.fragments, terms, maps, stream);
+  return write_gradient<kReading>(sr, grad_sr, space.fragments, terms, maps,
+                                  statistics.precision != Precision::float32, stream);
 }
 
 }  // namespace

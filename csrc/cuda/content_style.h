@@ -2,6 +2,7 @@
 // mghf_fast/reference/content_style.py.
 #pragma once
 
+#include "../common/precision.h"
 #include "image.h"
 
 namespace mghf::cuda {
@@ -13,6 +14,7 @@ struct StyleOptions {
   int64_t top_m;
   double alpha, gamma;
   int64_t bins;
+  Precision precision;  // of Gram's products
 };
 
 // Results of the forward, contiguous: (B,) each, (B, M), (B, M), (B, 6, M), (B, M, M).
@@ -31,6 +33,7 @@ struct StyleStatistics {
   int64_t top_m;
   const int64_t* kept;
   const float *weights, *moments, *difference;
+  Precision precision;
 };
 
 template <class T>

@@ -70,13 +70,13 @@ struct GramTerms {
 };
 
 template <Reading kReading, class T>
-const char* forward(const Image<T>& x, double scale, float* result, void* workspace,
+const char* forward(const Image<T>& x, double scale, bool once, float* result, void* workspace,
                     Stream stream) {
   double* const totals = static_cast<double*>(workspace);
   float* const partial =
       reinterpret_cast<float*>(totals + product_totals(x.batch, x.channels, false));
   const char* const error =
-      products<false, kReading>(x, x, nullptr, x.channels, partial, totals, stream);
+      products<false, kReading>(x, x, nullptr, x.channels, partial, totals, once, stream);
   if (error != nullptr) return error;
   const int64_t elements = x.batch * x.channels * x.channels;
   return launch(mirror, {(elements + kThreads - 1) / kThreads, kThreads}, stream, totals, result,
@@ -84,7 +84,7 @@ const char* forward(const Image<T>& x, double scale, float* result, void* worksp
 }
 
 template <Reading kReading, class T>
-const char* backward(const float* grad, const Image<T>& x, double scale,
+const char* backward(const float* grad, const Image<T>& x, double scale, bool once,
                      const MutableImage<T>& grad_x, void* workspace, Stream stream) {
   uint4* const fragments = static_cast<uint4*>(workspace);
   const char* const error =
@@ -92,7 +92,7 @@ const char* backward(const float* grad, const Image<T>& x, double scale,
              stream, grad, scale, fragments, x.channels);
   if (error != nullptr) return error;
   const GramTerms terms{static_cast<int>(x.channels)};
-  return write_gradient<kReading>(x, grad_x, fragments, terms, x.channels, stream);
+  return write_gradient<kReading>(x, grad_x, fragments, terms, x.channels, once, stream);
 }
 
 }  // namespace
@@ -109,26 +109,30 @@ int64_t gram_backward_workspace_bytes(int64_t batch, int64_t channels) {
 }
 
 template <class T>
-const char* gram(const Image<T>& x, double scale, float* result, void* workspace, Stream stream) {
-  if (x.by_fours()) return forward<Reading::fours>(x, scale, result, workspace, stream);
-  return x.flat() ? forward<Reading::flat>(x, scale, result, workspace, stream)
-                  : forward<Reading::strided>(x, scale, result, workspace, stream);
+const char* gram(const Image<T>& x, double scale, Precision precision, float* result,
+                 void* workspace, Stream stream) {
+  const bool once = precision != Precision::float32;
+  if (x.by_fours()) return forward<Reading::fours>(x, scale, once, result, workspace, stream);
+  return x.flat() ? forward<Reading::flat>(x, scale, once, result, workspace, stream)
+                  : forward<Reading::strided>(x, scale, once, result, workspace, stream);
 }
 
 template <class T>
 const char* gram_backward(const float* grad, const Image<T>& x, double scale,
-                          const MutableImage<T>& grad_x, void* workspace, Stream stream) {
+                          Precision precision, const MutableImage<T>& grad_x, void* workspace,
+                          Stream stream) {
+  const bool once = precision != Precision::float32;
   if (x.by_fours() && grad_x.by_fours()) {
-    return backward<Reading::fours>(grad, x, scale, grad_x, workspace, stream);
+    return backward<Reading::fours>(grad, x, scale, once, grad_x, workspace, stream);
   }
   return x.flat() && grad_x.flat()
-             ? backward<Reading::flat>(grad, x, scale, grad_x, workspace, stream)
-             : backward<Reading::strided>(grad, x, scale, grad_x, workspace, stream);
+             ? backward<Reading::flat>(grad, x, scale, once, grad_x, workspace, stream)
+             : backward<Reading::strided>(grad, x, scale, once, grad_x, workspace, stream);
 }
 
 #define MGHF_GRAM(T)                                                                          \
-  template const char* gram(const Image<T>&, double, float*, void*, Stream);                  \
-  template const char* gram_backward(const float*, const Image<T>&, double,                   \
+  template const char* gram(const Image<T>&, double, Precision, float*, void*, Stream);       \
+  template const char* gram_backward(const float*, const Image<T>&, double, Precision,        \
                                      const MutableImage<T>&, void*, Stream);
 MGHF_GRAM(float)
 MGHF_GRAM(Half)

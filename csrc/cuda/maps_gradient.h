@@ -42,9 +42,9 @@ __device__ void write_fragments(uint4* target, int rows, int columns, const Elem
     MGHF_UNROLL_ALL
     for (int k = 0; k < 4; ++k) {
       const int row = g + k % 2 * 8, column = i / kWarp * 8 + t + k / 2 * 4;
-      const SplitTf32 x(row < rows && column < columns ? element(row, column) : 0.0f);
-      a.big[k] = x.big;
-      a.small[k] = x.small;
+      const float x = row < rows && column < columns ? element(row, column) : 0.0f;
+      a.big[k] = nearest_tf32(x);  // which may be all that is used
+      a.small[k] = SplitTf32(x).small;
     }
     target[i * 2] = {a.big[0], a.big[1], a.big[2], a.big[3]};
     target[i * 2 + 1] = {a.small[0], a.small[1], a.small[2], a.small[3]};
@@ -55,7 +55,7 @@ __device__ void write_fragments(uint4* target, int rows, int columns, const Elem
 template <class T, Reading kReading, bool kByMaps, class Terms>
 __global__ void __launch_bounds__(kGradientThreads, 2)
     gradient(Image<T> sr, MutableImage<T> grad, const uint4* fragments, Terms terms, int maps,
-             int tiles) {
+             int tiles, bool once) {
   using Reader = TileReader<T, kReading, kByMaps, kGradientPixels>;
   using Tile = MapTile<kByMaps, kGradientPixels>;
   constexpr int kStep = Reader::kStep;
@@ -100,30 +100,38 @@ __global__ void __launch_bounds__(kGradientThreads, 2)
       // The sums of a chunk, added outside the tensor cores, which truncate at every addition.
       float parts[2][2][4] = {};
       const int depths_of_chunk = (maps_of_chunk + 7) / 8;
-      MGHF_UNROLL(2)
-      for (int k = 0; half < rows && k < depths_of_chunk; ++k) {
-        SplitB of_b[2];
-        MGHF_UNROLL_ALL
-        for (int n = 0; n < 2; ++n) {
+      const auto multiply = [&](auto one_product) {
+        constexpr bool kOnce = decltype(one_product)::value;
+        constexpr bool kExactB = kOnce || exact_in_tf32<T>;
+        MGHF_UNROLL(2)
+        for (int k = 0; half < rows && k < depths_of_chunk; ++k) {
+          SplitB of_b[2];
           MGHF_UNROLL_ALL
-          for (int i = 0; i < 2; ++i) {
-            const CutTf32 x(features[Tile::at(k * 8 + t + i * 4, pixel + n * 8 + g)]);
-            of_b[n].big[i] = x.big;
-            of_b[n].small[i] = x.small;
+          for (int n = 0; n < 2; ++n) {
+            MGHF_UNROLL_ALL
+            for (int i = 0; i < 2; ++i) {
+              put_cut<kOnce>(of_b[n].big[i], of_b[n].small[i],
+                             features[Tile::at(k * 8 + t + i * 4, pixel + n * 8 + g)]);
+            }
+          }
+          MGHF_UNROLL_ALL
+          for (int m = 0; m < 2; ++m) {
+            const int tile = half / 16 + m;
+            if (tile * 16 >= rows) continue;
+            const int64_t at =
+                ((b * groups + group) * kRowTiles + tile) * depths + first_map / 8 + k;
+            const uint4 big = fragments[(at * kWarp + lane) * 2];
+            const uint4 small = kOnce ? uint4{} : fragments[(at * kWarp + lane) * 2 + 1];
+            const SplitA a{{big.x, big.y, big.z, big.w}, {small.x, small.y, small.z, small.w}};
+            mma_split<kOnce, kExactB>(parts[m][0], a, of_b[0]);
+            mma_split<kOnce, kExactB>(parts[m][1], a, of_b[1]);
           }
         }
-        MGHF_UNROLL_ALL
-        for (int m = 0; m < 2; ++m) {
-          const int tile = half / 16 + m;
-          if (tile * 16 >= rows) continue;
-          const int64_t at =
-              ((b * groups + group) * kRowTiles + tile) * depths + first_map / 8 + k;
-          const uint4 big = fragments[(at * kWarp + lane) * 2];
-          const uint4 small = fragments[(at * kWarp + lane) * 2 + 1];
-          const SplitA a{{big.x, big.y, big.z, big.w}, {small.x, small.y, small.z, small.w}};
-          mma_split<false, exact_in_tf32<T>>(parts[m][0], a, of_b[0]);
-          mma_split<false, exact_in_tf32<T>>(parts[m][1], a, of_b[1]);
-        }
+      };
+      if (once) {
+        multiply(std::true_type{});
+      } else {
+        multiply(std::false_type{});
       }
       MGHF_UNROLL_ALL
       for (int i = 0; i < 16; ++i) {
@@ -183,17 +191,17 @@ __global__ void __launch_bounds__(kGradientThreads, 2)
 
 template <Reading kReading, class T, class Terms>
 const char* write_gradient(const Image<T>& sr, const MutableImage<T>& grad, const uint4* fragments,
-                           const Terms& terms, int64_t maps, Stream stream) {
+                           const Terms& terms, int64_t maps, bool once, Stream stream) {
   const int64_t tiles = (sr.pixels() + kGradientPixels - 1) / kGradientPixels;
   const int64_t parts = (groups_of(sr.channels) + kGroupsOfBlock - 1) / kGroupsOfBlock;
   const Grid grid{sr.batch * tiles * parts, kGradientThreads};
   if (sr.by_maps()) {
     return launch(gradient<T, kReading, true, Terms>, grid, stream, sr, grad, fragments, terms,
-                  static_cast<int>(maps), static_cast<int>(tiles));
+                  static_cast<int>(maps), static_cast<int>(tiles), once);
   }
   if constexpr (pixels_of(kReading) == 1) {
     return launch(gradient<T, kReading, false, Terms>, grid, stream, sr, grad, fragments, terms,
-                  static_cast<int>(maps), static_cast<int>(tiles));
+                  static_cast<int>(maps), static_cast<int>(tiles), once);
   }
   return "pixels of maps side by side are not read by fours";
 }

@@ -113,10 +113,24 @@ struct TileReader {
   }
 };
 
+// A factor of three products, or the nearest TF32, of one.
+template <bool kOnce>
+__device__ __forceinline__ void put_cut(uint32_t& big, uint32_t& small, float x) {
+  if constexpr (kOnce) {
+    big = nearest_tf32(x);
+    small = 0;
+  } else {
+    const CutTf32 cut(x);
+    big = cut.big;
+    small = cut.small;
+  }
+}
+
+// `once`: one product of TF32 instead of three.
 template <class T, Reading kReading, bool kByMaps, bool kPair>
 __global__ void __launch_bounds__(kProductThreads, kReading == Reading::strided ? 1 : 2)
     products_of_runs(Image<T> gt, Image<T> sr, const int* order, float* partial, int maps,
-                     Runs runs) {
+                     Runs runs, bool once) {
   using Reader = TileReader<T, kReading, kByMaps, kProductPixels>;
   using Tile = MapTile<kByMaps, kProductPixels>;
   constexpr bool kExact = !kPair && exact_in_tf32<T>;
@@ -203,31 +217,37 @@ __global__ void __launch_bounds__(kProductThreads, kReading == Reading::strided 
     __syncthreads();  // also ends the products of two steps ago, whose tiles are overwritten next
     if (p + kProductPixels < end) read(p + kProductPixels);
     if (!computes) continue;
-    MGHF_UNROLL_ALL
-    for (int eight = 0; eight < kProductPixels; eight += 8) {
-      const int depth = eight + t;
-      SplitA a[2];
+    const auto multiply = [&](auto one_product) {
+      constexpr bool kOnce = decltype(one_product)::value;
       MGHF_UNROLL_ALL
-      for (int m = 0; m < 2; ++m) {
+      for (int eight = 0; eight < kProductPixels; eight += 8) {
+        const int depth = eight + t;
+        SplitA a[2];
         MGHF_UNROLL_ALL
-        for (int k = 0; k < 4; ++k) {
-          const CutTf32 x(left[Tile::at(i0 + m * 16 + g + k % 2 * 8, depth + k / 2 * 4)]);
-          a[m].big[k] = x.big;
-          a[m].small[k] = x.small;
+        for (int m = 0; m < 2; ++m) {
+          MGHF_UNROLL_ALL
+          for (int k = 0; k < 4; ++k) {
+            put_cut<kOnce>(a[m].big[k], a[m].small[k],
+                           left[Tile::at(i0 + m * 16 + g + k % 2 * 8, depth + k / 2 * 4)]);
+          }
+        }
+        MGHF_UNROLL_ALL
+        for (int n = 0; n < 2; ++n) {
+          SplitB of_b;
+          MGHF_UNROLL_ALL
+          for (int k = 0; k < 2; ++k) {
+            put_cut<kOnce>(of_b.big[k], of_b.small[k],
+                           right[Tile::at(j0 + n * 8 + g, depth + k * 4)]);
+          }
+          mma_split<kExact || kOnce, kExact || kOnce>(product[0][n], a[0], of_b);
+          mma_split<kExact || kOnce, kExact || kOnce>(product[1][n], a[1], of_b);
         }
       }
-      MGHF_UNROLL_ALL
-      for (int n = 0; n < 2; ++n) {
-        SplitB of_b;
-        MGHF_UNROLL_ALL
-        for (int k = 0; k < 2; ++k) {
-          const CutTf32 x(right[Tile::at(j0 + n * 8 + g, depth + k * 4)]);
-          of_b.big[k] = x.big;
-          of_b.small[k] = x.small;
-        }
-        mma_split<kExact, kExact>(product[0][n], a[0], of_b);
-        mma_split<kExact, kExact>(product[1][n], a[1], of_b);
-      }
+    };
+    if (!kExact && once) {
+      multiply(std::true_type{});
+    } else {
+      multiply(std::false_type{});
     }
     for_elements(move_to_sums);
   }
@@ -277,7 +297,8 @@ __host__ __device__ constexpr int64_t product_totals(int64_t batch, int64_t maps
 // The totals of `maps` maps, those that `order` names or, if it is null, all.
 template <bool kPair, Reading kReading, class T, class Then = Nothing>
 const char* products(const Image<T>& gt, const Image<T>& sr, const int* order, int64_t maps,
-                     float* partial, double* totals, Stream stream, const Then& then = {}) {
+                     float* partial, double* totals, bool once, Stream stream,
+                     const Then& then = {}) {
   const Runs runs = product_runs(sr.pixels(), maps, kPair);
   const int64_t tiles = sr.batch * product_tiles(maps, kPair);
   const Grid grid{tiles * runs.number, kProductThreads};
@@ -285,10 +306,10 @@ const char* products(const Image<T>& gt, const Image<T>& sr, const int* order, i
   const char* error = nullptr;
   if (sr.by_maps()) {
     error = launch(products_of_runs<T, kReading, true, kPair>, grid, stream, gt, sr, order,
-                   partial, m, runs);
+                   partial, m, runs, once);
   } else if constexpr (pixels_of(kReading) == 1) {
     error = launch(products_of_runs<T, kReading, false, kPair>, grid, stream, gt, sr, order,
-                   partial, m, runs);
+                   partial, m, runs, once);
   }
   if (error != nullptr) return error;
   return launch(sums_of_products<double, Then>,

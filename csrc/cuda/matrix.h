@@ -46,6 +46,7 @@ struct Matrices {
   Element element;
   int64_t batch, rows, columns;
   int64_t batch_stride, row_stride, column_stride;
+  bool once = false;  // a product with float32 is one of TF32, not three
 
   // Matrix b, whose elements are T.
   template <class T>

@@ -1,9 +1,9 @@
 // Products of a block's rows with all keys by tensor cores, for `monce`: into the area of a solver,
 // which has N columns for each of the block's rows (see sinkhorn_solver.h), and out of it.
 //
-// float32 is multiplied as three products of TF32; float16 and bfloat16 have no more digits than
-// TF32. The products over 8 depths are added up in float32 outside the tensor cores, which truncate
-// instead of rounding.
+// float32 is multiplied as three products of TF32, or as one if no more is asked for; float16 and
+// bfloat16 have no more digits than TF32. The products over 8 depths are added up in float32 outside
+// the tensor cores, which truncate instead of rounding.
 #pragma once
 
 #include "matrix.h"
@@ -30,9 +30,8 @@ __device__ __forceinline__ void add_product(float (&sum)[4], const SplitA& a, co
 }
 
 __device__ __forceinline__ void put(uint32_t& big, uint32_t& small, float x) {
-  const SplitTf32 split(x);
-  big = split.big;
-  small = split.small;
+  big = nearest_tf32(x);  // which may be all there is
+  small = SplitTf32(x).small;
 }
 
 // Two rows, or two columns, of a matrix; zeros where there are none. The code is the same for all
@@ -96,7 +95,7 @@ __device__ MGHF_NOINLINE void multiply_by_keys(Area area, float* staged, int til
               const int of = (step + t + i / 2 * 4) ^ g * 4;
               put(a.big[i], a.small[i], own[(tile * kTile + i % 2 * 8) * kDepth + of]);
             }
-            add_product(sum[tile], a, b, key.element == Element::float32);
+            add_product(sum[tile], a, b, key.element == Element::float32 && !key.once);
           }
         }
         MGHF_UNROLL_ALL
@@ -140,7 +139,7 @@ __device__ MGHF_NOINLINE void multiply_area(Area area, Matrices key, void* resul
             const int r = top + tile * kTile + g + i % 2 * 8, column = j + t + i / 2 * 4;
             put(a.big[i], a.small[i], r < area.rows ? area.at(r, column) : 0);
           }
-          add_product(sum[tile], a, b, true);
+          add_product(sum[tile], a, b, !key.once);
         }
       }
       with_element(key.element, [&](auto element) {

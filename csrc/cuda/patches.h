@@ -2,6 +2,7 @@
 // mghf_fast/reference/patches.py, for the state mghf_fast/ops/patches.py.
 #pragma once
 
+#include "../common/precision.h"
 #include "image.h"
 
 namespace mghf::cuda {
@@ -12,6 +13,7 @@ struct Projection {
   const float* bias1;    // (hidden)
   const float* weight2;  // (dimension, hidden)
   const float* bias2;    // (dimension)
+  Precision precision;   // of the products but those of the weights' gradients
 
   int64_t pixels() const { return patch_size * patch_size; }
   int64_t state_words() const { return 1 + (hidden + 31) / 32; }

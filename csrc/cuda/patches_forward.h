@@ -10,7 +10,7 @@ namespace {
 // A block takes 128 rows through both layers. The first is a product in slices of 16 pixels of the
 // patches: two slices of the patches and of W1 in shared memory, one being copied while the tensor
 // cores multiply the other. Three products of TF32 each, two for images of half precision, whose
-// pixels are exact in one. Sums of products of 8 pixels are added up outside the tensor cores. The
+// pixels are exact in one, or one if no more is asked for. Sums of products of 8 pixels are added up outside the tensor cores. The
 // hidden layer, 128 units at a time, stays in shared memory for the second layer; y is summed up in
 // the embedding's memory, each number by one thread, and divided at the end.
 //
@@ -46,7 +46,7 @@ constexpr int project_bytes() {
 using Sums = float[kRowTiles][kColumnTiles][4];
 
 // Adds a slice's product to a warp's sums; `columns`: how many of the warp's 64 exist.
-template <class T, bool kMaps>
+template <class T, bool kMaps, bool kOnce>
 __device__ __forceinline__ void multiply_slice(Sums& sums, const T* pixels, const uint4* weights,
                                                const ThreadPlace& place, int columns) {
   using At = Slice<T, kMaps>;
@@ -64,15 +64,15 @@ __device__ __forceinline__ void multiply_slice(Sums& sums, const T* pixels, cons
         if constexpr (exact_in_tf32<T>) {
           a[i].big[part] = bits_as<uint32_t>(x);
         } else {
-          put(a[i], part, x);
+          put<kOnce>(a[i], part, x);
         }
       }
     }
     MGHF_UNROLL_ALL
     for (int run = 0; run < kColumnTiles; run += kRun) {
       if (run * 8 >= columns) break;
-      add_four_tiles<exact_in_tf32<T>>(sums, run, a,
-                                       packed + (step * kTilesOfGroup + run) * kWarp);
+      add_four_tiles<exact_in_tf32<T>, kOnce>(sums, run, a,
+                                              packed + (step * kTilesOfGroup + run) * kWarp);
     }
   }
 }
@@ -205,18 +205,26 @@ __device__ __forceinline__ void add_second_layer(float* embedding, const float* 
   MGHF_UNROLL(1)
   for (int first_d = place.warp_column / 2; first_d < p.dimension; first_d += 64) {
     float y[kRowTiles][4][4] = {};
-    MGHF_UNROLL(1)
-    for (int first = 0; first < units; first += 8) {
-      SplitA a[kRowTiles];
-      MGHF_UNROLL_ALL
-      for (int i = 0; i < kRowTiles; ++i) {
+    const auto multiply = [&](auto one_product) {
+      constexpr bool kOnce = decltype(one_product)::value;
+      MGHF_UNROLL(1)
+      for (int first = 0; first < units; first += 8) {
+        SplitA a[kRowTiles];
         MGHF_UNROLL_ALL
-        for (int part = 0; part < 4; ++part) {
-          const int row = place.row + 16 * i + part % 2 * 8;
-          put(a[i], part, hidden[row * kHiddenPitch + first + place.t + part / 2 * 4]);
+        for (int i = 0; i < kRowTiles; ++i) {
+          MGHF_UNROLL_ALL
+          for (int part = 0; part < 4; ++part) {
+            const int row = place.row + 16 * i + part % 2 * 8;
+            put<kOnce>(a[i], part, hidden[row * kHiddenPitch + first + place.t + part / 2 * 4]);
+          }
         }
+        add_four_tiles<false, kOnce>(y, 0, a, weight2.at(first_d, first_unit + first));
       }
-      add_four_tiles<false>(y, 0, a, weight2.at(first_d, first_unit + first));
+    };
+    if (p.once) {
+      multiply(std::true_type{});
+    } else {
+      multiply(std::false_type{});
     }
     MGHF_UNROLL_ALL
     for (int i = 0; i < kRowTiles; ++i) {
@@ -304,9 +312,14 @@ __global__ void __launch_bounds__(kThreads, 2)
       __syncthreads();  // the slice is complete, the previous one has been used
       if (number + 1 < slices) copy_slice(number + 1);
       const unsigned char* const slice = memory + number % 2 * (kBytes + kWeightBytes);
-      multiply_slice<T, kMaps>(sums, reinterpret_cast<const T*>(slice),
-                               reinterpret_cast<const uint4*>(slice + kBytes), place,
-                               p.hidden - first_unit - place.warp_column);
+      const T* const pixels = reinterpret_cast<const T*>(slice);
+      const uint4* const weights = reinterpret_cast<const uint4*>(slice + kBytes);
+      const int columns = p.hidden - first_unit - place.warp_column;
+      if (p.once) {
+        multiply_slice<T, kMaps, true>(sums, pixels, weights, place, columns);
+      } else {
+        multiply_slice<T, kMaps, false>(sums, pixels, weights, place, columns);
+      }
     }
     __syncthreads();  // the last slice has been used
     finish_hidden(sums, hidden, first_unit, place, p);

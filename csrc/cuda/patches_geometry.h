@@ -34,6 +34,8 @@ struct Patches {
   int rows, columns;  // of patches in a map
   int size, stride, hidden, dimension;
   bool maps_fastest;
+  // Whether products of TF32, and those of bfloat16, are one each instead of three.
+  bool once, once_in_halves;
 
   template <class AnyImage>
   Patches(const AnyImage& x, const Projection& p)
@@ -47,7 +49,9 @@ struct Patches {
             smaller(p.stride, x.height > x.width ? x.height : x.width))),
         hidden(static_cast<int>(p.hidden)),
         dimension(static_cast<int>(p.dimension)),
-        maps_fastest(x.channel_stride < x.column_stride) {}
+        maps_fastest(x.channel_stride < x.column_stride),
+        once(p.precision != Precision::float32),
+        once_in_halves(p.precision == Precision::bfloat16) {}
 
   __host__ __device__ int64_t of_map() const { return static_cast<int64_t>(rows) * columns; }
   __host__ __device__ int64_t number() const { return maps * of_map(); }
@@ -129,8 +133,9 @@ struct Factor {
                  ? from[column * column_stride + depth * depth_stride]
                  : 0.0f;
     };
-    const SplitTf32 first(number(step * 8 + lane % 4)), second(number(step * 8 + lane % 4 + 4));
-    to[i] = {first.big, second.big, first.small, second.small};
+    const float first = number(step * 8 + lane % 4), second = number(step * 8 + lane % 4 + 4);
+    to[i] = {nearest_tf32(first), nearest_tf32(second), SplitTf32(first).small,
+             SplitTf32(second).small};
   }
 };
 
@@ -148,17 +153,22 @@ __device__ __forceinline__ SplitB factor_of(const uint4& packed) {
 }
 
 // Four of a factor's tiles in turn, because there are no registers for more.
-template <bool kExactA, int kAll>
+template <bool kExactA, bool kOnce, int kAll>
 __device__ __forceinline__ void add_four_tiles(float (&sums)[kRowTiles][kAll][4], int first,
                                                const SplitA (&a)[kRowTiles], const uint4* packed) {
   MGHF_UNROLL_ALL
   for (int j = 0; j < 4; ++j) {
     const SplitB b[1] = {factor_of(packed[j * kWarp])};
-    add_products<TripleTf32, kExactA>(sums, first + j, a, b);
+    add_products<TripleTf32, kExactA, kOnce>(sums, first + j, a, b);
   }
 }
 
+template <bool kOnce = false>
 __device__ __forceinline__ void put(SplitA& a, int part, float x) {
+  if constexpr (kOnce) {
+    a.big[part] = nearest_tf32(x);
+    return;
+  }
   const SplitTf32 split(x);
   a.big[part] = split.big;
   a.small[part] = split.small;

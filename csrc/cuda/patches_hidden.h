@@ -82,24 +82,32 @@ __global__ void __launch_bounds__(kThreads, kPieces && kClusters ? 2 : 1)  // sp
         slice[row * kPitch + c % kDepth] = value;
       }
       __syncthreads();
-      MGHF_UNROLL(1)
-      for (int first = 0; first < kDepth && first_d + first < p.dimension; first += 8) {
-        SplitA a[kRowTiles];
-        MGHF_UNROLL_ALL
-        for (int i = 0; i < kRowTiles; ++i) {
+      const auto multiply = [&](auto one_product) {
+        constexpr bool kOnce = decltype(one_product)::value;
+        MGHF_UNROLL(1)
+        for (int first = 0; first < kDepth && first_d + first < p.dimension; first += 8) {
+          SplitA a[kRowTiles];
           MGHF_UNROLL_ALL
-          for (int part = 0; part < 4; ++part) {
-            const int row = place.row + 16 * i + part % 2 * 8;
-            put(a[i], part, slice[row * kPitch + first + place.t + part / 2 * 4]);
+          for (int i = 0; i < kRowTiles; ++i) {
+            MGHF_UNROLL_ALL
+            for (int part = 0; part < 4; ++part) {
+              const int row = place.row + 16 * i + part % 2 * 8;
+              put<kOnce>(a[i], part, slice[row * kPitch + first + place.t + part / 2 * 4]);
+            }
+          }
+          MGHF_UNROLL_ALL
+          for (int run = 0; run < kColumnTiles; run += kRun) {
+            if (run * 8 >= columns) break;
+            add_four_tiles<false, kOnce>(sums, run, a,
+                                         weight2.at(first_unit + place.warp_column + 8 * run,
+                                                    first_d + first));
           }
         }
-        MGHF_UNROLL_ALL
-        for (int run = 0; run < kColumnTiles; run += kRun) {
-          if (run * 8 >= columns) break;
-          add_four_tiles<false>(sums, run, a,
-                                weight2.at(first_unit + place.warp_column + 8 * run,
-                                           first_d + first));
-        }
+      };
+      if (p.once) {
+        multiply(std::true_type{});
+      } else {
+        multiply(std::false_type{});
       }
       __syncthreads();  // the slice has been used
     }

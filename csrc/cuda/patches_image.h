@@ -113,6 +113,7 @@ static_assert(kPiecesOfSlice == 8);
 constexpr int kLeftSize = kRows * kPiecesOfSlice;
 constexpr int kSliceSize = kLeftSize + kColumns * kPiecesOfSlice;
 
+template <bool kOnce>
 __device__ __forceinline__ void multiply_pieces(Sums& sums, const uint4* left, const uint4* right,
                                                 const ThreadPlace& place, int columns) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp, matrix = lane / 8;
@@ -125,7 +126,7 @@ __device__ __forceinline__ void multiply_pieces(Sums& sums, const uint4* left, c
     for (int i = 0; i < kRowTiles; ++i) {
       const int row = first_row + 16 * i, piece = (first + matrix / 2) * 2;
       load_matrices(a[i].big, left + piece_at(row, piece));
-      load_matrices(a[i].small, left + piece_at(row, piece + 1));
+      if constexpr (!kOnce) load_matrices(a[i].small, left + piece_at(row, piece + 1));
     }
     MGHF_UNROLL_ALL
     for (int run = 0; run < kColumnTiles; run += kRun) {
@@ -136,7 +137,7 @@ __device__ __forceinline__ void multiply_pieces(Sums& sums, const uint4* left, c
         load_matrices(loaded, right + piece_at(first_column + 8 * j,
                                                (first + matrix % 2) * 2 + matrix / 2));
         const SplitB b[1] = {{{loaded[0], loaded[1]}, {loaded[2], loaded[3]}}};
-        add_products<TripleBFloat16, false>(sums, j, a, b);
+        add_products<TripleBFloat16, false, kOnce>(sums, j, a, b);
       }
     }
   }
@@ -213,7 +214,12 @@ __global__ void __launch_bounds__(kThreads, 2)
     __syncthreads();  // the slice is complete, the previous one has been used
     if (step + 1 < steps) copy_step(step + 1);
     const uint4* const left = slices + step % 2 * kSliceSize;
-    multiply_pieces(sums, left, left + kLeftSize, place, tile.pixels - place.warp_column);
+    const int columns = tile.pixels - place.warp_column;
+    if (p.once_in_halves) {
+      multiply_pieces<true>(sums, left, left + kLeftSize, place, columns);
+    } else {
+      multiply_pieces<false>(sums, left, left + kLeftSize, place, columns);
+    }
   }
 
   // The rows' cells: the first element of each, and the part of it within the image.

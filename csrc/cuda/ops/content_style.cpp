@@ -31,7 +31,7 @@ using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 
 Result content_style_op(const Tensor& gt, const Tensor& sr, int64_t top_m, double alpha,
                         double gamma, int64_t bins, const std::string& precision) {
-  check_precision(precision);
+  const Precision grade = check_precision(precision);
   check_pair(gt, sr);
   const int64_t batch = sr.size(0), channels = sr.size(1);
   check_top_m(top_m, channels);
@@ -46,7 +46,7 @@ Result content_style_op(const Tensor& gt, const Tensor& sr, int64_t top_m, doubl
   Tensor difference = floats({batch, top_m, top_m});
   Tensor kept = torch::stable::new_empty(sr, {batch, top_m}, ScalarType::Long);
   const auto data = [](const Tensor& t) { return t.mutable_data_ptr<float>(); };
-  const StyleOptions options{top_m, alpha, gamma, bins};
+  const StyleOptions options{top_m, alpha, gamma, bins, grade};
   const StyleResults results{data(naive),
                              data(mse),
                              data(correlation),
@@ -70,7 +70,7 @@ void content_style_backward_into_op(Tensor grad_sr, const Tensor& grad_naive,
                                     const Tensor& kept, const Tensor& weights,
                                     const Tensor& moments, const Tensor& difference,
                                     const std::string& precision) {
-  check_precision(precision);
+  const Precision grade = check_precision(precision);
   check_pair(gt, sr);
   check_image(grad_sr, "grad_sr");
   check_same_shape(grad_sr, "grad_sr", sr, "sr");
@@ -103,7 +103,7 @@ void content_style_backward_into_op(Tensor grad_sr, const Tensor& grad_naive,
       torch::stable::contiguous(moments), torch::stable::contiguous(difference)};
   const auto data = [](const Tensor& t) { return t.const_data_ptr<float>(); };
   const StyleStatistics statistics{top_m, dense[0].const_data_ptr<int64_t>(),
-                                   data(dense[1]), data(dense[2]), data(dense[3])};
+                                   data(dense[1]), data(dense[2]), data(dense[3]), grade};
   with_image(sr, "sr", [&]<class T>(const Image<T>& image) {
     const Tensor workspace =
         new_workspace(sr, content_style_backward_workspace_bytes(image, top_m));

@@ -18,7 +18,7 @@ void check_features(const Tensor& x) {
 }
 
 Tensor gram_op(const Tensor& x, double scale, const std::string& precision) {
-  check_precision(precision);
+  const Precision grade = check_precision(precision);
   check_features(x);
   const int64_t batch = x.size(0), channels = x.size(1);
   const Launcher launcher(x);
@@ -29,7 +29,7 @@ Tensor gram_op(const Tensor& x, double scale, const std::string& precision) {
   const Tensor workspace =
       new_workspace(x, gram_workspace_bytes(batch, channels, x.size(2) * x.size(3)));
   with_image(x, "x", [&](const auto& image) {
-    check_launch(gram(image, scale, result.mutable_data_ptr<float>(),
+    check_launch(gram(image, scale, grade, result.mutable_data_ptr<float>(),
                       workspace.mutable_data_ptr(), launcher.stream()),
                  "gram");
   });
@@ -38,7 +38,7 @@ Tensor gram_op(const Tensor& x, double scale, const std::string& precision) {
 
 Tensor gram_backward_op(const Tensor& grad, const Tensor& x, double scale,
                         const std::string& precision) {
-  check_precision(precision);
+  const Precision grade = check_precision(precision);
   check_features(x);
   const int64_t batch = x.size(0), channels = x.size(1);
   check_float32(grad, "grad", 3);
@@ -49,7 +49,7 @@ Tensor gram_backward_op(const Tensor& grad, const Tensor& x, double scale,
   const Tensor dense = torch::stable::contiguous(grad);
   const Tensor workspace = new_workspace(x, gram_backward_workspace_bytes(batch, channels));
   with_image(x, "x", [&]<class T>(const Image<T>& image) {
-    check_launch(gram_backward(dense.const_data_ptr<float>(), image, scale,
+    check_launch(gram_backward(dense.const_data_ptr<float>(), image, scale, grade,
                                mutable_image_of<T>(grad_x), workspace.mutable_data_ptr(),
                                launcher.stream()),
                  "gram_backward");

@@ -10,6 +10,8 @@ namespace {
 using namespace mghf;
 using namespace mghf::cuda;
 
+constexpr double kEveryDigit = 0.05;
+
 struct Arguments {
   Matrices query, key;
   MonceOptions options;
@@ -17,8 +19,8 @@ struct Arguments {
 
 Arguments check_monce(const Tensor& query, const Tensor& key, double temperature, double epsilon,
                       int64_t iterations, double negative_weight, const std::string& cost,
-                      const std::string& plan_gradient) {
-  const Matrices queries = check_matrices(query, "query"), keys = check_matrices(key, "key");
+                      const std::string& plan_gradient, const std::string& precision) {
+  Matrices queries = check_matrices(query, "query"), keys = check_matrices(key, "key");
   check_same_shape(key, "key", query, "query");
   STD_TORCH_CHECK(queries.element == keys.element, "key is of another type than query");
   STD_TORCH_CHECK(queries.columns <= kMostTransported, "query has shape ", shape_of(query),
@@ -26,6 +28,10 @@ Arguments check_monce(const Tensor& query, const Tensor& key, double temperature
   check_scale(temperature, "temperature");
   check_scale(negative_weight, "negative_weight");
   const bool differentiate_plan = check_plan_gradient(plan_gradient);
+  // Similarities are divided by both: where one is small every digit counts.
+  const bool once = check_precision(precision) != Precision::float32 && epsilon >= kEveryDigit &&
+                    temperature >= kEveryDigit;
+  queries.once = keys.once = once;
   const TransportOptions transport = check_transport(cost, epsilon, iterations, std::nullopt);
   return {queries, keys, {transport, temperature, negative_weight, differentiate_plan}};
 }
@@ -42,9 +48,8 @@ std::tuple<Tensor, Tensor> monce_op(const Tensor& query, const Tensor& key, doub
                                     double epsilon, int64_t iterations, double negative_weight,
                                     const std::string& cost, const std::string& plan_gradient,
                                     int64_t kept, const std::string& precision) {
-  check_precision(precision);
   const Arguments given = check_monce(query, key, temperature, epsilon, iterations,
-                                      negative_weight, cost, plan_gradient);
+                                      negative_weight, cost, plan_gradient, precision);
   check_kept(kept, iterations);
   const Launcher launcher(query);
   Tensor losses =
@@ -67,9 +72,8 @@ Tensor monce_backward_op(const Tensor& grad, const Tensor& query, const Tensor& 
                          double negative_weight, const std::string& cost,
                          const std::string& plan_gradient,
                          const std::string& precision) {
-  check_precision(precision);
   const Arguments given = check_monce(query, key, temperature, epsilon, iterations,
-                                      negative_weight, cost, plan_gradient);
+                                      negative_weight, cost, plan_gradient, precision);
   STD_TORCH_CHECK(grad.dim() == 2 && grad.size(0) == query.size(0) &&
                       grad.size(1) == query.size(1),
                   "grad has shape ", shape_of(grad), "; allowed are the first two dimensions of ",

@@ -21,7 +21,8 @@ const float* check_parameter(const Tensor& tensor, const char* argument, int64_t
 
 // The projection without its biases.
 Projection check_patches(const Tensor& x, const char* argument, const Tensor& weight1,
-                         const Tensor& weight2, int64_t patch_size, int64_t stride) {
+                         const Tensor& weight2, int64_t patch_size, int64_t stride,
+                         const std::string& precision) {
   constexpr int64_t kMost = int64_t{1} << 24;
   check_image(x, argument);
   STD_TORCH_CHECK(patch_size >= 1 && patch_size <= x.size(2) && patch_size <= x.size(3) &&
@@ -35,6 +36,7 @@ Projection check_patches(const Tensor& x, const char* argument, const Tensor& we
   check_float32(weight1, "weight1", 2);
   check_float32(weight2, "weight2", 2);
   Projection p{};
+  p.precision = check_precision(precision);
   p.patch_size = patch_size;
   p.stride = stride;
   p.hidden = weight1.size(0);
@@ -70,8 +72,7 @@ std::tuple<Tensor, Tensor> patches_op(const Tensor& x, const Tensor& weight1, co
                                       const Tensor& weight2, const Tensor& bias2,
                                       int64_t patch_size, int64_t stride,
                                       const std::string& precision) {
-  check_precision(precision);
-  Projection p = check_patches(x, "x", weight1, weight2, patch_size, stride);
+  Projection p = check_patches(x, "x", weight1, weight2, patch_size, stride, precision);
   p.bias1 = check_parameter(bias1, "bias1", p.hidden, -1);
   p.bias2 = check_parameter(bias2, "bias2", p.dimension, -1);
   const int64_t maps = x.size(0) * x.size(1), number = p.patches(x.size(2), x.size(3));
@@ -90,8 +91,10 @@ std::tuple<Tensor, Tensor> patches_op(const Tensor& x, const Tensor& weight1, co
 
 void image_gradient(const Tensor& grad_x, const char* argument, bool add, const Tensor& grad,
                     const Tensor& embedding, const Tensor& state, const Tensor& weight1,
-                    const Tensor& weight2, int64_t patch_size, int64_t stride) {
-  const Projection p = check_patches(grad_x, argument, weight1, weight2, patch_size, stride);
+                    const Tensor& weight2, int64_t patch_size, int64_t stride,
+                    const std::string& precision) {
+  const Projection p =
+      check_patches(grad_x, argument, weight1, weight2, patch_size, stride, precision);
   const EmbeddingGradient gradient = check_gradient(p, grad_x, grad, embedding, state);
   const Launcher launcher(grad_x);
   const Tensor workspace = new_workspace(
@@ -108,10 +111,10 @@ Tensor patches_backward_op(const Tensor& grad, const Tensor& embedding, const Te
                            const Tensor& x, const Tensor& weight1, const Tensor& weight2,
                            int64_t patch_size, int64_t stride,
                            const std::string& precision) {
-  check_precision(precision);
   check_image(x, "x");
   const Tensor grad_x = new_image_like(x, x.size(1));
-  image_gradient(grad_x, "x", false, grad, embedding, state, weight1, weight2, patch_size, stride);
+  image_gradient(grad_x, "x", false, grad, embedding, state, weight1, weight2, patch_size, stride,
+                 precision);
   return grad_x;
 }
 
@@ -119,17 +122,15 @@ void patches_backward_add_op(Tensor grad_x, const Tensor& grad, const Tensor& em
                              const Tensor& state, const Tensor& weight1, const Tensor& weight2,
                              int64_t patch_size, int64_t stride,
                              const std::string& precision) {
-  check_precision(precision);
   image_gradient(grad_x, "grad_x", true, grad, embedding, state, weight1, weight2, patch_size,
-                 stride);
+                 stride, precision);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> patches_backward_weights_op(
     const Tensor& grad, const Tensor& embedding, const Tensor& state, const Tensor& x,
     const Tensor& weight1, const Tensor& bias1, const Tensor& weight2, int64_t patch_size,
     int64_t stride, const std::string& precision) {
-  check_precision(precision);
-  Projection p = check_patches(x, "x", weight1, weight2, patch_size, stride);
+  Projection p = check_patches(x, "x", weight1, weight2, patch_size, stride, precision);
   p.bias1 = check_parameter(bias1, "bias1", p.hidden, -1);
   const EmbeddingGradient gradient = check_gradient(p, x, grad, embedding, state);
   const Launcher launcher(x);
