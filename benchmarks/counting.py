@@ -122,12 +122,17 @@ def tensor_cycles(counts: Mapping[str, float]) -> float:
 # ---- what depends on data ----
 
 RULES = (
-    (r"for \(int t = 1; t <= p\.iterations; \+\+t\)", "iterations"),
-    (r"progress\.hopeless|p\.tolerance|settled\(|kRounding &&|const bool is_narrow", "stay"),
-    (r"if \(!fast\)", "skip"),
+    (r"for \(int t = 1; t <= (p\.iterations|made); |term <= last; ", "iterations"),
+    (r"progress\.hopeless|p\.tolerance|settled\(|kRounding &&|solution\.made < 0", "stay"),
+    (r"const bool is_narrow|if \(is_narrow\)|solution\.base == 0", "stay"),
+    (r"exists \?|y < 0 \|\| y >= heights|if \(count > 0\) sum -= ", "stay"),
+    (r"half < rows|tile \* 16 >= rows", "enter"),
+    (r"if \(!fast\)|is_last\(", "skip"),
 )
-"""Patterns of source lines, and what their jumps do: "iterations" ends the loop after `ITERATIONS`,
-"stay" goes on behind the jump, "skip" jumps forward whatever the predicate says."""
+"""Patterns of source lines, and what their jumps do: "iterations" ends the loop after `ITERATIONS`.
+Where the predicate is unknown, "stay" goes on behind the jump, and "enter" does so too but stays in
+the loop. "skip" jumps forward, or ends the thread, whatever the predicate says. What only the last
+block does is not counted."""
 
 
 class Sources:
@@ -151,13 +156,14 @@ class Sources:
             return next((what for pattern, what in RULES if re.search(pattern, line)), "")
 
         def decide(program: Program, jump: Instruction, known: bool | None, times: int) -> bool:
-            found = kind(jump.line) if jump.mnemonic == "BRA" else ""
-            if found == "iterations" and not _forward(program, jump):
+            found = kind(jump.line) if jump.mnemonic in ("BRA", "EXIT") else ""
+            forward = _forward(program, jump)
+            if found == "iterations" and not forward and jump.mnemonic == "BRA":
                 return times < iterations - 1
-            if found == "stay" and known is None:
-                return False
-            if found == "skip":
-                return _forward(program, jump)
+            if found == "skip" and (known is None or jump.mnemonic == "BRA"):
+                return forward or jump.mnemonic == "EXIT"
+            if known is None and found in ("stay", "enter"):
+                return found == "enter" and not forward and jump.mnemonic == "BRA"
             return shortest(program, jump, known, times)
 
         return decide

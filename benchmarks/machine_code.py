@@ -9,11 +9,21 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 NO_SCOREBOARD = 7
+
+MEMORY: Mapping[str, str] = {
+    "ATOM": "global atomic", "ATOMG": "global atomic", "ATOMS": "shared atomic",
+    "RED": "global atomic",
+    "LD": "shared load", "LDG": "global load", "LDGSTS": "global load", "LDL": "local load",
+    "LDS": "shared load", "LDSM": "shared load", "ST": "shared store", "STG": "global store",
+    "STL": "local store", "STS": "shared store",
+}  # fmt: skip
+"""The space and direction by which accesses are counted. Generic addresses, of LD and ST, occur in
+functions that are not inlined and get pointers to shared memory."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import struct
 
 MASK = 0xFFFFFFFF
+BULK = -1
+"""The key of the bytes that bulk copies move, among the counts of accesses."""
 
 
 def signed(value: int) -> int:
@@ -85,5 +87,5 @@ def constant(constants: tuple[dict[int, int], dict[str, int]], bank: int, at: in
 
 HELPERS: dict[str, object] = {
     "s": signed, "s64": signed64, "lut": table_of_three, "prmt": bytes_chosen, "put": put,
-    "const": constant, "up": rounded_up, "rcp": reciprocal, "trunc": truncated,
+    "const": constant, "up": rounded_up, "rcp": reciprocal, "trunc": truncated, "number": as_float,
 }  # fmt: skip

@@ -10,22 +10,12 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from .machine_code import Instruction
-from .machine_integers import MASK
+from .machine_integers import BULK, MASK
 
 Meaning = list[str]
-
-MEMORY: Mapping[str, str] = {
-    "ATOM": "global atomic", "ATOMG": "global atomic", "ATOMS": "shared atomic",
-    "RED": "global atomic",
-    "LD": "shared load", "LDG": "global load", "LDGSTS": "global load", "LDL": "local load",
-    "LDS": "shared load", "LDSM": "shared load", "ST": "shared store", "STG": "global store",
-    "STL": "local store", "STS": "shared store",
-}  # fmt: skip
-"""The space and direction by which accesses are counted. Generic addresses, of LD and ST, occur in
-functions that are not inlined and get pointers to shared memory."""
 
 
 def guard_expression(name: str) -> str:
@@ -117,7 +107,9 @@ _WIDE = ("64", "WIDE", "F64", "S64", "U64", "HI64")
 def _width(instruction: Instruction) -> int:
     """Registers of the result."""
     name, suffixes = instruction.mnemonic, instruction.suffixes
-    if name in ("HMMA", "HGMMA", "IMMA"):
+    if name == "HGMMA":
+        return int(suffixes[0].split("x")[1]) // 2
+    if name == "HMMA":
         return 4
     if name == "LDSM":
         return int(suffixes[-1]) if suffixes[-1].isdigit() else 1
@@ -139,7 +131,7 @@ def _width(instruction: Instruction) -> int:
 _NO_RESULT = (
     "BAR", "BRA", "BREAK", "BSSY", "BSYNC", "CALL", "CCTL", "CGAERRBAR", "DEPBAR", "ENDCOLLECTIVE",
     "ERRBAR", "EXIT", "LDGDEPBAR", "LDGSTS", "MEMBAR", "NOP", "RED", "RET", "ST", "STG", "STL",
-    "STS", "UCGABAR_ARV", "UCGABAR_WAIT", "WARPSYNC", "YIELD",
+    "STS", "UBLKCP", "UCGABAR_ARV", "UCGABAR_WAIT", "WARPSYNC", "YIELD",
 )  # fmt: skip
 
 _TWO_PREDICATES = ("DSETP", "FSETP", "HSETP2", "ISETP", "PLOP3", "UISETP")
@@ -342,6 +334,12 @@ def _compare(i: Instruction) -> Meaning:
             f"({x} {operator[0]} {y} or ({x} == {y} and e))"
         )  # fmt: skip
     lines = [f"o = {guard_expression(third)}", *_set("w", f"bool({test})", **names)]
+    return [*lines, *_join(i, first, second)]
+
+
+def _join(i: Instruction, first: str, second: str) -> Meaning:
+    """Sets two predicates: the comparison w and its opposite, each joined with o."""
+    lines = []
     how = next((s for s in i.suffixes if s in _JOIN), "AND")
     for name, value in ((first, "w"), (second, "(None if w is None else not w)")):
         target = predicate(name)
@@ -356,6 +354,29 @@ def _compare(i: Instruction) -> Meaning:
             joined += "None if None in (z, o) else z != o"
         lines.append(joined)
     return lines
+
+
+def _compare_floats(i: Instruction) -> Meaning:
+    """Of the launch's parameters and of constants; sums and products are not computed."""
+    operator = next((o for n, o in _COMPARE.items() if i.suffixes[0] in (n, n + "U")), None)
+    if operator is None or len(i.operands) != 5:
+        return _unknown(i)
+    first, second, a, b, third = i.operands
+    sources = {"a": _float_source(a), "b": _float_source(b)}
+    lines = [f"o = {guard_expression(third)}", *_set("w", f"a {operator} b", **sources)]
+    return [*lines, *_join(i, first, second)]
+
+
+def _float_source(text: str) -> str:
+    bits = _source(text) if _is_register(text) or text.startswith("c[") else "None"
+    if text in ("RZ", "URZ", "-RZ"):
+        return "0"
+    if bits != "None":
+        return f"(None if (v := {bits}) is None else number(v))"
+    try:
+        return repr(float(text)) if text[-1].isdigit() else "None"
+    except ValueError:
+        return "None"
 
 
 def _predicates(i: Instruction) -> Meaning:
@@ -519,6 +540,18 @@ def _half_constant(i: Instruction) -> Meaning:
     return [f"{_register(i.operands[0])} = {high << 16 | low}"]
 
 
+def _bulk_copy(i: Instruction) -> Meaning:
+    """Adds its bytes to those that are counted."""
+    return [f"X[{BULK}] += {_source(i.operands[2])} or 0"]
+
+
+def _true(i: Instruction) -> Meaning:
+    """The walked thread is the one that is elected, and what it waits for is there."""
+    if i.mnemonic == "SYNCS" and "TRYWAIT" not in i.suffixes:
+        return []
+    return [f"{d} = True" for d in destinations(i) if d[0] in "PQ"]
+
+
 def _from_predicates(i: Instruction) -> Meaning:
     """P2R R, PR, a, mask: the predicates of the mask, and the other bits of a. If only some are
     unknown, these become 0, since the others are needed again."""
@@ -544,12 +577,14 @@ def _unknown(i: Instruction) -> Meaning:
 
 
 _MEANINGS: dict[str, Callable[[Instruction], Meaning]] = {
-    "CS2R": _special, "F2I": _to_integer, "HFMA2": _half_constant,
-    "I2F": _to_float, "IABS": _absolute, "IADD3": _sum, "IMAD": _product, "ISETP": _compare,
+    "CS2R": _special, "ELECT": _true, "F2I": _to_integer, "FSETP": _compare_floats,
+    "HFMA2": _half_constant, "I2F": _to_float, "IABS": _absolute, "IADD3": _sum,
+    "IMAD": _product, "ISETP": _compare,
     "LD": _load, "LDC": _constants, "LDL": _load, "LDS": _load, "LEA": _lea, "LOP3": _logic,
     "MOV": _move, "MUFU": _special_function, "P2R": _from_predicates, "PLOP3": _predicates,
     "PRMT": _permute, "R2P": _to_predicates, "R2UR": _move, "S2R": _special, "S2UR": _special,
     "SEL": _select, "SHF": _shift, "SHFL": _shuffle, "ST": _store, "STL": _store, "STS": _store,
+    "SYNCS": _true, "UBLKCP": _bulk_copy,
     "UIADD3": _sum, "UIMAD": _product, "UISETP": _compare, "ULDC": _constants, "ULEA": _lea,
     "ULOP3": _logic, "UMOV": _move, "UPLOP3": _predicates, "UPRMT": _permute, "USEL": _select,
     "USHF": _shift, "VIADD": _sum, "VIADDMNMX": _extreme, "VIMNMX": _extreme,

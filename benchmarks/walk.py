@@ -18,10 +18,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .machine_code import NO_SCOREBOARD, Instruction, Program
-from .machine_integers import HELPERS
+from .machine_code import MEMORY, NO_SCOREBOARD, Instruction, Program
+from .machine_integers import BULK, HELPERS
 from .machine_meaning import (
-    MEMORY,
     Meaning,
     destinations,
     guard_expression,
@@ -110,7 +109,8 @@ def _latency(instruction: Instruction, global_latency: int) -> int:
 
 
 def _timing(instructions: Sequence[Instruction]) -> list[str]:
-    """Statements that advance the clocks t0, t1 past a block; A and B are its scoreboards."""
+    """Statements that advance the clocks t0, t1 past a block. A and B have the cycles at which the
+    scoreboards are set, and at 6 that at which the products of the warpgroup are made."""
     lines: list[str] = []
     stall = 0
 
@@ -131,6 +131,13 @@ def _timing(instructions: Sequence[Instruction]) -> list[str]:
                 lines.append(f"t0 = max(t0, A[{board}]); t1 = max(t1, B[{board}])")
         if each.mnemonic == "BAR":
             stall += LATENCY["BAR"]
+        if each.mnemonic == "HGMMA":
+            flush()
+            cycles = int(each.suffixes[0].split("x")[1]) // 2
+            lines.append(f"A[6] = max(A[6], t0) + {cycles}; B[6] = max(B[6], t1) + {cycles}")
+        if each.mnemonic == "WARPGROUP" and each.operands[1:] == ("0x0",):
+            flush()
+            lines.append("t0 = max(t0, A[6]); t1 = max(t1, B[6])")
         if each.mnemonic == "LDGDEPBAR":  # what was copied so far
             flush()
             near, far = GLOBAL_LATENCIES
@@ -249,6 +256,8 @@ class Walker:
                 walk.counts[name] += count * times
             for kind, count in moved.items():
                 walk.bytes[kind] += count * times
+        if copied := guarded.pop(BULK, 0):
+            walk.bytes["global load"] += copied
         for k, times in guarded.items():
             for kind, count in _bytes(self.program.instructions[k]).items():
                 walk.bytes[kind] += count * times
@@ -295,7 +304,7 @@ class _State:
         self._uniform: list[bool | None] = [*[False] * 7, True]
         self.arguments: tuple[Any, ...] = (
             [0] * 256, self._predicates, [0] * 64, self._uniform, (constants, special),
-            {}, {}, self.executed, [0.0] * 6, [0.0] * 6, self.clocks,
+            {}, {}, self.executed, [0.0] * 7, [0.0] * 7, self.clocks,
         )  # fmt: skip
 
     def _predicate(self, name: str) -> bool | None:

@@ -225,3 +225,48 @@ def test_counts_of_a_launch(tmp_path: Path) -> None:
             lambda program, jump, known, times: bool(known),
             most=10_000,
         )
+
+
+DECIDED = """
+.text.kernel:
+        /*0000*/                   LDG.E R2, desc[UR4][R4.64] ;
+        /*0010*/                   FSETP.GT.AND P0, PT, R2, RZ, PT ;
+.L_x_0:
+        /*0020*/                   FADD R3, R3, R2 ;
+//## File "/x/csrc/cuda/planned.h", line {line}
+        /*0030*/               @P0 BRA `(.L_x_{label}) ;
+        /*0040*/               @P0 EXIT ;
+//## File "/x/csrc/cuda/planned.h", line 6
+        /*0050*/                   FMUL R3, R3, R2 ;
+.L_x_1:
+        /*0060*/                   EXIT ;
+"""
+LINES = (
+    "if (progress.hopeless) return;",
+    "for (int k = 0; half < rows && k < 8; ++k) {",
+    "if (!is_last(counter, blocks)) return;",
+    "if (anything(x)) more();",
+    "for (int t = 1; t <= made; ++t) {",
+    "",
+)
+
+
+@pytest.mark.parametrize(
+    ("line", "label", "instructions"),
+    [
+        (1, 1, 7),  # stays: neither jumps nor ends
+        (2, 1, 7),  # enters
+        (3, 1, 5),  # skips
+        (3, 0, 5),  # ends, as all blocks but one do
+        (4, 1, 5),  # skips what may be skipped
+        (4, 0, 7),  # leaves the loop
+        (5, 0, 7 + 2 * (counting.ITERATIONS - 1)),
+    ],
+)
+def test_rules(tmp_path: Path, line: int, label: int, instructions: int) -> None:
+    folder = tmp_path / "csrc" / "cuda"
+    folder.mkdir(parents=True)
+    (folder / "planned.h").write_text("\n".join(LINES))
+    (program,) = programs(DECIDED.format(line=line, label=label))
+    found = Walker(program).walk(Place(0, 0, 32, 1, b""), Sources(tmp_path).rule())
+    assert found.counts.total() == instructions

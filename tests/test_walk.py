@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import pytest
 
 from benchmarks.machine_code import Control, Program, local_name, programs, resources
@@ -251,6 +253,26 @@ def test_bytes_of_a_warp() -> None:
     }  # fmt: skip
 
 
+def test_bulk_copies_and_products_of_a_warpgroup() -> None:
+    code = """
+        ULDC UR7, c[0x0][0x210]
+        ELECT P2, URZ, PT
+    .L_x_0:
+        SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR6+0x80], R7
+        @!P0 BRA `(.L_x_0)
+        @P2 UBLKCP.S.G [UR10], [UR4], UR7
+        UBLKCP.S.G [UR10], [UR4], UR7
+        HGMMA.64x32x16.F32 R24, R40, gdesc[UR4], R24, gsb0
+        HGMMA.64x32x16.F32 R24, R40, gdesc[UR4], R24, gsb0
+        WARPGROUP.DEPBAR.LE gsb0, 0x1
+        WARPGROUP.DEPBAR.LE gsb0, 0x0
+        EXIT
+    """
+    found = walk(code, parameters=integer(4096))
+    assert found.bytes["global load"] == 2 * 4096 and not found.unknown
+    assert found.cycles == (6 + 2 * 16 + 2, 6 + 2 * 16 + 2)
+
+
 def test_a_loop_without_end() -> None:
     with pytest.raises(WalkError, match="kernel has executed"):
         walk(".L_x_0:\nBRA `(.L_x_0)", most=1000)
@@ -273,3 +295,18 @@ def test_time_waits_for_scoreboards() -> None:
     (found,) = programs(text)
     cycles = Walker(found).walk(Place(0, 0, 32, 1, b"")).cycles
     assert cycles == tuple(latency + 4 + 5 for latency in GLOBAL_LATENCIES)
+
+
+def test_comparisons_of_float_parameters() -> None:
+    code = """
+        ULDC UR4, c[0x0][0x210]
+        FSETP.GT.AND P1, PT, RZ, UR4, PT
+        FSETP.LEU.AND P2, P3, R0, 0.5, !P1
+        FSETP.GT.OR P4, PT, |R9|, RZ, PT
+        SEL R0, 0x3, 0x1, P2
+        @P3 MOV R0, 0x7
+    """
+    for half, passes in ((-0.5, 1), (0.5, 3), (0.75, 7)):
+        parameters = struct.pack("<f", half)
+        found = walk("LDC R0, c[0x0][0x210]\n" + code + COUNT, parameters=parameters)
+        assert found.counts["BRA"] == passes + 1 and not found.unknown
