@@ -153,7 +153,7 @@ struct PartialCall {
     if (streams && count == all && packed.mix_rows != nullptr) {
       MutableChannels<T> rows = to;
       rows.image.data += kept.first * to.image.row_stride;
-      const Mix<T, T> m{from, rows, nullptr, 0, packed.bias, static_cast<int>(pixels()),
+      const Mix<T, T> m{from, rows, {nullptr, false}, 0, packed.bias, static_cast<int>(pixels()),
                         kept.count(), static_cast<int>(width), kept.first, static_cast<int>(terms)};
       return launch_mix_rows<T>(m, packed.mix_rows, shape.kernel,
                                 mix_depths(terms, shape.kernel, half()), half(), stream);
