@@ -163,8 +163,7 @@ def _no_autocast(*_: Any, **__: Any) -> contextlib.AbstractContextManager[None]:
 def _backend(name: str, counter: _Counter, module: Any) -> Iterator[None]:
     """Makes the backend accept tensors of the device "meta"."""
 
-    def choose(op: Op, backend: str, *tensors: Tensor, **options: Any) -> Any:
-        found = op.implementation(name)
+    def named(op: Op, found: Any) -> Any:
         functions = {
             field: counter.named(op.name + suffix, getattr(found, field))
             for field, suffix in (
@@ -173,7 +172,12 @@ def _backend(name: str, counter: _Counter, module: Any) -> Iterator[None]:
                 ("add_backward", "_backward"),
             )
         }
+        if found.frozen is not None:
+            functions["frozen"] = lambda: named(op, found.frozen())
         return dataclasses.replace(found, **functions)
+
+    def choose(op: Op, backend: str, *tensors: Tensor, **options: Any) -> Any:
+        return named(op, op.implementation(name))
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(Op, "choose", choose))

@@ -33,6 +33,8 @@ BOUNDS = [
     Bounds("patches", "7projectIfLb0ELi4E", 0.22, 51),
     # One instruction of a warpgroup makes the products of 128 of those above.
     Bounds("patches", "12project_rowsILi2E", 0.0145, 55),
+    Bounds("patches", "19image_gradient_rows", 0.0235, 49),
+    Bounds("patches", "20hidden_gradient_rows", 0.0068, 50),
     Bounds("patches", "15hidden_gradientILb1E", 0.21, 46),
     Bounds("patches", "14image_gradientIfE", 0.27, 50),
     Bounds("patches", "13outer_productIfLb1E", 0.16, 26),

@@ -73,6 +73,11 @@ def patches(x: Tensor = X, size: int = 3, stride: int = 1, hidden: int = 5, **ch
     return ops().patches(x, *weights.values(), size, stride)
 
 
+def patches_packed(packed: Tensor) -> Any:
+    parameters = (torch.zeros(5, 9), torch.zeros(5), torch.zeros(7, 5), torch.zeros(7))
+    return ops().patches_packed(X, *parameters, packed, 3, 1)
+
+
 def patches_backward(**changed: Tensor) -> Any:
     embedding, state = patches()
     given = {"grad": torch.zeros_like(embedding), "embedding": embedding, "state": state} | changed
@@ -177,6 +182,19 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: patches(stride=0), "stride is 0; allowed is at least 1"),
     (lambda: patches(weight1=torch.zeros(5, 8)), r"weight1 has shape \(5, 8\), which does not fit"),
     (lambda: patches(weight2=torch.zeros(5, 7).T), "weight2 is not contiguous"),
+    (lambda: patches_packed(PLANE), "packed is not uint8"),
+    (
+        lambda: patches_packed(torch.zeros(16, dtype=torch.uint8)),
+        r"packed has shape \(16\); allowed is a contiguous \(\d+\), from patches_pack",
+    ),
+    (
+        lambda: ops().patches_pack(torch.zeros(5, 9), torch.zeros(7, 5), 0, 1),
+        "patch_size is 0; allowed is 1 to 4096",
+    ),
+    (
+        lambda: ops().patches_pack(torch.zeros(5, 9), torch.zeros(7, 5), 3, 0),
+        "stride is 0; allowed is at least 1",
+    ),
     (lambda: patches(bias1=torch.zeros(4)), r"bias1 has shape \(4\), which does not fit"),
     (lambda: patches(bias2=torch.zeros(7).half()), "bias2 is not float32"),
     (lambda: patches_backward(grad=torch.zeros(8, 16, 6)), r"grad has shape \(8, 16, 6\)"),

@@ -4,6 +4,7 @@ checks values, with the backend "cuda"."""
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import draws
 import numpy as np
@@ -13,6 +14,8 @@ from contract import relative_error
 from emulated import Call, needs_modules, results, strided
 from torch import Tensor
 
+from mghf_fast import native
+from mghf_fast.ops import OPS
 from mghf_fast.reference import patches as reference
 
 pytestmark = needs_modules
@@ -95,6 +98,44 @@ def test_rows_of_pixels(case: tuple[int, ...], tmp_path: Path) -> None:
     assert relative_error(norms[0], norms[1].double()) <= 5e-7
 
 
+# Cells of one to four patches, with margins that no patch covers; two blocks of cells; cells that
+# are patches; patches of 32 pixels.
+CELLS = [
+    (1, 2, 32, 64, 16, 8, 128, 64),
+    (2, 3, 36, 62, 16, 12, 100, 50),
+    (1, 3, 54, 70, 16, 16, 33, 3),
+    (1, 1, 65, 66, 32, 24, 128, 64),
+]
+
+
+@pytest.mark.parametrize("case", CELLS)
+def test_gradient_by_rows(case: tuple[int, ...], tmp_path: Path) -> None:
+    """By newer and older kernels, the newer ones twice; a NaN stays in its patch."""
+    x, weights, options = of_rows(case)
+    ((embedding, state),) = results("plain", [forward(x, weights, options)], tmp_path)
+    grad = draws.randn(embedding.shape)
+    matrices = strided(weights[0]), strided(weights[2])
+    saved = (grad.numpy(), embedding, state)
+    back: Call = ("patches_backward", (*saved, strided(x), *matrices, *options))
+    bad = grad.clone()
+    bad[0, -1, 1] = float("nan")
+    broken: Call = ("patches_backward", (bad.numpy(), *saved[1:], *back[1][3:]))
+    new, again, kept, _, old = results("plain", [back, back, broken, OLDER, back], tmp_path)
+    assert new.tobytes() == again.tobytes() and not np.array_equal(new, old)
+    exact = [w.double() for w in weights]
+    expected, _ = reference.patch_projection_backward(
+        grad.double(), x.double(), *exact, *options, False
+    )
+    assert relative_error(torch.from_numpy(new), expected) <= 2e-6
+    assert relative_error(torch.from_numpy(old), expected) <= 2e-5
+    columns = (x.shape[3] - options[0]) // options[1] + 1
+    of_patch = np.zeros(new.shape, bool)
+    top, left = (n * options[1] for n in divmod(embedding.shape[1] - 1, columns))
+    of_patch[0, 0, top : top + options[0], left : left + options[0]] = True
+    assert np.array_equal(np.isnan(kept), of_patch)
+    assert np.array_equal(kept[~of_patch], new[~of_patch])
+
+
 @pytest.mark.parametrize("scale", [1e-25, 1e25])
 def test_rows_of_pixels_of_any_size(scale: float, tmp_path: Path) -> None:
     """Numbers that no half can hold; the lower half of the image is smaller by 2^20."""
@@ -119,6 +160,31 @@ def test_what_is_not_finite_stays_in_its_patches(value: float, tmp_path: Path) -
     expected = reference.patch_projection(bad, *weights, *options)
     assert np.array_equal(np.isnan(found), expected.isnan().numpy()) and np.isnan(found).any()
     assert np.array_equal(found[~np.isnan(found)], good[~np.isnan(found)])
+
+
+@pytest.mark.parametrize("number", [0, 3])
+def test_frozen_weights_are_packed_once(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same results, to the last bit, by both of the forward's kernels."""
+    x, w, *options = problem(number, torch.float32)
+    plain, called = OPS["patches"].implementation("cuda"), []
+    frozen, ops = plain.for_frozen_weights(), torch.ops.mghf_cuda_host
+
+    class Ops:
+        def __getattr__(self, name: str) -> Any:
+            called.append(name)
+            return getattr(ops, name)
+
+    monkeypatch.setattr(native, "cuda_ops", Ops)
+    found = []
+    for run in (plain, frozen, frozen):
+        embedding, state = run.forward(x, *w, *options)
+        grad, grad_x = torch.ones_like(embedding), x.clone()
+        run.add_backward(grad_x, grad, embedding, state, x, *w, *options)
+        found.append((embedding, state, grad_x))
+    for results_ in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results_, found[0], strict=True))
+    packed = ["patches_packed", "patches_packed_backward_add_"]
+    assert called == ["patches", "patches_backward_add_", "patches_pack", *packed, *packed]
 
 
 @pytest.mark.parametrize("kind", ["thread", "address"])

@@ -8,18 +8,23 @@
 // All of them are matrix products by tensor cores, whose rows are the pairs of a patch (or of a
 // cell of the image, see patches_image.h) and a map. Maps run fastest among the rows if they do in
 // the image, otherwise patches do, so that copies are contiguous. No patch is ever copied in global
-// memory. |y| and the bits h > 0 come from the forward's state. The forward has two kernels: that
-// of patches_rows.h, and where that does not apply that of patches_forward.h.
+// memory. |y| and the bits h > 0 come from the forward's state.
+// For float32 images on a device with products of warpgroups there are newer kernels, of
+// patches_rows.h and patches_rows_image.h; where they do not apply, those of patches_forward.h and
+// patches_image.h run.
 //
 // Sizes in the predictions: B = 1, C = 128 maps of 512 x 512, N = 441 patches of K = 1024 pixels,
 // 128 hidden units, D = 64: R = 56,448 rows; on an H200 with 4.3 TB/s, 300 TFLOP/s of TF32 and 600
 // of bfloat16 by mma.sync.
 #include "patches.h"
 
+#include <optional>
+
 #include "patches_forward.h"
 #include "patches_hidden.h"
 #include "patches_image.h"
 #include "patches_rows.h"
+#include "patches_rows_image.h"
 #include "patches_weights.h"
 #include "variants.h"
 #include "workspace.h"
@@ -56,7 +61,13 @@ Factor factor_of(const float* weight, int64_t outputs, int64_t inputs, bool back
   return factor;
 }
 
-// The weights as `project` and as `project_rows` take them.
+// Whether `project_rows` takes the projection: a block has all columns of both layers.
+bool sizes_for_rows(const Projection& p) {
+  return (p.patch_size == 16 || p.patch_size == 32) && p.stride <= p.patch_size &&
+         p.hidden <= kUnits && p.dimension <= kOutputs;
+}
+
+// The weights as the forward's kernels take them, in a workspace or in what patches_pack() writes.
 struct ProjectionMemory {
   Factor weight1, weight2;
   RowsWeights rows;
@@ -64,18 +75,36 @@ struct ProjectionMemory {
   ProjectionMemory(const Projection& p, Pieces& pieces)
       : weight1(factor_of(p.weight1, p.hidden, p.pixels(), false, pieces)),
         weight2(factor_of(p.weight2, p.dimension, p.hidden, false, pieces)),
-        rows(p.pixels(), pieces) {}
+        rows(sizes_for_rows(p) ? p.pixels() : 0, pieces) {}
 };
 
 // How many steps of 16 pixels a row of a patch has for `project_rows`, or 0 where `project` takes
-// the image: the rows of an image are copied in pieces that are contiguous and aligned, and a block
-// has all columns of both layers.
+// the image: the former copies pieces of an image's rows, contiguous and aligned.
 template <class T>
-int steps_of_rows(const Image<T>& x, const Patches& p) {
-  const bool takes = std::is_same_v<T, float> && (p.size == 16 || p.size == 32) &&
-                     p.stride <= p.size && !p.maps_fastest && wide(x, p) && p.hidden <= kUnits &&
-                     p.dimension <= kOutputs;
-  return takes && newest(Variant::patches) ? p.size / kHalvesOfStep : 0;
+int steps_of_rows(const Image<T>& x, const Projection& projection, const Patches& p) {
+  const bool takes = std::is_same_v<T, float> && sizes_for_rows(projection) && !p.maps_fastest &&
+                     wide(x, p) && newest(Variant::patches);
+  return takes ? p.size / kHalvesOfStep : 0;
+}
+
+const char* pack_for_project(const ProjectionMemory& memory, Stream stream) {
+  return launch(pack, {up(memory.weight1.size() + memory.weight2.size(), kThreads), kThreads},
+                stream, memory.weight1, memory.weight2);
+}
+
+const char* pack_for_rows(const Projection& p, const RowsWeights& weights, Stream stream) {
+  return launch(pack_halves, {kPackBlocks, kThreads}, stream, weights, p.weight1, p.weight2,
+                static_cast<int>(p.pixels()), static_cast<int>(p.hidden),
+                static_cast<int>(p.dimension));
+}
+
+// Whether the device has products of warpgroups, and the shared memory that a block may have.
+const char* find_products(bool& has, int64_t& shared_bytes) {
+  Gpu gpu{};
+  const char* error = has_warpgroup_products(has);
+  if (error == nullptr) error = current_gpu(gpu);
+  shared_bytes = gpu.shared_bytes;
+  return error;
 }
 
 // Sets `done` unless the device has no products of warpgroups or too little memory for a block.
@@ -83,15 +112,13 @@ template <int kSteps>
 const char* run_rows(const Image<float>& x, const Patches& p, const Projection& projection,
                      const RowsWeights& weights, float* embedding, int* state, Stream stream,
                      bool& done) {
-  Gpu gpu{};
+  int64_t shared_bytes = 0;
   bool has_products = false;
-  const char* error = has_warpgroup_products(has_products);
-  if (error == nullptr) error = current_gpu(gpu);
-  const int64_t stages = stages_within<kSteps>(gpu.shared_bytes);
+  const char* error = find_products(has_products, shared_bytes);
+  const int64_t stages = stages_within<kSteps>(shared_bytes);
   if (error != nullptr || !has_products || stages < 2) return error;
   done = true;
-  error = launch(pack_halves, {kPackBlocks, kThreads}, stream, weights, projection.weight1,
-                 projection.weight2, p.pixels(), p.hidden, p.dimension);
+  if (!projection.is_packed) error = pack_for_rows(projection, weights, stream);
   if (error != nullptr) return error;
   const auto bytes = static_cast<size_t>(stages * Stage<kSteps>::kBytes + weights.second_bytes());
   return launch(project_rows<kSteps>, {up(p.number(), kRows), kRowsThreads, bytes}, stream, x, p,
@@ -106,7 +133,7 @@ const char* run_project(const Image<T>& x, const Projection& projection,
   const Patches p(x, projection);
   if (p.number() == 0) return nullptr;
   if constexpr (std::is_same_v<T, float>) {
-    const int steps = hidden_layer == nullptr ? steps_of_rows(x, p) : 0;
+    const int steps = hidden_layer == nullptr ? steps_of_rows(x, projection, p) : 0;
     bool done = false;
     const char* error = nullptr;
     if (steps > 0) {
@@ -116,8 +143,7 @@ const char* run_project(const Image<T>& x, const Projection& projection,
     if (error != nullptr || done) return error;
   }
   const char* const error =
-      launch(pack, {up(memory.weight1.size() + memory.weight2.size(), kThreads), kThreads}, stream,
-             memory.weight1, memory.weight2);
+      projection.is_packed ? nullptr : pack_for_project(memory, stream);
   if (error != nullptr) return error;
   const auto run = [&](auto kernel, int bytes) {
     return launch(kernel, {up(p.number(), kRows), kThreads, static_cast<size_t>(bytes)}, stream, x,
@@ -133,17 +159,40 @@ const char* run_project(const Image<T>& x, const Projection& projection,
              project_bytes<T, false>());
 }
 
+// The weights as the kernels of the image's gradient take them, likewise.
 struct ImageGradientMemory {
-  uint4 *grad_hidden, *weights;
+  uint4* weights;
   Factor weight2;
+  std::optional<GradientWeights> rows;
 
-  ImageGradientMemory(const Projection& p, int64_t patches, Pieces& pieces) {
-    const int64_t of_row = pieces_of(static_cast<int>(p.hidden));
-    grad_hidden = pieces.take<uint4>(patches * of_row);
-    weights = pieces.take<uint4>(of_row * p.pixels());
-    weight2 = factor_of(p.weight2, p.dimension, p.hidden, true, pieces);
+  ImageGradientMemory(const Projection& p, Pieces& pieces)
+      : weights(pieces.take<uint4>(int64_t{pieces_of(static_cast<int>(p.hidden))} * p.pixels())),
+        weight2(factor_of(p.weight2, p.dimension, p.hidden, true, pieces)) {
+    if (sizes_for_rows(p)) rows.emplace(p, pieces);
   }
 };
+
+// All that is packed of a projection.
+struct PackedProjection {
+  ProjectionMemory forward;
+  ImageGradientMemory backward;
+
+  PackedProjection(const Projection& p, Pieces& pieces)
+      : forward(p, pieces), backward(p, pieces) {}
+};
+
+PackedProjection packed_of(const Projection& projection) {
+  Pieces pieces(projection.packed);
+  return {projection, pieces};
+}
+
+const char* pack_for_image_gradient(const Projection& p, const ImageGradientMemory& memory,
+                                    Stream stream) {
+  const int64_t count = int64_t{2} * pieces_of(static_cast<int>(p.hidden)) * p.pixels();
+  return launch(pack_for_gradient, {up(count + memory.weight2.size(), kThreads), kThreads}, stream,
+                static_cast<int>(p.pixels()), static_cast<int>(p.hidden), p.weight1,
+                reinterpret_cast<uint32_t*>(memory.weights), memory.weight2);
+}
 
 struct WeightGradientMemory {
   float *hidden, *grad_hidden, *grad_output, *partial1, *partial2;
@@ -162,6 +211,42 @@ struct WeightGradientMemory {
   }
 };
 
+const char* pack_for_gradient_rows(const Projection& p, const GradientWeights& weights,
+                                   Stream stream) {
+  return launch(pack_halves_for_gradient, {weights.pack_blocks(), kThreads}, stream, weights,
+                p.weight1, p.weight2, static_cast<int>(p.patch_size), static_cast<int>(p.stride),
+                static_cast<int>(p.hidden), static_cast<int>(p.dimension));
+}
+
+// Sets `done` where the kernels of patches_rows_image.h take the image and the device has what they
+// need.
+const char* run_gradient_rows(const MutableImage<float>& x, bool add, const Patches& p,
+                              const Projection& projection, const EmbeddingGradient& gradient,
+                              const GradientWeights& weights, const HiddenGradient& hidden,
+                              Stream stream, bool& done) {
+  const Regions regions(p.size, p.stride, x.height, x.width, kCellPixels);
+  if (p.maps_fastest || !regions.even(p) || !in_twos(x) || !newest(Variant::patches)) {
+    return nullptr;
+  }
+  int64_t shared_bytes = 0;
+  bool has_products = false;
+  const char* error = find_products(has_products, shared_bytes);
+  const int64_t stages = gradient_stages_within(shared_bytes, regions, p.columns);
+  if (error != nullptr || !has_products || stages < 2) return error;
+  done = true;
+  if (!projection.is_packed) error = pack_for_gradient_rows(projection, weights, stream);
+  if (error != nullptr) return error;
+  constexpr size_t kOfPatch = kWordsOfPatch * sizeof(uint4);
+  error = launch(hidden_gradient_rows,
+                 {up(p.number(), kRows), kHiddenThreads, size_t{weights.second_bytes()}}, stream, p,
+                 gradient, weights, hidden);
+  if (error != nullptr) return error;
+  const size_t bytes = static_cast<size_t>(stages) * weights.stage_bytes() +
+                       static_cast<size_t>(most_patches(regions.terms, p.columns)) * kOfPatch;
+  return launch(image_gradient_rows, {up(p.maps * regions.cells(), kRows), kRowsThreads, bytes},
+                stream, x, p, regions, hidden, weights, add, static_cast<int>(stages));
+}
+
 template <class T, bool kImplicit>
 const char* run_outer_product(const Image<T>& x, const Patches& p, const OuterProduct& o,
                               const float* left, const float* right, float* partial, float* weight,
@@ -174,26 +259,56 @@ const char* run_outer_product(const Image<T>& x, const Patches& p, const OuterPr
                 static_cast<const float*>(partial), weight, bias);
 }
 
+// Memory for d_h, for either kind of kernels.
+uint4* take_grad_hidden(const Projection& p, int64_t patches, Pieces& pieces) {
+  Pieces of_rows;
+  if (sizes_for_rows(p)) HiddenGradient(patches, of_rows);
+  const int64_t words = patches * pieces_of(static_cast<int>(p.hidden));
+  const int64_t words_of_rows = of_rows.bytes() / static_cast<int64_t>(sizeof(uint4));
+  return pieces.take<uint4>(words > words_of_rows ? words : words_of_rows);
+}
+
 }  // namespace
+
+int64_t patches_packed_bytes(const Projection& projection) {
+  Pieces pieces;
+  PackedProjection(projection, pieces);
+  return pieces.bytes();
+}
+
+const char* patches_pack(const Projection& projection, Stream stream) {
+  const PackedProjection packed = packed_of(projection);
+  const char* error = pack_for_project(packed.forward, stream);
+  if (error == nullptr && sizes_for_rows(projection)) {
+    error = pack_for_rows(projection, packed.forward.rows, stream);
+  }
+  if (error == nullptr) error = pack_for_image_gradient(projection, packed.backward, stream);
+  if (error == nullptr && sizes_for_rows(projection)) {
+    error = pack_for_gradient_rows(projection, *packed.backward.rows, stream);
+  }
+  return error;
+}
 
 int64_t patches_workspace_bytes(const Projection& projection) {
   Pieces pieces;
-  ProjectionMemory(projection, pieces);
+  if (!projection.is_packed) ProjectionMemory(projection, pieces);
   return pieces.bytes();
 }
 
 template <class T>
 const char* patches(const Image<T>& x, const Projection& projection, float* embedding, int* state,
                     void* workspace, Stream stream) {
-  Pieces pieces{static_cast<char*>(workspace)};
-  const ProjectionMemory memory(projection, pieces);
+  Pieces pieces(workspace);
+  const ProjectionMemory memory = projection.is_packed ? packed_of(projection).forward
+                                                       : ProjectionMemory(projection, pieces);
   return run_project(x, projection, memory, embedding, state, nullptr, stream);
 }
 
 int64_t patches_backward_workspace_bytes(const Projection& projection, int64_t maps, int64_t height,
                                          int64_t width) {
   Pieces pieces;
-  ImageGradientMemory(projection, maps * projection.patches(height, width), pieces);
+  take_grad_hidden(projection, maps * projection.patches(height, width), pieces);
+  if (!projection.is_packed) ImageGradientMemory(projection, pieces);
   return pieces.bytes();
 }
 
@@ -203,21 +318,32 @@ const char* patches_backward(const MutableImage<T>& grad_x, bool add, const Proj
   const Patches p(grad_x, projection);
   if (p.maps == 0) return nullptr;
   const Regions regions(p, grad_x.height, grad_x.width);
-  Pieces pieces{static_cast<char*>(workspace)};
-  const ImageGradientMemory memory(projection, p.number(), pieces);
-  const int64_t weights =
-      static_cast<int64_t>(pieces_of(p.hidden)) * p.pixels() * 2 + memory.weight2.size();
-  const char* error = launch(pack_for_gradient, {up(weights, kThreads), kThreads}, stream, p,
-                             projection.weight1, reinterpret_cast<uint32_t*>(memory.weights),
-                             memory.weight2);
+  Pieces pieces(workspace);
+  // One after the other in the same memory.
+  Pieces of_rows(workspace);
+  const HiddenGradient hidden(p.number(), of_rows);
+  uint4* const grad_hidden = take_grad_hidden(projection, p.number(), pieces);
+  const ImageGradientMemory memory = projection.is_packed
+                                         ? packed_of(projection).backward
+                                         : ImageGradientMemory(projection, pieces);
+  const char* error = nullptr;
+  if constexpr (std::is_same_v<T, float>) {
+    bool done = false;
+    if (memory.rows) {
+      error = run_gradient_rows(grad_x, add, p, projection, gradient, *memory.rows, hidden, stream,
+                                done);
+    }
+    if (error != nullptr || done) return error;
+  }
+  if (!projection.is_packed) error = pack_for_image_gradient(projection, memory, stream);
   if (error != nullptr) return error;
   error = launch(hidden_gradient<true>, {up(p.number(), kRows), kThreads}, stream, p, gradient,
-                 memory.weight2, reinterpret_cast<uint32_t*>(memory.grad_hidden), nullptr, nullptr);
+                 memory.weight2, reinterpret_cast<uint32_t*>(grad_hidden), nullptr, nullptr);
   if (error != nullptr) return error;
   return launch(image_gradient<T>,
                 {up(p.maps * regions.cells(), kRows) * regions.tiles, kThreads,
                  2 * kSliceSize * sizeof(uint4)},
-                stream, grad_x, p, regions, static_cast<const uint4*>(memory.grad_hidden),
+                stream, grad_x, p, regions, static_cast<const uint4*>(grad_hidden),
                 static_cast<const uint4*>(memory.weights),
                 regions.even(p) && in_twos(grad_x), add);
 }
@@ -235,7 +361,7 @@ const char* patches_backward_weights(const Image<T>& x, const Projection& projec
                                      const ParameterGradients& result, void* workspace,
                                      Stream stream) {
   const Patches p(x, projection);
-  Pieces pieces{static_cast<char*>(workspace)};
+  Pieces pieces(workspace);
   const WeightGradientMemory memory(projection, p.number(), pieces);
   const char* error =
       run_project(x, projection, memory.projection, nullptr, nullptr, memory.hidden, stream);

@@ -14,6 +14,8 @@ struct Projection {
   const float* weight2;  // (dimension, hidden)
   const float* bias2;    // (dimension)
   Precision precision;   // of the products but those of the weights' gradients
+  bool is_packed;        // whether `packed` is what patches_pack() wrote of these weights
+  void* packed;
 
   int64_t pixels() const { return patch_size * patch_size; }
   int64_t state_words() const { return 1 + (hidden + 31) / 32; }
@@ -37,6 +39,11 @@ struct ParameterGradients {
 };
 
 // All return an error text, or null. Workspaces are aligned to 16 bytes.
+
+// Packs the weights for the forward and for the image's gradient, which else do so in their
+// workspace, each time. It needs no biases.
+int64_t patches_packed_bytes(const Projection& projection);
+const char* patches_pack(const Projection& projection, Stream stream);
 
 // Writes embedding (B C, N, D) and state (N, state_words, B C).
 int64_t patches_workspace_bytes(const Projection& projection);

@@ -9,13 +9,14 @@ namespace {
 
 // Splits W1 into [8 units][pixel][piece], and the factor of d_y.
 __global__ void __launch_bounds__(kThreads)
-    pack_for_gradient(Patches p, const float* weight1, uint32_t* pieces, Factor weight2) {
+    pack_for_gradient(int all_pixels, int hidden, const float* weight1, uint32_t* pieces,
+                      Factor weight2) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t pixels = p.pixels(), count = pieces_of(p.hidden) * pixels * 2;
+  const int64_t pixels = all_pixels, count = pieces_of(hidden) * pixels * 2;
   if (i < count) {
     const int64_t unit = i / 4 / pixels * 8 + i % 4 * 2, pixel = i / 4 % pixels;
-    const SplitPair pair(at_or_zero(weight1, unit, p.hidden, pixel, pixels),
-                         at_or_zero(weight1, unit + 1, p.hidden, pixel, pixels));
+    const SplitPair pair(at_or_zero(weight1, unit, hidden, pixel, pixels),
+                         at_or_zero(weight1, unit + 1, hidden, pixel, pixels));
     uint32_t* const to = pieces + i / 4 * 8 + i % 4;
     to[0] = pair.big;
     to[4] = pair.small;
@@ -44,21 +45,25 @@ struct Regions {
   int top, left;              // rows and columns with `terms` patches
   int first[4], tiles;        // the regions' first tiles: top left, top right, bottom left, right
   int cell_rows, cell_columns;
+  int of_tile;  // pixels
 
   Regions(const Patches& p, int64_t image_height, int64_t image_width)
-      : terms(static_cast<int>(up(p.size, p.stride))),
-        height(static_cast<int>(smaller(p.stride, image_height))),
-        width(static_cast<int>(smaller(p.stride, image_width))),
-        top(static_cast<int>(smaller(p.size - (terms - 1) * p.stride, height))),
-        left(static_cast<int>(smaller(p.size - (terms - 1) * p.stride, width))),
-        cell_rows(static_cast<int>(up(image_height, p.stride))),
-        cell_columns(static_cast<int>(up(image_width, p.stride))) {
+      : Regions(p.size, p.stride, image_height, image_width, kColumns) {}
+  Regions(int64_t size, int64_t stride, int64_t image_height, int64_t image_width, int of_tile)
+      : terms(static_cast<int>(up(size, stride))),
+        height(static_cast<int>(smaller(stride, image_height))),
+        width(static_cast<int>(smaller(stride, image_width))),
+        top(static_cast<int>(smaller(size - (terms - 1) * stride, height))),
+        left(static_cast<int>(smaller(size - (terms - 1) * stride, width))),
+        cell_rows(static_cast<int>(up(image_height, stride))),
+        cell_columns(static_cast<int>(up(image_width, stride))),
+        of_tile(of_tile) {
     const int sizes[4] = {top * left, top * (width - left), (height - top) * left,
                           (height - top) * (width - left)};
     tiles = 0;
     for (int i = 0; i < 4; ++i) {
       first[i] = tiles;
-      tiles += static_cast<int>(up(sizes[i], kColumns));
+      tiles += static_cast<int>(up(sizes[i], of_tile));
     }
   }
   __host__ __device__ int64_t cells() const {
@@ -76,7 +81,7 @@ struct Tile {
   int begin, pixels;
   int row_terms, column_terms;
 
-  __device__ __forceinline__ Tile(const Regions& regions, int tile) {
+  __host__ __device__ __forceinline__ Tile(const Regions& regions, int tile) {
     const bool below = tile >= regions.first[2];
     const bool right = tile >= regions.first[3] || (tile >= regions.first[1] && !below);
     const int first = right ? (below ? regions.first[3] : regions.first[1])
@@ -86,10 +91,11 @@ struct Tile {
     columns = right ? regions.width - regions.left : regions.left;
     row_terms = regions.terms - (below ? 1 : 0);
     column_terms = regions.terms - (right ? 1 : 0);
-    begin = (tile - first) * kColumns;
+    begin = (tile - first) * regions.of_tile;
     const int rest = (below ? regions.height - regions.top : regions.top) * columns - begin;
-    pixels = rest < kColumns ? rest : kColumns;
+    pixels = rest < regions.of_tile ? rest : regions.of_tile;
   }
+  __host__ __device__ int terms() const { return row_terms * column_terms; }
 };
 
 struct CellRow {

@@ -175,25 +175,27 @@ struct RowFactor {
   __device__ __forceinline__ void read(const float* pixels, const int (&places)[2]) {
     MGHF_UNROLL_ALL
     for (int half = 0; half < 2; ++half) {
-      float values[kSteps][4], largest = 0;
+      float values[kSteps][4];
       MGHF_UNROLL_ALL
       for (int step = 0; step < kSteps; ++step) {
         load_four(values[step], pixels + places[half] + step * kHalvesOfStep);
-        MGHF_UNROLL_ALL
-        for (int i = 0; i < 4; ++i) largest = fmaxf(largest, fabsf(values[step][i]));
       }
-      const PowerOfTwo power(largest_of_row(largest));
-      back[half] = power.back;
-      MGHF_UNROLL_ALL
-      for (int step = 0; step < kSteps; ++step) {
-        MGHF_UNROLL_ALL
-        for (int two = 0; two < 2; ++two) {
-          const SplitHalves split(values[step][2 * two] * power.by,
-                                  values[step][2 * two + 1] * power.by);
-          big[step][half + 2 * two] = split.big;
-          small[step][half + 2 * two] = split.small;
-        }
-      }
+      split(values, half);
+    }
+  }
+  // Takes one patch's numbers.
+  __device__ __forceinline__ void split(const float (&values)[kSteps][4], int half) {
+    float largest = 0;
+    MGHF_UNROLL_ALL
+    for (int n = 0; n < 4 * kSteps; ++n) largest = fmaxf(largest, fabsf(values[n / 4][n % 4]));
+    const PowerOfTwo power(largest_of_row(largest));
+    back[half] = power.back;
+    MGHF_UNROLL_ALL
+    for (int n = 0; n < 2 * kSteps; ++n) {
+      const float* const two = values[n / 2] + n % 2 * 2;
+      const SplitHalves halves(two[0] * power.by, two[1] * power.by);
+      big[n / 2][half + n % 2 * 2] = halves.big;
+      small[n / 2][half + n % 2 * 2] = halves.small;
     }
   }
 };

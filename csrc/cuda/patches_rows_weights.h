@@ -43,16 +43,10 @@ struct RowsWeights {
   }
 };
 
-// A warp packs a column of a layer.
-__device__ __forceinline__ void pack_column(const float* weights, int column, int columns,
-                                            int depths, int steps, int all_columns,
-                                            bool four_pixels, uint4* to, float* back) {
+// The largest of the magnitudes of a column, by a warp.
+template <class Weight>
+__device__ __forceinline__ float largest_of_column(int depths, const Weight& weight) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const auto weight = [&](int depth) {
-    return column < columns && depth < depths
-               ? weights[static_cast<int64_t>(column) * depths + depth]
-               : 0.0f;
-  };
   float largest = 0;
   MGHF_UNROLL(4)
   for (int depth = lane; depth < depths; depth += kWarp) {
@@ -62,8 +56,15 @@ __device__ __forceinline__ void pack_column(const float* weights, int column, in
   for (int mask = 1; mask < kWarp; mask *= 2) {
     largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, mask));
   }
-  const PowerOfTwo power(largest * kRoomForSums);
-  if (lane == 0) back[column] = power.back;
+  return largest;
+}
+
+// A warp packs a column of weights. `four_pixels`: depths are in the first layer's order.
+template <class Weight>
+__device__ __forceinline__ void pack_column(const PowerOfTwo& power, int column, int steps,
+                                            int all_columns, bool four_pixels, uint4* to,
+                                            const Weight& weight) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
   MGHF_UNROLL(1)
   for (int eight = lane; eight < 2 * steps; eight += kWarp) {
     const int step = eight / 2, half = eight % 2;
@@ -82,18 +83,37 @@ __device__ __forceinline__ void pack_column(const float* weights, int column, in
   }
 }
 
-constexpr int kPackBlocks = (kUnits + kOutputs) / (kThreads / kWarp);
+// A warp packs a column of a matrix of (columns, depths), or of (depths, columns).
+__device__ __forceinline__ void pack_column_of(const float* weights, bool transposed, int column,
+                                               int columns, int depths, int steps, int all_columns,
+                                               bool four_pixels, uint4* to, float* back) {
+  const auto weight = [&](int depth) {
+    const int64_t at = transposed ? static_cast<int64_t>(depth) * columns + column
+                                  : static_cast<int64_t>(column) * depths + depth;
+    return column < columns && depth < depths ? weights[at] : 0.0f;
+  };
+  const PowerOfTwo power(largest_of_column(depths, weight) * kRoomForSums);
+  if (threadIdx.x % kWarp == 0) back[column] = power.back;
+  pack_column(power, column, steps, all_columns, four_pixels, to, weight);
+}
+
+constexpr int kWarpsOfPack = kThreads / kWarp;
+constexpr int kPackBlocks = (kUnits + kOutputs) / kWarpsOfPack;
+
+__device__ __forceinline__ int warp_of_pack() {
+  return static_cast<int>(blockIdx.x) * kWarpsOfPack + static_cast<int>(threadIdx.x) / kWarp;
+}
 
 __global__ void __launch_bounds__(kThreads)
     pack_halves(RowsWeights to, const float* weight1, const float* weight2, int pixels, int hidden,
                 int dimension) {
-  const int column =
-      static_cast<int>(blockIdx.x) * (kThreads / kWarp) + static_cast<int>(threadIdx.x) / kWarp;
+  const int column = warp_of_pack();
   if (column < kUnits) {
-    pack_column(weight1, column, hidden, pixels, to.steps, kUnits, true, to.first, to.first_back);
+    pack_column_of(weight1, false, column, hidden, pixels, to.steps, kUnits, true, to.first,
+                   to.first_back);
   } else {
-    pack_column(weight2, column - kUnits, dimension, hidden, RowsWeights::second_steps(), kOutputs,
-                false, to.second, to.second_back);
+    pack_column_of(weight2, false, column - kUnits, dimension, hidden, RowsWeights::second_steps(),
+                   kOutputs, false, to.second, to.second_back);
   }
 }
 

@@ -15,6 +15,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(MGHF_LIBRARY, m) {
       "patches_backward_add_(Tensor(a!) grad_x, Tensor grad, Tensor embedding, Tensor state,"
       " Tensor weight1, Tensor weight2, int patch_size, int stride,"
       " str precision=\"float32\") -> ()");
+  // The weights in a form that a GPU's kernels take, uint8; the same results with it. (CUDA only.)
+  m.def("patches_pack(Tensor weight1, Tensor weight2, int patch_size, int stride) -> Tensor");
+  m.def(
+      "patches_packed(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2,"
+      " Tensor packed, int patch_size, int stride,"
+      " str precision=\"float32\") -> (Tensor, Tensor)");
+  m.def(
+      "patches_packed_backward_add_(Tensor(a!) grad_x, Tensor grad, Tensor embedding, Tensor state,"
+      " Tensor weight1, Tensor weight2, Tensor packed, int patch_size, int stride,"
+      " str precision=\"float32\") -> ()");
   m.def(
       "patches_backward_weights(Tensor grad, Tensor embedding, Tensor state, Tensor x,"
       " Tensor weight1, Tensor bias1, Tensor weight2, int patch_size, int stride,"

@@ -519,7 +519,7 @@ def _plan_comparison(
         embedding = _of_shape(embedding, images * channels, patches, len(parameters[-1]))
         local = {
             "weights": _Weights(projection.modules()),
-            "patches": ops.OPS["patches"].choose(backend, sr, *parameters),
+            "patches": ops.OPS["patches"].choose(backend, sr, *parameters).for_frozen_weights(),
             "patches_options": (*parameters, side, step, of_monce[-1]),
             "monce": ops.OPS["monce"].choose(backend, embedding, embedding),
             "monce_options": of_monce,

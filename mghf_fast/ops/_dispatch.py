@@ -39,12 +39,30 @@ class Implementation:
     the signatures of the op's two operators, without the backend's name. ``can_run`` takes the op's
     tensors, and as keywords the options on which kernels depend, and returns why it cannot run, or
     None. Only `patches` has ``add_backward``, which adds the gradient of x to its first argument.
+    ``frozen`` gives the implementation for weights that never change, if there is another.
     """
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     can_run: Callable[..., str | None]
     add_backward: Callable[..., None] = _no_gradient
+    frozen: Callable[[], Implementation] | None = None
+
+    def for_frozen_weights(self) -> Implementation:
+        return self if self.frozen is None else self.frozen()
+
+
+def _implementation(
+    module: Any, forward: str = "forward", backward: str | None = "backward"
+) -> Implementation:
+    frozen = getattr(module, "frozen", None)
+    return Implementation(
+        getattr(module, forward),
+        _no_gradient if backward is None else getattr(module, backward),
+        module.can_run,
+        getattr(module, "add_backward", Implementation.add_backward),
+        None if frozen is None else lambda: _implementation(frozen(), forward, backward),
+    )
 
 
 def _imported(name: str) -> Any:
@@ -89,14 +107,7 @@ class Op:
         module = self._modules[backend]
         if isinstance(module, str):
             module = _imported(module)
-        forward, backward = self._functions
-        found = Implementation(
-            getattr(module, forward),
-            _no_gradient if backward is None else getattr(module, backward),
-            module.can_run,
-            getattr(module, "add_backward", Implementation.add_backward),
-        )
-        return self._implementations.setdefault(backend, found)
+        return self._implementations.setdefault(backend, _implementation(module, *self._functions))
 
     def why_not(self, backend: str, *tensors: Tensor, **options: Any) -> str | None:
         """Why ``backend`` cannot run this op on these tensors, in a sentence; None if it can."""

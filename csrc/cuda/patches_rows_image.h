@@ -1,0 +1,232 @@
+// The gradient of a float32 image where products of warpgroups and bulk copies are (compute
+// capability 9.0a); see patches_image.h for the mathematics, patches.cu for the sizes.
+#pragma once
+
+#include "patches_rows_hidden.h"
+
+namespace mghf::cuda {
+
+namespace {
+
+// A block takes 128 cells of the image, with d_h of all patches that cover them in shared memory:
+// they are consecutive, so one copy brings them. It goes through the tiles of a cell, 64 pixels
+// each, and for each tile through the patches that cover it, a stage of packed weights each, which
+// a warp has copied into a ring. Two warpgroups of 64 cells each load the rows of d_h as factors
+// from where they lie; a cell without such a patch takes a row of zeros. After each stage, products
+// over the 128 units, the sums are added up outside the tensor cores, where a patch's power of two
+// is undone. Every pixel is written once, or added to once, so results do not depend on an order.
+//
+// Predicted for an H200, stages of 64 pixels (16 for patches of 32 x 32 at stride 24), a block:
+//   tensor cores   128 64 128 multiply-adds by three products, 2048 a cycle: 1,540 cycles a stage
+//   shared memory  64 KB of d_h and 96 KB of weights read, 32 KB written: 1,540 cycles a stage
+//   second cache   32 KB of weights: 1,380 cycles a stage at 5.5 TB/s for all SMs; 80 KB of d_h
+// 484 blocks of 16 stages on 132 SMs, one at a time: 55 us on average and 66 us in four rounds. A
+// block's own pixels, read and written, take 62 us of memory's time in all, little of it beside its
+// products: 100 to 130 us are expected.
+constexpr int kMostGradientStages = 4;
+
+struct ImageControl {
+  Counter open[kMostGradientStages], free[kMostGradientStages], patches;
+  uint4 zeros[kWordsOfPatch];
+};
+
+// The most patches that cover a block's cells.
+__host__ __device__ constexpr int most_patches(int terms, int columns) {
+  return kRows + (terms - 1) * (columns + 1) + 2;
+}
+
+inline int64_t gradient_stages_within(int64_t shared_bytes, const Regions& regions, int columns) {
+  const int64_t patches = int64_t{most_patches(regions.terms, columns)} * kWordsOfPatch *
+                          static_cast<int64_t>(sizeof(uint4));
+  const int64_t rest = shared_bytes - static_cast<int64_t>(sizeof(ImageControl)) - patches;
+  return smaller(rest / GradientWeights::stage_bytes(), kMostGradientStages);
+}
+
+// A cell of the image, and the number of the patch that begins in it (where there is one).
+struct Cell {
+  int64_t map, patch;
+  int i, j;
+
+  __device__ __forceinline__ Cell(int64_t cell, const Patches& p, const Regions& regions) {
+    const Row row(cell, p.maps, regions.cells(), false);
+    map = row.map;
+    i = static_cast<int>(row.item / regions.cell_columns);
+    j = static_cast<int>(row.item % regions.cell_columns);
+    patch = map * p.of_map() + static_cast<int64_t>(i) * p.columns + j;
+  }
+  // The number of the patch that begins s rows and t columns of cells before it, or -1.
+  __device__ __forceinline__ int64_t before(int s, int t, const Patches& p) const {
+    const bool exists = i >= s && i - s < p.rows && j >= t && j - t < p.columns;
+    return exists ? patch - static_cast<int64_t>(s) * p.columns - t : -1;
+  }
+};
+
+// The patches from the first one that covers a block's cells to the last.
+struct PatchRange {
+  int64_t first;
+  int number;
+
+  __device__ __forceinline__ PatchRange(int64_t first_cell, const Patches& p,
+                                        const Regions& regions) {
+    const int64_t cells = p.maps * regions.cells();
+    const Cell from(first_cell, p, regions);
+    const Cell to(smaller(first_cell + kRows, cells) - 1, p, regions);
+    const int back = regions.terms - 1;
+    const int64_t of_first_map = from.map * p.of_map();
+    const int64_t earliest = from.patch - static_cast<int64_t>(back) * (p.columns + 1);
+    first = earliest > of_first_map ? earliest : of_first_map;
+    // Past the last row or column of patches it is the last one before.
+    const int64_t latest =
+        to.i < p.rows ? static_cast<int64_t>(to.i) * p.columns + smaller(to.j, p.columns - 1)
+                      : p.of_map() - 1;
+    const int64_t end = to.map * p.of_map() + latest + 1;
+    number = first < end ? static_cast<int>(end - first) : 0;
+  }
+};
+
+// Copies d_h and fills the stages, in a ring.
+__device__ __forceinline__ void copy_for_gradient(unsigned char* stages, int number, uint4* rows,
+                                                  ImageControl& control, const PatchRange& range,
+                                                  const HiddenGradient& hidden,
+                                                  const GradientWeights& weights) {
+  constexpr int kBytes = GradientWeights::stage_bytes();
+  const int bytes = range.number * kWordsOfPatch * static_cast<int>(sizeof(uint4));
+  control.patches.arrive(bytes);
+  if (bytes > 0) {
+    copy_bulk(rows, hidden.words + range.first * kWordsOfPatch, bytes, control.patches);
+  }
+  int slot = 0, parity = 1;
+  MGHF_UNROLL(1)
+  for (int stage = 0; stage < weights.stages; ++stage) {
+    if (stage >= number) control.free[slot].wait(parity);
+    control.open[slot].arrive(kBytes);
+    copy_bulk(stages + slot * kBytes, weights.first + int64_t{stage} * (kBytes / 16), kBytes,
+              control.open[slot]);
+    if (++slot == number) slot = 0, parity ^= 1;
+  }
+}
+
+// A thread's sums of a tile, into the image.
+__device__ __forceinline__ void finish_tile(const float (&sums)[kCellPixels / 2], const Tile& tile,
+                                            const float* backs, float* const (&cells)[2],
+                                            const int (&heights)[2], const int (&widths)[2],
+                                            int64_t row_stride, bool add) {
+  const int t = static_cast<int>(threadIdx.x) % 4;
+  MGHF_UNROLL_ALL
+  for (int half = 0; half < 2; ++half) {
+    Two<float> results[kCellPixels / 8], *targets[kCellPixels / 8];
+    MGHF_UNROLL_ALL
+    for (int j = 0; j < kCellPixels / 8; ++j) {
+      const int column = 8 * j + 2 * t, at = tile.begin + column;
+      const int y = tile.row + at / tile.columns, z = tile.column + at % tile.columns;
+      const bool exists = column < tile.pixels && y < heights[half] && z < widths[half];
+      targets[j] = exists ? reinterpret_cast<Two<float>*>(cells[half] + y * row_stride + z)
+                          : nullptr;
+      results[j] = {sums[4 * j + 2 * half] * backs[column],
+                    sums[4 * j + 2 * half + 1] * backs[column + 1]};
+      if (add && exists) {
+        const Two<float> earlier = *targets[j];
+        results[j].first += earlier.first;
+        results[j].second += earlier.second;
+      }
+    }
+    MGHF_UNROLL_ALL
+    for (int j = 0; j < kCellPixels / 8; ++j) {
+      if (targets[j] != nullptr) *targets[j] = results[j];
+    }
+  }
+}
+
+// Dynamic shared memory: the stages, then d_h of most_patches().
+__global__ void __launch_bounds__(kRowsThreads, 1)
+    image_gradient_rows(MutableImage<float> x, Patches p, Regions regions, HiddenGradient hidden,
+                        GradientWeights weights, bool add, int stages) {
+  if (!kWarpgroupProducts) never();
+  constexpr int kBytes = GradientWeights::stage_bytes(), kSteps = GradientWeights::steps();
+  __shared__ ImageControl control;
+  MGHF_DYNAMIC_SHARED(unsigned char, memory);
+  uint4* const rows = reinterpret_cast<uint4*>(memory + stages * kBytes);
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
+  const int64_t first_cell = static_cast<int64_t>(blockIdx.x) * kRows;
+  const int64_t all_cells = p.maps * regions.cells();
+  const PatchRange range(first_cell, p, regions);
+  if (thread == 0) {
+    for (int slot = 0; slot < stages; ++slot) {
+      control.open[slot].begin(1);
+      control.free[slot].begin(kGroups * kWarpgroup / kWarp);
+    }
+    control.patches.begin(1);
+  }
+  if (thread < kWordsOfPatch) control.zeros[thread] = {0, 0, 0, 0};
+  publish_counters();
+  if (warp >= kGroups * 4) {
+    leave_registers<kFewRegisters>();
+    if (warp == kGroups * 4 && lane == 0) {
+      copy_for_gradient(memory, stages, rows, control, range, hidden, weights);
+    }
+    return;
+  }
+  take_registers<kManyRegisters>();
+
+  // The cell whose row this lane addresses when factors are loaded, and those of its sums.
+  const int64_t last_cell = all_cells - 1;
+  const int64_t loaded_cell = first_cell + warp * 16 + lane / 8 % 2 * 8 + lane % 8;
+  const Cell loaded(smaller(loaded_cell, last_cell), p, regions);
+  int64_t own_cells[2];
+  float* cells[2];
+  int heights[2], widths[2];
+  MGHF_UNROLL_ALL
+  for (int half = 0; half < 2; ++half) {
+    const int64_t cell = first_cell + warp * 16 + lane / 4 + 8 * half;
+    own_cells[half] = smaller(cell, last_cell);
+    const Cell own(own_cells[half], p, regions);
+    heights[half] = cell > last_cell ? 0 : static_cast<int>(x.height) - own.i * p.stride;
+    widths[half] = static_cast<int>(x.width) - own.j * p.stride;
+    cells[half] = x.map(own.map / p.channels, own.map % p.channels) +
+                  static_cast<int64_t>(own.i) * p.stride * x.row_stride + own.j * p.stride;
+  }
+
+  int slot = 0, parity = 0;
+  control.patches.wait(0);
+  MGHF_UNROLL(1)
+  for (int number = 0; number < regions.tiles; ++number) {
+    const Tile tile(regions, number);
+    float sums[kCellPixels / 2] = {};
+    MGHF_UNROLL(1)
+    for (int term = 0; term < tile.terms(); ++term) {
+      const int s = term / tile.column_terms, t = term % tile.column_terms;
+      const int64_t patch = loaded.before(s, t, p);
+      const uint4* const row =
+          patch < 0 ? control.zeros : rows + (patch - range.first) * kWordsOfPatch;
+      uint32_t big[kSteps][4], small[kSteps][4];
+      MGHF_UNROLL_ALL
+      for (int step = 0; step < kSteps; ++step) {
+        load_matrices(big[step], row + word_at(patch, 0, 2 * step + lane / 16));
+        load_matrices(small[step], row + word_at(patch, 1, 2 * step + lane / 16));
+      }
+      float back[2];
+      MGHF_UNROLL_ALL
+      for (int half = 0; half < 2; ++half) {
+        const int64_t own = Cell(own_cells[half], p, regions).before(s, t, p);
+        back[half] = own < 0 ? 0.0f : hidden.back[own];
+      }
+      control.open[slot].wait(parity);
+      float d[kCellPixels / 2] = {};
+      multiply_steps<kCellPixels, kSteps>(
+          d, big, small,
+          SharedColumns(memory + slot * kBytes, core_bytes_along_depth(kCellPixels), kCoreBytes));
+      wait_for_products<0>();
+      __syncwarp();  // all have used the stage
+      if (lane == 0) control.free[slot].arrive();
+      if (++slot == stages) slot = 0, parity ^= 1;
+      MGHF_UNROLL_ALL
+      for (int n = 0; n < kCellPixels / 2; ++n) sums[n] = fmaf(d[n], back[n / 2 % 2], sums[n]);
+    }
+    finish_tile(sums, tile, weights.first_back + number * kCellPixels, cells, heights, widths,
+                x.row_stride, add);
+  }
+}
+
+}  // namespace
+
+}  // namespace mghf::cuda
