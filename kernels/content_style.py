@@ -48,7 +48,7 @@ def forward(
     precision: str = "float32",
 ) -> ContentStyleOutputs:
     """The op's outputs: terms, kept maps, weights and what the backward needs."""
-    batch, channels, height, width = sr.shape
+    batch, _, height, width = sr.shape
     pixels = height * width
     with launch.on_device_of(sr):
         if top_m == 0:
@@ -60,10 +60,12 @@ def forward(
             )
             return naive, mse, correlation, style, kept, weights, moments, difference
 
-        statistics, ranges = statistics_of(gt, sr)
-        counts = torch.zeros(2, batch, channels, bins, dtype=torch.int32, device=sr.device)
-        for x, low, high, count in zip((gt, sr), *ranges, counts, strict=True):
-            counts_of(x, low, high, bins, count)
+        statistics, ranges, counts, tickets = statistics_of(gt, sr, bins)
+        if gt.stride() == sr.stride():
+            counts_of(gt, *ranges, bins, counts, other=sr)
+        else:
+            for x, low, high, count in zip((gt, sr), *ranges, counts, strict=True):
+                counts_of(x, low, high, bins, count)
         entropies = entropies_of(counts, ranges[0], ranges[1], pixels, torch.float64)
         naive, mse, correlation, kept, weights, moments = select(
             entropies,
@@ -75,7 +77,8 @@ def forward(
             distance=DISTANCE.value,
             square=SQUARE.value,
         )
-        difference, style = gram_difference(products_of(gt, sr, kept, precision), weights, pixels)
+        products = products_of(gt, sr, kept, precision)
+        difference, style = gram_difference(products, weights, pixels, tickets)
     return naive, mse, correlation, style, kept, weights, moments, difference
 
 

@@ -27,16 +27,19 @@ KEPT = tl.constexpr(6)
 COEFFICIENTS = tl.constexpr(7)
 
 
-# The gradient's coefficients of a kept map, and its row of K,
+# A map's coefficients of the gradient and, of a kept one, the row of K,
 #
 #     K_ij = (4 grad / (M^2 n)) w_i w_j D_ij,
 #
-# stored in its channel's row. One program per map; its time is negligible.
+# zeros for the others. One program per map; its time is negligible.
 @triton.jit
 def _coefficients_kernel(
     grad_mse,
     grad_correlation,
     grad_gram,
+    mse_stride,
+    correlation_stride,
+    gram_stride,
     kept,
     weights,
     moments,
@@ -51,34 +54,47 @@ def _coefficients_kernel(
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0)
-    i = program % maps
-    b = (program // maps).to(tl.int64)
-    c = tl.load(kept + b * maps + i)
-    weight = tl.load(weights + b * maps + i)
-    moment = moments + b * MOMENTS * maps + i
-    scale = tl.load(moment + SCALE * maps)
-    slope = tl.load(moment + SLOPE * maps)
-    excess = tl.load(moment + EXCESS * maps)
-    alike = 2 * tl.abs(excess) < scale
-    correlation = tl.load(grad_correlation + b) * correlation_scale
-    of_difference = tl.load(grad_mse + b) * mse_scale * weight * weight
-    of_centred = correlation * tl.where(alike, -excess, slope)
-    of_other = correlation * tl.where(alike, scale, -scale)
-    mean_of_other = tl.where(alike, tl.load(moment + 2 * maps), tl.load(moment + maps))
-    target = coefficients + b * COEFFICIENTS * channels + c
-    tl.store(target + OF_DIFFERENCE * channels, of_difference)
-    tl.store(target + OF_CENTRED * channels, of_centred)
-    tl.store(target + MEAN_OF_CENTRED * channels, tl.load(moment))
-    tl.store(target + OF_OTHER * channels, of_other)
-    tl.store(target + MEAN_OF_OTHER * channels, mean_of_other)
-    tl.store(target + ALIKE * channels, tl.where(alike, 1.0, 0.0))
-    tl.store(target + KEPT * channels, 1.0)
-    gram = tl.load(grad_gram + b) * gram_scale * weight
+    c = program % channels
+    b = (program // channels).to(tl.int64)
+    # The map's rank among the kept, or M.
+    i = maps
     for first in range(0, maps, BLOCK):
         j = first + tl.arange(0, BLOCK)
-        other = tl.load(weights + b * maps + j, mask=j < maps, other=0)
-        element = tl.load(difference + (b * maps + i) * maps + j, mask=j < maps, other=0)
-        tl.store(matrix + (b * channels + c) * maps + j, gram * other * element, mask=j < maps)
+        other = tl.load(kept + b * maps + j, mask=j < maps, other=-1)
+        i = tl.minimum(i, tl.min(tl.where(other == c, j, maps), axis=0))
+    is_kept = i < maps
+    weight = tl.load(weights + b * maps + i, mask=is_kept, other=0.0)
+    moment = moments + b * MOMENTS * maps + i
+    mean_s = tl.load(moment, mask=is_kept, other=0.0)
+    mean_g = tl.load(moment + maps, mask=is_kept, other=0.0)
+    mean_d = tl.load(moment + 2 * maps, mask=is_kept, other=0.0)
+    scale = tl.load(moment + SCALE * maps, mask=is_kept, other=0.0)
+    slope = tl.load(moment + SLOPE * maps, mask=is_kept, other=0.0)
+    excess = tl.load(moment + EXCESS * maps, mask=is_kept, other=0.0)
+    alike = 2 * tl.abs(excess) < scale
+    correlation = tl.load(grad_correlation + b * correlation_stride).to(tl.float32)
+    correlation *= correlation_scale
+    mse = tl.load(grad_mse + b * mse_stride).to(tl.float32)
+    of_difference = mse * mse_scale * weight * weight
+    of_centred = correlation * tl.where(alike, -excess, slope)
+    of_other = correlation * tl.where(alike, scale, -scale)
+    target = coefficients + b * COEFFICIENTS * channels + c
+    # Selected, because the gradient of a term may be NaN.
+    tl.store(target + OF_DIFFERENCE * channels, tl.where(is_kept, of_difference, 0.0))
+    tl.store(target + OF_CENTRED * channels, tl.where(is_kept, of_centred, 0.0))
+    tl.store(target + MEAN_OF_CENTRED * channels, mean_s)
+    tl.store(target + OF_OTHER * channels, tl.where(is_kept, of_other, 0.0))
+    tl.store(target + MEAN_OF_OTHER * channels, tl.where(alike, mean_d, mean_g))
+    tl.store(target + ALIKE * channels, tl.where(alike, 1.0, 0.0))
+    tl.store(target + KEPT * channels, tl.where(is_kept, 1.0, 0.0))
+    gram = tl.load(grad_gram + b * gram_stride).to(tl.float32) * gram_scale * weight
+    for first in range(0, maps, BLOCK):
+        j = first + tl.arange(0, BLOCK)
+        inside = j < tl.where(is_kept, maps, 0)
+        other = tl.load(weights + b * maps + j, mask=inside, other=0.0)
+        element = tl.load(difference + (b * maps + i) * maps + j, mask=inside, other=0.0)
+        value = tl.where(inside, gram * other * element, 0.0)
+        tl.store(matrix + (b * channels + c) * maps + j, value, mask=j < maps)
 
 
 # The gradient of a tile of pixels of a block of channels, kept or not:
@@ -97,6 +113,7 @@ def _gradient_kernel(
     matrix,
     coefficients,
     grad_naive,
+    naive_stride,
     naive_scale,
     channels,
     maps,
@@ -151,7 +168,8 @@ def _gradient_kernel(
     s = tl.load(s_base + c.to(tl.int64)[None, :] * sr_channel, mask=inside, other=0).to(tl.float32)
     g = tl.load(g_base + c.to(tl.int64)[None, :] * gt_channel, mask=inside, other=0).to(tl.float32)
     d = s - g
-    result = (tl.load(grad_naive + b) * naive_scale) * d
+    of_naive = tl.load(grad_naive + b * naive_stride).to(tl.float32) * naive_scale
+    result = of_naive * d
     if not NAIVE_ONLY:
         row = coefficients + b * COEFFICIENTS * channels + c
         of_difference = tl.load(row + OF_DIFFERENCE * channels, mask=channel, other=0)[None, :]
@@ -201,21 +219,18 @@ def gradient(
     batch, channels, height, width = sr.shape
     pixels, maps = height * width, kept.shape[1]
     of_gt, of_sr, of_grad = layout_of(gt), layout_of(sr), layout_of(grad_sr)
-    if not all(grad.is_contiguous() for grad in grads):
-        grads = torch.stack(list(grads)).unbind()
-    naive, mse, correlation, style = (grad.float() for grad in grads)
+    naive, *others = grads
     kept = kept.contiguous()
     options = _gradient_options(channels, maps)
     tiles = launch.blocks(pixels, options["BLOCK_P"])
     with launch.on_device_of(sr):
         rows = COEFFICIENTS.value
-        coefficients = torch.zeros(batch, rows, channels, dtype=torch.float32, device=sr.device)
-        matrix = coefficients.new_zeros(batch, channels, maps)
+        coefficients = torch.empty(batch, rows, channels, dtype=torch.float32, device=sr.device)
+        matrix = coefficients.new_empty(batch, channels, maps)
         if maps > 0:
-            _coefficients_kernel[(batch * maps,)](
-                mse,
-                correlation,
-                style,
+            _coefficients_kernel[(batch * channels,)](
+                *others,
+                *(grad.stride(0) for grad in others),
                 kept,
                 weights.contiguous(),
                 moments.contiguous(),
@@ -239,6 +254,7 @@ def gradient(
             matrix,
             coefficients,
             naive,
+            naive.stride(0),
             2 / (channels * pixels),
             channels,
             maps,

@@ -179,6 +179,9 @@ def _merge_kernel(
     partial,
     statistics,
     ranges,
+    counts,
+    tickets,
+    bins,
     images,
     channels,
     pixels,
@@ -186,12 +189,24 @@ def _merge_kernel(
     run_pixels,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BLOCK_BINS: tl.constexpr,
 ):
     program = tl.program_id(0)
     blocks = tl.cdiv(channels, BLOCK_C)
     c = program % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     b = (program // blocks).to(tl.int64)
     ok = c < channels
+    # What later kernels add to.
+    nothing = tl.zeros([BLOCK_C, BLOCK_BINS], tl.int32)
+    of_gt = counts + (b * channels + c)[:, None] * bins
+    of_sr = of_gt + (images * channels).to(tl.int64) * bins
+    for first in range(0, bins, BLOCK_BINS):
+        i = first + tl.arange(0, BLOCK_BINS)
+        inside = ok[:, None] & (i < bins)[None, :]
+        tl.store(of_gt + i[None, :], nothing, mask=inside)
+        tl.store(of_sr + i[None, :], nothing, mask=inside)
+    if program % blocks == 0:
+        tl.store(tickets + b, 0)
     origin = partial + b * runs * PARTIAL_ROWS * channels + c
     origin_s = _load_double(origin + PIVOT_S * channels, ok)
     origin_g = _load_double(origin + PIVOT_G * channels, ok)
@@ -406,7 +421,7 @@ def _sweep_options(by_maps: bool, channels: int, values: int) -> dict[str, Any]:
 
 MOMENT_VALUES = 512  # each needs a dozen accumulators
 SQUARE_VALUES = 1024
-MERGE_BLOCKS = {"BLOCK_R": 32, "BLOCK_C": 8}
+MERGE_BLOCKS = {"BLOCK_R": 32, "BLOCK_C": 8, "BLOCK_BINS": 32}
 
 
 def _product_options(maps: int) -> dict[str, Any]:
@@ -441,9 +456,9 @@ def naive_of(gt: Tensor, sr: Tensor) -> Tensor:
     return (partial.sum(1, dtype=torch.float64) / (channels * pixels)).float()
 
 
-def statistics_of(gt: Tensor, sr: Tensor) -> tuple[Tensor, Tensor]:
+def statistics_of(gt: Tensor, sr: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Statistics of all maps, (B, 8, C) float64, and their ranges, (2, 2, B, C): the lows of gt and
-    sr, then the highs."""
+    sr, then the highs; and zeros, (2, B, C, bins) and (B,) int32."""
     batch, channels, height, width = sr.shape
     of_gt, of_sr, pixels = layout_of(gt), layout_of(sr), height * width
     options = _sweep_options(of_sr.by_maps, channels, MOMENT_VALUES)
@@ -453,6 +468,8 @@ def statistics_of(gt: Tensor, sr: Tensor) -> tuple[Tensor, Tensor]:
     ranges = torch.empty(2, 2, batch, channels, dtype=torch.float32, device=sr.device)
     partial = ranges.new_empty(batch, runs.number, rows, channels)
     statistics = ranges.new_empty(batch, STATISTICS.value, channels, dtype=torch.float64)
+    counts = ranges.new_empty(2, batch, channels, bins, dtype=torch.int32)
+    tickets = counts.new_empty(batch)
     _moments_kernel[(others * runs.number,)](
         gt,
         sr,
@@ -474,6 +491,9 @@ def statistics_of(gt: Tensor, sr: Tensor) -> tuple[Tensor, Tensor]:
         partial,
         statistics,
         ranges,
+        counts,
+        tickets,
+        bins,
         batch,
         channels,
         pixels,
@@ -483,7 +503,7 @@ def statistics_of(gt: Tensor, sr: Tensor) -> tuple[Tensor, Tensor]:
         num_warps=8,
         num_stages=2,
     )
-    return statistics, ranges
+    return statistics, ranges, counts, tickets
 
 
 def products_of(gt: Tensor, sr: Tensor, kept: Tensor, precision: str) -> Tensor:

@@ -90,6 +90,16 @@ def bins_of(value, low, extent, bins):
     return position.to(tl.int32)
 
 
+@triton.jit
+def _image_of(x, other, images, b, x_batch):
+    """Image b of two stacks of as many images and the same strides; of one, if the other is not
+    reached."""
+    source = x
+    if b >= images:
+        source = other
+    return source + b % images * x_batch
+
+
 # Counts of maps that are contiguous: program = a run of a map.
 #
 # Floor for B = 1, C = 128, 512 x 512: reads 134 MB (67), 31 us (16 us); 33.5 M values are put into
@@ -98,6 +108,8 @@ def bins_of(value, low, extent, bins):
 @triton.jit
 def _count_maps_kernel(
     x,
+    other,
+    images,
     lows,
     highs,
     counts,
@@ -120,7 +132,7 @@ def _count_maps_kernel(
     channel = program // runs % channels
     b = (program // runs // channels).to(tl.int64)
     row = b * channels + channel
-    base = x + b * x_batch + channel.to(tl.int64) * x_channel
+    base = _image_of(x, other, images, b, x_batch) + channel.to(tl.int64) * x_channel
     low = tl.load(lows + row)
     extent = tl.load(highs + row) - low
     count = tl.zeros([BINS], tl.int32)
@@ -141,6 +153,8 @@ def _count_maps_kernel(
 @triton.jit
 def _count_rows_kernel(
     x,
+    other,
+    images,
     lows,
     highs,
     counts,
@@ -159,7 +173,7 @@ def _count_rows_kernel(
     BLOCK_P: tl.constexpr,
 ):
     b, run, c = place_of(channels, runs, 8)
-    columns = x + b * x_batch + c.to(tl.int64)[None, :] * x_channel
+    columns = _image_of(x, other, images, b, x_batch) + c.to(tl.int64)[None, :] * x_channel
     low = tl.load(lows + b * channels + c, mask=c < channels, other=0)
     extent = tl.load(highs + b * channels + c, mask=c < channels, other=0) - low
     count0 = tl.zeros([BINS], tl.int32)
@@ -218,6 +232,8 @@ def _add_counts(counts, count, b, channels, channel, bins, BINS: tl.constexpr):
 @triton.jit
 def _count_in_memory_kernel(
     x,
+    other,
+    images,
     lows,
     highs,
     counts,
@@ -236,7 +252,7 @@ def _count_in_memory_kernel(
     BLOCK_P: tl.constexpr,
 ):
     b, run, c = place_of(channels, runs, BLOCK_C)
-    rows = x + b * x_batch + c.to(tl.int64)[:, None] * x_channel
+    rows = _image_of(x, other, images, b, x_batch) + c.to(tl.int64)[:, None] * x_channel
     low = tl.load(lows + b * channels + c, mask=c < channels, other=0)[:, None]
     extent = tl.load(highs + b * channels + c, mask=c < channels, other=0)[:, None] - low
     targets = counts + (b * channels + c)[:, None] * bins
@@ -314,22 +330,28 @@ def ranges(x: Tensor) -> tuple[Tensor, Tensor]:
     return partial[0].amin(0), partial[1].amax(0)
 
 
-def counts_of(x: Tensor, low: Tensor, high: Tensor, bins: int, counts: Tensor) -> None:
+def counts_of(
+    x: Tensor, low: Tensor, high: Tensor, bins: int, counts: Tensor, other: Tensor | None = None
+) -> None:
     """Adds each map's histogram over [low, high] to ``counts``, (B, C, bins) int32. ``low`` and
-    ``high`` are contiguous, one number per map."""
+    ``high`` are contiguous, one number per map. With ``other``, of the shape, dtype and strides of
+    ``x``, all three hold the numbers of both, (2, B, C) and (2, B, C, bins)."""
     batch, channels, height, width = x.shape
     layout, pixels = layout_of(x), height * width
+    images = batch if other is None else 2 * batch
     options: dict[str, Any]
     if bins > MOST_HISTOGRAM_BINS:
         kernel, options = _count_in_memory_kernel, _tile(layout.by_maps, channels)
-        others = batch * launch.blocks(channels, options["BLOCK_C"])
+        others = images * launch.blocks(channels, options["BLOCK_C"])
     else:
         options = _counting(layout.by_maps, bins)
         kernel = _count_maps_kernel if layout.by_maps else _count_rows_kernel
-        others = batch * (channels if layout.by_maps else launch.blocks(channels, 8))
+        others = images * (channels if layout.by_maps else launch.blocks(channels, 8))
     runs: Runs = runs_of(pixels, options["BLOCK_P"], others, PROGRAMS)
     kernel[(others * runs.number,)](
         x,
+        x if other is None else other,
+        batch,
         low,
         high,
         counts,

@@ -75,9 +75,15 @@ def _forward_constants(
 
 
 def _hidden_gradient_constants(
-    hidden: int, dimension: int, maps_fastest: bool, keep: bool, precision: str
+    pixels: int,
+    hidden: int,
+    dimension: int,
+    maps_fastest: bool,
+    keep: bool,
+    precision: str,
 ) -> dict[str, Any]:
     return {
+        "PIXELS": pixels,
         "HIDDEN": hidden,
         "DIMENSION": dimension,
         "MAPS_FASTEST": maps_fastest,
@@ -86,6 +92,7 @@ def _hidden_gradient_constants(
         "BLOCK_M": 64 if dimension <= 64 else 32,
         "BLOCK_H": 32,
         "BLOCK_D": power_of_two(dimension, 16, LARGEST_DIMENSION),
+        "BLOCK_WEIGHTS": 256,
     }
 
 
@@ -265,36 +272,40 @@ def _hidden_gradient(
     maps_fastest: bool,
     precision: str,
     output: Tensor | None,
-) -> Tensor:
-    """The gradient before the ReLU, (rows, hidden). Also stores that of y in ``output``,
-    (rows, D)."""
+) -> tuple[Tensor, Tensor]:
+    """The gradient before the ReLU, (rows, hidden), and the transpose of ``weight1``, float32. Also
+    stores the gradient of y in ``output``, (rows, D)."""
     units, dimension = weight1.shape[0], weight2.shape[0]
-    state = state.contiguous()  # that of some of the maps is a slice
     result = grad.new_empty((g.rows, units), dtype=torch.float32)
-    keep = output is not None
-    constants = _hidden_gradient_constants(units, dimension, maps_fastest, keep, precision)
+    pixels, keep = weight1.shape[1], output is not None
+    transposed = grad.new_empty((pixels, units), dtype=torch.float32)
+    constants = _hidden_gradient_constants(pixels, units, dimension, maps_fastest, keep, precision)
     with on_device_of(grad):
         hidden_gradient_kernel[(blocks(g.rows, constants["BLOCK_M"]),)](
             grad,
             embedding,
             state,
+            weight1.contiguous(),
             weight2.float().contiguous(),
+            transposed,
             result,
             result if output is None else output,
             g.rows,
             g.maps,
             g.patches,
+            state.stride(0),
+            state.stride(1),
             *grad.stride(),
             **constants,
             **HIDDEN_GRADIENT,
         )
-    return result
+    return result, transposed
 
 
 def _image_gradient(
     grad_x: Tensor,
     grad_hidden: Tensor,
-    weight1: Tensor,
+    transposed: Tensor,
     patch_size: int,
     stride: int,
     g: _Geometry,
@@ -302,11 +313,11 @@ def _image_gradient(
     add: bool,
     precision: str,
 ) -> None:
-    """Writes the gradient of x to ``grad_x``, or adds it."""
+    """Writes the gradient of x to ``grad_x``, or adds it, with the transpose of ``weight1``."""
     constants = _image_gradient_constants(
         patch_size,
         stride,
-        weight1.shape[0],
+        transposed.shape[1],
         g.height,
         g.width,
         grad_x.dtype,
@@ -319,7 +330,7 @@ def _image_gradient(
     with on_device_of(grad_x):
         image_gradient_kernel[(blocks(rows, constants["BLOCK_M"]) * constants["TILES"],)](
             grad_hidden,
-            weight1.float().t().contiguous(),  # a pixel's weights are contiguous
+            transposed,
             grad_x,
             rows,
             g.maps,
@@ -355,8 +366,8 @@ def _backward_x(
         return
     g, maps_fastest = _Geometry(grad_x, patch_size, stride), _maps_fastest(grad_x)
     given = (grad, embedding, state, weight1, weight2)
-    hidden = _hidden_gradient(*given, g, maps_fastest, precision, None)
-    _image_gradient(grad_x, hidden, weight1, patch_size, stride, g, maps_fastest, add, precision)
+    hidden, transposed = _hidden_gradient(*given, g, maps_fastest, precision, None)
+    _image_gradient(grad_x, hidden, transposed, patch_size, stride, g, maps_fastest, add, precision)
 
 
 def _outer_product(
@@ -451,10 +462,10 @@ def backward(
     hidden = x.new_empty((g.rows, units), dtype=torch.float32)
     _forward(x, *parameters, *sizes, precision, hidden)
     grad_y = x.new_empty((g.rows, dimension), dtype=torch.float32)
-    grad_hidden = _hidden_gradient(
+    grad_hidden, transposed = _hidden_gradient(
         grad, embedding, state, weight1, weight2, g, maps_fastest, precision, grad_y
     )
-    _image_gradient(grad_x, grad_hidden, weight1, *sizes, g, maps_fastest, False, precision)
+    _image_gradient(grad_x, grad_hidden, transposed, *sizes, g, maps_fastest, False, precision)
     grads = (
         _outer_product(grad_hidden, x, weight1.shape[1], g, *sizes, True, maps_fastest, precision),
         grad_hidden.sum(0),

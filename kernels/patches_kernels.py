@@ -233,15 +233,20 @@ def hidden_gradient_kernel(
     grad,
     embedding,
     state,
+    weight1,
     weight2,
+    transposed,
     grad_hidden,
     grad_output,
     rows,
     maps,
     patches,
+    state_patch,
+    state_word,
     grad_map,
     grad_patch,
     grad_dimension,
+    PIXELS: tl.constexpr,
     HIDDEN: tl.constexpr,
     DIMENSION: tl.constexpr,
     MAPS_FASTEST: tl.constexpr,
@@ -250,12 +255,21 @@ def hidden_gradient_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_WEIGHTS: tl.constexpr,
 ):
-    WORDS: tl.constexpr = (HIDDEN + 31) // 32
+    # All programs together transpose W1 for the next kernel, which reads vectors of hidden units.
+    first_weight = tl.program_id(0) * BLOCK_WEIGHTS
+    for start in range(first_weight, PIXELS * HIDDEN, tl.num_programs(0) * BLOCK_WEIGHTS):
+        to = start + tl.arange(0, BLOCK_WEIGHTS)
+        w1 = tl.load(
+            weight1 + to % HIDDEN * PIXELS + to // HIDDEN, mask=to < PIXELS * HIDDEN, other=0.0
+        )
+        tl.store(transposed + to, w1.to(tl.float32), mask=to < PIXELS * HIDDEN)
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     is_row = row < rows
     patch, map_ = _item_and_map(row, maps, patches, MAPS_FASTEST)
-    patch_state = state + patch * (1 + WORDS) * maps + map_
+    # The state may be that of some of the maps, a slice.
+    patch_state = state + patch * state_patch + map_
 
     d = tl.arange(0, BLOCK_D)
     mask = is_row[:, None] & (d < DIMENSION)[None, :]
@@ -284,7 +298,7 @@ def hidden_gradient_kernel(
         h = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
         h = dot(grad_y, w2, h, PRECISION)
         word = tl.load(
-            patch_state[:, None] + (1 + unit // 32).to(tl.int64)[None, :] * maps,
+            patch_state[:, None] + (1 + unit // 32).to(tl.int64)[None, :] * state_word,
             mask=is_row[:, None] & is_unit[None, :],
             other=0,
         )

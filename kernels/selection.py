@@ -102,7 +102,8 @@ def _select_kernel(
     tl.store(correlation + b, (tl.sum(distance, axis=0) / maps).to(tl.float32))
 
 
-# A tile of Gram's difference from the runs' products P, and the sum of its squares.
+# A tile of Gram's difference from the runs' products P, and the sum of its squares. An image's last
+# program, by its ticket, adds up those of all.
 #
 # Floor for B = 1, M = 64 and 256 runs: reads 4.2 MB twice, 2 us.
 @triton.jit
@@ -111,11 +112,14 @@ def _difference_kernel(
     weights,
     difference,
     squares,
+    tickets,
+    gram,
     maps,
     runs,
     pixels,
     BLOCK: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):
     program = tl.program_id(0)
     blocks = tl.cdiv(maps, BLOCK)
@@ -139,11 +143,19 @@ def _difference_kernel(
     tl.store(difference + (b * maps + i[:, None]) * maps + j[None, :], value.to(tl.float32), inside)
     square = tl.sum(tl.sum(tl.where(inside, value * value, 0.0), axis=1), axis=0)
     tl.store(squares + program, (square / maps).to(tl.float32))
+    tl.debug_barrier()
+    if tl.atomic_add(tickets + b, 1, sem="acq_rel") == blocks * blocks - 1:
+        total_squares = tl.zeros([BLOCK_S], tl.float32)
+        for first in range(0, blocks * blocks, BLOCK_S):
+            k = first + tl.arange(0, BLOCK_S)
+            source = squares + b * blocks * blocks + k
+            total_squares += tl.load(source, mask=k < blocks * blocks, other=0)
+        tl.store(gram + b, tl.sum(total_squares, axis=0))
 
 
 # ---- launches ----
 
-DIFFERENCE_BLOCKS = {"BLOCK": 8, "BLOCK_R": 16}
+DIFFERENCE_BLOCKS = {"BLOCK": 8, "BLOCK_R": 16, "BLOCK_S": 128}
 
 
 def _kind(exponent: float) -> str:
@@ -197,18 +209,23 @@ def select(
     return *of_terms, kept, weights, of_kept
 
 
-def gram_difference(partial: Tensor, weights: Tensor, pixels: int) -> tuple[Tensor, Tensor]:
+def gram_difference(
+    partial: Tensor, weights: Tensor, pixels: int, tickets: Tensor
+) -> tuple[Tensor, Tensor]:
     """Gram(w S) - Gram(w G), (B, M, M), and the term, (B,), from the runs' products
-    (B, runs, M, M)."""
+    (B, runs, M, M). ``tickets`` are zeros, (B,) int32."""
     images, runs, maps, _ = partial.shape
     blocks = launch.blocks(maps, DIFFERENCE_BLOCKS["BLOCK"])
     difference = partial.new_empty(images, maps, maps)
     squares = partial.new_empty(images, blocks * blocks)
+    gram = partial.new_empty(images)
     _difference_kernel[(squares.numel(),)](
         partial,
         weights,
         difference,
         squares,
+        tickets,
+        gram,
         maps,
         runs,
         pixels,
@@ -216,4 +233,4 @@ def gram_difference(partial: Tensor, weights: Tensor, pixels: int) -> tuple[Tens
         num_warps=4,
         num_stages=1,
     )
-    return difference, squares.sum(1)
+    return difference, gram

@@ -24,9 +24,7 @@ from . import cache, native, problems
 logger = logging.getLogger("mghf_fast")
 
 HOPPER = ((9, 0),)
-PROVEN: Mapping[tuple[str, str], tuple[tuple[int, int], ...]] = {
-    ("triton", "entropy"): HOPPER,
-}
+PROVEN: Mapping[tuple[str, str], tuple[tuple[int, int], ...]] = {}
 """(backend, op) -> compute capabilities whose committed result (benchmarks/results) was made by the
 current kernels. ``tests/test_trials.py`` compares the sources with those that were run."""
 

@@ -21,13 +21,9 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-# Not (32,3,64,64) and (16,3,256,256), where Triton's `monce` has thousands of launches.
-SIZES = ("1x3x512x512", "1x3x1024x1024")
-
-
 def test_triton_asks_for_no_more_than_before() -> None:
     pytest.importorskip("triton")
-    done = run("--backend", "triton", "--shape", *SIZES)
+    done = run("--backend", "triton")
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -59,4 +55,4 @@ def test_what_is_complained_about() -> None:
     (text,) = launches.complaints(name, counts, {name: [41, 1]})
     assert "at most 40" in text
     triton = name.replace("cuda", "triton")
-    assert launches.complaints(triton, counts, {triton: [41, 1]}) == []
+    assert len(launches.complaints(triton, counts, {triton: [41, 1]})) == 1
