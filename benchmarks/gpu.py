@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from mghf_fast.commands.machine import machine_facts
+from mghf_fast.precision import product_precision
 
 from . import (
     floors,
@@ -107,6 +108,7 @@ def facts() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "tf32_convolutions": torch.backends.cudnn.allow_tf32,
         "tf32_products": torch.backends.cuda.matmul.allow_tf32,
+        "precision": product_precision("auto", "cuda"),  # of our own
     }
 
 

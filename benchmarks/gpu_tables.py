@@ -316,6 +316,9 @@ def conditions(run: Run) -> str:
     rates = ", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in run["ceilings"].items())
     held = sorted({r for s in run["state"].values() for r in s.get("held_down_by", ())} - {"idle"})
     tf32 = "in TF32" if facts["tf32_convolutions"] else "in float32"
+    ours = "ours of float32's accuracy"
+    if facts.get("precision", "float32") == "tf32":  # runs before it was an option have no entry
+        ours = "ours in TF32 too, while the floor counts the products of float32's accuracy"
     return origin(run) + (
         f"{facts['gpu']}, driver {state.get('driver', 'unknown')}, power limit "
         f"{state.get('power_limit_w', 'unknown')} W, clocks held down by: "
@@ -323,7 +326,7 @@ def conditions(run: Run) -> str:
         f"Ceilings measured in the same run: {rates or 'none'}. Medians of forward and backward "
         "(entropy: forward) between events on the device, the second-level cache overwritten "
         "before each; peak memory above the inputs. PyTorch's own convolutions are "
-        f"{tf32}, ours of float32's accuracy. The floor is the time that an op's bytes and "
+        f"{tf32}, {ours}. The floor is the time that an op's bytes and "
         "multiply-adds take at the ceilings (benchmarks/floors.py), the percentages are the "
         "shares of the measured time that bytes and multiply-adds would take.\n"
     )

@@ -2,8 +2,8 @@
 // which has N columns for each of the block's rows (see sinkhorn_solver.h), and out of it.
 //
 // float32 is multiplied as three products of TF32, or as one if no more is asked for; float16 and
-// bfloat16 have no more digits than TF32. The products over 8 depths are added up in float32 outside
-// the tensor cores, which truncate instead of rounding.
+// bfloat16 have no more digits than TF32. The products over 8 depths are added up in float32
+// outside the tensor cores, which truncate instead of rounding.
 #pragma once
 
 #include "matrix.h"
