@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import re
@@ -126,13 +127,13 @@ RULES = (
     (r"progress\.hopeless|p\.tolerance|settled\(|kRounding &&|solution\.made < 0", "stay"),
     (r"const bool is_narrow|if \(is_narrow\)|solution\.base == 0", "stay"),
     (r"exists \?|y < 0 \|\| y >= heights|if \(count > 0\) sum -= ", "stay"),
-    (r"half < rows|tile \* 16 >= rows", "enter"),
+    (r"half < rows", "enter"),
     (r"if \(!fast\)|is_last\(", "skip"),
 )
-"""Patterns of source lines, and what their jumps do: "iterations" ends the loop after `ITERATIONS`.
-Where the predicate is unknown, "stay" goes on behind the jump, and "enter" does so too but stays in
-the loop. "skip" jumps forward, or ends the thread, whatever the predicate says. What only the last
-block does is not counted."""
+"""Patterns of source lines, and what their jumps do. "iterations" ends the loop after `ITERATIONS`.
+"skip" jumps forward, or ends the thread, whatever the predicate says: what only the last block does
+is not counted. The others are for unknown predicates: "stay" goes on behind the jump, and "enter"
+does so too but stays in the loop."""
 
 
 class Sources:
@@ -257,8 +258,17 @@ class Row:
     pytorch: int = 0
 
 
-def write(path: Path, rows: Mapping[str, Row]) -> None:
-    """Equal launches are written once."""
+def digest(root: Path = ROOT) -> str:
+    """Of the sources of the CUDA kernels."""
+    found = hashlib.sha256()
+    for folder in (root / "csrc" / "common", root / "csrc" / "cuda"):
+        for path in sorted((*folder.glob("*.h"), *folder.glob("*.cu"))):
+            found.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return found.hexdigest()[:16]
+
+
+def write(path: Path, rows: Mapping[str, Row], sources: str) -> None:
+    """Equal launches are written once. ``sources``: what was counted, a `digest` or a commit."""
     kernels: dict[str, int] = {}
     for row in rows.values():
         for counts in row.launches:
@@ -272,7 +282,17 @@ def write(path: Path, rows: Mapping[str, Row]) -> None:
         })
         for name, row in rows.items()
     )  # fmt: skip
-    path.write_text(f'{{\n  "kernels": [\n{lines}\n  ],\n  "rows": {{\n{listed}\n  }}\n}}\n')
+    parts = (
+        f'"sources": "{sources}"',
+        f'"kernels": [\n{lines}\n  ]',
+        f'"rows": {{\n{listed}\n  }}',
+    )
+    path.write_text("{\n  " + ",\n  ".join(parts) + "\n}\n")
+
+
+def sources_of(path: Path) -> str:
+    """What was counted into a file."""
+    return str(json.loads(path.read_text())["sources"])
 
 
 def load(path: Path) -> dict[str, Row]:

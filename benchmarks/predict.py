@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from .counting import Counts, Row, load, write
+from .counting import Counts, Row, digest, load, sources_of, write
 
 FOLDER = Path(__file__).resolve().parent
 MEASURED, TODAY = FOLDER / "counts_h200.json", FOLDER / "counts.json"
@@ -240,7 +240,7 @@ def recount(host_modules: Path) -> str | None:
             f"--host-modules is {host_modules}, which has no host build of the CUDA kernels; "
             "`make cuda-host` makes it"
         )
-    write(TODAY, recording.steps(module, recording.compiled(nvcc, nvdisasm)))
+    write(TODAY, recording.steps(module, recording.compiled(nvcc, nvdisasm)), digest())
     return None
 
 
@@ -269,6 +269,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(*launches_of(steps[options.kernels], calibration.fitted), sep="\n")
         return 0
     print(*table(rows, calibration), sep="\n")
+    if sources_of(TODAY) != digest():
+        print("\nThe sources have changed since their kernels were counted: --count counts anew.")
     print("\npredicted, no GPU has run it: ms of a step, and the interval of 90 %")
     for name, row in steps.items():
         predicted = total(row, calibration.fitted)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import struct
 from pathlib import Path
 
 import pytest
@@ -148,8 +149,8 @@ def test_counting_without_a_host_build(
 def test_equal_launches_are_written_once(tmp_path: Path) -> None:
     rows = {"a": Row([COUNTS, changed(blocks=7), COUNTS]), "b": Row([COUNTS], pytorch=4)}
     file = tmp_path / "counts.json"
-    counting.write(file, rows)
-    assert counting.load(file) == rows
+    counting.write(file, rows, "0123")
+    assert counting.load(file) == rows and counting.sources_of(file) == "0123"
     assert file.read_text().count('"mix"') == 2
 
 
@@ -270,3 +271,33 @@ def test_rules(tmp_path: Path, line: int, label: int, instructions: int) -> None
     (program,) = programs(DECIDED.format(line=line, label=label))
     found = Walker(program).walk(Place(0, 0, 32, 1, b""), Sources(tmp_path).rule())
     assert found.counts.total() == instructions
+
+
+def test_changed_sources_are_noticed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "csrc" / "cuda"
+    folder.mkdir(parents=True)
+    (folder / "a.cu").write_text("one")
+    before = counting.digest(tmp_path)
+    (folder / "a.cu").write_text("two")
+    assert counting.digest(tmp_path) != before
+    monkeypatch.setattr(predict, "digest", lambda: "another")
+    assert predict.main([]) == 0
+    assert "sources have changed" in capsys.readouterr().out
+    monkeypatch.setattr(predict, "digest", lambda: counting.sources_of(predict.TODAY))
+    assert predict.main([]) == 0
+    assert "sources have changed" not in capsys.readouterr().out
+
+
+def test_launches_that_differ_by_addresses_alone() -> None:
+    from benchmarks.recording import without_addresses
+
+    def parameters(address: int, size: int, factor: float) -> bytes:
+        return struct.pack("<QQidxx", address, 0, size, factor)
+
+    first = without_addresses(parameters(0x7F12_3456_7890, 441, 0.5))
+    assert first == without_addresses(parameters(0x55AB_0000_1000, 441, 0.5))
+    assert first != without_addresses(parameters(0x7F12_3456_7890, 100, 0.5))
+    assert first != without_addresses(parameters(0, 441, 0.5))
+    assert first != without_addresses(parameters(0x7F12_3456_7890, 441, 0.25))
