@@ -439,7 +439,9 @@ struct ChipMap : ChipBlock<kExp> {
       return;
     }
     MGHF_UNROLL(1)
-    for (int j = thread; j < n && p.exact; j += threads) weights[j] = global(vector(state.made, 1))[j];
+    for (int j = thread; j < n && p.exact; j += threads) {
+      weights[j] = global(vector(state.made, 1))[j];
+    }
     write_gradient<kExp>(*this, key, result);
   }
 };
