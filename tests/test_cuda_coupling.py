@@ -443,6 +443,23 @@ def test_large_and_small_scales() -> None:
     assert torch.equal(grads[0].isfinite(), grads[1].isfinite())
 
 
+@pytest.mark.parametrize("factor", [1e-20, 1e5])
+def test_large_and_small_inputs(factor: float) -> None:
+    """Beyond the range of halves, also beside pixels that are not: what is lost is relative to a
+    pixel's own largest number."""
+    p = problem(66, (1, 7, 9))
+    p.x[:, :, :, :4] *= factor
+    exact = p.as_dtype(torch.float64)
+    (y, _) = (
+        OPS["coupling"]
+        .implementation("cuda")
+        .forward(p.x, p.weights.tensors(), "relu6", "bottleneck", None, False)
+    )
+    want = reference.invertible_block(exact.x, exact.weights)
+    error = (y - want).norm(dim=1) / want.norm(dim=1)
+    assert float(error.max()) <= 1e-5
+
+
 def test_frozen_weights_are_packed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     p = problem(8, (1, 5, 6))
     cuda, options = OPS["coupling"].implementation("cuda"), ("relu6", "bottleneck", None)
