@@ -112,28 +112,33 @@ __device__ __forceinline__ void finish_tile(const float (&sums)[kCellPixels / 2]
                                             const int (&heights)[2], const int (&widths)[2],
                                             int64_t row_stride, bool add) {
   const int t = static_cast<int>(threadIdx.x) % 4;
+  Two<float> results[2][kCellPixels / 8], *targets[2][kCellPixels / 8];
   MGHF_UNROLL_ALL
-  for (int half = 0; half < 2; ++half) {
-    Two<float> results[kCellPixels / 8], *targets[kCellPixels / 8];
+  for (int j = 0; j < kCellPixels / 8; ++j) {
+    const int column = 8 * j + 2 * t;
+    const auto at = static_cast<unsigned>(tile.begin + column);
+    const auto line = static_cast<int>(at / static_cast<unsigned>(tile.columns));
+    const int y = tile.row + line, z = tile.column + static_cast<int>(at) - line * tile.columns;
+    const int64_t offset = y * row_stride + z;
+    const float first = backs[column], second = backs[column + 1];
     MGHF_UNROLL_ALL
-    for (int j = 0; j < kCellPixels / 8; ++j) {
-      const int column = 8 * j + 2 * t, at = tile.begin + column;
-      const int y = tile.row + at / tile.columns, z = tile.column + at % tile.columns;
+    for (int half = 0; half < 2; ++half) {
+      Two<float>& result = results[half][j];
+      result = {sums[4 * j + 2 * half] * first, sums[4 * j + 2 * half + 1] * second};
       const bool exists = column < tile.pixels && y < heights[half] && z < widths[half];
-      targets[j] = exists ? reinterpret_cast<Two<float>*>(cells[half] + y * row_stride + z)
-                          : nullptr;
-      results[j] = {sums[4 * j + 2 * half] * backs[column],
-                    sums[4 * j + 2 * half + 1] * backs[column + 1]};
+      Two<float>* const target =
+          exists ? reinterpret_cast<Two<float>*>(cells[half] + offset) : nullptr;
       if (add && exists) {
-        const Two<float> earlier = *targets[j];
-        results[j].first += earlier.first;
-        results[j].second += earlier.second;
+        const Two<float> earlier = *target;
+        result.first += earlier.first;
+        result.second += earlier.second;
       }
+      targets[half][j] = target;
     }
-    MGHF_UNROLL_ALL
-    for (int j = 0; j < kCellPixels / 8; ++j) {
-      if (targets[j] != nullptr) *targets[j] = results[j];
-    }
+  }
+  MGHF_UNROLL_ALL
+  for (int n = 0; n < kCellPixels / 4; ++n) {
+    if (targets[n % 2][n / 2] != nullptr) *targets[n % 2][n / 2] = results[n % 2][n / 2];
   }
 }
 
