@@ -195,15 +195,15 @@ def _backend(name: str, counter: _Counter, module: Any) -> Iterator[None]:
             import triton
             from triton import knobs
 
-            from mghf_fast.kernels import monce
+            from mghf_fast.kernels.monce import MOST_BUFFER
             from tools.cases import NoDevice
 
             def note(**_: Any) -> bool:
                 counter.note()
                 return True  # no need to compile
 
-            large = mock.patch.object(monce, "_buffer", lambda device: monce.MOST_BUFFER)
-            stack.enter_context(large)
+            buffer = mock.patch("mghf_fast.kernels.monce._buffer", lambda device: MOST_BUFFER)
+            stack.enter_context(buffer)
             triton.runtime.driver.set_active(NoDevice(ARCHITECTURE))
             stack.enter_context(mock.patch.object(knobs.runtime, "jit_cache_hook", note))
         yield

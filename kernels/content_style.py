@@ -62,7 +62,8 @@ def forward(
 
         statistics, ranges, counts, tickets = statistics_of(gt, sr, bins)
         if gt.stride() == sr.stride():
-            counts_of(gt, *ranges, bins, counts, other=sr)
+            low, high = ranges
+            counts_of(gt, low, high, bins, counts, other=sr)
         else:
             for x, low, high, count in zip((gt, sr), *ranges, counts, strict=True):
                 counts_of(x, low, high, bins, count)
