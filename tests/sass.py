@@ -59,10 +59,11 @@ class Kernel:
     def count(self, *mnemonics: str) -> int:
         return sum(self.instructions.count(m) for m in mnemonics)
 
-    def tensor_share(self) -> float:
+    def tensor_share(self, of_three: bool = False) -> float:
         """Share of tensor instructions in the loops that have any; an instruction belongs to its
-        innermost loop."""
-        tensor = total = 0
+        innermost loop. ``of_three``: without the loops that have a third of another's, or of a part
+        of one that is unrolled further. They make one product where the other makes three."""
+        found: list[Counter[str]] = []
         for first, last in self.loops:
             inner = [
                 (a, b)
@@ -74,10 +75,18 @@ class Kernel:
                 for k in range(first, last + 1)
                 if not any(a <= k <= b for a, b in inner)
             )
-            if found := own["HMMA"] + own["HGMMA"]:
-                tensor += found
-                total += own.total()
-        return tensor / total if total else 0.0
+            if products(own):
+                found.append(own)
+        counts = [own["HMMA"] for own in found]
+        if of_three:
+            found = [own for own in found if all(n % (3 * own["HMMA"]) for n in counts)]
+        total = sum(own.total() for own in found)
+        return sum(map(products, found)) / total if total else 0.0
+
+
+def products(of: Counter[str]) -> int:
+    """The tensor cores' instructions."""
+    return of["HMMA"] + of["HGMMA"]
 
 
 def kernels(text: str) -> Iterator[Kernel]:

@@ -26,20 +26,22 @@ class Bounds:
     """Whether it may have generic loads, whose memory space is unknown."""
     spills: int = 0
     """Accesses to spilled registers that it may have, outside of its loops of products."""
+    of_three: bool = False
+    """Whether it has loops of one product, for less precision, which the share leaves out."""
 
 
 # Shares and sizes: within about a tenth of the counted ones.
 BOUNDS = [
-    Bounds("patches", "7projectIfLb0ELi4E", 0.22, 51),
+    Bounds("patches", "7projectIfLb0ELi4E", 0.22, 51, of_three=True),
     # One instruction of a warpgroup makes the products of 128 of those above.
     Bounds("patches", "12project_rowsILi2E", 0.0145, 55),
     Bounds("patches", "19image_gradient_rows", 0.0235, 49),
     Bounds("patches", "20hidden_gradient_rows", 0.0068, 50),
-    Bounds("patches", "15hidden_gradientILb1E", 0.21, 46),
-    Bounds("patches", "14image_gradientIfE", 0.27, 50),
+    Bounds("patches", "15hidden_gradientILb1E", 0.21, 46, of_three=True),
+    Bounds("patches", "14image_gradientIfE", 0.27, 51, of_three=True),
     Bounds("patches", "13outer_productIfLb1E", 0.16, 26),
-    Bounds("coupling", "13forward_stageIfNS1_12ForwardSizesIfLi64ELi8ELi2ELi32ELb0E", 0.21, 84.7),
-    Bounds("coupling", "13forward_stageIfNS1_12ForwardSizesIfLi64ELi8ELi2ELi32ELb1E", 0.195, 105),
+    Bounds("coupling", "13forward_stageIfNS1_12ForwardSizesIfLi64ELi8ELi2ELi32ELb0E", 0.21, 88),
+    Bounds("coupling", "13forward_stageIfNS1_12ForwardSizesIfLi64ELi8ELi2ELi32ELb1E", 0.195, 107),
     # One instruction of a warpgroup makes a warp the products of 16 of those above.
     Bounds("coupling", "11stream_rowsIfNS1_9RowsSizesIfLi64ELb0E", 0.0095, 56),
     Bounds("coupling", "11stream_rowsIfNS1_9RowsSizesIfLi64ELb1E", 0.0075, 64),
@@ -51,8 +53,9 @@ BOUNDS = [
     Bounds("coupling", "14backward_stageIfNS1_13BackwardSizesIfLi64ELi8E", 0.041, 78),
     Bounds("coupling", "3mixIffNS0_11ExactFloatsELi1E", 0.24, 39),
     Bounds("coupling_weights", "8multiplyINS1_8OfPixelsENS1_9OfWeightsE", 0.15, 27),
-    Bounds("gram", "16products_of_runsIfLNS0_7ReadingE2E", 0.14, 12.5),
-    Bounds("gram", "8gradientIfLNS0_7ReadingE2E", 0.25, 9),
+    # What prepares its loop of one product lies in the other loop: 348 instructions, not 327.
+    Bounds("gram", "16products_of_runsIfLNS0_7ReadingE2E", 0.135, 14, of_three=True),
+    Bounds("gram", "8gradientIfLNS0_7ReadingE2E", 0.25, 11, of_three=True),
     Bounds("dec", "13sums_of_pairs", 0.26, 35),
     Bounds("dec", "17gradient_of_pairsILi3E", 0.3, 67),
     Bounds("monce", "8contrastILi14ELb1E", 0.045, 290, generic_loads=True),
@@ -65,7 +68,7 @@ BOUNDS = [
 
 def complaints(kernel: sass.Kernel, bounds: Bounds) -> list[str]:
     found = []
-    if (share := kernel.tensor_share()) < bounds.tensor_share:
+    if (share := kernel.tensor_share(bounds.of_three)) < bounds.tensor_share:
         found.append(f"{share:.1%} of the instructions in its loops of products are tensor cores'")
     if kernel.kibibytes > bounds.kibibytes:
         found.append(f"{kernel.kibibytes:.1f} KiB of code")

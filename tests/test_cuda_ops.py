@@ -142,6 +142,10 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
         r"grad has shape \(2, 4, 5\); allowed is \(2, 4, 4\)",
     ),
     (lambda: ops().gram_backward(torch.zeros(2, 4, 4).half(), X, 1.0), "grad is not float32"),
+    (
+        lambda: ops().gram(X, 1.0, "half"),
+        "precision is 'half'; allowed are 'float32', 'tf32', 'bfloat16'",
+    ),
     (lambda: coupling(PLANE), r"x has shape \(4, 6, 6\)"),
     (lambda: coupling(channels=5), "channels is 5; allowed is an even number of 2 to 256"),
     (lambda: coupling(channels=258), "channels is 258; allowed is an even number of 2 to 256"),

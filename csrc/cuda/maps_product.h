@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(kProductThreads, kReading == Reading::strided 
     if (!computes) continue;
     const auto multiply = [&](auto one_product) {
       constexpr bool kOnce = decltype(one_product)::value;
-      MGHF_UNROLL_ALL
+      MGHF_UNROLL(kOnce ? 1 : kProductPixels / 8)
       for (int eight = 0; eight < kProductPixels; eight += 8) {
         const int depth = eight + t;
         SplitA a[2];
