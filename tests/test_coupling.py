@@ -587,7 +587,8 @@ def test_sums_over_pixels_of_triton_end_with_their_rows(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(kernels, "PIXELS_OF_A_PART", 4)
     a, b = draws.randn(2, 30, 8)
-    sums = kernels._Sums(SimpleNamespace(image=a))
+    shape = kernels.Shape(8, 8, 1, "relu6", 0.0, torch.float32)
+    sums = kernels._Sums(SimpleNamespace(image=a, shape=shape))
     for rows in (slice(21), slice(21, 23)):  # six parts of four, then one of two
         sums.add_products("phi_expand", a[rows], b[rows])
     total = sums.found["phi_expand"].sum(0)
