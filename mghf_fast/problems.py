@@ -224,6 +224,20 @@ SMALL: Mapping[str, tuple[int, int]] = {
 }
 
 
+LARGER: Mapping[str, tuple[int, int]] = {
+    "coupling": (1, 70),
+    "sinkhorn": (1, 650),
+    "monce": (1, 650),
+}
+"""As ``SMALL``, for ops whose kernels divide larger problems otherwise: into strips, or a matrix
+among several blocks."""
+
+
 def small(op: str) -> Problem:
     """A problem that takes milliseconds, with sides that are no multiple of any tile's."""
     return PROBLEMS[op](*SMALL[op])
+
+
+def for_trial(op: str) -> list[Problem]:
+    """The small problem, and a larger one where that takes another way."""
+    return [small(op), *([PROBLEMS[op](*LARGER[op])] if op in LARGER else [])]

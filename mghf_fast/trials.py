@@ -1,6 +1,6 @@
 """Trials: a kernel without a committed result for a kind of GPU is checked at its first use there.
 
-The trial runs a small problem of the op and compares result and gradient with the reference's.
+The trial runs small problems of the op and compares results and gradients with the reference's.
 ``"auto"`` avoids a kernel that differs or fails on that device, and one warning says what differed;
 a backend requested by name is not tried. Where an op has newer and older kernels, a device on which
 the newer ones fail uses the older ones, if these pass. Passed trials are kept in the user's cache
@@ -56,15 +56,23 @@ def _error(got: Tensor, expected: Tensor) -> float:
     return found if math.isfinite(found) else math.inf
 
 
+def _errors(problem: problems.Problem, backend: str, of_weights: bool) -> list[float]:
+    got = problem.results(backend, of_weights)
+    exact = problem.to(got[0].device, problem.exact)
+    expected = exact.results("reference", of_weights)
+    return [_error(g, e) for g, e in zip(got, expected, strict=True)]
+
+
 def try_kernel(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> Outcome:
-    """Runs the op's small problem on a backend and on the reference. Never raises."""
+    """Runs the op's problems on a backend and on the reference. Never raises."""
     try:
-        problem = problems.small(op).to(device, dtype)
         # Those of half precision differ by their own rounding.
         of_weights = dtype == torch.float32
-        got = problem.results(backend, of_weights)
-        expected = problem.to(device, problem.exact).results("reference", of_weights)
-        errors = tuple(_error(g, e) for g, e in zip(got, expected, strict=True))
+        found = [
+            _errors(problem.to(device, dtype), backend, of_weights)
+            for problem in problems.for_trial(op)
+        ]
+        errors = tuple(map(max, zip(*found, strict=True)))
     except Exception as error:
         first = (str(error).strip().splitlines() or [""])[0]
         return Outcome((), f"{type(error).__name__}: {first[:200]}")
