@@ -204,8 +204,8 @@ const char* launch_mix_rows(const Mix<T, T>& mix, const unsigned char* weights, 
     return half == 32 ? mix_rows_of<T, 1, kFewDepths, 32>(m, stream)
                       : mix_rows_of<T, 1, kFewDepths, 64>(m, stream);
   }
-  return half == 32 ? mix_rows_of<T, 1, kManyDepths, 32>(m, stream)
-                    : mix_rows_of<T, 1, kManyDepths, 64>(m, stream);
+  return half == 32 ? mix_rows_of<T, 1, kManyDepths<32>, 32>(m, stream)
+                    : mix_rows_of<T, 1, kManyDepths<64>, 64>(m, stream);
 }
 
 }  // namespace

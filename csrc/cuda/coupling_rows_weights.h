@@ -59,11 +59,15 @@ struct RowsPacking {
 };
 
 // Groups of terms that the kernel of the mix has room for, or 0 if it takes none so many.
-constexpr int kFewDepths = 2, kManyDepths = 8;
+// With 8 for 32 features nvcc spills.
+constexpr int kFewDepths = 2;
+template <int kHalf>
+constexpr int kManyDepths = kHalf == 32 ? 4 : 8;
 inline int64_t mix_depths(int64_t terms, int64_t kernel, int64_t half) {
   if (half > kWidestRows) return 0;
   if (terms <= kFewDepths * kGroup) return kFewDepths;
-  return kernel == 1 && terms <= kManyDepths * kGroup ? kManyDepths : 0;
+  const int64_t many = half == 32 ? kManyDepths<32> : kManyDepths<64>;
+  return kernel == 1 && terms <= many * kGroup ? many : 0;
 }
 
 template <int kThreads>
