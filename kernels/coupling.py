@@ -95,8 +95,7 @@ NUM_STAGES = 1  # more would copy the weights, and all taps of a layer, into sha
 # gradient recomputes it, it would move activations across their kinks.
 PRECISION, GRADIENT_PRECISION = "tf32x3", launch.GRADIENT_PRECISION.value
 GRADIENT_KERNELS = (grad_hidden2_kernel, grad_z2_kernel, grad_mixed_kernel)
-MOST_PARTS = 64  # of a sum over pixels
-PIXELS_OF_A_PART = 256
+MOST_PARTS, PIXELS_OF_A_PART = 64, 256  # of a sum over pixels
 
 
 @dataclass(frozen=True)
