@@ -28,7 +28,7 @@ from .walk import Place, Rule, Walk, Walker, shortest
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURE = "90a"
 ITERATIONS = 4
-"""Of Sinkhorn, after which the embeddings of the benchmarks and of images settle: 3 or 4."""
+"""Sinkhorn's, after which the embeddings of the benchmarks and of images settle: 3 or 4."""
 
 SHARED_BYTES, RESERVED_BYTES = 228 << 10, 1 << 10  # of a multiprocessor, and of each block
 REGISTERS, WARPS, BLOCKS = 64 << 10, 64, 32
@@ -65,10 +65,10 @@ class Launch:
 
 @dataclass(frozen=True)
 class Counts:
-    """Of a launch. ``issued``, ``units``, ``tensor_cycles`` and ``bytes`` are those of a mean warp,
-    ``near`` and ``far`` the cycles of a block's slowest warp alone, global loads being served by L2
-    or by memory. ``reached``: different instructions executed. ``unknown``: branches that a rule
-    decided, of a warp."""
+    """What a launch takes. ``issued``, ``units``, ``tensor_cycles`` and ``bytes`` are those of a
+    mean warp, ``near`` and ``far`` the cycles of a block's slowest warp alone, global loads being
+    served by L2 or by memory. ``reached``: different instructions executed. ``unknown``: branches
+    that a rule decided, of a warp."""
 
     name: str
     blocks: int
@@ -105,8 +105,8 @@ def blocks_of_sm(used: Resources, threads: int, shared_bytes: int) -> int:
 
 WGMMA = re.compile(r"HGMMA\.64x(\d+)x")
 MMA_CYCLES = 6.4
-"""Of mma.sync with 16 x 8 results on a quarter of a multiprocessor: 4 at the rate of wgmma, of
-which mma.sync reaches about 62 %."""
+"""An mma.sync with 16 x 8 results takes so many on a quarter of a multiprocessor: 4 at the rate of
+wgmma, of which mma.sync reaches about 62 %."""
 
 
 def tensor_cycles(counts: Mapping[str, float]) -> float:
@@ -145,7 +145,7 @@ class Sources:
         self._lines = {path.name: path.read_text().splitlines() for path in files}
 
     def line(self, place: str) -> str:
-        """Of "file.h:12", or "" if there is none."""
+        """The line at "file.h:12", or "" if there is none."""
         name, _, number = place.partition(":")
         lines = self._lines.get(name, [])
         return lines[int(number) - 1] if number and int(number) <= len(lines) else ""
@@ -259,7 +259,7 @@ class Row:
 
 
 def digest(root: Path = ROOT) -> str:
-    """Of the sources of the CUDA kernels."""
+    """A digest of the sources of the CUDA kernels."""
     found = hashlib.sha256()
     for folder in (root / "csrc" / "common", root / "csrc" / "cuda"):
         for path in sorted((*folder.glob("*.h"), *folder.glob("*.cu"))):

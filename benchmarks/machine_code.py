@@ -146,7 +146,7 @@ def local_name(mangled: str) -> str:
 
 @dataclass(frozen=True)
 class Resources:
-    """Of a block: registers a thread and bytes of static shared memory."""
+    """What a block needs: registers a thread and bytes of static shared memory."""
 
     registers: int
     shared_bytes: int

@@ -357,7 +357,7 @@ def _join(i: Instruction, first: str, second: str) -> Meaning:
 
 
 def _compare_floats(i: Instruction) -> Meaning:
-    """Of the launch's parameters and of constants; sums and products are not computed."""
+    """Compares the launch's parameters and constants; sums and products are not computed."""
     operator = next((o for n, o in _COMPARE.items() if i.suffixes[0] in (n, n + "U")), None)
     if operator is None or len(i.operands) != 5:
         return _unknown(i)
@@ -444,7 +444,7 @@ def _constants(i: Instruction) -> Meaning:
 
 
 def _address(text: str) -> str:
-    """Of the last square brackets, modulo 2^32, which is enough to tell addresses apart."""
+    """The address in the last square brackets, modulo 2^32, which tells addresses apart."""
     inner = text[text.rindex("[") + 1 : -1]
     terms, names = [], []
     for part in re.findall(r"[+-]?[^+-]+", inner):

@@ -43,7 +43,7 @@ BANDWIDTH = 4.275e12
 LAUNCH_SECONDS = 3e-6
 HOST_SECONDS = 1e-3
 CYCLES = {"fp32": 1.0, "integer": 2.0, "multiply": 2.0, "special": 8.0, "double": 2.0}
-"""Of an instruction, on a quarter of a multiprocessor: 32 lanes, 16, 16, 4 and 16."""
+"""An instruction's, on a quarter of a multiprocessor: 32 lanes, 16, 16, 4 and 16."""
 SHARED_BYTES_PER_CYCLE = 128
 ATOMIC_REPEATS = 4
 """How often an atomic access of a warp to shared memory is repeated, since threads meet."""
@@ -78,7 +78,7 @@ def busiest(counts: Counts, blocks: float) -> float:
 
 
 GROUPS = 8
-"""Of multiprocessors; the blocks of a cluster run in one of them."""
+"""Groups of multiprocessors; the blocks of a cluster run in one of them."""
 
 
 def rounds(counts: Counts) -> tuple[float, float]:
@@ -93,8 +93,8 @@ def rounds(counts: Counts) -> tuple[float, float]:
 
 
 class Parts(NamedTuple):
-    """Of a launch's time, what does not depend on the fitted numbers: rounds, cycles, seconds of
-    moving, and lines of code."""
+    """The parts of a launch's time that do not depend on the fitted numbers: rounds, cycles,
+    seconds of moving, and lines of code."""
 
     times: float
     near: float
@@ -120,7 +120,7 @@ class Parts(NamedTuple):
 
 
 def seconds(counts: Counts, fitted: Fitted) -> float:
-    """Of a launch."""
+    """What a launch takes."""
     return Parts.of(counts).seconds(fitted)
 
 
@@ -167,7 +167,7 @@ class Calibration:
 
     @property
     def error(self) -> float:
-        """Of a prediction for a kernel that was not measured: a logarithm's root mean square."""
+        """The error for a kernel that was not measured: a logarithm's root mean square."""
         return spread(self.apart_by_op.values())
 
 
@@ -228,7 +228,7 @@ def launches_of(row: Row, fitted: Fitted) -> Iterator[str]:
 
 
 def recount(host_modules: Path) -> str | None:
-    """Counts today's kernels anew into `TODAY`; returns what is missing for that, or None."""
+    """Counts today's kernels again into `TODAY`; returns what is missing for that, or None."""
     from . import launches, recording  # with torch, which the predictions need not
 
     nvcc, nvdisasm = recording.tool("nvcc"), recording.tool("nvdisasm")

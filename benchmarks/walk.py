@@ -264,7 +264,7 @@ class Walker:
 
 
 def _bytes(instruction: Instruction) -> dict[str, int]:
-    """Of a warp's 32 threads, all of which take part."""
+    """What a warp's 32 threads move, all of which take part."""
     kind = MEMORY.get(instruction.mnemonic)
     if kind is None:
         return {}

@@ -11,7 +11,7 @@ from benchmarks.walk import GLOBAL_LATENCIES, Place, Walker, WalkError
 
 
 def program(code: str) -> Program:
-    """Of instructions without addresses, and of labels."""
+    """A program of instructions without addresses, and of labels."""
     lines, address = [".text.kernel:"], 0
     for line in code.strip().splitlines():
         if line.strip().endswith(":"):

@@ -221,7 +221,7 @@ struct ChipBlock {
   float *const weights, *const dg, *const parts;  // of columns; the bands' sums of columns
   float *const exchanged, *const coefficients, *const unscale;  // of a tile's rows
   float *const of_warps;
-  // Of rows: the exponents a, u, the exponents of w, r, r / sum_j w, s_ii.
+  // Numbers of rows: the exponents a, u, the exponents of w, r, r / sum_j w, s_ii.
   float *const base, *const factor, *const top, *const share, *const scaled, *const positive;
   float *const sums;  // of each thread's columns; then the gradient's, of rows
 
