@@ -3,22 +3,23 @@
     python -m benchmarks.accuracy --backend cpu cuda --write
     TRITON_INTERPRET=1 python -m benchmarks.accuracy --backend triton --write
 
-Without a GPU the CUDA kernels run in the emulator (`make cuda-host`), whose tensor cores cut off
-factors and sums as a GPU's do, and Triton's in its interpreter, where a single product in TF32 or
-bfloat16 has a GPU's factors, while products in three parts, and all sums, are NumPy's in float32.
-With a GPU both run there. `--write` puts the errors into accuracy.json and a table of all backends
-into docs/benchmarks.md.
+Without a GPU the CUDA kernels run in the emulator (`make cuda-host`), those for compute capability
+9.0 and those for 8.0; its tensor cores cut off factors and sums as a GPU's do. Triton's run in its
+interpreter, where a single product in TF32 or bfloat16 has a GPU's factors, while products in three
+parts, and all sums, are NumPy's in float32. With a GPU both run there. `--write` puts the errors
+into results/accuracy.json and a table of all backends into docs/benchmarks.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import importlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,10 @@ import mghf_fast.ops
 from mghf_fast import problems
 from mghf_fast.precision import PRECISIONS
 
+from . import results
+
 ROOT = Path(__file__).parents[1]
-ERRORS = Path(__file__).with_name("accuracy.json")
+ERRORS = results.RESULTS / "accuracy.json"
 PAGE = ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- accuracy: begin -->\n", "<!-- accuracy: end -->\n"
 BACKENDS = ("cpu", "cuda", "triton")
@@ -43,8 +46,15 @@ SIZES = {
 }
 """Op -> the size of its problem: small enough for the emulator."""
 
-Errors = dict[str, dict[str, dict[str, list[float]]]]
-"""Where it ran -> op -> precision -> relative L2 errors of the result and its gradient."""
+GPUS = {"9.0": (227 << 10, True), "8.0": (163 << 10, False)}
+"""Compute capability -> what the emulator has of such a GPU: bytes of a block's shared memory, and
+whether there are clusters and products of warpgroups."""
+
+Errors = dict[str, dict[str, Any]]
+"""Where it ran -> ``machine``, ``torch`` and ``errors``: op -> precision -> relative L2 errors of
+the result and its gradient."""
+Place = tuple[str, torch.device, Callable[[], object]]
+"""Where a backend runs, the device of its tensors, and what must be called before."""
 
 
 def _problem(op: str) -> problems.Problem:
@@ -76,32 +86,39 @@ def errors_of(op: str, backend: str, device: torch.device) -> dict[str, list[flo
     }
 
 
-def _install(backend: str, host_modules: Path) -> tuple[str, torch.device]:
-    """Makes a backend run here; where it does, and the device of its tensors."""
+def _places(backend: str, host_modules: Path) -> list[Place]:
+    """Makes a backend run here."""
+    cpu = torch.device("cpu")
     if backend == "cpu":
-        return "CPU", torch.device("cpu")
+        return [("CPU", cpu, lambda: None)]
+    language = "CUDA C++" if backend == "cuda" else "Triton"
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
-        return f"{'CUDA C++' if backend == 'cuda' else 'Triton'}, {name}", torch.device("cuda")
+        return [(f"{language}, {name}", torch.device("cuda"), lambda: None)]
     sys.path.insert(0, str(ROOT / "tests"))
     if backend == "cuda":
         os.environ["MGHF_CUDA_HOST"] = str(host_modules.resolve())
-        importlib.import_module("emulated").install()
-        return "CUDA C++, emulated", torch.device("cpu")
+        emulated = importlib.import_module("emulated")
+        emulated.install()
+        host = importlib.import_module("cuda_host").load(str(emulated.module("plain")))
+        return [
+            (f"{language}, {capability} emulated", cpu, functools.partial(host.set_gpu, *gpu))
+            for capability, gpu in GPUS.items()
+        ]
     interpreter = importlib.import_module("interpreter")
     interpreter.hasten()
     interpreter.round_bfloat16()
     interpreter.cut_tf32()
-    return "Triton, interpreted", torch.device("cpu")
+    return [(f"{language}, interpreted", cpu, lambda: None)]
 
 
 def table(errors: Errors) -> str:
     """The page's part between the marks: a row for each op and place."""
     lines = [f"| op | ran on | {' | '.join(PRECISIONS)} |", "|---" * (2 + len(PRECISIONS)) + "|"]
     for op in SIZES:
-        for place, of_ops in sorted(errors.items()):
-            if op in of_ops:
-                cells = [", ".join(f"{e:.1e}" for e in of_ops[op][p]) for p in PRECISIONS]
+        for place, found in sorted(errors.items()):
+            if (of_op := found["errors"].get(op)) is not None:
+                cells = [", ".join(f"{e:.1e}" for e in of_op[p]) for p in PRECISIONS]
                 lines.append(f"| {op} | {place} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -125,16 +142,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help=f"rewrite {ERRORS.name} and the page")
     options = parser.parse_args(arguments)
     known: Errors = json.loads(ERRORS.read_text()) if ERRORS.exists() else {}
+    facts = {"machine": results.this_machine(torch.get_num_threads()), "torch": torch.__version__}
     for backend in options.backend:
-        place, device = _install(backend, options.host_modules)
-        found: dict[str, Any] = {}
-        for op in SIZES:
-            if (reason := mghf_fast.ops.OPS[op].why_not(backend, torch.zeros(1))) is not None:
-                print(f"{backend} cannot run {op}: {reason}", file=sys.stderr)
-                return 2
-            found[op] = errors_of(op, backend, device)
-            print(f"{place}: {op} {found[op]}", flush=True)
-        known[place] = found
+        for place, device, prepare in _places(backend, options.host_modules):
+            prepare()
+            found: dict[str, Any] = {}
+            for op in SIZES:
+                reason = mghf_fast.ops.OPS[op].why_not(backend, torch.zeros(1))
+                if reason is not None:
+                    print(f"{backend} cannot run {op}: {reason}", file=sys.stderr)
+                    return 2
+                found[op] = errors_of(op, backend, device)
+                print(f"{place}: {op} {found[op]}", flush=True)
+            known[place] = facts | {"errors": found}
     if options.write:
         ERRORS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
         PAGE.write_text(replaced(PAGE.read_text(), known))

@@ -38,6 +38,8 @@ class Problem:
     differentiable: bool = True
     exact: torch.dtype = torch.float64
     weights: bool = False
+    graded: bool = False
+    """Whether the op has a ``precision``."""
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Problem:
         moved = tuple(x.to(device, dtype) for x in self.tensors)
@@ -114,7 +116,8 @@ def coupling(batch: int, side: int, inverse: bool = False) -> Problem:
         return y
 
     tensors = _coupling_tensors(batch, side)
-    return Problem(name, run, tensors, differentiable=not inverse, weights=not inverse)
+    forward = not inverse
+    return Problem(name, run, tensors, differentiable=forward, weights=forward, graded=forward)
 
 
 def entropy(batch: int, side: int) -> Problem:
@@ -132,7 +135,7 @@ def gram(batch: int, side: int) -> Problem:
         result: Tensor = torch.ops.mghf_fast.gram(x, 1 / x[0].numel(), *chosen)
         return result
 
-    return Problem("gram", run, tuple(_features(batch, side)))
+    return Problem("gram", run, tuple(_features(batch, side)), graded=True)
 
 
 def content_style(batch: int, side: int) -> Problem:
@@ -144,7 +147,7 @@ def content_style(batch: int, side: int) -> Problem:
         return torch.stack(terms[:4])
 
     tensors = tuple(_features(batch, side, 2))
-    return Problem("content_style", run, tensors, exact=torch.float32)
+    return Problem("content_style", run, tensors, exact=torch.float32, graded=True)
 
 
 def patches(batch: int, side: int) -> Problem:
@@ -157,9 +160,8 @@ def patches(batch: int, side: int) -> Problem:
     first = torch.randn(128, PATCH_SIZE**2, generator=generator, **DRAWN) / PATCH_SIZE
     second = torch.randn(64, 128, generator=generator, **DRAWN) / 128**0.5
     zeros = torch.zeros(128, **DRAWN), torch.zeros(64, **DRAWN)
-    return Problem(
-        "patches", run, (*_features(batch, side, channels=32), first, zeros[0], second, zeros[1])
-    )
+    tensors = (*_features(batch, side, channels=32), first, zeros[0], second, zeros[1])
+    return Problem("patches", run, tensors, graded=True)
 
 
 def sinkhorn(maps: int, count: int) -> Problem:
@@ -179,7 +181,7 @@ def monce(maps: int, count: int) -> Problem:
         )
         return losses
 
-    return Problem("monce", run, _embeddings(maps, count))
+    return Problem("monce", run, _embeddings(maps, count), graded=True)
 
 
 def dec(batch: int, side: int) -> Problem:

@@ -17,8 +17,9 @@ def test_the_page_has_the_errors_that_were_measured() -> None:
     errors = json.loads(accuracy.ERRORS.read_text())
     page = accuracy.PAGE.read_text()
     assert page == accuracy.replaced(page, errors)
-    for of_ops in errors.values():
-        assert of_ops.keys() == accuracy.SIZES.keys()
+    for found in errors.values():
+        of_ops = found["errors"]
+        assert found["machine"] and found["torch"] and of_ops.keys() == accuracy.SIZES.keys()
         for of_precisions in of_ops.values():
             assert of_precisions.keys() == {*PRECISIONS}
             for precision, (of_result, of_gradient) in of_precisions.items():
