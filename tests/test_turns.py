@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,6 +39,11 @@ def _sums_kernel(counters: Any, x: Any, tiles: Any, BLOCK: tl.constexpr) -> None
     leave(counters, x)
 
 
+@triton.jit
+def _wait_kernel(counters: Any, count: Any) -> None:
+    wait(counters, count)
+
+
 def sums(x: torch.Tensor, counters: torch.Tensor) -> list[float]:
     _sums_kernel[(STEPS * TILES,)](counters, x, TILES, BLOCK=8)
     return x[-1].tolist()
@@ -60,6 +66,18 @@ def test_triton_steps_follow_each_other() -> None:
     if triton_is_interpreted():
         with interpreter.another_order():
             assert sums(start(), counters) == expected
+
+
+def test_triton_waits_for_programs_that_run_at_the_same_time() -> None:
+    if not triton_is_interpreted():
+        pytest.skip("on a GPU the other programs do it")
+    counters = torch.zeros(turns.COUNTERS, dtype=torch.int32)
+    counters[turns.LEFT.value] = TILES - 1
+    last = threading.Timer(0.3, counters[turns.LEFT.value].add_, (1,))
+    last.start()
+    _wait_kernel[(1,)](counters, TILES)
+    assert counters[turns.LEFT.value] == TILES and counters[turns.LOST.value] == 0
+    last.join()
 
 
 def test_triton_gives_up_rather_than_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
