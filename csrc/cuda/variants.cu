@@ -15,11 +15,20 @@ constexpr int kDevices = 64;
 // A bit for each device. Beyond the last all devices share its bit.
 std::atomic<uint64_t> older[sizeof kOps / sizeof *kOps];
 
+std::shared_mutex& in_use() {
+  static std::shared_mutex mutex;
+  return mutex;
+}
+
 uint64_t bit_of(int device) {
   return uint64_t{1} << (device < 0 ? 0 : device < kDevices ? device : kDevices - 1);
 }
 
 }  // namespace
+
+std::shared_lock<std::shared_mutex> hold_variants() {
+  return std::shared_lock<std::shared_mutex>(in_use());
+}
 
 bool newest(Variant variant) {
   const uint64_t devices = older[static_cast<int>(variant)].load(std::memory_order_relaxed);
@@ -35,6 +44,7 @@ bool newest(Variant variant) {
 
 extern "C" int mghf_cuda_use_older(const char* op, int device, int older) {
   using namespace mghf::cuda;
+  const std::unique_lock<std::shared_mutex> lock(in_use());
   for (int n = 0; const char* name : kOps) {
     if (std::strcmp(op, name) == 0) {
       if (older != 0) {

@@ -2,12 +2,18 @@
 // (mghf_fast/trials.py).
 #pragma once
 
+#include <mutex>
+#include <shared_mutex>
+
 namespace mghf::cuda {
 
 enum class Variant { coupling, monce, patches };  // named as the ops
 
 // Whether the newer kernels run on the current device.
 bool newest(Variant variant);
+
+// As long as it lives nothing changes: an op sizes its workspace for the kernels that it launches then.
+std::shared_lock<std::shared_mutex> hold_variants();
 
 }  // namespace mghf::cuda
 

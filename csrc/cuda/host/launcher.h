@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "../../common/checks.h"
+#include "../variants.h"
 #include "emulator.h"
 
 #define MGHF_DISPATCH_KEY CompositeExplicitAutograd
@@ -17,6 +18,9 @@ class Launcher {
  public:
   explicit Launcher(const Tensor&) {}
   void* stream() const { return nullptr; }
+
+ private:
+  std::shared_lock<std::shared_mutex> variants_ = hold_variants();
 };
 
 // Filled with NaN, so that uninitialised reads show.

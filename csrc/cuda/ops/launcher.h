@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include "../../common/checks.h"
+#include "../variants.h"
 
 // The dispatch key that the ops' implementations are registered for.
 #define MGHF_DISPATCH_KEY CUDA
@@ -16,7 +17,8 @@ inline void check_cuda(const Tensor& tensor, const char* argument) {
   STD_TORCH_CHECK(tensor.is_cuda(), argument, " is not on a CUDA device");
 }
 
-// Makes the tensor's device the current one, and knows its current stream.
+// Makes the tensor's device the current one, knows its current stream, and keeps the choice of kernels
+// as it is.
 class Launcher {
  public:
   explicit Launcher(const Tensor& tensor) : guard_(tensor.get_device_index()) {
@@ -27,6 +29,7 @@ class Launcher {
 
  private:
   torch::stable::accelerator::DeviceGuard guard_;
+  std::shared_lock<std::shared_mutex> variants_ = hold_variants();
   void* stream_ = nullptr;
 };
 
