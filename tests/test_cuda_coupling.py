@@ -18,6 +18,7 @@ from mghf_fast.nn import InvertibleBlock
 from mghf_fast.ops import OPS
 from mghf_fast.ops.native.coupling import state_shape
 from mghf_fast.ops.vocabulary import ACTIVATIONS, BlockWeights, PackedWeights, weight_shapes
+from mghf_fast.precision import PRECISIONS
 from mghf_fast.reference import coupling as reference
 
 pytestmark = needs_modules
@@ -443,8 +444,34 @@ def test_large_and_small_scales() -> None:
     assert torch.equal(grads[0].isfinite(), grads[1].isfinite())
 
 
+@pytest.mark.parametrize(
+    ("channels", "size", "inputs", "kernel"),
+    [(66, (1, 3, 67), 66, 1), (66, (1, 5, 6), 3, 3), (34, (1, 5, 6), 34, 1), (12, (1, 4, 5), 3, 3)],
+)
+def test_products_of_less_precision(
+    channels: int, size: tuple[int, int, int], inputs: int, kernel: int
+) -> None:
+    """By rows they are one of halves, for TF32 and bfloat16 alike; the result errs by a few times
+    what the factors are rounded by, and the gradient from what the forward kept likewise."""
+    p = problem(channels, size, inputs, kernel)
+    cuda, options = OPS["coupling"].implementation("cuda"), ("relu6", "bottleneck", None)
+    tensors, exact = p.weights.tensors(), p.as_dtype(torch.float64).expected()
+    found, errors = {}, {}
+    for precision in PRECISIONS:
+        y, state = cuda.forward(p.x, tensors, *options, True, precision)
+        again, _ = cuda.forward(p.x, tensors, *options, False, precision)
+        assert torch.equal(y, again)
+        (grad,) = cuda.backward(p.grad, p.x, tensors, state, *options, False, precision)
+        found[precision] = y
+        errors[precision] = [relative_error(a, b) for a, b in zip((y, grad), exact, strict=True)]
+    assert torch.equal(found["tf32"], found["bfloat16"])
+    assert errors["float32"][0] <= 1e-6 and 3e-5 <= errors["tf32"][0] <= 1e-3, errors
+    assert errors["float32"][1] <= 1e-4 and errors["tf32"][1] <= 2e-2, errors
+
+
+@pytest.mark.parametrize(("precision", "most"), [("float32", 1e-5), ("tf32", 2e-3)])
 @pytest.mark.parametrize("factor", [1e-20, 1e5])
-def test_large_and_small_inputs(factor: float) -> None:
+def test_large_and_small_inputs(factor: float, precision: str, most: float) -> None:
     """Beyond the range of halves, also beside pixels that are not: what is lost is relative to a
     pixel's own largest number."""
     p = problem(66, (1, 7, 9))
@@ -453,11 +480,11 @@ def test_large_and_small_inputs(factor: float) -> None:
     (y, _) = (
         OPS["coupling"]
         .implementation("cuda")
-        .forward(p.x, p.weights.tensors(), "relu6", "bottleneck", None, False)
+        .forward(p.x, p.weights.tensors(), "relu6", "bottleneck", None, False, precision)
     )
     want = reference.invertible_block(exact.x, exact.weights)
     error = (y - want).norm(dim=1) / want.norm(dim=1)
-    assert float(error.max()) <= 1e-5
+    assert float(error.max()) <= most
 
 
 def test_frozen_weights_are_packed_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,7 +156,8 @@ struct PartialCall {
       const Mix<T, T> m{from, rows, {nullptr, false}, 0, packed.bias, static_cast<int>(pixels()),
                         kept.count(), static_cast<int>(width), kept.first, static_cast<int>(terms)};
       return launch_mix_rows<T>(m, packed.mix_rows, shape.kernel,
-                                mix_depths(terms, shape.kernel, half()), half(), stream);
+                                mix_depths(terms, shape.kernel, half()), half(),
+                                packed.rows_once, stream);
     }
     return shape.kernel == 1
                ? mix<Exact<T>, 1>(from, to, packed.mix, packed.bias, terms, all, kept)
@@ -266,12 +267,12 @@ struct PartialCall {
     if (error != nullptr) return error;
     error = launch_rows<T>({tiling(1, around(1)), {}, z, Role::add, {packed.phi.rows}, z2,
                             channels_of(y, c, c), shape.clamp, state_at(state)},
-                           half(), state.exists, stream);
+                           half(), state.exists, packed.rows_once, stream);
     if (error != nullptr) return error;
     return launch_rows<T>({tiling(1, result), {}, z2, Role::couple,
                            {packed.rho.rows, packed.eta.rows}, z, channels_of(y, 0, c), shape.clamp,
                            state_at(state)},
-                          half(), state.exists, stream);
+                          half(), state.exists, packed.rows_once, stream);
   }
 
   const char* value(const Image<T>& x, const MutableImage<T>& y,

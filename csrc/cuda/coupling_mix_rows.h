@@ -27,12 +27,12 @@ struct MixRows {
 };
 
 // kDepths: groups of terms.
-template <class T, int kKernelOf, int kDepthsOf, int kHalfOf>
+template <class T, int kKernelOf, int kDepthsOf, int kHalfOf, int kPartsOfFactor>
 struct MixRowsSizes {
   static constexpr int kKernel = kKernelOf, kDepths = kDepthsOf, kColumns = 2 * kHalfOf;
-  static constexpr int kGroups = kColumns / kGroup, kParts = kPartsOf<T>;
+  static constexpr int kGroups = kColumns / kGroup, kParts = kPartsOfFactor;
   static constexpr int kMatrixBytes = kDepths * kGroup * kColumns * 2;
-  static constexpr int kWeightBytes = kParts * kMatrixBytes + 16;
+  static constexpr int kWeightBytes = kParts * kMatrixBytes + kScaleBytes;
   static constexpr size_t kBytes = kWeightBytes + sizeof(Counter);
 };
 
@@ -134,12 +134,12 @@ __global__ void __launch_bounds__(kMixRowsThreads, 1) mix_rows(MixRows<T> m) {
     int first = (static_cast<int>(blockIdx.x) * 2 + warpgroup) * kMixRowsPixels - step;
     FeaturesOfRow<Z::kDepths> values = {};
     loaded->wait(0);
-    const float of_weights = *reinterpret_cast<const float*>(weights + Z::kParts * Z::kMatrixBytes);
+    const float of_weights = *reinterpret_cast<const float*>(weights + Z::kMatrixBytes);
     MGHF_UNROLL(1)
     for (; first < m.mix.pixels; first += step) {
-      const RowFactors<Z::kDepths> factors(values);
+      const RowFactors<Z::kDepths, Z::kParts> factors(values);
       float sums[Z::kColumns / 2] = {};
-      const auto multiply = [&](const uint32_t(&a)[Z::kDepths][4], const unsigned char* matrix) {
+      const auto multiply = [&](const auto& a, const unsigned char* matrix) {
         MGHF_UNROLL_ALL
         for (int n = 0; n < Z::kDepths; ++n) {
           multiply_add_later<Z::kColumns>(sums, a[n], columns_of<Z::kColumns>(matrix, n, 0));
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kMixRowsThreads, 1) mix_rows(MixRows<T> m) {
       begin_products();
       if constexpr (Z::kParts == 2) {
         multiply(factors.small, weights);
-        multiply(factors.big, weights + Z::kMatrixBytes);
+        multiply(factors.big, weights + Z::kMatrixBytes + kScaleBytes);
       }
       multiply(factors.big, weights);
       end_products();
@@ -177,35 +177,39 @@ __global__ void __launch_bounds__(kMixRowsThreads, 1) mix_rows(MixRows<T> m) {
   }
 }
 
-template <class T, int kKernel, int kDepths, int kHalf>
+template <int kKernel, int kDepths, int kHalf, int kParts, class T>
 const char* mix_rows_of(const MixRows<T>& m, Stream stream) {
   constexpr int64_t kMultiprocessors = 132;
-  using Z = MixRowsSizes<T, kKernel, kDepths, kHalf>;
+  using Z = MixRowsSizes<T, kKernel, kDepths, kHalf, kParts>;
   const int64_t blocks = (m.mix.pixels + 2 * kMixRowsPixels - 1) / (2 * kMixRowsPixels);
   return launch(mix_rows<T, Z>,
                 {blocks < kMultiprocessors ? blocks : kMultiprocessors, kMixRowsThreads, Z::kBytes},
                 stream, m);
 }
 
+template <int kHalf, int kParts, class T>
+const char* mix_rows_of(const MixRows<T>& m, int64_t kernel, int64_t depths, Stream stream) {
+  if (kernel == 3) return mix_rows_of<3, kFewDepths, kHalf, kParts>(m, stream);
+  return depths == kFewDepths ? mix_rows_of<1, kFewDepths, kHalf, kParts>(m, stream)
+                              : mix_rows_of<1, kManyDepths<kHalf>, kHalf, kParts>(m, stream);
+}
+
 // All features of a 1x1 or 3x3 mix, whose terms fill at most `depths` groups, from mix_depths().
+// `once`: products are one each.
 template <class T>
 const char* launch_mix_rows(const Mix<T, T>& mix, const unsigned char* weights, int64_t kernel,
-                            int64_t depths, int64_t half, Stream stream) {
+                            int64_t depths, int64_t half, bool once, Stream stream) {
   const Image<T>& x = mix.x.image;
   const bool by_pairs = x.column_stride == 1 && x.width % 2 == 0 && x.row_stride % 2 == 0 &&
                         x.channel_stride % 2 == 0 && x.batch_stride % 2 == 0 &&
                         reinterpret_cast<uintptr_t>(x.data) % (2 * sizeof(T)) == 0;
   const MixRows<T> m{mix, weights, by_pairs};
-  if (kernel == 3) {
-    return half == 32 ? mix_rows_of<T, 3, kFewDepths, 32>(m, stream)
-                      : mix_rows_of<T, 3, kFewDepths, 64>(m, stream);
+  if (once) {
+    return half == 32 ? mix_rows_of<32, 1>(m, kernel, depths, stream)
+                      : mix_rows_of<64, 1>(m, kernel, depths, stream);
   }
-  if (depths == kFewDepths) {
-    return half == 32 ? mix_rows_of<T, 1, kFewDepths, 32>(m, stream)
-                      : mix_rows_of<T, 1, kFewDepths, 64>(m, stream);
-  }
-  return half == 32 ? mix_rows_of<T, 1, kManyDepths<32>, 32>(m, stream)
-                    : mix_rows_of<T, 1, kManyDepths<64>, 64>(m, stream);
+  return half == 32 ? mix_rows_of<32, kPartsOf<T>>(m, kernel, depths, stream)
+                    : mix_rows_of<64, kPartsOf<T>>(m, kernel, depths, stream);
 }
 
 }  // namespace

@@ -15,7 +15,8 @@
 // While one makes products the other has the 3x3 layer. They wait for each other by counters, two
 // for each place of the ring: until a row is there, and until it has been read.
 //
-// Products of float32 are three of halves (halves.h), those of halves and bfloat16 one. The power
+// Products of float32 are three of halves (halves.h), or one where less precision is asked for;
+// those of halves and bfloat16 one. The power
 // of two for features is that of each pixel's largest, for hidden values, which relu6 keeps within
 // [0, 6], 2^11, by which D is multiplied. Small products are added up before the large ones, or
 // apart from them, so that a large sum is cut off at most 8 times.
@@ -27,7 +28,8 @@
 // bound. A scheduler issues about 2,600 instructions a row (counted; 3,100 where slopes are kept),
 // half of them those of the 3x3 layer. 512 x 512 pixels are 9 strips of 14 runs of 37 rows, 39 with
 // those around: 126 blocks, 0.064 ms for a sub-network if nothing else stalls, 0.2 ms for three;
-// 0.3 ms are expected.
+// 0.3 ms are expected. With one product for three the tensor cores take 512 cycles a row, weights
+// 256 of shared memory, which bounds a row by 2,340 cycles; about 2,100 instructions are issued.
 #pragma once
 
 #include "bulk.h"
@@ -98,9 +100,9 @@ struct HiddenRow {
   }
 };
 
-template <class T, int kHalfOf, bool kKeepsOf>
+template <class T, int kHalfOf, bool kKeepsOf, int kPartsOfFactor = kPartsOf<T>>
 struct RowsSizes {
-  static constexpr int kHalf = kHalfOf, kHidden = 2 * kHalf, kParts = kPartsOf<T>;
+  static constexpr int kHalf = kHalfOf, kHidden = 2 * kHalf, kParts = kPartsOfFactor;
   static constexpr bool kKeeps = kKeepsOf;
   static constexpr int kGroups = kHalf / kGroup, kHiddenGroups = kHidden / kGroup;
   static constexpr RowsLayout kLayout{kHalf, kParts};
@@ -196,7 +198,7 @@ __device__ __forceinline__ void expand_row(const typename Z::Row& row,
                                            const FeaturesOfRow<Z::kGroups>& features,
                                            const unsigned char* weights, SlopesOfRow& slopes) {
   const PlaceInRow place;
-  const RowFactors<Z::kGroups> factors(features);
+  const RowFactors<Z::kGroups, Z::kParts> factors(features);
   // In two groups, so that one can be used while the other is made.
   float sums[2][Z::kHalf / 2];
   MGHF_UNROLL_ALL
@@ -207,7 +209,7 @@ __device__ __forceinline__ void expand_row(const typename Z::Row& row,
   begin_products();
   MGHF_UNROLL_ALL
   for (int part = 0; part < 2; ++part) {
-    const auto multiply = [&](const uint32_t(&a)[Z::kGroups][4], const unsigned char* matrix) {
+    const auto multiply = [&](const auto& a, const unsigned char* matrix) {
       MGHF_UNROLL_ALL
       for (int n = 0; n < Z::kGroups; ++n) {
         multiply_add_later<Z::kHalf>(sums[part], a[n],
@@ -216,7 +218,7 @@ __device__ __forceinline__ void expand_row(const typename Z::Row& row,
     };
     if constexpr (Z::kParts == 2) {
       multiply(factors.small, weights);
-      multiply(factors.big, weights + Z::kLayout.matrix_bytes());
+      multiply(factors.big, weights + Z::kLayout.to_small());
     }
     multiply(factors.big, weights);
     end_products();
@@ -317,7 +319,7 @@ __device__ __forceinline__ void project_row(Values (&result)[Z::kGroups],
       if constexpr (Z::kParts == 2) {
         multiply_add_later<Z::kHalf>(small_sums, small[k], of_big);
         multiply_add_later<Z::kHalf>(small_sums, big[k],
-                                     of_big.further(Z::kLayout.matrix_bytes()));
+                                     of_big.further(Z::kLayout.to_small()));
       }
       multiply_add_later<Z::kHalf>(sums, big[k], of_big);
       end_products();
@@ -331,7 +333,7 @@ __device__ __forceinline__ void project_row(Values (&result)[Z::kGroups],
     MGHF_UNROLL_ALL
     for (int k = 0; k < kValues; ++k) {
       const int at = n * kValues + k;
-      result[n].all()[k] = (sums[at] + small_sums[at]) * back;
+      result[n].all()[k] = (Z::kParts == 2 ? sums[at] + small_sums[at] : sums[at]) * back;
     }
   }
 }
@@ -512,22 +514,28 @@ const char* streams_rows(const CouplingShape& shape, int64_t half, const Gpu& gp
   return nullptr;
 }
 
-template <int kHalf, class T>
+template <int kHalf, int kParts, class T>
 const char* stream_rows_of(const RowsStage<T>& s, bool keeps, Stream stream) {
   const int64_t blocks = s.plan.blocks(s.tiling.batch);
-  using Plain = RowsSizes<T, kHalf, false>;
-  using Keeping = RowsSizes<T, kHalf, true>;
+  using Plain = RowsSizes<T, kHalf, false, kParts>;
+  using Keeping = RowsSizes<T, kHalf, true, kParts>;
   return keeps ? launch(stream_rows<T, Keeping>, {blocks, kRowsThreads, Keeping::kBytes}, stream, s)
                : launch(stream_rows<T, Plain>, {blocks, kRowsThreads, Plain::kBytes}, stream, s);
 }
+// `once`: products are one each.
 template <class T>
-const char* launch_rows(RowsStage<T> s, int64_t half, bool keeps, Stream stream) {
+const char* launch_rows(RowsStage<T> s, int64_t half, bool keeps, bool once, Stream stream) {
   s.plan = plan_rows(s.tiling.batch, s.tiling.computed.count(), s.tiling.width);
   const MutableImage<T>& y = s.y.image;
   s.by_pairs = y.column_stride == 1 && y.row_stride % 2 == 0 && y.channel_stride % 2 == 0 &&
                y.batch_stride % 2 == 0 &&
                reinterpret_cast<uintptr_t>(y.data) % (2 * sizeof(T)) == 0;
-  return half == 32 ? stream_rows_of<32>(s, keeps, stream) : stream_rows_of<64>(s, keeps, stream);
+  if (once) {
+    return half == 32 ? stream_rows_of<32, 1>(s, keeps, stream)
+                      : stream_rows_of<64, 1>(s, keeps, stream);
+  }
+  return half == 32 ? stream_rows_of<32, kPartsOf<T>>(s, keeps, stream)
+                    : stream_rows_of<64, kPartsOf<T>>(s, keeps, stream);
 }
 
 }  // namespace

@@ -25,11 +25,12 @@ struct FeaturesOfRow {
 };
 
 // They as halves. The power of two is that of each pixel's largest, so that a large pixel costs
-// others nothing, and a result does not depend on which pixels are together.
-template <int kGroups>
+// others nothing, and a result does not depend on which pixels are together. Of one part there is
+// only `big`.
+template <int kGroups, int kParts>
 struct RowFactors {
   PowerOfTwo scale[2];
-  uint32_t big[kGroups][4], small[kGroups][4];
+  uint32_t big[kGroups][4], small[kParts == 2 ? kGroups : 1][4];
 
   __device__ __forceinline__ explicit RowFactors(const FeaturesOfRow<kGroups>& features) {
     MGHF_UNROLL_ALL
@@ -51,7 +52,7 @@ struct RowFactors {
         const float by = scale[i % 2].by;
         const SplitHalves pair(of[i / 2 * 2] * by, of[i / 2 * 2 + 1] * by);
         big[n][i] = pair.big;
-        small[n][i] = pair.small;
+        if constexpr (kParts == 2) small[n][i] = pair.small;
       }
     }
   }

@@ -3,10 +3,11 @@
 // what undoes the power of two:
 //
 //     E, then P   as columns of halves in the cores of wgmma.h: [8 depths][8 columns] of 128 bytes,
-//                 in the order of channels of coupling_products.h; of float32 all big parts, then
-//                 all small ones
+//                 in the order of channels of coupling_products.h; of float32 the big parts
 //     D           [tap][channel], float32, times a power of two: its results are factors of P
 //     what undoes the powers of two by which E, and P and D, are multiplied
+//     E, then P   of float32 the small parts, last, so that a kernel of one product copies what is
+//                 before them
 #pragma once
 
 #include "coupling_products.h"
@@ -18,17 +19,23 @@ namespace {
 
 constexpr int kWidestRows = 64;       // features of a sub-network
 constexpr float kHiddenScale = 2048;  // 6 times it is within 2^13 ... 2^14
+constexpr int kScaleBytes = 128;      // what undoes powers of two, padded to what cores take
 
 struct RowsLayout {
-  int half, parts;  // parts: 2 for float32, big and small
+  int half, parts;  // parts: 2 for float32, big and small; 1 is the beginning of these
 
   __host__ __device__ constexpr int hidden() const { return 2 * half; }
   __host__ __device__ constexpr int matrix_bytes() const { return half * hidden() * 2; }
-  __host__ __device__ constexpr int project() const { return matrix_bytes() * parts; }
-  __host__ __device__ constexpr int taps() const { return 2 * project(); }
+  __host__ __device__ constexpr int project() const { return matrix_bytes(); }
+  __host__ __device__ constexpr int taps() const { return 2 * matrix_bytes(); }
   __host__ __device__ constexpr int scales() const { return taps() + 9 * hidden() * 4; }
-  __host__ __device__ constexpr int bytes() const { return scales() + 16; }
+  // From a matrix's big part to its small one.
+  __host__ __device__ constexpr int to_small() const { return scales() + kScaleBytes; }
+  __host__ __device__ constexpr int bytes() const {
+    return to_small() + (parts - 1) * 2 * matrix_bytes();
+  }
 };
+// Parts of a factor that are packed, and that products in float32 take.
 template <class T>
 constexpr int kPartsOf = std::is_same_v<T, float> ? 2 : 1;
 
@@ -101,6 +108,7 @@ __device__ __forceinline__ void pack_rows(const RowsPacking& packing, int block)
   const int units = static_cast<int>(m.k.pieces * m.k.padded) / 8 * columns;
   unsigned char* const to =
       is_mix ? packing.to_mix : subnet.to + (is_project ? layout.project() : 0);
+  const int to_small = is_mix ? units + kScaleBytes / 16 : layout.to_small() / 16;
   for (int i = part * kThreads + static_cast<int>(threadIdx.x); i < units;
        i += RowsPacking::kBlocks * kThreads) {
     // Eight depths of a column are 16 bytes, neighbouring columns too.
@@ -121,18 +129,18 @@ __device__ __forceinline__ void pack_rows(const RowsPacking& packing, int block)
     uint4* const unit = reinterpret_cast<uint4*>(to) + i;
     *unit = {pairs[0].big, pairs[1].big, pairs[2].big, pairs[3].big};
     if (layout.parts == 2) {
-      unit[units] = {pairs[0].small, pairs[1].small, pairs[2].small, pairs[3].small};
+      unit[to_small] = {pairs[0].small, pairs[1].small, pairs[2].small, pairs[3].small};
     }
   }
   if (part != 0) return;
   if (is_mix) {
-    uint4* const after = reinterpret_cast<uint4*>(to) + layout.parts * units;
+    uint4* const after = reinterpret_cast<uint4*>(to) + units;
     float* const back = reinterpret_cast<float*>(after);
-    if (threadIdx.x < 4) back[threadIdx.x] = scale.back;
+    if (threadIdx.x < kScaleBytes / 4) back[threadIdx.x] = scale.back;
     return;
   }
   float* const scales = reinterpret_cast<float*>(subnet.to + layout.scales());
-  if (threadIdx.x < 2) {
+  if (threadIdx.x < kScaleBytes / 8) {
     scales[2 * threadIdx.x + (is_project ? 1 : 0)] =
         is_project ? scale.back * (1 / kHiddenScale) : scale.back;
   }

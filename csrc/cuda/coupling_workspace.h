@@ -80,13 +80,15 @@ struct Parts {
 struct PackedWeights {
   Packed mix, mix_transposed;
   const unsigned char* mix_rows;  // for coupling_mix_rows.h, or null
+  bool rows_once;                 // whether products by rows are one each, of the big parts
   const float* bias;
   SubnetWeights phi, rho, eta;
 };
 
 // Lays the packed weights out in memory: for the value and the gradient together, or for the
 // inverse. The layout does not depend on the precision. With less than float32 the exact matrices'
-// products are one of TF32 each, and for bfloat16 the fast ones' one of bfloat16.
+// products are one of TF32 or, by rows, of halves each, and for bfloat16 the fast ones' one of
+// bfloat16.
 template <class T>
 PackedWeights lay_out(const CouplingShape& s, const float* weights, bool inverse, Pieces& pieces,
                       Packing& packing, Precision precision = Precision::float32) {
@@ -110,6 +112,7 @@ PackedWeights lay_out(const CouplingShape& s, const float* weights, bool inverse
     return piece;
   };
   PackedWeights packed{};
+  packed.rows_once = precision != Precision::float32;
   const float* const mix = take(s.channels * terms);
   const Axis all_terms{1, terms, padded_to(terms, kGroup), 1}, features{2, c, half, terms};
   // The inverse of the mix takes features and gives an image; the mix does the opposite.
@@ -127,7 +130,7 @@ PackedWeights lay_out(const CouplingShape& s, const float* weights, bool inverse
     packing.rows.mix = {mix, features, padded, nullptr, false};
     packing.rows.with_mix = true;
     packing.rows.to_mix =
-        pieces.take<unsigned char>(kPartsOf<T> * depths * kGroup * 2 * half * 2 + 16);
+        pieces.take<unsigned char>(kPartsOf<T> * depths * kGroup * 2 * half * 2 + kScaleBytes);
     packed.mix_rows = packing.rows.to_mix;
   }
   packing.bias = take(s.channels);

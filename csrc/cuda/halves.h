@@ -2,6 +2,10 @@
 // TF32, in half of the time and of the space (Ootomo and Yokota, 2022). A half has fewer exponents, so
 // numbers are first multiplied by a power of two that brings the largest of them close to the largest
 // half. What is lost then is at most 2^-23 of a number or 2^-38 of the largest one.
+//
+// Where TF32 or bfloat16 is asked for one product of the big parts takes the place of the three. A
+// half has 11 significant bits, as TF32 has, and the power of two makes up for its fewer exponents:
+// only numbers below 2^-27 of the largest have fewer bits.
 #pragma once
 
 #include "mma.h"
