@@ -34,9 +34,13 @@ class Bounds:
 BOUNDS = [
     Bounds("patches", "7projectIfLb0ELi4E", 0.22, 51, of_three=True),
     # One instruction of a warpgroup makes the products of 128 of those above.
-    Bounds("patches", "12project_rowsILi2E", 0.0145, 55),
-    Bounds("patches", "19image_gradient_rows", 0.0235, 49),
-    Bounds("patches", "20hidden_gradient_rows", 0.0068, 50),
+    Bounds("patches", "12project_rowsILi2ELi2E", 0.0145, 55),
+    Bounds("patches", "19image_gradient_rowsILi2E", 0.0235, 49),
+    Bounds("patches", "20hidden_gradient_rowsILi2E", 0.0068, 50),
+    # For less precision, one product for three.
+    Bounds("patches", "12project_rowsILi2ELi1E", 0.0055, 50),
+    Bounds("patches", "19image_gradient_rowsILi1E", 0.0102, 41),
+    Bounds("patches", "20hidden_gradient_rowsILi1E", 0.0028, 45),
     Bounds("patches", "15hidden_gradientILb1E", 0.21, 46, of_three=True),
     Bounds("patches", "14image_gradientIfE", 0.27, 51, of_three=True),
     Bounds("patches", "13outer_productIfLb1E", 0.16, 26),
@@ -47,7 +51,6 @@ BOUNDS = [
     Bounds("coupling", "11stream_rowsIfNS1_9RowsSizesIfLi64ELb1ELi2E", 0.0075, 64),
     Bounds("coupling", "8mix_rowsIfNS1_12MixRowsSizesIfLi1ELi8ELi64ELi2E", 0.008, 48),
     Bounds("coupling", "8mix_rowsIfNS1_12MixRowsSizesIfLi3ELi2ELi64ELi2E", 0.0065, 20),
-    # For less precision, one product for three.
     Bounds("coupling", "11stream_rowsIfNS1_9RowsSizesIfLi64ELb0ELi1E", 0.0035, 51),
     Bounds("coupling", "11stream_rowsIfNS1_9RowsSizesIfLi64ELb1ELi1E", 0.0027, 63),
     Bounds("coupling", "8mix_rowsIfNS1_12MixRowsSizesIfLi1ELi8ELi64ELi1E", 0.003, 44),

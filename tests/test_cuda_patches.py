@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mghf_fast import native
 from mghf_fast.ops import OPS
+from mghf_fast.precision import PRECISIONS
 from mghf_fast.reference import patches as reference
 
 pytestmark = needs_modules
@@ -71,8 +72,10 @@ def of_rows(case: tuple[int, ...]) -> tuple[Tensor, list[Tensor], tuple[int, int
     return draws.rand(*shape), weights, (size, stride)
 
 
-def forward(x: Tensor, weights: list[Tensor], options: tuple[int, int]) -> Call:
-    return "patches", (strided(x), *map(strided, weights), *options)
+def forward(
+    x: Tensor, weights: list[Tensor], options: tuple[int, int], precision: str = "float32"
+) -> Call:
+    return "patches", (strided(x), *map(strided, weights), *options, precision)
 
 
 OLDER: Call = ("use_older", ("patches", True))
@@ -136,26 +139,56 @@ def test_gradient_by_rows(case: tuple[int, ...], tmp_path: Path) -> None:
     assert np.array_equal(kept[~of_patch], new[~of_patch])
 
 
+@pytest.mark.parametrize("case", [ROWS[2], *CELLS])
+def test_rows_of_less_precision(case: tuple[int, ...], tmp_path: Path) -> None:
+    """Products are one of halves, for TF32 and bfloat16 alike, whose results are what float32's are
+    but for the rounding of factors. The gradients are of one state."""
+    x, weights, options = of_rows(case)
+    given = [forward(x, weights, options, precision) for precision in PRECISIONS]
+    (embedding, state), *less = results("plain", given, tmp_path)
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(*less, strict=True))
+    exact = [w.double() for w in weights]
+    expected = reference.patch_projection(x.double(), *exact, *options)
+    assert 3e-5 <= relative_error(torch.from_numpy(less[0][0]), expected) <= 1e-3
+
+    grad = draws.randn(embedding.shape)
+    saved = (grad.numpy(), embedding, state, strided(x), strided(weights[0]), strided(weights[2]))
+    calls = [("patches_backward", (*saved, *options, precision)) for precision in PRECISIONS]
+    _, *less = results("plain", calls, tmp_path)
+    assert less[0].tobytes() == less[1].tobytes()
+    expected, _ = reference.patch_projection_backward(
+        grad.double(), x.double(), *exact, *options, False
+    )
+    assert 3e-5 <= relative_error(torch.from_numpy(less[0]), expected) <= 1e-3
+
+
+@pytest.mark.parametrize(("precision", "most"), [("float32", 5e-7), ("tf32", 1e-3)])
 @pytest.mark.parametrize("scale", [1e-25, 1e25])
-def test_rows_of_pixels_of_any_size(scale: float, tmp_path: Path) -> None:
+def test_rows_of_pixels_of_any_size(
+    scale: float, precision: str, most: float, tmp_path: Path
+) -> None:
     """Numbers that no half can hold; the lower half of the image is smaller by 2^20."""
     x, weights, options = of_rows(ROWS[0])
     x[:, :, 16:] *= 2.0**-20
     x *= scale
     weights[1] *= scale
     weights[2] /= scale
-    ((embedding, _),) = results("plain", [forward(x, weights, options)], tmp_path)
+    call = forward(x, weights, options, precision)
+    ((embedding, _),) = results("plain", [call], tmp_path)
     exact = [w.double() for w in weights]
     expected = reference.patch_projection(x.double(), *exact, *options)
-    assert relative_error(torch.from_numpy(embedding), expected) <= 5e-7
+    assert relative_error(torch.from_numpy(embedding), expected) <= most
 
 
+@pytest.mark.parametrize("precision", ["float32", "tf32"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_stays_in_its_patches(value: float, tmp_path: Path) -> None:
+def test_what_is_not_finite_stays_in_its_patches(
+    value: float, precision: str, tmp_path: Path
+) -> None:
     x, weights, options = of_rows(ROWS[0])
     bad = x.clone()
     bad[0, 1, 17, 10] = value  # in patches of three rows of patches
-    calls = [forward(image, weights, options) for image in (x, bad)]
+    calls = [forward(image, weights, options, precision) for image in (x, bad)]
     (good, _), (found, _) = results("plain", calls, tmp_path)
     expected = reference.patch_projection(bad, *weights, *options)
     assert np.array_equal(np.isnan(found), expected.isnan().numpy()) and np.isnan(found).any()

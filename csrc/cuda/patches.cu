@@ -108,22 +108,30 @@ const char* find_products(bool& has, int64_t& shared_bytes) {
 }
 
 // Sets `done` unless the device has no products of warpgroups or too little memory for a block.
-template <int kSteps>
+template <int kSteps, int kParts>
 const char* run_rows(const Image<float>& x, const Patches& p, const Projection& projection,
                      const RowsWeights& weights, float* embedding, int* state, Stream stream,
                      bool& done) {
   int64_t shared_bytes = 0;
   bool has_products = false;
   const char* error = find_products(has_products, shared_bytes);
-  const int64_t stages = stages_within<kSteps>(shared_bytes);
+  const int64_t stages = stages_within<kSteps, kParts>(shared_bytes);
   if (error != nullptr || !has_products || stages < 2) return error;
   done = true;
   if (!projection.is_packed) error = pack_for_rows(projection, weights, stream);
   if (error != nullptr) return error;
-  const auto bytes = static_cast<size_t>(stages * Stage<kSteps>::kBytes + weights.second_bytes());
-  return launch(project_rows<kSteps>, {up(p.number(), kRows), kRowsThreads, bytes}, stream, x, p,
-                weights, projection.bias1, projection.bias2, embedding, state,
+  const auto bytes =
+      static_cast<size_t>(stages * Stage<kSteps, kParts>::kBytes + weights.second_bytes(kParts));
+  return launch(project_rows<kSteps, kParts>, {up(p.number(), kRows), kRowsThreads, bytes}, stream,
+                x, p, weights, projection.bias1, projection.bias2, embedding, state,
                 static_cast<int>(stages));
+}
+
+// For patches of so many steps, in the precision that is asked for.
+auto rows_kernel(int steps, const Projection& projection) {
+  const bool once = projection.precision != Precision::float32;
+  if (once) return steps == 1 ? run_rows<1, 1> : run_rows<2, 1>;
+  return steps == 1 ? run_rows<1, 2> : run_rows<2, 2>;
 }
 
 template <class T>
@@ -137,8 +145,8 @@ const char* run_project(const Image<T>& x, const Projection& projection,
     bool done = false;
     const char* error = nullptr;
     if (steps > 0) {
-      error = (steps == 1 ? run_rows<1> : run_rows<2>)(x, p, projection, memory.rows, embedding,
-                                                       state, stream, done);
+      error = rows_kernel(steps, projection)(x, p, projection, memory.rows, embedding, state,
+                                             stream, done);
     }
     if (error != nullptr || done) return error;
   }
@@ -220,6 +228,7 @@ const char* pack_for_gradient_rows(const Projection& p, const GradientWeights& w
 
 // Sets `done` where the kernels of patches_rows_image.h take the image and the device has what they
 // need.
+template <int kParts>
 const char* run_gradient_rows(const MutableImage<float>& x, bool add, const Patches& p,
                               const Projection& projection, const EmbeddingGradient& gradient,
                               const GradientWeights& weights, const HiddenGradient& hidden,
@@ -231,20 +240,21 @@ const char* run_gradient_rows(const MutableImage<float>& x, bool add, const Patc
   int64_t shared_bytes = 0;
   bool has_products = false;
   const char* error = find_products(has_products, shared_bytes);
-  const int64_t stages = gradient_stages_within(shared_bytes, regions, p.columns);
+  const int64_t stages = gradient_stages_within(shared_bytes, regions, p.columns, kParts);
   if (error != nullptr || !has_products || stages < 2) return error;
   done = true;
   if (!projection.is_packed) error = pack_for_gradient_rows(projection, weights, stream);
   if (error != nullptr) return error;
-  constexpr size_t kOfPatch = kWordsOfPatch * sizeof(uint4);
-  error = launch(hidden_gradient_rows,
-                 {up(p.number(), kRows), kHiddenThreads, size_t{weights.second_bytes()}}, stream, p,
-                 gradient, weights, hidden);
+  constexpr size_t kOfPatch = kParts * kWordsOfPart * sizeof(uint4);
+  error = launch(hidden_gradient_rows<kParts>,
+                 {up(p.number(), kRows), kHiddenThreads, size_t{weights.second_bytes(kParts)}},
+                 stream, p, gradient, weights, hidden);
   if (error != nullptr) return error;
-  const size_t bytes = static_cast<size_t>(stages) * weights.stage_bytes() +
+  const size_t bytes = static_cast<size_t>(stages) * weights.stage_bytes(kParts) +
                        static_cast<size_t>(most_patches(regions.terms, p.columns)) * kOfPatch;
-  return launch(image_gradient_rows, {up(p.maps * regions.cells(), kRows), kRowsThreads, bytes},
-                stream, x, p, regions, hidden, weights, add, static_cast<int>(stages));
+  return launch(image_gradient_rows<kParts>,
+                {up(p.maps * regions.cells(), kRows), kRowsThreads, bytes}, stream, x, p, regions,
+                hidden, weights, add, static_cast<int>(stages));
 }
 
 template <class T, bool kImplicit>
@@ -330,8 +340,9 @@ const char* patches_backward(const MutableImage<T>& grad_x, bool add, const Proj
   if constexpr (std::is_same_v<T, float>) {
     bool done = false;
     if (memory.rows) {
-      error = run_gradient_rows(grad_x, add, p, projection, gradient, *memory.rows, hidden, stream,
-                                done);
+      const bool once = projection.precision != Precision::float32;
+      error = (once ? run_gradient_rows<1> : run_gradient_rows<2>)(
+          grad_x, add, p, projection, gradient, *memory.rows, hidden, stream, done);
     }
     if (error != nullptr || done) return error;
   }

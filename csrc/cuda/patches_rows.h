@@ -33,7 +33,10 @@ namespace {
 //                  weights for a row, 0.93 MB a block: 39,000 cycles at 5.5 TB/s for all SMs
 // 441 blocks on 132 SMs, one at a time: 75 us by the second cache, 60 us by tensor cores in four
 // rounds; 80 to 100 us are expected. (Blocks of a cluster could share the weights' way, which would
-// save 18 us.) From memory it reads x (134 MB, 31 us) and writes 15.6 MB (4 us).
+// save 18 us.) From memory it reads x (134 MB, 31 us) and writes 15.6 MB (4 us). With one product
+// for three the tensor cores take 8,700 cycles, 166 instructions (counted) of a warp for a row of
+// pixels 11,000 issue slots, and the second cache, with 8 KB of weights a row, 28,000 cycles, 54
+// us: 60 to 75 us are expected.
 constexpr int kGroups = kRows / 64;  // of warps that multiply
 constexpr int kRowsThreads = (kGroups + 1) * kWarpgroup;  // of the last group one warp copies
 // Registers of a thread: for groups that multiply and for the one that copies, of 168 at the
@@ -56,10 +59,11 @@ __device__ __forceinline__ void leave_registers() {
 }
 
 // Sizes of a stage in bytes.
-template <int kSteps>
+template <int kSteps, int kParts>
 struct Stage {
   static constexpr int kPixels = kRows * kSteps * kHalvesOfStep * static_cast<int>(sizeof(float));
-  static constexpr int kWeights = 2 * kSteps * step_bytes(kUnits);
+  static constexpr int kOfPart = kSteps * step_bytes(kUnits);
+  static constexpr int kWeights = kParts * kOfPart;
   static constexpr int kBytes = kPixels + kWeights;
 };
 
@@ -73,14 +77,15 @@ struct Piece {
 struct RowsControl {
   Counter open[kMostStages], free[kMostStages], second;
   Piece pieces[kRows];
+  int rows;  // of the block, for when its registers are needed for others
 };
 
 // Stages that fit besides the second layer's weights.
-template <int kSteps>
+template <int kSteps, int kParts>
 int64_t stages_within(int64_t shared_bytes) {
   const int64_t rest =
-      shared_bytes - static_cast<int64_t>(sizeof(RowsControl)) - RowsWeights::second_bytes();
-  return smaller(rest / Stage<kSteps>::kBytes, kMostStages);
+      shared_bytes - static_cast<int64_t>(sizeof(RowsControl)) - RowsWeights::second_bytes(kParts);
+  return smaller(rest / Stage<kSteps, kParts>::kBytes, kMostStages);
 }
 
 // A block's patches, and where they lie in a stage.
@@ -127,11 +132,11 @@ struct BlockRows {
 };
 
 // Fills the stages, in a ring.
-template <int kSteps>
+template <int kSteps, int kParts>
 __device__ __forceinline__ void copy_rows(unsigned char* stages, int number, unsigned char* second,
                                           RowsControl& control, const BlockRows& block,
                                           const Image<float>& x, const RowsWeights& weights) {
-  using Size = Stage<kSteps>;
+  using Size = Stage<kSteps, kParts>;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int bytes = block.all_pixels() * static_cast<int>(sizeof(float)) + Size::kWeights;
   int slot = 0, parity = 1;
@@ -142,8 +147,12 @@ __device__ __forceinline__ void copy_rows(unsigned char* stages, int number, uns
     if (row >= number) control.free[slot].wait(parity);
     if (lane == 0) {
       open.arrive(bytes);
-      copy_bulk(stage + Size::kPixels, weights.first + row * (Size::kWeights / 16),
-                Size::kWeights, open);
+      MGHF_UNROLL_ALL
+      for (int part = 0; part < kParts; ++part) {
+        const uint4* const from =
+            weights.first + (part * block.size + row) * (Size::kOfPart / 16);
+        copy_bulk(stage + Size::kPixels + part * Size::kOfPart, from, Size::kOfPart, open);
+      }
     }
     __syncwarp();  // the bytes are announced
     MGHF_UNROLL(1)
@@ -153,8 +162,8 @@ __device__ __forceinline__ void copy_rows(unsigned char* stages, int number, uns
                 x.data + piece.from + row * x.row_stride, piece.bytes, open);
     }
     if (row == 0 && lane == 0) {
-      control.second.arrive(RowsWeights::second_bytes());
-      copy_bulk(second, weights.second, RowsWeights::second_bytes(), control.second);
+      control.second.arrive(RowsWeights::second_bytes(kParts));
+      copy_bulk(second, weights.second, RowsWeights::second_bytes(kParts), control.second);
     }
     if (++slot == number) slot = 0, parity ^= 1;
   }
@@ -166,10 +175,22 @@ __device__ __forceinline__ float largest_of_row(float own) {
   return fmaxf(own, __shfl_xor_sync(kAllLanes, own, 2));
 }
 
+// A thread's share of a factor of two rows, in parts.
+template <int kSteps, int kParts>
+struct Parts {
+  uint32_t of[kParts][kSteps][4];
+
+  // Takes a row's pair of numbers.
+  __device__ __forceinline__ void set(int pair, int half, const SplitHalves& split) {
+    of[0][pair / 2][half + pair % 2 * 2] = split.big;
+    if constexpr (kParts == 2) of[1][pair / 2][half + pair % 2 * 2] = split.small;
+  }
+};
+
 // A row of pixels of two patches, a thread's share as a factor.
-template <int kSteps>
+template <int kSteps, int kParts>
 struct RowFactor {
-  uint32_t big[kSteps][4], small[kSteps][4];
+  Parts<kSteps, kParts> parts;
   float back[2];
 
   __device__ __forceinline__ void read(const float* pixels, const int (&places)[2]) {
@@ -193,30 +214,29 @@ struct RowFactor {
     MGHF_UNROLL_ALL
     for (int n = 0; n < 2 * kSteps; ++n) {
       const float* const two = values[n / 2] + n % 2 * 2;
-      const SplitHalves halves(two[0] * power.by, two[1] * power.by);
-      big[n / 2][half + n % 2 * 2] = halves.big;
-      small[n / 2][half + n % 2 * 2] = halves.small;
+      parts.set(n, half, {two[0] * power.by, two[1] * power.by});
     }
   }
 };
 
 // Begins d += a b for all steps, the products of small parts first: those that come after a large
-// sum lose more. `b` has the steps' big parts and small parts in turn.
-template <int kColumns, int kSteps>
+// sum lose more. `b` has the steps' big parts, then the small ones.
+template <int kColumns, int kSteps, int kParts>
 __device__ __forceinline__ void multiply_steps(float (&d)[kColumns / 2],
-                                               const uint32_t (&big)[kSteps][4],
-                                               const uint32_t (&small)[kSteps][4],
+                                               const Parts<kSteps, kParts>& a,
                                                const SharedColumns& b) {
-  constexpr int kPart = step_bytes(kColumns);
+  constexpr int kStep = step_bytes(kColumns);
   begin_products();
-  MGHF_UNROLL_ALL
-  for (int step = 0; step < kSteps; ++step) {
-    multiply_add_later<kColumns>(d, small[step], b.further(2 * step * kPart));
-    multiply_add_later<kColumns>(d, big[step], b.further((2 * step + 1) * kPart));
+  if constexpr (kParts == 2) {
+    MGHF_UNROLL_ALL
+    for (int step = 0; step < kSteps; ++step) {
+      multiply_add_later<kColumns>(d, a.of[1][step], b.further(step * kStep));
+      multiply_add_later<kColumns>(d, a.of[0][step], b.further((kSteps + step) * kStep));
+    }
   }
   MGHF_UNROLL_ALL
   for (int step = 0; step < kSteps; ++step) {
-    multiply_add_later<kColumns>(d, big[step], b.further(2 * step * kPart));
+    multiply_add_later<kColumns>(d, a.of[0][step], b.further(step * kStep));
   }
   end_products();
 }
@@ -266,6 +286,7 @@ __device__ __forceinline__ void write_bits(const float (&units)[kUnits / 2], int
 }
 
 // From the hidden units of two patches to their embeddings.
+template <int kParts>
 __device__ __forceinline__ void embed(const float (&units)[kUnits / 2], const SharedColumns& second,
                                       const RowsWeights& weights, const float* bias2,
                                       float* embedding, int* state, const int64_t (&numbers)[2],
@@ -273,7 +294,7 @@ __device__ __forceinline__ void embed(const float (&units)[kUnits / 2], const Sh
                                       const Patches& p) {
   constexpr int kSteps = RowsWeights::second_steps();
   const int t = static_cast<int>(threadIdx.x) % 4;
-  uint32_t big[kSteps][4], small[kSteps][4];
+  Parts<kSteps, kParts> parts;
   float back[2];
   MGHF_UNROLL_ALL
   for (int half = 0; half < 2; ++half) {
@@ -287,13 +308,11 @@ __device__ __forceinline__ void embed(const float (&units)[kUnits / 2], const Sh
     MGHF_UNROLL_ALL
     for (int n = 0; n < 2 * kSteps; ++n) {
       const float* const two = units + n * 4 + half * 2;
-      const SplitHalves split(two[0] * power.by, two[1] * power.by);
-      big[n / 2][half + n % 2 * 2] = split.big;
-      small[n / 2][half + n % 2 * 2] = split.small;
+      parts.set(n, half, {two[0] * power.by, two[1] * power.by});
     }
   }
   float y[kOutputs / 2] = {};
-  multiply_steps<kOutputs, kSteps>(y, big, small, second);
+  multiply_steps<kOutputs>(y, parts, second);
   wait_for_products<0>();
 
   float squares[2] = {};
@@ -328,12 +347,13 @@ __device__ __forceinline__ void embed(const float (&units)[kUnits / 2], const Sh
 }
 
 // Dynamic shared memory: the stages, then the second layer's weights.
-template <int kSteps>
+template <int kSteps, int kParts>
 __global__ void __launch_bounds__(kRowsThreads, 1)
     project_rows(Image<float> x, Patches p, RowsWeights weights, const float* bias1,
                  const float* bias2, float* embedding, int* state, int stages) {
   if (!kWarpgroupProducts) never();
-  using Size = Stage<kSteps>;
+  using Size = Stage<kSteps, kParts>;
+  using OfRow = RowFactor<kSteps, kParts>;
   __shared__ RowsControl control;
   MGHF_DYNAMIC_SHARED(unsigned char, memory);
   const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
@@ -345,13 +365,14 @@ __global__ void __launch_bounds__(kRowsThreads, 1)
       control.free[slot].begin(kGroups * kWarpgroup / kWarp);
     }
     control.second.begin(1);
+    control.rows = block.rows;
   }
   if (thread < block.lines) control.pieces[thread] = block.piece(x, p, thread);
   publish_counters();
   if (warp >= kGroups * 4) {
     leave_registers<kFewRegisters>();
     if (warp == kGroups * 4) {
-      copy_rows<kSteps>(memory, stages, second, control, block, x, weights);
+      copy_rows<kSteps, kParts>(memory, stages, second, control, block, x, weights);
     }
     return;
   }
@@ -365,17 +386,17 @@ __global__ void __launch_bounds__(kRowsThreads, 1)
     places[half] = block.place(row) + lane % 4 * 4;
   }
   int next = 0, next_parity = 0, slot = 0;
-  const auto read_next = [&](RowFactor<kSteps>& factor) {
+  const auto read_next = [&](OfRow& factor) {
     control.open[next].wait(next_parity);
     factor.read(reinterpret_cast<const float*>(memory + next * Size::kBytes), places);
     if (++next == stages) next = 0, next_parity ^= 1;
   };
   float sums[kUnits / 2] = {};
   // The row of `factor`, and meanwhile the reading of the one after it.
-  const auto take_row = [&](const RowFactor<kSteps>& factor, RowFactor<kSteps>& after, bool more) {
+  const auto take_row = [&](const OfRow& factor, OfRow& after, bool more) {
     float d[kUnits / 2] = {};
-    multiply_steps<kUnits, kSteps>(
-        d, factor.big, factor.small,
+    multiply_steps<kUnits>(
+        d, factor.parts,
         SharedColumns(memory + slot * Size::kBytes + Size::kPixels, core_bytes_along_depth(kUnits),
                       kCoreBytes));
     if (more) read_next(after);
@@ -386,7 +407,7 @@ __global__ void __launch_bounds__(kRowsThreads, 1)
     MGHF_UNROLL_ALL
     for (int n = 0; n < kUnits / 2; ++n) sums[n] = fmaf(d[n], factor.back[n / 2 % 2], sums[n]);
   };
-  RowFactor<kSteps> even, odd;
+  OfRow even, odd;
   read_next(even);
   MGHF_UNROLL(1)
   for (int row = 0; row < block.size; row += 2) {
@@ -398,7 +419,7 @@ __global__ void __launch_bounds__(kRowsThreads, 1)
   bool exists[2];
   MGHF_UNROLL_ALL
   for (int half = 0; half < 2; ++half) {
-    exists[half] = rows[half] < block.rows;
+    exists[half] = rows[half] < control.rows;
     numbers[half] = block.first + rows[half];
     const Row row(numbers[half], p.maps, p.of_map(), false);
     state_places[half] = row.item * p.state_words() * p.maps + row.map;
@@ -406,8 +427,8 @@ __global__ void __launch_bounds__(kRowsThreads, 1)
   finish_units(sums, weights, bias1, p.hidden);
   write_bits(sums, state, state_places, exists, p);
   control.second.wait(0);
-  embed(sums, SharedColumns(second, core_bytes_along_depth(kOutputs), kCoreBytes), weights, bias2,
-        embedding, state, numbers, state_places, exists, p);
+  embed<kParts>(sums, SharedColumns(second, core_bytes_along_depth(kOutputs), kCoreBytes), weights,
+                bias2, embedding, state, numbers, state_places, exists, p);
 }
 
 }  // namespace

@@ -27,12 +27,12 @@ struct GradientWeights {
     first_back = pieces.take<float>(int64_t{regions.tiles} * kCellPixels);
   }
   __host__ __device__ static constexpr int second_steps() { return kOutputs / kHalvesOfStep; }
-  __host__ __device__ static constexpr int second_bytes() {
-    return 2 * second_steps() * step_bytes(kUnits);
+  __host__ __device__ static constexpr int second_bytes(int parts = kMostParts) {
+    return parts * second_steps() * step_bytes(kUnits);
   }
   __host__ __device__ static constexpr int steps() { return kUnits / kHalvesOfStep; }
-  __host__ __device__ static constexpr int stage_bytes() {
-    return 2 * steps() * step_bytes(kCellPixels);
+  __host__ __device__ static constexpr int stage_bytes(int parts = kMostParts) {
+    return parts * steps() * step_bytes(kCellPixels);
   }
   int64_t pack_blocks() const {
     return up(kUnits + int64_t{regions.tiles} * kCellPixels, kWarpsOfPack);
@@ -77,18 +77,19 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// d_h of all patches: [patch][part][8 units], 16 bytes each, and what undoes the patch's power of
-// two. A patch's words of 16 bytes are in one of eight orders, by its number, so that the same word
-// of neighbouring patches is in different banks of shared memory.
+// d_h of all patches: [patch][part][8 units], 16 bytes each, with as many parts as products take,
+// and what undoes the patch's power of two. A patch's words of 16 bytes are in one of eight orders,
+// by its number, so that the same word of neighbouring patches is in different banks of shared
+// memory.
 constexpr int kWordsOfPart = kUnits / 8;
-constexpr int kWordsOfPatch = 2 * kWordsOfPart;
+constexpr int kMostWords = kMostParts * kWordsOfPart;  // of a patch
 
 struct HiddenGradient {
   uint4* words;
   float* back;
 
   HiddenGradient(int64_t patches, Pieces& pieces)
-      : words(pieces.take<uint4>(patches * kWordsOfPatch)), back(pieces.take<float>(patches)) {}
+      : words(pieces.take<uint4>(patches * kMostWords)), back(pieces.take<float>(patches)) {}
 };
 __host__ __device__ __forceinline__ int word_at(int64_t patch, int part, int word) {
   return part * kWordsOfPart + (word ^ static_cast<int>(patch & 7));
@@ -98,6 +99,7 @@ constexpr int kHiddenThreads = kGroups * kWarpgroup;
 
 // A block takes 128 patches, a thread's share of two patches' d_y is computed in registers and is a
 // factor at once. Predicted as for `hidden_gradient`: reads 30 MB, writes 29 MB, 14 us.
+template <int kParts>
 __global__ void __launch_bounds__(kHiddenThreads, 1)
     hidden_gradient_rows(Patches p, EmbeddingGradient gradient, GradientWeights weights,
                          HiddenGradient to) {
@@ -109,10 +111,10 @@ __global__ void __launch_bounds__(kHiddenThreads, 1)
   if (thread == 0) there.begin(1);
   publish_counters();
   if (thread == 0) {
-    there.arrive(GradientWeights::second_bytes());
-    copy_bulk(second, weights.second, GradientWeights::second_bytes(), there);
+    there.arrive(GradientWeights::second_bytes(kParts));
+    copy_bulk(second, weights.second, GradientWeights::second_bytes(kParts), there);
   }
-  RowFactor<kSteps> factor;
+  RowFactor<kSteps, kParts> factor;
   int64_t patches[2], state_places[2];
   bool exists[2];
   MGHF_UNROLL_ALL
@@ -149,8 +151,8 @@ __global__ void __launch_bounds__(kHiddenThreads, 1)
   }
   there.wait(0);
   float sums[kUnits / 2] = {};
-  multiply_steps<kUnits, kSteps>(
-      sums, factor.big, factor.small,
+  multiply_steps<kUnits>(
+      sums, factor.parts,
       SharedColumns(second, core_bytes_along_depth(kUnits), kCoreBytes));
   wait_for_products<0>();
 
@@ -176,13 +178,15 @@ __global__ void __launch_bounds__(kHiddenThreads, 1)
     }
     const PowerOfTwo power(largest_of_row(largest));
     if (!exists[half]) continue;
-    uint4* const words = to.words + patches[half] * kWordsOfPatch;
+    uint4* const words = to.words + patches[half] * (kParts * kWordsOfPart);
     MGHF_UNROLL_ALL
     for (int j = 0; j < kUnits / 8; ++j) {
       const float* const two = sums + 4 * j + 2 * half;
       const SplitHalves split(two[0] * power.by, two[1] * power.by);
       reinterpret_cast<uint32_t*>(words + word_at(patches[half], 0, j))[t] = split.big;
-      reinterpret_cast<uint32_t*>(words + word_at(patches[half], 1, j))[t] = split.small;
+      if constexpr (kParts == 2) {
+        reinterpret_cast<uint32_t*>(words + word_at(patches[half], 1, j))[t] = split.small;
+      }
     }
     if (t == 0) to.back[patches[half]] = power.back;
   }

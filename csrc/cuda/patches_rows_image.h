@@ -22,12 +22,13 @@ namespace {
 //   second cache   32 KB of weights: 1,380 cycles a stage at 5.5 TB/s for all SMs; 80 KB of d_h
 // 484 blocks of 16 stages on 132 SMs, one at a time: 55 us on average and 66 us in four rounds. A
 // block's own pixels, read and written, take 62 us of memory's time in all, little of it beside its
-// products: 100 to 130 us are expected.
+// products: 100 to 130 us are expected. With one product for three a stage takes 510 cycles of
+// tensor cores, 640 of shared memory and 690 of the second cache: 70 to 95 us.
 constexpr int kMostGradientStages = 4;
 
 struct ImageControl {
   Counter open[kMostGradientStages], free[kMostGradientStages], patches;
-  uint4 zeros[kWordsOfPatch];
+  uint4 zeros[kMostWords];
 };
 
 // The most patches that cover a block's cells.
@@ -35,11 +36,12 @@ __host__ __device__ constexpr int most_patches(int terms, int columns) {
   return kRows + (terms - 1) * (columns + 1) + 2;
 }
 
-inline int64_t gradient_stages_within(int64_t shared_bytes, const Regions& regions, int columns) {
-  const int64_t patches = int64_t{most_patches(regions.terms, columns)} * kWordsOfPatch *
+inline int64_t gradient_stages_within(int64_t shared_bytes, const Regions& regions, int columns,
+                                      int parts) {
+  const int64_t patches = int64_t{most_patches(regions.terms, columns)} * parts * kWordsOfPart *
                           static_cast<int64_t>(sizeof(uint4));
   const int64_t rest = shared_bytes - static_cast<int64_t>(sizeof(ImageControl)) - patches;
-  return smaller(rest / GradientWeights::stage_bytes(), kMostGradientStages);
+  return smaller(rest / GradientWeights::stage_bytes(parts), kMostGradientStages);
 }
 
 // A cell of the image, and the number of the patch that begins in it (where there is one).
@@ -85,22 +87,24 @@ struct PatchRange {
 };
 
 // Copies d_h and fills the stages, in a ring.
+template <int kParts>
 __device__ __forceinline__ void copy_for_gradient(unsigned char* stages, int number, uint4* rows,
                                                   ImageControl& control, const PatchRange& range,
                                                   const HiddenGradient& hidden,
                                                   const GradientWeights& weights) {
-  constexpr int kBytes = GradientWeights::stage_bytes();
-  const int bytes = range.number * kWordsOfPatch * static_cast<int>(sizeof(uint4));
+  constexpr int kBytes = GradientWeights::stage_bytes(kParts);
+  constexpr int kStride = GradientWeights::stage_bytes() / 16, kWords = kParts * kWordsOfPart;
+  const int bytes = range.number * kWords * static_cast<int>(sizeof(uint4));
   control.patches.arrive(bytes);
   if (bytes > 0) {
-    copy_bulk(rows, hidden.words + range.first * kWordsOfPatch, bytes, control.patches);
+    copy_bulk(rows, hidden.words + range.first * kWords, bytes, control.patches);
   }
   int slot = 0, parity = 1;
   MGHF_UNROLL(1)
   for (int stage = 0; stage < weights.stages; ++stage) {
     if (stage >= number) control.free[slot].wait(parity);
     control.open[slot].arrive(kBytes);
-    copy_bulk(stages + slot * kBytes, weights.first + int64_t{stage} * (kBytes / 16), kBytes,
+    copy_bulk(stages + slot * kBytes, weights.first + int64_t{stage} * kStride, kBytes,
               control.open[slot]);
     if (++slot == number) slot = 0, parity ^= 1;
   }
@@ -143,11 +147,13 @@ __device__ __forceinline__ void finish_tile(const float (&sums)[kCellPixels / 2]
 }
 
 // Dynamic shared memory: the stages, then d_h of most_patches().
+template <int kParts>
 __global__ void __launch_bounds__(kRowsThreads, 1)
     image_gradient_rows(MutableImage<float> x, Patches p, Regions regions, HiddenGradient hidden,
                         GradientWeights weights, bool add, int stages) {
   if (!kWarpgroupProducts) never();
-  constexpr int kBytes = GradientWeights::stage_bytes(), kSteps = GradientWeights::steps();
+  constexpr int kBytes = GradientWeights::stage_bytes(kParts), kSteps = GradientWeights::steps();
+  constexpr int kWords = kParts * kWordsOfPart;
   __shared__ ImageControl control;
   MGHF_DYNAMIC_SHARED(unsigned char, memory);
   uint4* const rows = reinterpret_cast<uint4*>(memory + stages * kBytes);
@@ -162,12 +168,12 @@ __global__ void __launch_bounds__(kRowsThreads, 1)
     }
     control.patches.begin(1);
   }
-  if (thread < kWordsOfPatch) control.zeros[thread] = {0, 0, 0, 0};
+  if (thread < kMostWords) control.zeros[thread] = {0, 0, 0, 0};
   publish_counters();
   if (warp >= kGroups * 4) {
     leave_registers<kFewRegisters>();
     if (warp == kGroups * 4 && lane == 0) {
-      copy_for_gradient(memory, stages, rows, control, range, hidden, weights);
+      copy_for_gradient<kParts>(memory, stages, rows, control, range, hidden, weights);
     }
     return;
   }
@@ -202,12 +208,14 @@ __global__ void __launch_bounds__(kRowsThreads, 1)
       const int s = term / tile.column_terms, t = term % tile.column_terms;
       const int64_t patch = loaded.before(s, t, p);
       const uint4* const row =
-          patch < 0 ? control.zeros : rows + (patch - range.first) * kWordsOfPatch;
-      uint32_t big[kSteps][4], small[kSteps][4];
+          patch < 0 ? control.zeros : rows + (patch - range.first) * kWords;
+      Parts<kSteps, kParts> factor;
       MGHF_UNROLL_ALL
       for (int step = 0; step < kSteps; ++step) {
-        load_matrices(big[step], row + word_at(patch, 0, 2 * step + lane / 16));
-        load_matrices(small[step], row + word_at(patch, 1, 2 * step + lane / 16));
+        MGHF_UNROLL_ALL
+        for (int part = 0; part < kParts; ++part) {
+          load_matrices(factor.of[part][step], row + word_at(patch, part, 2 * step + lane / 16));
+        }
       }
       float back[2];
       MGHF_UNROLL_ALL
@@ -217,8 +225,8 @@ __global__ void __launch_bounds__(kRowsThreads, 1)
       }
       control.open[slot].wait(parity);
       float d[kCellPixels / 2] = {};
-      multiply_steps<kCellPixels, kSteps>(
-          d, big, small,
+      multiply_steps<kCellPixels>(
+          d, factor,
           SharedColumns(memory + slot * kBytes, core_bytes_along_depth(kCellPixels), kCoreBytes));
       wait_for_products<0>();
       __syncwarp();  // all have used the stage

@@ -12,6 +12,7 @@ namespace {
 constexpr int kHalvesOfStep = 16;  // depths of a product
 constexpr int kUnits = 128;        // of the hidden layer, with zeros
 constexpr int kOutputs = 64;       // of the embedding, with zeros
+constexpr int kMostParts = 2;      // of a factor: big and small
 // Columns of weights are scaled to at most 16 and not to 2^14 like rows of patches, so that a sum
 // overflows only where float32's would, or almost. What is lost is 2^-29 of the largest weight.
 constexpr float kRoomForSums = 1024;
@@ -22,24 +23,24 @@ __host__ __device__ constexpr int step_bytes(int columns) { return columns * kHa
 __host__ __device__ constexpr int core_bytes_along_depth(int columns) { return columns * 16; }
 constexpr int kCoreBytes = 128;  // along the columns
 
-// Both layers as two halves each, the columns multiplied by powers of two: [step][part][column]. In
-// the first layer a thread of a product has four neighbouring pixels of a row, so that it reads
-// them at once: depths 2 t, 2 t + 1, 2 t + 8 and 2 t + 9 are pixels 4 t ... 4 t + 3 of the step's
-// sixteen.
+// Both layers as two halves each, the columns multiplied by powers of two: [part][step][column].
+// Products that are one (halves.h) need no small part. In the first layer a thread of a product has
+// four neighbouring pixels of a row, so that it reads them at once: depths 2 t, 2 t + 1, 2 t + 8
+// and 2 t + 9 are pixels 4 t ... 4 t + 3 of the step's sixteen.
 struct RowsWeights {
   uint4 *first, *second;
   float *first_back, *second_back;  // what undoes the powers, (kUnits), (kOutputs)
   int steps;                        // of the first layer
 
   RowsWeights(int64_t pixels, Pieces& pieces) : steps(static_cast<int>(up(pixels, kHalvesOfStep))) {
-    first = pieces.take<uint4>(int64_t{2} * steps * step_bytes(kUnits) / 16);
+    first = pieces.take<uint4>(int64_t{kMostParts} * steps * step_bytes(kUnits) / 16);
     second = pieces.take<uint4>(second_bytes() / 16);
     first_back = pieces.take<float>(kUnits);
     second_back = pieces.take<float>(kOutputs);
   }
   __host__ __device__ static constexpr int second_steps() { return kUnits / kHalvesOfStep; }
-  __host__ __device__ static constexpr int second_bytes() {
-    return 2 * second_steps() * step_bytes(kOutputs);
+  __host__ __device__ static constexpr int second_bytes(int parts = kMostParts) {
+    return parts * second_steps() * step_bytes(kOutputs);
   }
 };
 
@@ -77,9 +78,9 @@ __device__ __forceinline__ void pack_column(const PowerOfTwo& power, int column,
       big[t] = two.big;
       small[t] = two.small;
     }
-    uint4* const place = to + static_cast<int64_t>(4 * step + half) * all_columns + column;
+    uint4* const place = to + static_cast<int64_t>(eight) * all_columns + column;
     place[0] = {big[0], big[1], big[2], big[3]};
-    place[2 * all_columns] = {small[0], small[1], small[2], small[3]};
+    place[int64_t{2} * steps * all_columns] = {small[0], small[1], small[2], small[3]};
   }
 }
 
