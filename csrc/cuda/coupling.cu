@@ -46,7 +46,8 @@
 //     z1 = (y1 - eta(y2)) exp(-r),  z2 = y2 - phi(z1),  x = N (z1, z2) + e,  N = M^-1, e = -N b
 //
 // Where there are products of warpgroups the forward of relu6 and up to 64 features streams rows of
-// hidden values past weights that stay in shared memory instead (coupling_rows.h, coupling_mix_rows.h).
+// hidden values past weights that stay in shared memory instead (coupling_rows.h, coupling_mix_rows.h),
+// and so do both kernels of the gradient from what it kept (coupling_rows_gradient.h).
 //
 // Kernels: forward   mix, phi, rho and eta;
 //          gradient  rho^T and eta^T, phi^T with mix^T; for a 3x3 mix z1 before and mix^T after them;
@@ -75,6 +76,7 @@
 #include "coupling_mix.h"
 #include "coupling_mix_rows.h"
 #include "coupling_rows.h"
+#include "coupling_rows_gradient.h"
 #include "coupling_workspace.h"
 
 namespace mghf::cuda {
@@ -108,7 +110,7 @@ struct PartialCall {
   const CouplingShape& shape;
   const PackedWeights& packed;
   int64_t batch, height, width, shared_bytes;
-  bool streams;  // whether the forward is for stream_rows
+  bool streams;  // whether the forward is for stream_rows, or the gradient for kept_rows
   Rows result, kept;  // rows of the result, and rows that have features
   Stream stream;
 
@@ -376,10 +378,10 @@ struct PartialCall {
                        const CouplingState<const unsigned char>& state,
                        const MutableImage<T>& grad_x, Pieces pieces) const {
     const int64_t c = shape.channels / 2;
-    const bool with_taps = shape.kernel == 3;
-    const int64_t wide = with_taps ? 2 * half() : half();
+    const bool with_taps = shape.kernel == 3, with_d1 = with_taps || streams;
+    const int64_t wide = with_d1 ? 2 * half() : half();
     const Features<T> d{pieces.take<T>(pixels() * wide), wide};
-    const Features<T> d2{with_taps ? d.data + half() : d.data, wide};
+    const Features<T> d2{with_d1 ? d.data + half() : d.data, wide};
     if (with_taps) {
       // z1, whose place d1 then takes.
       if (const char* error = features(x, d, half()); error != nullptr) return error;
@@ -400,9 +402,8 @@ struct PartialCall {
     error = kept_stages<false>(around(with_taps ? 1 : 0), [&](KeptStage<T>& s) {
       fill(s);
       s.subnets[0] = packed.phi;
-      if (with_taps) {
-        s.d1 = d;
-      } else {
+      if (with_d1) s.d1 = d;
+      if (!with_taps) {
         s.mix_transposed = packed.mix_transposed;
         s.grad_x = channels_of(grad_x, 0, shape.inputs);
       }
@@ -411,6 +412,14 @@ struct PartialCall {
   }
   template <bool kOuter, class Fill>
   const char* kept_stages(const Rows& rows, const Fill& fill) const {
+    if (streams) {
+      KeptStage<T> s{};
+      s.tiling = tiling(1, rows);
+      s.clamp = shape.clamp;
+      fill(s);
+      return launch_kept_rows<T, kOuter>(s, packed.mix_rows_transposed, half(), packed.rows_once,
+                                         stream);
+    }
     switch (half()) {
       case 32:
         return kept_stage<KeptSizes<T, kOuter, 32, 8, 2, 16, 4>>(rows, fill);
@@ -442,8 +451,11 @@ const char* in_parts(const CouplingShape& shape, const PackedWeights& packed, co
   if (x.batch * x.height * x.width == 0) return nullptr;
   Gpu gpu;
   if (const char* error = current_gpu(gpu); error != nullptr) return error;
-  bool streams = false;
-  const char* error = streams_rows(shape, padded_half(shape), gpu, streams);
+  bool streams = direction == Direction::kept_rows;
+  const char* error = nullptr;
+  if (!streams && direction != Direction::kept) {
+    error = streams_rows(shape, padded_half(shape), gpu, streams);
+  }
   const Parts parts(shape, x.batch, x.height, x.width, sizeof(T), direction);
   for (int64_t first = 0; first < x.batch && error == nullptr; first += parts.images) {
     const int64_t count = parts.images < x.batch - first ? parts.images : x.batch - first;
@@ -521,13 +533,13 @@ template <class T>
 int64_t coupling_backward_workspace_bytes(const CouplingShape& shape, const Image<T>& x,
                                           bool with_state) {
   return feature_bytes<T>(shape, x.batch, x.height, x.width,
-                          with_state ? Direction::kept : Direction::backward);
+                          direction_back(shape, x.height, x.width, with_state));
 }
 template <class T>
 const char* coupling_backward(const CouplingBlock& block, const Image<T>& grad, const Image<T>& x,
                               const CouplingState<const unsigned char>& state,
                               const MutableImage<T>& grad_x, void* workspace, Stream stream) {
-  const Direction direction = state.exists ? Direction::kept : Direction::backward;
+  const Direction direction = direction_back(block.shape, x.height, x.width, state.exists);
   return in_parts<T>(
       block.shape, packed_weights<T>(block), x, direction, Pieces(workspace), stream,
       [&](const PartialCall<T>& run, int64_t first, const Pieces& pieces) {

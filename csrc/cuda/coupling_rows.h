@@ -277,7 +277,7 @@ __device__ __forceinline__ void project_row(Values (&result)[Z::kGroups],
   const PlaceInRow place;
   const float* const taps =
       reinterpret_cast<const float*>(weights + Z::kLayout.taps()) + place.lane * 4;
-  const unsigned char* const matrix = weights + Z::kLayout.project();
+  const unsigned char* const matrix = weights + Z::kLayout.second();
   float sums[Z::kHalf / 2] = {}, small_sums[Z::kHalf / 2] = {};
   uint32_t big[2][4], small[2][4];
   MGHF_UNROLL(1)
@@ -355,9 +355,8 @@ __device__ __forceinline__ void read_other(FeaturesOfRow<Z::kGroups>& to, const 
 
 // Two neighbouring pixels of four channels, aligned to both.
 template <class T>
-__device__ __forceinline__ void write_pairs(const RowsStage<T>& s, int b, int y, int x, int group,
-                                            const float (&values)[2][4]) {
-  const MutableChannels<T>& to = s.y;
+__device__ __forceinline__ void write_pairs(const MutableChannels<T>& to, int b, int y, int x,
+                                            int group, const float (&values)[2][4]) {
   const int c = group * kGroup + PlaceInRow().lane * 4;
   T* const first = to.image.pixel(b, y, x) + (to.first + c) * to.image.channel_stride;
   MGHF_UNROLL_ALL
@@ -410,7 +409,7 @@ __device__ __forceinline__ void finish_row(Values (&result)[Z::kGroups],
     }
     if (subnet == kRho) continue;
     if (s.by_pairs && counts[0] && counts[1]) {
-      write_pairs(s, strip.b, y, x, n, value);
+      write_pairs(s.y, strip.b, y, x, n, value);
       continue;
     }
     MGHF_UNROLL_ALL

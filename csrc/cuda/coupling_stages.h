@@ -13,6 +13,7 @@ struct SubnetWeights {
   Packed expand_transposed, project_transposed;  // for the gradient
   const float* depthwise;                        // as given
   const unsigned char* rows;                     // for coupling_rows.h, or null
+  const unsigned char* rows_gradient;            // for coupling_rows_gradient.h, or null
 };
 
 // Copies features into a tile that begins at (y, x), halo included, without ending the group of

@@ -18,11 +18,11 @@ int64_t padded_half(const CouplingShape& s) {
 }
 int64_t terms_of(const CouplingShape& s) { return s.inputs * s.kernel * s.kernel; }
 
-// `kept`: the gradient from what the forward kept.
-enum class Direction { forward, backward, kept, inverse };
+// `kept`: the gradient from what the forward kept; `kept_rows`: likewise, by rows.
+enum class Direction { forward, backward, kept, kept_rows, inverse };
 
 // Bytes of a pixel's features: z and, in the gradient, (d1, d2) and (d_r, g1). From what the forward
-// kept only (d1, d2), or d2 alone for a 1x1 mix.
+// kept only (d1, d2), or d2 alone for a 1x1 mix, if not by rows.
 int64_t bytes_of_pixel(const CouplingShape& s, int64_t bytes_of_element, Direction direction) {
   const int64_t half = padded_half(s) * bytes_of_element;
   if (direction == Direction::backward) return 6 * half;
@@ -36,6 +36,7 @@ int halo_of(const CouplingShape& s, Direction direction) {
     case Direction::backward:
       return s.kernel == 3 ? 5 : 4;
     case Direction::kept:
+    case Direction::kept_rows:
       return s.kernel == 3 ? 3 : 1;
     default:
       return 2;
@@ -52,7 +53,8 @@ int64_t most_feature_bytes(const CouplingShape& s, int64_t pixels, int64_t bytes
   const int64_t result = pixels * s.channels * bytes_of_element;
   const auto larger = [](int64_t a, int64_t b) { return a > b ? a : b; };
   if (direction == Direction::forward) return larger(kForward, result / 4 * 3);
-  return direction == Direction::kept ? larger(kUsual, result) : kUsual;
+  const bool kept = direction == Direction::kept || direction == Direction::kept_rows;
+  return kept ? larger(kUsual, result) : kUsual;
 }
 
 // The parts that are computed at a time: some images, or some rows of one.
@@ -79,8 +81,8 @@ struct Parts {
 
 struct PackedWeights {
   Packed mix, mix_transposed;
-  const unsigned char* mix_rows;  // for coupling_mix_rows.h, or null
-  bool rows_once;                 // whether products by rows are one each, of the big parts
+  const unsigned char *mix_rows, *mix_rows_transposed;  // for the kernels of rows, or null
+  bool rows_once;  // whether products by rows are one each, of the big parts
   const float* bias;
   SubnetWeights phi, rho, eta;
 };
@@ -93,9 +95,7 @@ template <class T>
 PackedWeights lay_out(const CouplingShape& s, const float* weights, bool inverse, Pieces& pieces,
                       Packing& packing, Precision precision = Precision::float32) {
   const int64_t c = s.channels / 2, half = padded_half(s), terms = terms_of(s);
-  packing.count = packing.rows.count = 0;
-  packing.rows.layout = {static_cast<int>(half), kPartsOf<T>};
-  packing.rows.with_mix = false;
+  packing.count = packing.rows.count = packing.rows.mix_count = 0;
   const auto add = [&](const float* from, const Axis& n, const Axis& k, bool fast) {
     const Matrix matrix{from, n, k, nullptr, fast};
     const int loads =
@@ -125,13 +125,18 @@ PackedWeights lay_out(const CouplingShape& s, const float* weights, bool inverse
     const Axis taps{chunks, kUnmixChannels * kTaps, kUnmixColumns, 1, terms};
     packed.mix_transposed = add(mix, s.kernel == 1 ? all_terms : taps, features, true);
   }
+  const auto add_rows_of_mix = [&](const Axis& n, const Axis& k) {
+    const Matrix matrix{mix, n, k, nullptr, false};
+    const int64_t bytes = kPartsOf<T> * n.pieces * n.padded * k.pieces * k.padded * 2 + kScaleBytes;
+    unsigned char* const to = pieces.take<unsigned char>(bytes);
+    packing.rows.mixes[packing.rows.mix_count++] = {matrix, kPartsOf<T>, to};
+    return to;
+  };
   if (const int64_t depths = inverse ? 0 : mix_depths(terms, s.kernel, half); depths > 0) {
-    const Axis padded{1, terms, depths * kGroup, 1};
-    packing.rows.mix = {mix, features, padded, nullptr, false};
-    packing.rows.with_mix = true;
-    packing.rows.to_mix =
-        pieces.take<unsigned char>(kPartsOf<T> * depths * kGroup * 2 * half * 2 + kScaleBytes);
-    packed.mix_rows = packing.rows.to_mix;
+    packed.mix_rows = add_rows_of_mix(features, {1, terms, depths * kGroup, 1});
+  }
+  if (!inverse && half <= kWidestRows && s.kernel == 1 && terms <= s.channels) {
+    packed.mix_rows_transposed = add_rows_of_mix({1, terms, 2 * half, 1}, features);
   }
   packing.bias = take(s.channels);
   packing.bias_axis = inverse ? Axis{1, s.channels, padded_to(s.channels, kGroup), 1}
@@ -145,15 +150,19 @@ PackedWeights lay_out(const CouplingShape& s, const float* weights, bool inverse
     subnet->expand = add(expand, {1, 2 * c, 2 * half, c}, {1, c, half, 1}, false);
     subnet->project = add(project, {1, c, half, 2 * c}, {1, 2 * c, 2 * half, 1}, false);
     if (inverse) continue;
-    if (half <= kWidestRows) {
-      const Matrix* const both = packing.matrices + packing.count - 2;
-      unsigned char* const to = pieces.take<unsigned char>(packing.rows.layout.bytes());
-      packing.rows.subnets[packing.rows.count++] = {both[0], both[1], subnet->depthwise,
-                                                    static_cast<int>(2 * c), to};
-      subnet->rows = to;
-    }
     subnet->expand_transposed = add(expand, {1, c, half, 1}, {1, 2 * c, 2 * half, c}, true);
     subnet->project_transposed = add(project, {1, 2 * c, 2 * half, 1}, {1, c, half, 2 * c}, true);
+    if (half > kWidestRows) continue;
+    const Matrix* const of = packing.matrices + packing.count - 4;
+    const auto add_rows = [&](const Matrix& first, const Matrix& second, int tap_rows) {
+      const RowsLayout layout{static_cast<int>(half), kPartsOf<T>, tap_rows};
+      unsigned char* const to = pieces.take<unsigned char>(layout.bytes());
+      packing.rows.subnets[packing.rows.count++] = {first, second, subnet->depthwise,
+                                                    static_cast<int>(2 * c), layout, to};
+      return to;
+    };
+    subnet->rows = add_rows(of[0], of[1], 3);
+    subnet->rows_gradient = add_rows(of[3], of[2], kGradientTapRows);
   }
   return packed;
 }
