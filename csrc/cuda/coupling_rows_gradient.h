@@ -7,14 +7,15 @@
 // ring in shared memory, beside the packed weights, and two warpgroups take rows in turn, each of
 // them making row j of the ring, then row j - 1 of D^T of it, group of channels by group, as a
 // factor of the products with E^T. Rows and columns beyond the image are zeros; a pixel next to a
-// border also gets what the border's own reflected windows read of it: in the rows, by taps that are
-// added up when they are packed, in the columns, by values that are added up before they are
+// border also gets what the border's own reflected windows read of it: in the rows, by taps that
+// are added up when they are packed, in the columns, by values that are added up before they are
 // multiplied.
 //
 // A gradient has any magnitude. The power of two for g is that of each pixel's largest number. For
 // the second products it is the largest of these powers in the pixel's window, times a bound that
 // comes with the weights, so that no value of a row has to be known before the row is made. It
-// exceeds the largest value by about 2^8; of the 38 bits below it that two halves keep, 30 are left.
+// exceeds the largest value by about 2^8; of the 38 bits below it that two halves keep, 30 are
+// left.
 // The ring is float32 for every type of image.
 #pragma once
 
@@ -128,9 +129,9 @@ __device__ __forceinline__ void write_channels(const MutableChannels<T>& to, con
   }
 }
 
-// The derivative of k tanh(x / k), k the clamp, where exp of its value is `scale`, also one that was
-// rounded to zero or beyond the clamp's range. The logarithm is exact to 2^-22, as `scale` is.
-// `per_two`: r / k for r = log(2).
+// The derivative of k tanh(x / k), k the clamp, where exp of its value is `scale`, also one that
+// was rounded to zero or beyond the clamp's range. The logarithm is exact to 2^-22, which is about
+// as exact as `scale`. `per_two`: r / k for r = log(2).
 __device__ __forceinline__ float clamp_slope(float scale, float per_two) {
 #ifdef __CUDA_ARCH__
   const float logarithm = __log2f(scale);
@@ -361,7 +362,8 @@ __global__ void __launch_bounds__(kRowsThreads, 1) kept_rows(KeptRows<T> r) {
             KeptSlopesOfRow of_first;
             of_first.read<T, Z>(s.tiling, s.state, strip, subnet, 0, of_result);
             Values result[Z::kGroups];
-            expand_row_back<Z>(result, ring, scales, rows, tap_rows, strip, s.tiling.width, weights, of_first);
+            expand_row_back<Z>(result, ring, scales, rows, tap_rows, strip, s.tiling.width, weights,
+                               of_first);
             read[j % kRing].arrive();
             write_result<Z>(result, direct, s, at);
           } else {
@@ -395,7 +397,8 @@ inline Direction direction_back(const CouplingShape& shape, int64_t height, int6
   constexpr size_t kBytes = KeptRowsSizes<float, true, kWidestRows>::kBytes;
   Gpu gpu;
   bool streams = false;
-  const bool fits = height > 1 && width > 1 && (shape.kernel == 3 || shape.inputs <= shape.channels);
+  const bool fits =
+      height > 1 && width > 1 && (shape.kernel == 3 || shape.inputs <= shape.channels);
   // An error will be met again.
   if (!fits || current_gpu(gpu) != nullptr ||
       streams_rows(shape, padded_half(shape), gpu, streams) != nullptr) {

@@ -8,8 +8,8 @@ namespace mghf::cuda {
 
 namespace {
 
-// The bits of a layer of a row. Of a thread's two pixels a lane of four has the words of one pair of
-// groups, as SlopesOfRow left them.
+// The bits of a layer of a row. Of a thread's two pixels a lane of four has the words of one pair
+// of groups, as SlopesOfRow left them.
 struct KeptSlopesOfRow {
   uint32_t words[2] = {};
 
@@ -29,8 +29,8 @@ struct KeptSlopesOfRow {
       words[i] = *reinterpret_cast<const uint32_t*>(from);
     }
   }
-  // The bits of a group at a thread's channels, from bit 0 on for its first pixel and from bit 16 on
-  // for its second. All threads of a warp call it.
+  // The bits of a group at a thread's channels, from bit 0 on for its first pixel and from bit 16
+  // on for its second. All threads of a warp call it.
   __device__ __forceinline__ uint32_t of(int group) const {
     const int lane = static_cast<int>(threadIdx.x) % kWarp / 4 * 4 + group / 2;
     const uint32_t first = __shfl_sync(kAllLanes, words[0], lane);
@@ -104,14 +104,14 @@ __device__ __forceinline__ void project_row_back(const typename Z::Row& row, flo
   }
 }
 
-// A column that a thread's windows reach, within the strip: beyond it another one, for results that do
-// not count.
+// A column that a thread's windows reach, within the strip: beyond it another one, for results that
+// do not count.
 __device__ __forceinline__ int column_of_window(int pixel, int i) {
   const int at = pixel + i - 1;
   return at < 0 ? 0 : at < kStrip ? at : kStrip - 1;
 }
 
-// The columns that a thread's windows reach, and what is different for those at the image's borders.
+// The columns that a thread's windows reach, and what is different at the image's borders.
 template <class Row>
 struct TransposedColumns {
   int of[4];                 // as offsets in a row of the ring
@@ -132,9 +132,9 @@ struct TransposedColumns {
     at_border = of_warp == 0 || of_warp + kGroup + 1 >= width;
   }
 
-  // Makes a row's four columns two windows of three: columns 0 to 2, and `second`, then 2 and 3. The
-  // second pixel of an image gets in its window's last column also what column 0 has, the one before
-  // the last column in its window's first what that has.
+  // Makes a row's four columns two windows of three: columns 0 to 2, and `second`, then 2 and 3.
+  // An image's second pixel gets in its window's last column also what the first pixel has, the
+  // last but one in its window's first column what the last pixel has.
   __device__ __forceinline__ void reflect(float (&columns)[4][4], float (&second)[4]) const {
     MGHF_UNROLL_ALL
     for (int q = 0; q < 4; ++q) second[q] = columns[1][q];

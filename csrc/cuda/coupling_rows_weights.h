@@ -9,8 +9,8 @@
 //     E, then P   of float32 the small parts, last, so that a kernel of one product copies what is
 //                 before them
 //
-// For the gradient (coupling_rows_gradient.h) P^T is in the place of E, E^T in that of P, and D^T in
-// that of D: as it is, its taps turned around, then the sum of its first and last row. After the
+// For the gradient (coupling_rows_gradient.h) P^T is in the place of E, E^T in that of P, and D^T
+// in that of D: as it is, its taps turned around, then the sum of its first and last row. After the
 // powers of two comes one by which the largest of D^T A' P^T g can exceed the largest of g.
 #pragma once
 
