@@ -21,7 +21,7 @@ from unittest import mock
 import torch
 
 from mghf_fast.commands.table5.workloads import paper_extractor
-from mghf_fast.losses import MGHFLoss
+from mghf_fast.losses import MGHFLoss, step
 
 from . import launches
 from .counting import ROOT, Code, Counts, Launch, Row, Sources
@@ -86,6 +86,8 @@ class Recorder:
         with (
             mock.patch.object(launches, "_CudaOps", self._ops),
             launches._backend("cuda", counter, self.module),
+            # The layout of images, and whether both go together, as on a GPU.
+            mock.patch.object(step, "_on_cpu", lambda tensor: False),
             counter,
         ):
             loss(sr, gt).backward()

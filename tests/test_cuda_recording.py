@@ -21,10 +21,12 @@ recorder = recording.Recorder(module)
 shape = (1, 3, 64, 64)
 found = recorder.step("n", shape, "paper")
 counts = launches.count("n", shape, "paper", "cuda", module)
+names = [f.name for f in recorder.step("c", (1, 3, 128, 128), "paper")]
 print(json.dumps([
     [[f.name, f.blocks, f.blocks_of_cluster, f.threads, f.shared_bytes, len(f.parameters),
       int.from_bytes(f.parameters[:8], "little")] for f in found],
     sum(counts.kernels.values()),
+    names,
 ]))
 """  # in a separate process, because it can launch nothing afterwards
 
@@ -33,7 +35,7 @@ def test_cuda_launches_of_a_step_are_recorded() -> None:
     command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(emulated.FOLDER)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    found, launches = json.loads(done.stdout)
+    found, launches, of_patches = json.loads(done.stdout)
     assert len(found) == launches > 0
     for name, blocks, cluster, threads, shared, parameters, _ in found:
         assert name.startswith("_ZN4mghf4cuda")
@@ -41,3 +43,6 @@ def test_cuda_launches_of_a_step_are_recorded() -> None:
         assert parameters > 0, name
     mixed = [first for name, *_, first in found if "4cuda12_GLOBAL__N_13mix" in name]
     assert mixed and min(mixed) > 1 << 32  # the image's address
+    # Images lie as on a GPU, where the kernels that copy pieces of an image's rows take them.
+    projections = [name for name in of_patches if "project" in name]
+    assert projections and all("project_rows" in name for name in projections)

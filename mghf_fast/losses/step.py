@@ -126,7 +126,7 @@ class _Extraction:
             x = torch.cat((x, images[1].to(self.dtype)))
         if self.from_unit_range:
             x = x * 2 - 1
-        return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
+        return x.contiguous(memory_format=torch.channels_last) if _on_cpu(x) else x
 
     def features(self, images: Sequence[Tensor], inputs: list[Tensor] | None) -> Tensor:
         """Features of the concatenated images. Appends each block's input to ``inputs``, and what
@@ -438,10 +438,14 @@ def _plan_extraction(
     )
 
 
+def _on_cpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
 def _go_together(image: Tensor, elements: int, dtype: torch.dtype, blocks: int) -> bool:
     """Whether both images go through the blocks as one batch, given the elements of one image's
     stack of features."""
-    if image.device.type == "cpu":
+    if _on_cpu(image):
         return elements <= TOGETHER
     # The inputs of all blocks but the first, the features, and a block's workspace of their size.
     return 2 * (blocks + 1) * elements * dtype.itemsize <= TOGETHER_BYTES
