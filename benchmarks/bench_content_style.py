@@ -12,8 +12,8 @@ from mghf_fast.reference import content_style
 OPTIONS = (CHANNELS // 2, PRESETS["2026"].alpha, PRESETS["2026"].gamma, 256, "channel")
 
 
-def ours(s: Tensor, g: Tensor) -> Tensor:
-    return torch.stack(functional.content_style_terms(gt=g, sr=s)).sum()
+def ours(s: Tensor, g: Tensor, precision: str = "auto") -> Tensor:
+    return torch.stack(functional.content_style_terms(gt=g, sr=s, precision=precision)).sum()
 
 
 def reference(s: Tensor, g: Tensor) -> Tensor:
@@ -25,4 +25,6 @@ def inputs(shape: Shape) -> tuple[Tensor, Tensor]:
     return s, features(shape, 1).mul_(0.5).add_(s).mul_(1.25**-0.5)
 
 
-test_content_style = measured("content_style", __name__, inputs, standard_forms(ours, reference))
+test_content_style = measured(
+    "content_style", __name__, inputs, standard_forms(ours, reference, graded=True)
+)

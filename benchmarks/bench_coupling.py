@@ -11,8 +11,8 @@ from mghf_fast.reference import coupling
 WEIGHTS = BLOCK.weights()  # type: ignore[operator]
 
 
-def ours(x: Tensor) -> Tensor:
-    return functional.invertible_block(x, WEIGHTS)
+def ours(x: Tensor, precision: str = "auto") -> Tensor:
+    return functional.invertible_block(x, WEIGHTS, precision=precision)
 
 
 def reference(x: Tensor) -> Tensor:
@@ -23,6 +23,6 @@ test_coupling = measured(
     "coupling",
     __name__,
     lambda shape: (features(shape),),
-    standard_forms(ours, reference),
+    standard_forms(ours, reference, graded=True),
     output=lambda shape: (shape.batch, CHANNELS, shape.size, shape.size),
 )

@@ -16,6 +16,6 @@ test_gram = measured(
     "gram",
     __name__,
     lambda shape: (features(shape),),
-    standard_forms(functional.gram_matrix, reference),
+    standard_forms(functional.gram_matrix, reference, graded=True),
     output=lambda shape: (shape.batch, CHANNELS, CHANNELS),
 )

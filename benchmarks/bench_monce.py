@@ -27,7 +27,12 @@ def unrolled(query: Tensor, key: Tensor) -> Tensor:
 
 
 FORMS = standard_forms(
-    functional.monce_loss, reference, images=False, compiled=(PAPER,), compiled_parts=["step"]
+    functional.monce_loss,
+    reference,
+    images=False,
+    compiled=(PAPER,),
+    compiled_parts=["step"],
+    graded=True,
 ) | {"eager exponential domain": Form(lambda: unrolled, "eager")}
 
 test_monce = measured("monce", __name__, embeddings, FORMS, ops=("sinkhorn", "monce"))

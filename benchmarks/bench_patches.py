@@ -10,8 +10,10 @@ from mghf_fast.reference import patches
 WEIGHTS = projection_weights()
 
 
-def ours(x: Tensor) -> Tensor:
-    return functional.patch_projection(x, *WEIGHTS, patch_size=PATCH_SIZE, stride=STRIDE)
+def ours(x: Tensor, precision: str = "auto") -> Tensor:
+    return functional.patch_projection(
+        x, *WEIGHTS, patch_size=PATCH_SIZE, stride=STRIDE, precision=precision
+    )
 
 
 def reference(x: Tensor) -> Tensor:
@@ -22,6 +24,6 @@ test_patches = measured(
     "patches",
     __name__,
     lambda shape: (features(shape),),
-    standard_forms(ours, reference),
+    standard_forms(ours, reference, graded=True),
     output=lambda shape: (shape.batch * CHANNELS, shape.patches, 64),
 )

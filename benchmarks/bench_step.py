@@ -18,8 +18,12 @@ HALF = (QUICK, PAPER, TRAINING)
 
 def forms(variant: str, compiled: tuple[Shape, ...]) -> dict[str, Form]:
     reference = functools.partial(reference_mghf, variant)
+
+    def graded(precision: str) -> MGHFLoss:
+        return MGHFLoss(variant, "2026", paper_extractor(), precision=precision)
+
     return {
-        "mghf_fast": Form(lambda: MGHFLoss(variant, "2026", paper_extractor()), "ours"),
+        "mghf_fast": Form(functools.partial(graded, "auto"), "ours", graded=graded),
         "eager": Form(reference, "eager"),
         "eager channels_last": Form(
             reference, "eager", channels_last=True, shapes=(*SIZES[:4], TRAINING)

@@ -63,7 +63,8 @@ class Form:
     ``make`` gives the function of the op's inputs, in the measuring process; ``kind`` is "ours",
     "forced" (ours on a backend that "auto" might not take), "eager" (the reference under autograd),
     "compile" (torch.compile of that) or "peer" (what else a user might take, from ``package``);
-    ``inputs`` is their type; ``shapes`` and ``parts`` say where to measure it, if not everywhere.
+    ``inputs`` is their type; ``shapes`` and ``parts`` say where to measure it, if not everywhere;
+    ``graded`` makes the function with products of a precision, where it has one.
     """
 
     make: Callable[[], Callable[..., Tensor]]
@@ -75,6 +76,7 @@ class Form:
     package: str | None = None
     shapes: Sequence[Shape] | None = None
     parts: Sequence[str] = BOTH
+    graded: Callable[[str], Callable[..., Tensor]] | None = None
 
 
 def standard_forms(
@@ -84,11 +86,14 @@ def standard_forms(
     images: bool = True,
     compiled: Sequence[Shape] = COMPILED,
     compiled_parts: Sequence[str] = BOTH,
+    graded: bool = False,
 ) -> dict[str, Form]:
     """The forms of every op, in both layouts if the inputs are ``images`` (torch.compile in NCHW,
-    in which it is faster, and eager at 2048 x 2048 too, to save minutes)."""
+    in which it is faster, and eager at 2048 x 2048 too, to save minutes). ``graded``: whether
+    ``ours`` takes a precision."""
+    by_grade = (lambda grade: functools.partial(ours, precision=grade)) if graded else None
     forms = {
-        "mghf_fast": Form(lambda: ours, "ours", channels_last=images),
+        "mghf_fast": Form(lambda: ours, "ours", channels_last=images, graded=by_grade),
         "eager": Form(lambda: reference, "eager"),
         "compile": Form(lambda: reference, "compile", True, shapes=compiled, parts=compiled_parts),
     }
@@ -97,7 +102,7 @@ def standard_forms(
         forms["eager channels_last"] = Form(
             lambda: reference, "eager", channels_last=True, shapes=shapes
         )
-        forms["mghf_fast NCHW"] = Form(lambda: ours, "ours", shapes=(PAPER,))
+        forms["mghf_fast NCHW"] = Form(lambda: ours, "ours", shapes=(PAPER,), graded=by_grade)
     return forms
 
 
@@ -129,7 +134,8 @@ class Case:
         return [part for part in self.parts if part in self.forms[form].parts]
 
     def step(self, function: Callable[..., Tensor], shape: Shape, form: str, part: str) -> Any:
-        """The function of no arguments that is timed."""
+        """The function of no arguments that is timed; part "gradient" is the step without its
+        forward, which runs once, here."""
         how = self.forms[form]
         layout = torch.channels_last if how.channels_last else torch.contiguous_format
 
@@ -141,6 +147,9 @@ class Case:
         if part == "forward":
             return lambda: torch.no_grad()(function)(leaf, *others)
         upstream = None if self.output is None else laid_out(torch.rand(self.output(shape)))
+        if part == "gradient":
+            result = function(leaf.requires_grad_(), *others)
+            return lambda: torch.autograd.grad(result, leaf, upstream, retain_graph=True)
         return lambda: torch.autograd.grad(function(leaf.requires_grad_(), *others), leaf, upstream)
 
 

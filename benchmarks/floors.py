@@ -7,8 +7,9 @@ cannot reach this, so "x times its floor" measures the op, not its kernels, each
 own floor above it in kernels/.
 
 Products: multiply-adds of matrix products and dense convolutions, including those that the gradient
-recomputes; symmetric matrices count half. Others: the remaining multiply-adds of the formulas. Only
-one Sinkhorn iteration counts, because iterations that change nothing may be skipped.
+recomputes; symmetric matrices count half. Their rate is the fastest that has the precision: see
+`WAYS`. Others: the remaining multiply-adds of the formulas. Only one Sinkhorn iteration counts,
+because iterations that change nothing may be skipped.
 """
 
 from __future__ import annotations
@@ -28,7 +29,15 @@ DEC_PATCH = 8
 IMAGE = 3  # channels
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-TF32_PRODUCTS = 3  # of halves of the operands, for one product of float32's accuracy
+# Ceiling and number of products, by the precision that one product of float32 factors shall have.
+# Three products of TF32 or of half precision, of each factor and its remainder, are as good as
+# float32's. Half precision has TF32's 11 significant bits (a power of two keeps its range), and the
+# rate of bfloat16.
+WAYS: Mapping[str, Mapping[str, int]] = {
+    "float32": {"float32": 1, "tf32": 3, "bfloat16": 3},
+    "tf32": {"tf32": 1, "bfloat16": 1},
+    "bfloat16": {"bfloat16": 1},
+}
 
 
 class Work(NamedTuple):
@@ -165,6 +174,8 @@ def works(op: str, shape: Shape, part: str) -> list[Work]:
     of both images, the terms and their gradients, and SR's backward through the extractor."""
     if op in OPS:
         forward, backward = OPS[op](shape)
+        if part == "gradient":
+            return [backward]
         return [forward] if part == "forward" or op == "entropy" else [forward, backward]
     features, image_gradient = extractor(shape)
     steps = [features, features, image_gradient]
@@ -184,17 +195,26 @@ class Times(NamedTuple):
     floor: float
 
 
-def times(work: Work, dtype: str, ceilings: Mapping[str, float]) -> Times:
-    """Memory, matrix units and the rest can all be busy at once; the slowest is the floor."""
-    if dtype == "float32":
-        rate = max(ceilings["tf32_tflop_per_s"] / TF32_PRODUCTS, ceilings["float32_tflop_per_s"])
-    else:
-        rate = ceilings["bfloat16_tflop_per_s"]
+def times(
+    work: Work, dtype: str, ceilings: Mapping[str, float], precision: str = "float32"
+) -> Times:
+    """Memory, matrix units and the rest can all be busy at once; the slowest is the floor.
+    ``precision`` is that of products of float32 factors; those of half precision take one."""
+    ways = WAYS[precision if dtype == "float32" else "bfloat16"]
+    rate = max(ceilings[f"{unit}_tflop_per_s"] / count for unit, count in ways.items())
     moved = work.values * BYTES[dtype] / (ceilings["copy_tb_per_s"] * 1e12)
     products = 2 * work.products / (rate * 1e12)
     others = 2 * work.others / (ceilings["float32_tflop_per_s"] * 1e12)
     arithmetic = max(products, others)
     return Times(moved, arithmetic, max(moved, arithmetic))
+
+
+def of_part(
+    op: str, shape: Shape, part: str, dtype: str, precision: str, ceilings: Mapping[str, float]
+) -> Times:
+    """The times of a part's operators, added up."""
+    found = [times(w, dtype, ceilings, precision) for w in works(op, shape, part)]
+    return Times(*(sum(column) for column in zip(*found, strict=True)))
 
 
 def annotate(row: dict[str, Any], ceilings: Mapping[str, float]) -> None:
@@ -203,15 +223,27 @@ def annotate(row: dict[str, Any], ceilings: Mapping[str, float]) -> None:
     if row["kind"] not in ("ours", "forced") or not ceilings:
         return
     batch, _, size, _ = map(int, row["shape"].split("x"))
+    precision = row.get("precision", "float32")
     for name, part in row["parts"].items():
         if name not in ("forward", "step") or not part.get("median_s"):
             continue
-        found = [
-            times(w, row["dtype"], ceilings) for w in works(row["op"], Shape(batch, size), name)
-        ]
-        moved, arithmetic, floor = (sum(column) for column in zip(*found, strict=True))
+        shape = Shape(batch, size)
+        moved, arithmetic, floor = of_part(
+            row["op"], shape, name, row["dtype"], precision, ceilings
+        )
         seconds = part["median_s"]
         part["floor_s"] = float(f"{floor:.3g}")
         part["times_floor"] = float(f"{seconds / floor:.3g}")
         part["bandwidth_percent"] = round(100 * moved / seconds, 1)
         part["arithmetic_percent"] = round(100 * arithmetic / seconds, 1)
+
+
+def annotate_pair(pair: Mapping[str, Any], ceilings: Mapping[str, float]) -> None:
+    """Adds to both ways of a pair (gpu_variants.py) that were timed their floor in seconds."""
+    dtype, op = pair.get("dtype", "float32"), pair["op"]
+    for way in (pair["a"], pair["b"]):
+        if ceilings and way["median_s"]:
+            part = pair.get("part", "forward" if op == "entropy" else "step")
+            precision = way.get("precision", "float32")
+            found = of_part(op, Shape(*pair["shape"]), part, dtype, precision, ceilings)
+            way["floor_s"] = float(f"{found.floor:.3g}")

@@ -11,7 +11,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import functools
 import json
+import os
 import re
 import signal
 import subprocess
@@ -29,6 +31,7 @@ from mghf_fast.precision import product_precision
 from . import (
     floors,
     gpu_plan,
+    gpu_processes,
     gpu_profile,
     gpu_setup,
     gpu_tables,
@@ -43,8 +46,16 @@ from .text import TITLES
 FOLDER = report.ROOT / "build" / "gpu"
 
 
-def part_command(part: str, file: Path, quick: bool) -> list[str]:
+PATIENCE = {"newer": 25.0, "variants": 90.0}  # seconds for a way; Triton's are compiled first
+
+
+def part_command(part: str, file: Path, quick: bool, older: Sequence[str] = ()) -> list[str]:
+    """The command of a part's process; ``older``: ops whose older CUDA kernels it is to use."""
+    if part in PATIENCE:
+        command = [sys.executable, "-m", "benchmarks.gpu_ways", str(file)]
+        return [*command, "--patience", str(PATIENCE[part])]
     options = ["--quick"] if quick else []
+    options += ["--older", *older] if older else []
     return [sys.executable, "-m", "benchmarks.gpu_parts", part, str(file), *options]
 
 
@@ -131,6 +142,8 @@ def take(run: dict[str, Any], part: str, rows: list[dict[str, Any]]) -> None:
         run["rows"] += [row | dated for row in rows]
     for row in run["rows"]:
         floors.annotate(row, run["ceilings"])
+    for pair in run["variants"]:
+        floors.annotate_pair(pair, run["ceilings"])
 
 
 def take_outcome(run: dict[str, Any], part: str, outcome: gpu_tests.Outcome) -> None:
@@ -146,8 +159,11 @@ def run_part(
     limit: float,
     quick: bool,
     pairs: Sequence[dict[str, Any]],
+    meanwhile: Callable[[], None] | None = None,
 ) -> None:
-    """Runs one part and puts its result into the run."""
+    """Runs one part and puts its result into the run. Newer kernels that failed in the part
+    `newer` are not used in the parts after it."""
+    older = gpu_variants.failing(run["variants"])
     file = folder / f"{part}.jsonl"
     file.unlink(missing_ok=True)
     dated = {"taken": now(), "commit": run["commit"]}
@@ -155,41 +171,102 @@ def run_part(
         outcome = gpu_tests.run_tests(part.removeprefix("tests-"), folder, limit)
         take_outcome(run, part, outcome)
     elif part == "sanitizer":
-        command = [str(word) for word in part_command("values", Path("FILE"), False)]
+        command = [str(word) for word in part_command("values", Path("FILE"), False, older)]
         take_outcome(run, part, gpu_tests.run_sanitizer(command, folder, limit))
-    elif part == "variants":
-        run["parts"][part], run["variants"] = run_variants(pairs, folder, limit)
-        run["variants"] = [row | dated for row in run["variants"]]
+    elif part in PATIENCE:
+        compared = pairs_of(part, pairs)
+        run["parts"][part], rows = run_variants(compared, folder, limit, part, meanwhile)
+        run["variants"] += [row | dated for row in rows]
+        for pair in run["variants"]:
+            floors.annotate_pair(pair, run["ceilings"])
     elif part == "counters":
-        command = part_command("counters", file, quick)
+        command = part_command("counters", file, quick, older)
         how, rows = gpu_profile.run_counters(run["profile"], command, folder, limit)
         run["parts"][part], run["counters"] = how, [row | dated for row in rows]
     else:
-        run["parts"] |= run_together({part: part_command(part, file, quick)}, folder, limit)
+        command = part_command(part, file, quick, older)
+        run["parts"] |= run_together({part: command}, folder, limit, meanwhile=meanwhile)
         take(run, part, read_rows(file))
 
 
+def pairs_of(part: str, pairs: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+    return gpu_variants.newer_pairs() if part == "newer" else pairs
+
+
 def run_variants(
-    pairs: Sequence[dict[str, Any]], folder: Path, limit: float
+    pairs: Sequence[dict[str, Any]],
+    folder: Path,
+    limit: float,
+    part: str = "variants",
+    meanwhile: Callable[[], None] | None = None,
 ) -> tuple[str, list[dict[str, Any]]]:
-    """Runs a process for each environment, all in turn, twice."""
-    (wanted := folder / "pairs.json").write_text(json.dumps(pairs))
-    file, begun, problems = folder / "variants.jsonl", time.monotonic(), []
+    """Runs a process for each environment, all in turn, twice; another one for the ways that are
+    left after one that ended the process."""
+    (wanted := folder / f"{part}-pairs.json").write_text(json.dumps(pairs))
+    file, begun = folder / f"{part}.jsonl", time.monotonic()
+    problems: list[str] = []
     turns = gpu_variants.ROUNDS * gpu_variants.environments(pairs)
     for turn, environment in enumerate(turns):
         left = limit - (time.monotonic() - begun)
         if left < gpu_plan.LEAST:
             problems.append(f"{len(turns) - turn} of {len(turns)} turns were left out")
             break
-        command = [
-            *part_command("variants", file, False),
-            "--pairs", str(wanted), "--environment", json.dumps(environment),
-        ]  # fmt: skip
-        name = f"variants-{turn}"
         # Every turn gets its share of the time, so that both ways of every pair are measured.
-        ended = run_together({name: command}, folder, left / (len(turns) - turn), environment)
-        problems += [how for how in ended.values() if how != "ok"]
-    return "; ".join(problems) or "ok", gpu_variants.joined(read_rows(file), pairs)
+        end = time.monotonic() + left / (len(turns) - turn)
+        ways, done = gpu_variants.ways_of(pairs, environment), 0
+        while done < len(ways):
+            command = [
+                *part_command(part, file, False), "--pairs", str(wanted),
+                "--environment", json.dumps(environment), "--begin", str(done),
+            ]  # fmt: skip
+            name, before = f"{part}-{turn}-{done}", len(read_rows(file))
+            share = end - time.monotonic()
+            (how,) = run_together({name: command}, folder, share, environment, meanwhile).values()
+            if how == "ok":
+                break
+            problems.append(how)
+            if not (more := len(read_rows(file)) - before):  # the process could not tell
+                append_row(file, ways[done], how)
+            done += max(more, 1)
+            if end - time.monotonic() < gpu_plan.LEAST or how.startswith("over"):
+                break
+    return "; ".join(dict.fromkeys(problems)) or "ok", gpu_variants.joined(read_rows(file), pairs)
+
+
+def append_row(file: Path, way: tuple[int, str], failure: str) -> None:
+    row = {"pair": way[0], "way": way[1], "part": {"failure": failure}}
+    with file.open("a") as lines:
+        lines.write(json.dumps(row) + "\n")
+
+
+def under_way(
+    run: Mapping[str, Any], part: str, folder: Path, pairs: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """The run with what a part that has not ended has measured so far."""
+    rows = read_rows(folder / f"{part}.jsonl")
+    found: dict[str, Any] = {
+        key: value.copy() if isinstance(value, list | dict) else value for key, value in run.items()
+    }
+    if part in PATIENCE:
+        dated = {"taken": now(), "commit": run["commit"]}
+        compared = gpu_variants.joined(rows, pairs_of(part, pairs))
+        found["variants"] += [row | dated for row in compared]
+    elif not part.startswith("tests-") and part not in ("races", "sanitizer", "counters"):
+        take(found, part, rows)
+    found["parts"][part] = "did not end"
+    return found
+
+
+def save_progress(
+    run: Mapping[str, Any],
+    part: str,
+    folder: Path,
+    pairs: Sequence[dict[str, Any]],
+    save: Callable[[dict[str, Any]], None],
+) -> None:
+    file = folder / f"{part}.jsonl"
+    if file.exists() and time.time() - file.stat().st_mtime < 2 * gpu_processes.POLL:
+        save(under_way(run, part, folder, pairs))
 
 
 def measure(
@@ -200,7 +277,8 @@ def measure(
     save: Callable[[dict[str, Any]], None],
     pairs: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
-    """Runs all parts, and saves each as soon as it has ended."""
+    """Runs all parts, and saves what there is every few seconds, so that a run that is ended from
+    outside leaves its rows."""
     run: dict[str, Any] = {
         "machine": facts(), "quick": quick, "taken": now(), "commit": gpu_setup.commit(),
         "ceilings": {}, "state": {"before": state()}, "parts": {}, "seconds": {}, "tests": {},
@@ -214,7 +292,8 @@ def measure(
         if left < gpu_plan.LEAST:
             run["parts"][part.name] = f"left out: all {all_time:.0f} s were over"
         else:
-            run_part(run, part.name, folder, min(part.seconds, left), quick, pairs)
+            progress = functools.partial(save_progress, run, part.name, folder, pairs, save)
+            run_part(run, part.name, folder, min(part.seconds, left), quick, pairs, progress)
         run["seconds"][part.name] = round(time.monotonic() - begun, 1)
         run["state"]["after " + part.name] = state()
         save(run)
@@ -255,6 +334,12 @@ def to_json(run: Mapping[str, Any]) -> str:
         else:
             lines.append(f'"{key}": {json.dumps(value)}')
     return without_folders("{" + ",\n".join(lines) + "}\n")
+
+
+def replace(path: Path, text: str) -> None:
+    """Writes a file as a whole, whenever the process may be ended."""
+    (half := path.with_name(path.name + ".half")).write_text(text)
+    os.replace(half, path)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -310,8 +395,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def save(run: dict[str, Any]) -> None:
         run = carried(run, committed)
-        path.write_text(to_json(run))
-        path.with_suffix(".md").write_text(gpu_tables.markdown(run))
+        replace(path, to_json(run))
+        replace(path.with_suffix(".md"), gpu_tables.markdown(run))
 
     run = measure(parts, all_time, options.quick, FOLDER, save, options.pairs)
     print(f"\n{path.with_suffix('.md').read_text()}\nwritten: {path}")

@@ -1,5 +1,5 @@
-"""The measurements that a process of `make gpu` makes: ceilings, rows of an op, profiles, variants,
-values of all ops, Table 5.
+"""The measurements that a process of `make gpu` makes: ceilings, rows of an op, profiles, values of
+all ops, Table 5.
 
 Each part writes its results line by line as it gets them, ours and the most important shapes first,
 so that a process that is ended early loses only the remaining ones.
@@ -15,7 +15,7 @@ import gc
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +26,7 @@ from mghf_fast.backends import current_backend, use_backend
 from mghf_fast.commands.table5 import cost, workloads
 from mghf_fast.commands.table5.measure import Measurement
 from mghf_fast.ops import OPS, _dispatch
+from mghf_fast.precision import product_precision
 
 from . import cases, gpu_profile, gpu_variants, results
 from .cases import Case, Form, Shape
@@ -51,6 +52,7 @@ IN_BFLOAT16 = " bfloat16"
 BUDGET = 0.12  # seconds of timed calls for a part of a row
 SLOW = 2.0  # seconds; a call that takes longer is not repeated
 CALLS = 100  # timed calls at most
+AHEAD = 3_000_000  # cycles, 1.5 ms at 2 GHz: longer than Python takes for a step
 TOLERANCE = 2e-3  # largest error of the part `values`, against the reference in float32
 
 Write = Callable[[dict[str, Any]], None]
@@ -82,6 +84,11 @@ class Gpu:
     def flush(self) -> None:
         """Overwrites the second-level cache: a training step would not find its inputs there."""
         self.cache.zero_()
+
+    def ahead(self) -> None:
+        """Keeps the device busy while Python launches what comes next, so that an event after this
+        sees the device's time alone."""
+        torch.cuda._sleep(AHEAD)
 
     def clear(self) -> None:
         gc.collect()
@@ -134,6 +141,8 @@ class Host:
 
     def flush(self) -> None: ...
 
+    def ahead(self) -> None: ...
+
     def clear(self) -> None:
         gc.collect()
 
@@ -148,10 +157,15 @@ Clock = Gpu | Host
 
 
 def timed(
-    clock: Clock, function: Function, budget: float = BUDGET, memory: bool = True
+    clock: Clock,
+    function: Function,
+    budget: float = BUDGET,
+    memory: bool = True,
+    ahead: bool = False,
 ) -> Measurement:
     """Durations on the device after two calls that compile, load and warm up, the second of which
-    gives the peak memory."""
+    gives the peak memory. Where the device waits for Python, that counts, unless Python is
+    ``ahead``."""
     function()
     clock.synchronize()
     start = time.perf_counter()
@@ -164,6 +178,8 @@ def timed(
     function()
     for begin, end in events:
         clock.flush()
+        if ahead:
+            clock.ahead()
         begin.record()
         function()
         end.record()
@@ -386,24 +402,10 @@ def measure_op(clock: Clock, op: str, rows: list[tuple[Shape, str]], write: Writ
             found[part] = measure_part(clock, case, shape, name, part, backends)
         row = results.new_row(op, shape, name, torch.get_num_threads(), found)
         if case.forms[name].kind == "ours":
+            device = torch.get_default_device().type
             row |= {"backend": current_backend(), "backends": backends}
+            row["precision"] = product_precision("auto", device)
         write(row)
-
-
-def variants(
-    clock: Clock, pairs: Sequence[dict[str, Any]], environment: dict[str, str], write: Write
-) -> None:
-    """Measures both ways of every pair that need this environment, in turn."""
-    for index, pair in enumerate(pairs):
-        for way in "ab":
-            if pair[way].get("environment", {}) != environment:
-                continue
-            backend = pair[way].get("backend", "auto")
-            case, form = gpu_variants.case_of(pair, cases.CASES[pair["op"]], backend)
-            clock.clear()
-            part = pair.get("part", part_of(pair["op"]))
-            found = measure_part(clock, case, gpu_variants.shape_of(pair), form, part)
-            write({"pair": index, "way": way, "part": results.part_facts(found)})
 
 
 # ---- values and Table 5 ----
@@ -489,16 +491,6 @@ def run(part: str, write: Write, *, quick: bool, backend: str, size: int | None 
                 measure_op(clock, op, rows, write)
 
 
-def run_variants(write: Write, pairs: Path, environment: str, size: int | None = None) -> None:
-    """Runs the part `variants` on the default device, for a file of pairs."""
-    clock: Clock = Gpu() if torch.get_default_device().type == "cuda" else Host()
-    cases.load_all()
-    wanted = json.loads(pairs.read_text())
-    if size is not None:
-        wanted = [pair | {"shape": [1, size]} for pair in wanted]
-    variants(clock, wanted, json.loads(environment), write)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("part")
@@ -507,18 +499,16 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--size", type=int)
-    parser.add_argument("--pairs", type=Path)
-    parser.add_argument("--environment", default="{}")
+    parser.add_argument("--older", nargs="+", default=(), help="ops to run older CUDA kernels")
     options = parser.parse_args()
     torch.set_default_device(options.device)
+    if options.older:
+        gpu_variants.use_older(options.older)
 
     def write(row: dict[str, Any]) -> None:
         with options.file.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
-    if options.pairs is not None:
-        run_variants(write, options.pairs, options.environment, options.size)
-        return
     run(options.part, write, quick=options.quick, backend=options.backend, size=options.size)
 
 

@@ -9,11 +9,12 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 GRACE = 5.0  # seconds for an interrupted process to say what it did
+POLL = 2.0  # seconds between calls of `meanwhile`
 
 
 def run_together(
@@ -21,10 +22,11 @@ def run_together(
     folder: Path,
     limit: float,
     environment: Mapping[str, str] | None = None,
+    meanwhile: Callable[[], None] | None = None,
 ) -> dict[str, str]:
     """Runs commands side by side and returns how each ended: "ok", or why not. Their output goes to
     <name>.log. A command over the limit is interrupted, and a little later killed together with the
-    processes that it started."""
+    processes that it started. ``meanwhile`` is called now and then as long as they run."""
     children = {}
     for name, command in commands.items():
         with (folder / f"{name}.log").open("w") as output:
@@ -34,7 +36,7 @@ def run_together(
             )  # fmt: skip
     ended = {}
     try:
-        in_time = wait_for(children.values(), limit)
+        in_time = wait_for(children.values(), limit, meanwhile)
         for name, child in children.items():
             if (code := child.poll()) is None:
                 ended[name] = f"over {limit:.0f} s"
@@ -50,14 +52,24 @@ def run_together(
     return ended
 
 
-def wait_for(children: Iterable[subprocess.Popen[bytes]], limit: float) -> bool:
+def wait_for(
+    children: Iterable[subprocess.Popen[bytes]],
+    limit: float,
+    meanwhile: Callable[[], None] | None = None,
+) -> bool:
     """Whether all of them ended within the limit."""
     end = time.monotonic() + limit
-    try:
-        for child in children:
-            child.wait(max(0.0, end - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        return False
+    for child in children:
+        while True:
+            left = max(0.0, end - time.monotonic())
+            try:
+                child.wait(left if meanwhile is None else min(left, POLL))
+                break
+            except subprocess.TimeoutExpired:
+                if left <= POLL and time.monotonic() >= end:
+                    return False
+            if meanwhile is not None:
+                meanwhile()
     return True
 
 

@@ -258,19 +258,43 @@ def kernels(run: Run) -> str:
 
 
 def variants(run: Run) -> str:
-    """Every pair, with both measurements of each way in the order in which they were taken."""
+    """Every pair, with both measurements of each way in the order in which they were taken, how
+    many times as long the second way takes, what the first takes of its floor, and the distance of
+    the two results; and the kernels of pairs that list them."""
 
     def way(found: dict[str, Any]) -> str:
         switches = [f"{k}={v}" for k, v in found.get("environment", {}).items()]
-        what = " ".join(filter(None, [found.get("backend", ""), *switches]))
+        if "older" in found:
+            switches.append("older kernels" if found["older"] else "newer kernels")
+        named = (found.get("backend", ""), found.get("precision", ""), *switches)
         times = ", ".join(duration(t) for t in found["median_s"]) or found.get("failure", "none")
-        return f"{what or 'as it is'}: {times}"
+        return f"{' '.join(filter(None, named)) or 'as it is'}: {times}"
 
-    lines = [
-        [p["name"], str(Shape(*p["shape"])).replace("x", " x "), way(p["a"]), way(p["b"])]
-        for p in run["variants"]
-    ]
-    return table(["", "", "one way", "the other"], lines)
+    lines = []
+    for p in run["variants"]:
+        a, b = (min(p[side]["median_s"], default=None) for side in "ab")
+        ratio = "" if a is None or b is None else f"{b / a:.2f}"
+        floor = p["a"].get("floor_s")
+        times = "" if a is None or floor is None else f"{a / floor:.2g}x"
+        apart = f"{p['b']['difference']:.1e}" if "difference" in p["b"] else ""
+        shape = str(Shape(*p["shape"])).replace("x", " x ")
+        lines.append([p["name"], shape, way(p["a"]), way(p["b"]), ratio, times, apart])
+    head = ["", "", "one way", "the other", "other / one", "one / its floor", "results differ by"]
+    return "\n".join([table(head, lines), *kernels_of_pairs(run["variants"])])
+
+
+def kernels_of_pairs(pairs: Sequence[dict[str, Any]]) -> list[str]:
+    """The longest kernels of both ways, in microseconds."""
+    blocks = []
+    for p in pairs:
+        lists = [p[side].get("kernels", []) for side in "ab"]
+        if not any(lists):
+            continue
+        texts = (
+            "<br>".join(f"`{k['name']}` {k['us']:.0f}" for k in found) or "none" for found in lists
+        )
+        blocks.append(table([f"{p['name']}, us", "one way", "the other"], [["", *texts]]))
+    return blocks
 
 
 def counters(run: Run) -> str:
@@ -318,7 +342,7 @@ def conditions(run: Run) -> str:
     tf32 = "in TF32" if facts["tf32_convolutions"] else "in float32"
     ours = "ours of float32's accuracy"
     if facts.get("precision", "float32") == "tf32":  # runs before it was an option have no entry
-        ours = "ours in TF32 too, while the floor counts the products of float32's accuracy"
+        ours = "ours in TF32 too, for which the floor counts one product"
     return origin(run) + (
         f"{facts['gpu']}, driver {state.get('driver', 'unknown')}, power limit "
         f"{state.get('power_limit_w', 'unknown')} W, clocks held down by: "

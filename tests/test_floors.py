@@ -8,6 +8,7 @@ from benchmarks import floors
 from benchmarks.cases import Shape
 from benchmarks.floors import Work
 from mghf_fast.commands.table5 import cost
+from mghf_fast.precision import PRECISIONS
 
 TINY = Shape(1, 64)  # 128 maps of 4096 pixels, four patches of each; 64 patches of DECLoss
 CEILINGS = {
@@ -72,13 +73,58 @@ def test_the_extractor_is_that_of_table_5() -> None:
 
 def test_the_slowest_unit_is_the_floor() -> None:
     work = Work(values=1e9, products=1e12, others=1e9)
-    # 4 GB at 4 TB/s; three products of TF32 of 2 flop each at 300 TFLOP/s; 2 Gflop at 50 TFLOP/s.
-    assert floors.times(work, "float32", CEILINGS) == pytest.approx((1e-3, 2e-2, 2e-2))
+    # 4 GB at 4 TB/s; three products of halves of 2 flop each at 800 TFLOP/s; 2 Gflop at 50 TFLOP/s.
+    assert floors.times(work, "float32", CEILINGS) == pytest.approx((1e-3, 7.5e-3, 7.5e-3))
     assert floors.times(work, "bfloat16", CEILINGS) == pytest.approx((5e-4, 2.5e-3, 2.5e-3))
     others = floors.times(work._replace(products=0, others=1e12), "float32", CEILINGS)
     assert others == pytest.approx((1e-3, 4e-2, 4e-2))
     moved = floors.times(work._replace(products=1), "float32", CEILINGS)
     assert moved == pytest.approx((1e-3, 4e-5, 1e-3))
+
+
+@pytest.mark.parametrize(
+    ("rates", "seconds"),
+    [
+        # 1e12 products of 2 flop, at rates of float32, TF32 and bfloat16 in TFLOP/s.
+        ((50.0, 300.0, 800.0), {"float32": 7.5e-3, "tf32": 2.5e-3, "bfloat16": 2.5e-3}),
+        ((50.0, 300.0, 200.0), {"float32": 2e-2, "tf32": 2 / 300, "bfloat16": 1e-2}),
+        ((150.0, 300.0, 200.0), {"float32": 2 / 150, "tf32": 2 / 300, "bfloat16": 1e-2}),
+    ],
+)
+def test_products_by_precision(
+    rates: tuple[float, float, float], seconds: dict[str, float]
+) -> None:
+    """The fastest unit whose products have the precision; half precision takes one product."""
+    units = ("float32", "tf32", "bfloat16")
+    ceilings = {f"{unit}_tflop_per_s": rate for unit, rate in zip(units, rates, strict=True)}
+    ceilings["copy_tb_per_s"] = 4.0
+    work = Work(values=0, products=1e12)
+    assert floors.WAYS.keys() == {*PRECISIONS}
+    for precision, expected in seconds.items():
+        found = floors.times(work, "float32", ceilings, precision)
+        assert found.floor == pytest.approx(expected), precision
+        half = floors.times(work, "bfloat16", ceilings, precision)
+        assert half.floor == pytest.approx(2 / rates[2])
+
+
+def test_rows_and_pairs_get_the_floor_of_their_precision() -> None:
+    part = {"median_s": 1.0}
+    facts = {"op": "gram", "kind": "ours", "dtype": "float32", "shape": "1x3x512x512"}
+    rows = [facts | {"parts": {"step": dict(part)}, "precision": p} for p in PRECISIONS]
+    slow = CEILINGS | {"copy_tb_per_s": 1e3}  # so that products decide
+    for row in rows:
+        floors.annotate(row, slow)
+    exact, tf32, bfloat16 = (row["parts"]["step"]["floor_s"] for row in rows)
+    assert exact == pytest.approx(3 * tf32, rel=1e-2) and tf32 == bfloat16
+    ways = [{"precision": p, "median_s": [1.0]} for p in ("float32", "tf32")]
+    pair = {"op": "gram", "shape": [1, 512], "a": ways[0], "b": ways[1]}
+    floors.annotate_pair(pair, slow)
+    assert [way["floor_s"] for way in ways] == [exact, tf32]
+    floors.annotate_pair(pair | {"part": "gradient"}, slow)
+    assert ways[0]["floor_s"] < exact
+    failed = {"median_s": [], "failure": "no"}
+    floors.annotate_pair(pair | {"b": failed}, slow)
+    assert "floor_s" not in failed
 
 
 def test_a_whole_step_is_its_operators() -> None:
@@ -92,6 +138,7 @@ def test_a_whole_step_is_its_operators() -> None:
     )
     assert floors.works("gram", TINY, "forward") == [floors.gram(TINY)[0]]
     assert floors.works("gram", TINY, "step") == [*floors.gram(TINY)]
+    assert floors.works("gram", TINY, "gradient") == [floors.gram(TINY)[1]]
 
 
 def test_rows_of_ours_get_their_floor() -> None:

@@ -156,6 +156,7 @@ class Pretence:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, seconds: float) -> None:
         self.now, self.seconds, self.folder = 0.0, seconds, folder
         self.limits: dict[str, float] = {}
+        self.commands: dict[str, list[str]] = {}
         self.saved: list[dict[str, Any]] = []
         monkeypatch.setattr(gpu, "facts", lambda: {"name": "card"})
         monkeypatch.setattr(gpu, "state", lambda: {"driver": "1"})
@@ -178,14 +179,20 @@ class Pretence:
         return gpu_tests.Outcome(self.passes(name, limit), {name: "9 passed"}, [wrong])
 
     def run(
-        self, commands: Any, folder: Path, limit: float, environment: Any = None
+        self,
+        commands: Any,
+        folder: Path,
+        limit: float,
+        environment: Any = None,
+        meanwhile: Any = None,
     ) -> dict[str, str]:
         ((part, command),) = commands.items()
+        self.commands[part] = command
         if part == "counters":
             (folder / "counters.log").write_text("ERR_NVGPUCTRPERM")
             return {part: self.passes(part, limit)}
-        if part.startswith("variants"):
-            return {part: self.passes(part, limit)}
+        if part.startswith(("variants", "newer")):
+            return {part: self.passes(part.partition("-")[0], limit)}
         wrong = {"op": "dec", "form": "mghf_fast", "part": "step", "passed": False}
         table = {"op": "mghf_c", "kernels": [{"name": "mix", "us": 3.0, "launches": 1.0}],
                  "us": 3.0, "launches": 1.0, "shape": "1x3x512x512"}  # fmt: skip
@@ -226,7 +233,7 @@ def test_every_part_is_saved_and_bad_ones_are_told(
 
 
 @pytest.mark.parametrize(
-    ("quick", "baselines", "limit"), [(False, False, 420), (False, True, 570), (True, False, 120)]
+    ("quick", "baselines", "limit"), [(False, False, 520), (False, True, 570), (True, False, 120)]
 )
 def test_all_parts_together_have_a_limit(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, quick: bool, baselines: bool, limit: float
@@ -245,16 +252,18 @@ def test_all_parts_together_have_a_limit(
 def test_the_plan(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """The deciding parts come first and fit into the time; the plan is printed without a GPU."""
     names = [part.name for part in gpu_plan.PLAN]
-    assert names[0] == "races" and names.index("profile") < names.index("mghf_c")
-    order = ["mghf_c", "tests-cuda", "tests-reference", "variants", "counters", "sanitizer"]
-    assert sorted(order, key=names.index) == order and names[-1] == "tests-triton"
+    assert names[:3] == ["ceilings", "values", "newer"]
+    order = ["profile", "mghf_c", "races", "tests-cuda", "tests-reference", "variants", "counters"]
+    assert sorted(order, key=names.index) == order and names[-2:] == ["sanitizer", "tests-triton"]
+    with_baselines = [part.name for part in gpu_plan.wanted(False, True)]
+    assert not {*gpu_plan.UNLESS} & {*with_baselines} and {*gpu_plan.UNLESS} <= {*names}
     assert not any(word in name for name in names for word in ("others", "compile", "table5"))
     for quick, baselines in ((False, False), (False, True), (True, False)):
         seconds = sum(part.seconds for part in gpu_plan.wanted(quick, baselines))
         assert seconds <= gpu_plan.all_time(quick, baselines)
     assert gpu.main(["--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[4] for line in lines[:-1]] == names and lines[-1].endswith("of 420 s")
+    assert [line.split()[4] for line in lines[:-1]] == names and lines[-1].endswith("of 520 s")
     assert gpu.main(["--dry-run", "--only", "values"]) == 0
     with pytest.raises(SystemExit):
         gpu.main(["--dry-run", "--variants", str(tmp_path / "none.json")])
@@ -289,50 +298,6 @@ def test_a_committed_result_answers_for_others() -> None:
     assert text.startswith("Taken 2026-01-01 00:00 UTC of commit b; 2 rows of other libraries")
     again = run | {"rows": [row("eager", "eager", 5.0)]}
     assert [r["form"] for r in gpu.carried(again, committed)["rows"]] == ["eager", "VGG-16"]
-
-
-# ---- variants ----
-
-PAIR = {"name": "p", "op": "gram", "shape": [1, 32], "a": {"backend": "reference"},
-        "b": {"environment": {"MGHF_SWITCH": "1"}}}  # fmt: skip
-
-
-def test_variants_run_twice_in_turn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Each environment runs in a separate process, here on the CPU."""
-    command, seen = gpu.part_command, []
-    together = gpu_processes.run_together
-
-    def run(commands: Any, folder: Path, limit: float, environment: Any) -> dict[str, str]:
-        seen.append(environment)
-        return together(commands, folder, limit, environment)
-
-    monkeypatch.setattr(gpu, "run_together", run)
-    monkeypatch.setattr(gpu, "part_command", lambda *a: [*command(*a), "--device", "cpu"])
-    how, (found,) = gpu.run_variants([PAIR], tmp_path, 300)
-    assert how == "ok" and seen == 2 * [{}, {"MGHF_SWITCH": "1"}]
-    assert found["op"] == "gram" and found["a"]["backend"] == "reference"
-    assert [len(found[way]["median_s"]) for way in "ab"] == [2, 2]
-    text = gpu_tables.variants({"variants": [found]})
-    assert "| p | 1 x 3 x 32 x 32 | reference: " in text and "MGHF_SWITCH=1: " in text
-    assert gpu.run_variants([PAIR], tmp_path, 3) == ("4 of 4 turns were left out", [found])
-
-
-@pytest.mark.parametrize(
-    ("wrong", "said"),
-    [
-        ({}, "must hold a list of pairs, got dict"),
-        ([PAIR | {"op": "blur"}], "op must be one of .*, got 'blur'"),
-        ([PAIR | {"c": 1}], "must have the keys .*: see c"),
-        ([{"name": "p"}], "must have the keys .*: see a, b, op, shape"),
-        ([PAIR | {"a": {"env": {}}}], "a way has backend and environment, got"),
-    ],
-)
-def test_pairs_that_are_wrong(wrong: Any, said: str, tmp_path: Path) -> None:
-    (file := tmp_path / "pairs.json").write_text(json.dumps(wrong))
-    with pytest.raises(ValueError, match=said):
-        gpu_variants.read(file, OPS)
-    file.write_text(json.dumps([PAIR]))
-    assert gpu_variants.read(file, OPS) == [*gpu_variants.PAIRS, PAIR]
 
 
 # ---- processes ----
