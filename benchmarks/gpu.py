@@ -131,7 +131,7 @@ def take(run: dict[str, Any], part: str, rows: list[dict[str, Any]]) -> None:
     dated = {"taken": now(), "commit": run["commit"]}
     if part == "ceilings":
         run["ceilings"] = rows[0] if rows else {}
-    elif part in ("values", "table5", "profile"):
+    elif part in ("values", "table5", "profile", "flash"):
         run[part] = [row | dated for row in rows]
         if part == "values" and not all(row["passed"] for row in rows):
             wrong = ", ".join(
@@ -282,8 +282,8 @@ def measure(
     run: dict[str, Any] = {
         "machine": facts(), "quick": quick, "taken": now(), "commit": gpu_setup.commit(),
         "ceilings": {}, "state": {"before": state()}, "parts": {}, "seconds": {}, "tests": {},
-        "failures": [], "sanitizer": {}, "profile": [], "variants": [], "counters": [],
-        "values": [], "table5": [], "rows": [],
+        "failures": [], "sanitizer": {}, "profile": [], "variants": [], "flash": [],
+        "counters": [], "values": [], "table5": [], "rows": [],
     }  # fmt: skip
     start = time.monotonic()
     for part in parts:
@@ -321,7 +321,7 @@ def carried(run: dict[str, Any], committed: dict[str, Any] | None) -> dict[str, 
     return run | {"rows": [*run["rows"], *kept], "table5": table5}
 
 
-LISTS = ("failures", "profile", "variants", "counters", "values", "table5", "rows")
+LISTS = ("failures", "profile", "variants", "flash", "counters", "values", "table5", "rows")
 
 
 def to_json(run: Mapping[str, Any]) -> str:

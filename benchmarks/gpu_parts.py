@@ -475,6 +475,10 @@ def run(part: str, write: Write, *, quick: bool, backend: str, size: int | None 
                 values(write)
         elif part == "table5":
             table5(clock, size or PAPER.size, quick, write)
+        elif part == "flash":
+            from . import gpu_flash  # which needs the clocks of this module
+
+            gpu_flash.compare(clock, write, size)
         elif part == "profile":
             shapes = (PAPER,) if quick else (PAPER, Shape(1, 1024))
             gpu_profile.profiles(shapes if size is None else [Shape(1, size)], write)

@@ -297,6 +297,22 @@ def kernels_of_pairs(pairs: Sequence[dict[str, Any]]) -> list[str]:
     return blocks
 
 
+def flash(run: Run) -> str:
+    """Transport problems beside flash-sinkhorn; see gpu_flash.py."""
+    lines = []
+    for row in run["flash"]:
+        if "problem" not in row:
+            return f"{row['part']['failure']}.\n"
+        cells = [
+            cell({"parts": {"step": part}}, "step") if part else ""
+            for part in (row["part"], row.get("graph"))
+        ]
+        apart = f"{row['difference']:.1e}" if "difference" in row else ""
+        what = f"{row['problem']}, {row['what']}, {row['precision']}"
+        lines.append([what, row["form"], *cells, apart])
+    return table(["", "", "launched", "as a CUDA graph", "differs from the plan by"], lines)
+
+
 def counters(run: Run) -> str:
     rows = run["counters"]
     if failures := [f"{r['kernel']} {r['failure']}" for r in rows if "failure" in r]:
@@ -390,6 +406,8 @@ def markdown(run: Run) -> str:
         blocks.append(folded("Kernels of a step, and Sinkhorn's iterations", kernels(run)))
     if run.get("variants"):
         blocks.append(folded("Variants, each measured twice in turn", variants(run)))
+    if run.get("flash"):
+        blocks.append(folded("Transport beside flash-sinkhorn", flash(run)))
     if run.get("counters"):
         blocks.append(folded("Counters of the longest kernels", counters(run)))
     if run["table5"]:
