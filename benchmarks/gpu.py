@@ -230,7 +230,10 @@ def run_variants(
             done += max(more, 1)
             if end - time.monotonic() < gpu_plan.LEAST or how.startswith("over"):
                 break
-    return "; ".join(dict.fromkeys(problems)) or "ok", gpu_variants.joined(read_rows(file), pairs)
+    rows = read_rows(file)
+    if failed := sum("failure" in row["part"] for row in rows):
+        problems.append(f"{failed} of {len(rows)} measurements failed")
+    return "; ".join(dict.fromkeys(problems)) or "ok", gpu_variants.joined(rows, pairs)
 
 
 def append_row(file: Path, way: tuple[int, str], failure: str) -> None:

@@ -507,7 +507,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_default_device(options.device)
     if options.older:
-        gpu_variants.use_older(options.older)
+        with contextlib.suppress(RuntimeError):  # without CUDA kernels there is nothing to switch
+            gpu_variants.use_older(options.older)
 
     def write(row: dict[str, Any]) -> None:
         with options.file.open("a") as file:

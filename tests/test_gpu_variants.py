@@ -21,6 +21,7 @@ from benchmarks import (
     gpu,
     gpu_parts,
     gpu_processes,
+    gpu_setup,
     gpu_tables,
     gpu_variants,
     gpu_ways,
@@ -262,7 +263,8 @@ def test_another_process_takes_the_ways_that_are_left(
     died = "exit code -11: no message"
     processes = Processes(monkeypatch, (2, "exit code 3: no"), (0, died), (3, "ok"))
     how, rows = gpu.run_variants(pairs, tmp_path, 300)
-    assert processes.begins == [0, 2, 3, 0] and how == f"exit code 3: no; {died}"
+    assert processes.begins == [0, 2, 3, 0] and how.startswith(f"exit code 3: no; {died}")
+    assert how.endswith("; 1 of 12 measurements failed")
     assert rows[1]["a"] == {"backend": "reference", "median_s": [1.0], "failure": died}
     assert [len(row["b"]["median_s"]) for row in rows] == [2, 2, 2]
 
@@ -316,6 +318,28 @@ def test_what_runs_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(gpu_processes, "GRACE", 0.5)
     ended = gpu_processes.run_together({"a": slow}, tmp_path, 1, meanwhile=lambda: None)
     assert ended == {"a": "over 1 s"}
+
+
+def test_parts_go_on_where_newer_kernels_cannot_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The whole command on a CPU, which has no CUDA kernels: every way says so, and so does a
+    package that is not there."""
+    command = gpu.part_command
+    on_cpu = ["--device", "cpu", "--size", "32"]
+    monkeypatch.setattr(gpu_setup, "problem_here", lambda: None)
+    monkeypatch.setattr(gpu, "gpu_name", lambda: "card")
+    monkeypatch.setattr(gpu, "part_command", lambda *a: [*command(*a), *on_cpu])
+    monkeypatch.setattr(gpu_variants, "NEWER_KERNELS", gpu_variants.NEWER_KERNELS[:1])
+    monkeypatch.setattr(gpu_variants, "GRADED_ALONE", ())
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert gpu.main(["--only", "newer", "flash", "--out", str(tmp_path)]) == 1
+    run = json.loads((tmp_path / "card.json").read_text())
+    assert run["parts"] == {"newer": "12 of 12 measurements failed", "flash": "ok"}
+    assert [pair["a"]["precision"] for pair in run["variants"]] == [*PRECISIONS]
+    assert all("failure" in pair[way] for pair in run["variants"] for way in "ab")
+    assert all(row["commit"] == run["commit"] for row in (*run["variants"], *run["flash"]))
+    assert "newer 12 of 12 measurements failed" in (tmp_path / "card.md").read_text()
 
 
 def test_failed_newer_kernels_are_not_used_in_later_parts(tmp_path: Path) -> None:
