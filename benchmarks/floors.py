@@ -74,14 +74,14 @@ DEPTHWISE = SUBNETS * 9 * 2 * HALF
 
 def _block(shape: Shape, inputs: int, mix: int) -> tuple[Work, Work]:
     """An invertible block of ``inputs`` channels whose mix takes ``mix`` multiply-adds a pixel. The
-    gradient of the input recomputes everything but eta's projection."""
+    gradient of the input takes the transposed products alone, because the forward can keep what
+    they need; that memory does not count."""
     pixels = _pixels(shape)
-    products = mix + EXPAND + PROJECT
-    again = products - PROJECT // SUBNETS
+    products, depthwise = (mix + EXPAND + PROJECT) * pixels, DEPTHWISE * pixels
     read = inputs * pixels
     return (
-        Work(read + _features(shape), products * pixels, DEPTHWISE * pixels),
-        Work(2 * read + _features(shape), (products + again) * pixels, 2 * DEPTHWISE * pixels),
+        Work(read + _features(shape), products, depthwise),
+        Work(2 * read + _features(shape), products, depthwise),
     )
 
 

@@ -20,11 +20,11 @@ CEILINGS = {
 
 # 128 x 4096 values are 524,288.
 BY_HAND = {
-    # Per pixel: 128 x 128, and 64 x 128 six times; 9 x 128 three times. The gradient: the same, and
-    # again all but one of the six.
+    # Per pixel: 128 x 128, and 64 x 128 six times; 9 x 128 three times. The gradient: the same,
+    # transposed.
     "coupling": (
         Work(1_048_576, 65_536 * 4096, 3456 * 4096),
-        Work(1_572_864, 122_880 * 4096, 6912 * 4096),
+        Work(1_572_864, 65_536 * 4096, 3456 * 4096),
     ),
     # The matrix has 16,384 entries, of which 128 x 129 / 2 differ.
     "gram": (Work(540_672, 8256 * 4096), Work(1_064_960, 16_384 * 4096)),
