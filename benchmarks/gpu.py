@@ -1,9 +1,10 @@
 """Everything that needs an NVIDIA GPU, in one command: `make gpu`, or `python -m benchmarks.gpu`.
 
 gpu_plan.py lists its parts, their order and their seconds. Each runs in its own processes
-(gpu_parts.py, gpu_tests.py) under a time limit, and all of them under another: a part that fails or
-takes too long does not lose the others, and results are written after each part, every row with its
-time and commit. The result is `benchmarks/results/<gpu>.json`, and a table in Markdown beside it.
+(gpu_parts.py, gpu_ways.py, gpu_tests.py) under a time limit, and all of them under another: a part
+that fails or takes too long does not lose the others, and results are written every few seconds,
+every row with its time and commit. The result is `benchmarks/results/<gpu>.json`, and a table in
+Markdown beside it.
 """
 
 from __future__ import annotations

@@ -52,7 +52,8 @@ IN_BFLOAT16 = " bfloat16"
 BUDGET = 0.12  # seconds of timed calls for a part of a row
 SLOW = 2.0  # seconds; a call that takes longer is not repeated
 CALLS = 100  # timed calls at most
-AHEAD = 3_000_000  # cycles, 1.5 ms at 2 GHz: longer than Python takes for a step
+AHEAD = 6_000_000  # cycles, 3 ms at 2 GHz: longer than Python takes for a step
+CALLS_AHEAD = 30  # timed calls at most, each of which waits for that
 TOLERANCE = 2e-3  # largest error of the part `values`, against the reference in float32
 
 Write = Callable[[dict[str, Any]], None]
@@ -173,7 +174,8 @@ def timed(
     once = time.perf_counter() - start
     if once > SLOW:
         return Measurement((once,), peak if memory else None)
-    rounds = max(3, min(CALLS, int(budget / max(once, 1e-6))))
+    most = min(CALLS, CALLS_AHEAD) if ahead else CALLS
+    rounds = max(3, min(most, int(budget / max(once, 1e-6))))
     events = [(clock.event(), clock.event()) for _ in range(rounds)]
     function()
     for begin, end in events:

@@ -114,6 +114,24 @@ def test_time_is_taken_between_events() -> None:
     assert found.seconds == pytest.approx([3e-3] * gpu_parts.CALLS)
 
 
+def test_python_can_be_ahead_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What keeps the device busy comes after the flush and before the event, and is not timed."""
+    watch, order = Watch(), []
+
+    def wait() -> None:
+        watch.now += 5  # milliseconds
+        order.append("ahead")
+
+    def work() -> None:
+        watch.now += 3
+        order.append("work")
+
+    monkeypatch.setattr(watch, "ahead", wait)
+    found = gpu_parts.timed(watch, work, ahead=True)
+    assert found.seconds == pytest.approx([3e-3] * gpu_parts.CALLS_AHEAD)
+    assert order[3:] == ["ahead", "work"] * gpu_parts.CALLS_AHEAD
+
+
 def test_what_is_slow_is_called_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_parts, "SLOW", 0.01)
     calls = []
