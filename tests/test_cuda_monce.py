@@ -89,6 +89,7 @@ def run(
     folder: Path,
     older: bool = False,
     older_backward: bool | None = None,
+    precision: str = "float32",
 ) -> list[np.ndarray[Any, Any]]:
     """Losses and gradient of each problem, computed twice; by the older kernels if wanted."""
 
@@ -100,10 +101,12 @@ def run(
 
     given = [(strided(q), strided(k), *options) for _, q, k, options in problems]
     kept = [kept_iterations(options[2]) for *_, options in problems]
-    forwards = twice([("monce", (*g, k)) for g, k in zip(given, kept, strict=True)], older)
+    forwards = twice(
+        [("monce", (*g, k, precision)) for g, k in zip(given, kept, strict=True)], older
+    )
     backwards = twice(
         [
-            ("monce_backward", (strided(upstream), *g[:2], state, *g[2:]))
+            ("monce_backward", (strided(upstream), *g[:2], state, *g[2:], precision))
             for (upstream, *_), g, (_, state) in zip(problems, given, forwards, strict=True)
         ],
         older if older_backward is None else older_backward,
@@ -230,6 +233,42 @@ def test_scales_of_numbers(tmp_path: Path) -> None:
     problems = [(upstream * scale, query, key, options) for scale in (1e-12, 1e-30, 1e20)]
     problems += [(upstream, query * scale, key, options) for scale in (1e-12, 1e-3, 16.0)]
     check("plain", H200, problems, tmp_path)
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_one_product_in_place_of_three(older: bool, tmp_path: Path) -> None:
+    """The kernels make it for less precision than float32, if not for epsilons below 0.05."""
+    torch.manual_seed(0)
+    problems = [
+        problem(*pair(2, 33, 17), 0.07, 0.5),
+        problem(*pair(1, 58, 64), 0.1, 1.0, 6, 1.0, "easy", "detach"),
+        problem(*pair(1, 25, 9), 0.07, 0.2, 50, 1.0, "exp"),
+        problem(*pair(1, 25, 9), 0.07, 0.04, 5),
+    ]
+    exact, tf32, bfloat16 = (
+        run("plain", H200, problems, tmp_path, older, precision=precision)
+        for precision in ("float32", "tf32", "bfloat16")
+    )
+    for got, same, close in zip(tf32[:6], bfloat16, exact, strict=False):
+        assert (got == same).all()
+        error = contract.relative_error(torch.from_numpy(got), torch.from_numpy(close))
+        assert 3e-5 <= error <= 3e-3
+    assert all((a == b).all() for a, b in zip(tf32[6:], exact[6:], strict=True))
+
+
+def test_float32_has_its_digits(tmp_path: Path) -> None:
+    """Tensor cores truncate sums, and logits are divided by the temperature: errors of
+    similarities below 1e-7."""
+    torch.manual_seed(0)
+    given = problem(*pair(2, 30, 64))
+    upstream, query, key, options = given
+    exact = (query.double(), key.double(), *options)
+    losses, grad = run("plain", H200, [given], tmp_path)
+    for got, want in (
+        (losses, reference.monce(*exact)),
+        (grad, reference.monce_backward(upstream.double(), *exact)),
+    ):
+        assert contract.relative_error(torch.from_numpy(got), want) <= 2e-6
 
 
 @pytest.mark.parametrize("older", [False, True])

@@ -13,9 +13,11 @@
 // The queries are packed as halves once for all passes, in device memory.
 //
 // Products. Queries and keys are scaled by a power of two each, the largest to [2^10, 2^11), and
-// written as two halves: together exact to 2^-22 of a value, or to 2^-35 of the largest. All three
-// products of halves go to one sum in the tensor cores, which truncate: over a depth of 64 by about
-// 2e-7 of it. The gradient's rows are scaled likewise.
+// written as two halves: together exact to 2^-22 of a value, or to 2^-35 of the largest. The tensor
+// cores truncate, so the three products of halves go to a sum of their own for every 16 of the
+// depth, small ones first, which is added to the similarity with rounding. For less precision than
+// float32 it is one product, of the big halves, whose mantissa is TF32's. The gradient's rows are
+// scaled likewise.
 //
 // Range. K is not computed by sums of exponents, so iterates must be float32: for unit rows and
 // epsilon >= 0.05 K is above 2^-69. A map whose sums leave [1e-33, 1e33] is a NaN.
@@ -41,9 +43,7 @@ constexpr int kMostOnChip = kMostGroups * kWarpColumns;
 constexpr int kMostDepth = 64;
 constexpr int kPatchWords = 16;  // of 16 bytes, for a patch: 8 of big parts, 8 of small ones
 constexpr int kScaled = 10;      // the exponent to which factors are scaled
-constexpr int kHalfDepth = 32;   // of the gradient, added up at a time
-constexpr int kSumPitch = 40;    // numbers of a row in it, so that banks differ
-constexpr int kSums = 4;         // groups that write their sums at once
+constexpr int kPartDepth = 16;   // of the gradient, added up at a time
 constexpr float kLeastSum = 1e-33f, kMostSum = 1e33f;  // of rows and columns, and of their inverses
 // Added to the exponents a in the state, so that they are not zeros.
 constexpr float kMark = 12582912.0f;  // 1.5 * 2^23
@@ -63,12 +63,16 @@ struct ChipState {
   Settling settling;
   int first_term, last_term;  // of the gradient, from 0
   bool begun;  // whether the step's term has a value: iterations that were not made share one
-  bool resumed;
-  float *u, *v, *old_v;  // of an iteration to be stored, or of a step; null if there are none
+  bool resumed, exact;  // the latter: whether the gradient goes through the plan
+  // u of an iteration to be stored, or of a step, with its v after it; null if there is none.
+  float *u, *old_v;
   float2 *columns, *rows;  // of the step's term
-  float *terms, *history;
+  float *terms, *iterates;  // the latter: u and v of the first iteration, in turn
+  int width, pitch;         // from u to v, to the next iteration's
 };
 constexpr int kStateWords = (sizeof(ChipState) + 15) / 16;  // of 16 bytes
+// Then come the warps' numbers, 8 of each, and the rest.
+constexpr int kOfWarps = 4 * kStateWords, kFirst = kOfWarps + 8 * kMostGroups * kMostBands;
 
 // How a map is divided among a block's warps, and its shared memory.
 struct ChipDivision {
@@ -76,7 +80,7 @@ struct ChipDivision {
   int band_bits;                 // of a warp's number
   int columns, tile_rows, rows;  // with padding
   // Where arrays begin, in numbers; see ChipBlock.
-  int queries, weights, dg, parts, exchanged, coefficients, unscale, of_warps;
+  int queries, weights, dg, parts, exchanged, coefficients, unscale;
   int base, factor, top, share, scaled, positive, sums;
 
   explicit ChipDivision(int64_t n)
@@ -89,7 +93,7 @@ struct ChipDivision {
         rows(tiles * tile_rows) {
     // The queries are packed in the keys' place.
     const int patches = columns > rows ? columns : rows;
-    int at = 4 * kStateWords;
+    int at = kFirst;
     const auto take = [&](int& array, int numbers) {
       array = at;
       at += numbers;
@@ -100,14 +104,13 @@ struct ChipDivision {
     take(parts, bands * columns);
     take(exchanged, tile_rows * kMostGroups);
     for (int* const array : {&coefficients, &unscale}) take(*array, tile_rows);
-    take(of_warps, 8 * groups * bands);
     for (int* const array : {&base, &factor, &top, &share, &scaled, &positive}) take(*array, rows);
     sums = at;
   }
   int threads() const { return groups * bands * kWarp; }
   size_t shared_bytes(bool backward) const {
     const int of_columns = 2 * kColumnTiles * threads();
-    const int of_rows = backward ? kSums * tile_rows * kSumPitch : 0;  // the gradient's
+    const int of_rows = backward ? groups * tile_rows * kPartDepth : 0;  // the gradient's
     const int most = of_columns > of_rows ? of_columns : of_rows;
     return static_cast<size_t>(sums + most) * sizeof(float);
   }
@@ -115,17 +118,30 @@ struct ChipDivision {
 
 struct ChipProblem {
   int n, maps, iterations, blocks;
+  int64_t state_numbers;  // of a map
+  bool once;  // products are one of halves, not three
   ChipDivision division;
   KeptIterates kept;
   Factor plan, weight, contrast;  // score to exponent of K, of w without v, of e^(s / t)
-  float inverse_temperature, log_weight, slope;  // as in monce.cu
+  // As in monce.cu; the last is 0 unless the backward goes through the plan.
+  float inverse_temperature, log_weight, slope;
   // The backward through the plan. The maps whose iterations have to be made again are left to
   // blocks of their own, after the others, as they need more memory.
-  bool exact;
-  int short_terms, again;  // terms of the other maps; number of those blocks
+  int short_terms, again;  // terms of the other maps; number of those blocks, 0 without the plan
   float *terms, *repeated;  // terms of the maps; terms and iterates of the blocks that make them
   uint4* queries;  // packed, of each block
 };
+
+// The thread's number, read again instead of being kept in a register.
+__device__ __forceinline__ int thread_again() {
+#ifdef __CUDA_ARCH__
+  int number;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(number));
+  return number;
+#else
+  return static_cast<int>(threadIdx.x);
+#endif
+}
 
 using Tile = float[kRowTiles][kColumnTiles][4];
 
@@ -159,18 +175,13 @@ struct TwoHalves {
   }
 };
 
-// Two neighbours in a row of a map; zeros beyond it. The code is the same for all types of
-// elements, which only the reads depend on.
+// Two neighbours in a row of a map; zeros beyond it.
 __device__ __forceinline__ float2 read_pair(const Matrices& m, int map, int i, int d) {
   float x[2] = {};
-  with_element(m.element, [&](auto element) {
-    const auto matrix = m.matrix<decltype(element)>(map);
-    promise_global(matrix.data);
-    MGHF_UNROLL_ALL
-    for (int k = 0; k < 2; ++k) {
-      if (i < m.rows && d + k < m.columns) x[k] = matrix(i, d + k);
-    }
-  });
+  MGHF_UNROLL_ALL
+  for (int k = 0; k < 2; ++k) {
+    if (i < m.rows && d + k < m.columns) x[k] = m.read(map, i, d + k);
+  }
   return {x[0], x[1]};
 }
 
@@ -243,7 +254,7 @@ struct ChipBlock {
         tile_rows(p.division.tile_rows),
         rows(p.division.rows),
         state(*reinterpret_cast<ChipState*>(shared)),
-        keys(reinterpret_cast<uint4*>(shared) + kStateWords),
+        keys(reinterpret_cast<uint4*>(shared + kFirst)),
         queries(reinterpret_cast<uint4*>(shared + p.division.queries)),
         weights(shared + p.division.weights),
         dg(shared + p.division.dg),
@@ -251,7 +262,7 @@ struct ChipBlock {
         exchanged(shared + p.division.exchanged),
         coefficients(shared + p.division.coefficients),
         unscale(shared + p.division.unscale),
-        of_warps(shared + p.division.of_warps),
+        of_warps(shared + kOfWarps),
         base(shared + p.division.base),
         factor(shared + p.division.factor),
         top(shared + p.division.top),
@@ -262,7 +273,7 @@ struct ChipBlock {
 
   __device__ __forceinline__ float* shared() const { return reinterpret_cast<float*>(&state); }
   __device__ __forceinline__ ChipBlock again() const {
-    return ChipBlock(p, shared(), opaque(thread));
+    return ChipBlock(p, shared(), thread_again());
   }
 
   // Row k of the thread's in a tile.
@@ -311,7 +322,7 @@ struct ChipBlock {
       const float unit = scale(-state.query_exponent - state.key_exponent);
       const float factor = kExp ? 1 : unit;  // of products, which have the scale of their factors
       state.unit = unit;
-      state.nothing = 50 / unit;
+      state.nothing = 50 * scale(state.query_exponent + state.key_exponent);
       state.plan = p.plan.value * factor, state.plan_low = p.plan.low * factor;
       state.weight = p.weight.value * factor, state.weight_low = p.weight.low * factor;
       state.contrast = p.contrast.value * unit;
@@ -346,41 +357,70 @@ struct ChipBlock {
     const int turned = lane & 7;
     const int row = tile % 2 * tile_rows + band * kWarpRows + lane % 16;
     const uint4* const own = queries + row * kPatchWords;
-    const uint4* const others =
-        keys + (left + turned) * kPatchWords + lane / 16 * (kPatchWords / 2);
+    const uint4* const others = keys + (left + turned) * kPatchWords;
     MGHF_UNROLL(1)
     for (int step = 0; step < state.steps; ++step) {
-      const int word = (2 * step + lane / 16) ^ turned;
-      uint32_t big[kRowTiles][4], small[kRowTiles][4];
-      MGHF_UNROLL_ALL
-      for (int m = 0; m < kRowTiles; ++m) {
-        load_matrices(big[m], own + m * 16 * kPatchWords + word);
-        load_matrices(small[m], own + m * 16 * kPatchWords + word + kPatchWords / 2);
-      }
-      const uint4* const at = others + ((2 * step + lane / 8 % 2) ^ turned);
-      uint32_t b[2][4];
-      load_matrices(b[0], at);
-      MGHF_UNROLL_ALL
-      for (int c = 0; c < kColumnTiles; ++c) {
-        if (c + 1 < kColumnTiles) load_matrices(b[(c + 1) % 2], at + (c + 1) * 8 * kPatchWords);
-        add(x, c, big, small, b[c % 2]);
+      const uint4* const of_rows = own + ((2 * step + lane / 16) ^ turned);
+      const uint4* const of_columns = others + ((2 * step + lane / 8 % 2) ^ turned);
+      uint32_t big[kRowTiles][4];
+      load_rows(big, of_rows);
+      if (p.once) {
+        add_big_products(x, big, of_columns);
+      } else {
+        add_products(x, big, of_rows, of_columns);
       }
     }
   }
 
-  // x[.][c] += a b; b has big, then small parts.
-  template <int kAll>
-  static __device__ __forceinline__ void add(float (&x)[kRowTiles][kAll][4], int c,
-                                             const uint32_t (&big)[kRowTiles][4],
-                                             const uint32_t (&small)[kRowTiles][4],
-                                             const uint32_t (&b)[4]) {
-    const uint32_t of_big[2] = {b[0], b[1]}, of_small[2] = {b[2], b[3]};
+  // A step's words of the warp's rows.
+  static __device__ __forceinline__ void load_rows(uint32_t (&a)[kRowTiles][4],
+                                                   const uint4* from) {
     MGHF_UNROLL_ALL
-    for (int m = 0; m < kRowTiles; ++m) mma_pairs<Half>(x[m][c], small[m], of_big);
+    for (int m = 0; m < kRowTiles; ++m) load_matrices(a[m], from + m * 16 * kPatchWords);
+  }
+
+  // A step's products are added to x outside the tensor cores, with rounding.
+  __device__ __forceinline__ void add_products(Tile& x, const uint32_t (&big)[kRowTiles][4],
+                                               const uint4* of_rows,
+                                               const uint4* of_columns) const {
+    uint32_t small[kRowTiles][4];
+    load_rows(small, of_rows + kPatchWords / 2);
+    of_columns += lane / 16 * (kPatchWords / 2);  // big, then small parts
     MGHF_UNROLL_ALL
-    for (int m = 0; m < kRowTiles; ++m) mma_pairs<Half>(x[m][c], big[m], of_small);
+    for (int c = 0; c < kColumnTiles; ++c) {
+      uint32_t b[4];
+      load_matrices(b, of_columns + c * 8 * kPatchWords);
+      const uint32_t of_big[2] = {b[0], b[1]}, of_small[2] = {b[2], b[3]};
+      float sum[kRowTiles][4] = {};
+      MGHF_UNROLL_ALL
+      for (int m = 0; m < kRowTiles; ++m) mma_pairs<Half>(sum[m], small[m], of_big);
+      MGHF_UNROLL_ALL
+      for (int m = 0; m < kRowTiles; ++m) mma_pairs<Half>(sum[m], big[m], of_small);
+      MGHF_UNROLL_ALL
+      for (int m = 0; m < kRowTiles; ++m) mma_pairs<Half>(sum[m], big[m], of_big);
+      MGHF_UNROLL_ALL
+      for (int m = 0; m < kRowTiles; ++m) {
+        MGHF_UNROLL_ALL
+        for (int i = 0; i < 4; ++i) x[m][c][i] += sum[m][i];
+      }
+    }
+  }
+
+  // Likewise of the big parts alone, to which the tensor cores add themselves.
+  __device__ __forceinline__ void add_big_products(Tile& x, const uint32_t (&big)[kRowTiles][4],
+                                                   const uint4* of_columns) const {
     MGHF_UNROLL_ALL
-    for (int m = 0; m < kRowTiles; ++m) mma_pairs<Half>(x[m][c], big[m], of_big);
+    for (int c = 0; c < kColumnTiles; c += 2) {
+      // Two tiles of columns; the last one is alone.
+      uint32_t b[4];
+      load_matrices(b, of_columns + (c + 1 < kColumnTiles ? c + lane / 16 : c) * 8 * kPatchWords);
+      MGHF_UNROLL_ALL
+      for (int k = 0; k < 2 && c + k < kColumnTiles; ++k) {
+        const uint32_t of_tile[2] = {b[2 * k], b[2 * k + 1]};
+        MGHF_UNROLL_ALL
+        for (int m = 0; m < kRowTiles; ++m) mma_pairs<Half>(x[m][c + k], big[m], of_tile);
+      }
+    }
   }
 
   // ---- rows ----
@@ -467,7 +507,9 @@ struct ChipBlock {
   }
   // The exponent of two of an entry less that of its row: by `value` and `low` for a unit of the
   // score, by `linear` for one of the product, which then is not the score itself.
-  __device__ __forceinline__ float score(float x) const { return -exponential(x * state.unit); }
+  __device__ __forceinline__ float score(float x) const {
+    return -short_exponential(x * state.unit);
+  }
   __device__ __forceinline__ float exponent(float x, float value, float low, float linear,
                                             float of_row) const {
     if constexpr (kExp) {

@@ -30,9 +30,10 @@ struct ChipTerms {
   }
 };
 
-// ds of the tile's entries in place of the similarities.
+// ds of the tile's entries in place of the similarities. `most` becomes the largest of each row.
 template <bool kExp>
-__device__ __forceinline__ void differentiate(const ChipBlock<kExp>& s, Tile& x, int tile) {
+__device__ __forceinline__ void differentiate(const ChipBlock<kExp>& s, Tile& x, int tile,
+                                              float (&most)[kRowsOfThread]) {
   const ChipProblem& p = s.p;
   const ChipState& state = s.state;
   const ChipTerms terms{state.terms, s.columns, s.rows};
@@ -59,164 +60,136 @@ __device__ __forceinline__ void differentiate(const ChipBlock<kExp>& s, Tile& x,
       MGHF_UNROLL_ALL
       for (int i = 0; i < 2; ++i) {
         float& entry = x[k / 2][0][k % 2 * 2 + i];
-        // Finite beyond the map, where the weight is 0.
-        const float exponent = fminf(
-            s.exponent(entry, state.weight, state.weight_low, state.linear, s.top[row]), 126.0f);
-        float d = power_of(exponent) * (i == 0 ? w.x : w.y) * s.scaled[row];
-        if (p.exact) {
-          const float own = power_of(s.exponent(entry, state.plan, state.plan_low, 0, s.base[row]));
-          float slope = p.slope;
-          if constexpr (kExp) slope *= s.score(entry);
-          d = d * p.inverse_temperature + (d - own * through[k / 2][k % 2 * 2 + i]) * slope;
-        } else {
-          d *= p.inverse_temperature;
-        }
+        // Finite beyond the map, where both are multiplied by 0.
+        const auto power = [&](float value, float low, float linear, float of_row) {
+          return power_of(fminf(s.exponent(entry, value, low, linear, of_row), 126.0f));
+        };
+        const float weight = power(state.weight, state.weight_low, state.linear, s.top[row]);
+        const float own = power(state.plan, state.plan_low, 0, s.base[row]);
+        const float share = weight * (i == 0 ? w.x : w.y) * s.scaled[row];
+        const float slope = kExp ? p.slope * s.score(entry) : p.slope;
+        const float d = share * p.inverse_temperature +
+                        (share - own * through[k / 2][k % 2 * 2 + i]) * slope;
         entry = mask.diagonal(k / 2, c, k % 2 * 2 + i) ? -s.share[row] * p.inverse_temperature : d;
+        most[k] = fmaxf(most[k], fabsf(entry));
       }
     }
   });
 }
 
-// Pairs of neighbouring columns of a tile, as halves in the rows' scale.
-struct PackedTile {
-  uint32_t big[kRowTiles][kColumnTiles][2], small[kRowTiles][kColumnTiles][2];
-};
-constexpr int kHalfWords = kHalfDepth / 8;
-
-// The rows' scale, by the largest of each.
+// Pairs of neighbouring columns of a tile become halves in the rows' scale, by the largest of each:
+// the big parts of a thread's upper and lower row, then the small ones, as bits.
 template <bool kExp>
-__device__ __forceinline__ void pack_tile(const ChipBlock<kExp>& s, const Tile& x,
-                                          PackedTile& packed) {
-  float most[kRowsOfThread] = {};
-  MGHF_UNROLL_ALL
-  for (int m = 0; m < kRowTiles; ++m) {
-    MGHF_UNROLL_ALL
-    for (int c = 0; c < kColumnTiles; ++c) {
-      MGHF_UNROLL_ALL
-      for (int i = 0; i < 4; ++i) {
-        most[2 * m + i / 2] = fmaxf(most[2 * m + i / 2], fabsf(x[m][c][i]));
-      }
-    }
-  }
+__device__ __forceinline__ void pack_tile(const ChipBlock<kExp>& s, Tile& x,
+                                          float (&most)[kRowsOfThread]) {
   s.across_row(most, Most{}, [&](int r, float of_row) {
     const float exponent = exponent_of(of_row, -100, 100);
     s.coefficients[r] = scale(exponent);
     s.unscale[r] = scale(-exponent);
   });
+  float factor[kRowsOfThread];
   MGHF_UNROLL_ALL
   for (int k = 0; k < kRowsOfThread; ++k) {
-    const float factor = s.coefficients[s.band * kWarpRows + k * 8 + s.g];
-    MGHF_UNROLL_ALL
-    for (int c = 0; c < kColumnTiles; ++c) {
-      const float* const two = x[k / 2][c] + k % 2 * 2;
-      const TwoHalves halves(two[0] * factor, two[1] * factor);
-      packed.big[k / 2][c][k % 2] = halves.big;
-      packed.small[k / 2][c][k % 2] = halves.small;
-    }
+    factor[k] = s.coefficients[s.band * kWarpRows + k * 8 + s.g];
   }
+  s.each_tile(x, [&](int, int at) {
+    MGHF_UNROLL_ALL
+    for (int m = 0; m < kRowTiles; ++m) {
+      float (&four)[4] = x[m][at];
+      const TwoHalves upper(four[0] * factor[2 * m], four[1] * factor[2 * m]);
+      const TwoHalves lower(four[2] * factor[2 * m + 1], four[3] * factor[2 * m + 1]);
+      four[0] = bits_as<float>(upper.big), four[1] = bits_as<float>(lower.big);
+      four[2] = bits_as<float>(upper.small), four[3] = bits_as<float>(lower.small);
+    }
+  });
 }
 
-// sum = the warp's part of the tile times the keys, for half of the depth.
+// A group's sums of a part of the depth for a tile's row. Groups of eight are permuted by row, so
+// that banks differ.
 template <bool kExp>
-__device__ __forceinline__ void multiply_packed(const ChipBlock<kExp>& s, const PackedTile& packed,
-                                                int start,
-                                                float (&sum)[kRowTiles][kHalfWords][4]) {
+__device__ __forceinline__ float* part_of(const ChipBlock<kExp>& s, int group, int r, int d) {
+  return s.sums + (group * s.tile_rows + r) * kPartDepth + (d ^ (r / 2 & 1) * 8);
+}
+
+// Writes the warp's part of the tile times the keys, for a part of the depth.
+template <bool kExp>
+__device__ __forceinline__ void multiply_packed(const ChipBlock<kExp>& s, const Tile& packed,
+                                                int start) {
+  constexpr int kPairs = (kColumnTiles + 1) / 2;  // of tiles of eight columns; the last is single
   const int turned = s.lane & 7;
   const uint4* const from =
       s.keys + (s.left + turned) * kPatchWords + s.lane / 16 * (kPatchWords / 2);
-  MGHF_UNROLL_ALL
-  for (int two = 0; two < kColumnTiles; two += 2) {
-    const bool single = two + 1 == kColumnTiles;  // there is no second tile of eight columns
-    uint32_t big[kRowTiles][4], small[kRowTiles][4];
-    MGHF_UNROLL_ALL
-    for (int m = 0; m < kRowTiles; ++m) {
-      MGHF_UNROLL_ALL
-      for (int a = 0; a < 4; ++a) {
-        const int c = single ? two : two + a / 2;
-        big[m][a] = single && a / 2 == 1 ? 0 : packed.big[m][c][a % 2];
-        small[m][a] = single && a / 2 == 1 ? 0 : packed.small[m][c][a % 2];
-      }
-    }
-    const int row = 8 * two + (single ? 0 : s.lane / 8 % 2 * 8);
-    MGHF_UNROLL_ALL
-    for (int w = 0; w < kHalfWords; ++w) {
-      uint32_t b[4];
-      load_transposed(b, from + row * kPatchWords + ((start / 8 + w) ^ turned));
-      s.add(sum, w, big, small, b);
-    }
-  }
-}
-
-// Adds up the groups' sums, four at once. A barrier of the block at the end.
-template <bool kExp>
-__device__ __forceinline__ void join_groups(const ChipBlock<kExp>& s,
-                                            const float (&sum)[kRowTiles][kHalfWords][4]) {
   MGHF_UNROLL(1)
-  for (int first = 0; first < s.p.division.groups; first += kSums) {
-    if (s.group / kSums == first / kSums) {
-      float* const to = s.sums + 2 * s.t +
-                        (s.group % kSums * s.tile_rows + s.band * kWarpRows + s.g) * kSumPitch;
-      MGHF_UNROLL_ALL
-      for (int k = 0; k < kRowsOfThread; ++k) {
+  for (int d = 0; d < kPartDepth; d += 8) {
+    float sum[kRowTiles][4] = {};
+    MGHF_UNROLL_ALL
+    for (int pair = 0; pair < kPairs; ++pair) {
+      const bool single = 2 * pair + 1 == kColumnTiles;
+      const int row = 16 * pair + (single ? 0 : s.lane / 8 % 2 * 8);
+      uint32_t b[4];
+      load_transposed(b, from + row * kPatchWords + ((start + d) / 8 ^ turned));
+      // By the big (0) or small (1) parts of the tile and of the keys.
+      const auto add = [&](int of_tile, int of_keys) {
+        const uint32_t keys[2] = {b[2 * of_keys], b[2 * of_keys + 1]};
         MGHF_UNROLL_ALL
-        for (int w = 0; w < kHalfWords; ++w) {
-          float2& at = reinterpret_cast<float2&>(to[k * 8 * kSumPitch + 8 * w]);
-          const float* const own = sum[k / 2][w] + k % 2 * 2;
-          const float2 before = first == 0 ? float2{0, 0} : at;
-          at = {before.x + own[0], before.y + own[1]};
+        for (int m = 0; m < kRowTiles; ++m) {
+          uint32_t factor[4];
+          MGHF_UNROLL_ALL
+          for (int a = 0; a < 4; ++a) {
+            const float(&four)[4] = packed[m][2 * pair + (single ? 0 : a / 2)];
+            factor[a] = single && a / 2 == 1 ? 0 : bits_as<uint32_t>(four[2 * of_tile + a % 2]);
+          }
+          mma_pairs<Half>(sum[m], factor, keys);
         }
+      };
+      if (!s.p.once) {
+        add(1, 0);
+        add(0, 1);
       }
+      add(0, 0);
     }
-    __syncthreads();
+    MGHF_UNROLL_ALL
+    for (int k = 0; k < kRowsOfThread; ++k) {
+      float* const to =
+          part_of(s, s.group, s.band * kWarpRows + k * 8 + s.g, d + 2 * s.t);
+      const float* const two = sum[k / 2] + k % 2 * 2;
+      reinterpret_cast<float2&>(*to) = {two[0], two[1]};
+    }
   }
 }
 
-// Writes half of the depth of a tile's rows, from the groups' sums.
+// Writes a part of the depth of a tile's rows, from the groups' sums.
 template <bool kExp>
 __device__ __forceinline__ void write_rows(const ChipBlock<kExp>& s, int tile, int start,
                                            const Matrices& key, void* result) {
-  const int depth = static_cast<int>(key.columns);
-  const int groups = s.p.division.groups < kSums ? s.p.division.groups : kSums;
+  const int depth = static_cast<int>(key.columns), first = tile * s.tile_rows;
+  const int64_t place = (static_cast<int64_t>(s.state.map) * s.n + first) * depth + start;
+  const float unscale = scale(-s.state.key_exponent);
   MGHF_UNROLL(1)
-  for (int e = s.thread; e < s.tile_rows * kHalfDepth; e += s.threads) {
-    const int r = e / kHalfDepth, d = start + e % kHalfDepth, i = tile * s.tile_rows + r;
-    if (i >= s.n || d >= depth) continue;
-    const float* const from = s.sums + r * kSumPitch + e % kHalfDepth;
-    float total = from[0];
+  for (int e = s.thread; e < s.tile_rows * kPartDepth; e += s.threads) {
+    const int r = e / kPartDepth, d = e % kPartDepth;
+    if (first + r >= s.n || start + d >= depth) continue;
+    float total = 0;
     MGHF_UNROLL(1)
-    for (int of = 1; of < groups; ++of) total += from[of * s.tile_rows * kSumPitch];
-    total *= s.unscale[r] * scale(-s.state.key_exponent);
-    const int64_t place = (static_cast<int64_t>(s.state.map) * s.n + i) * depth + d;
-    with_element(key.element, [&](auto element) {
-      using T = decltype(element);
-      static_cast<T*>(result)[place] = from_float<T>(total);
-    });
+    for (int group = 0; group < s.p.division.groups; ++group) total += *part_of(s, group, r, d);
+    write_element(key.element, result, place + r * depth + d, total * (s.unscale[r] * unscale));
   }
 }
 
+// Writes the gradient of a tile's queries, from its similarities.
 template <bool kExp>
-__device__ __forceinline__ void write_gradient(const ChipBlock<kExp>& s, const Matrices& key,
-                                               void* result) {
-  s.copy_queries(0);
+__device__ __forceinline__ void write_gradient(const ChipBlock<kExp>& s, Tile& x, int tile,
+                                               const Matrices& key, void* result) {
+  float most[kRowsOfThread] = {};
+  differentiate(s.again(), x, tile, most);
   wait_for_copies<0>();
-  __syncthreads();
+  pack_tile(s.again(), x, most);
   MGHF_UNROLL(1)
-  for (int tile = 0; tile < s.p.division.tiles; ++tile) {
-    if (tile + 1 < s.p.division.tiles) s.copy_queries(tile + 1);
-    Tile x;
-    s.again().multiply(x, tile);
-    differentiate(s.again(), x, tile);
-    wait_for_copies<0>();
-    PackedTile packed;
-    pack_tile(s.again(), x, packed);
-    MGHF_UNROLL(1)
-    for (int start = 0; start < static_cast<int>(key.columns); start += kHalfDepth) {
-      float sum[kRowTiles][kHalfWords][4] = {};
-      multiply_packed(s.again(), packed, start, sum);
-      join_groups(s.again(), sum);
-      write_rows(s.again(), tile, start, key, result);
-      __syncthreads();
-    }
+  for (int start = 0; start < static_cast<int>(key.columns); start += kPartDepth) {
+    multiply_packed(s.again(), x, start);
+    __syncthreads();
+    write_rows(s.again(), tile, start, key, result);
+    __syncthreads();
   }
 }
 

@@ -17,14 +17,7 @@ __device__ __forceinline__ float softplus_of(float x) {
 }
 __device__ __forceinline__ float sigmoid_of(float x) {
   const float decay = expf(-fabsf(x));
-  return (x > 0 ? 1 : decay) / (1 + decay);
-}
-
-// The number of iterations in a state that these kernels can go on from; 0 if there are none.
-__device__ __forceinline__ int resumable(const KeptIterates& kept, int n) {
-  const int made = kept.made();
-  if (made < 1 || made > kept.slots || made > kShortIterations) return 0;
-  return kept.vector(1, 2, n)[0] > 0 ? made : 0;
+  return (x > 0 ? 1 : decay) * (1 / (1 + decay));
 }
 
 template <bool kExp, bool kBackward>
@@ -32,19 +25,29 @@ struct ChipMap : ChipBlock<kExp> {
   using Block = ChipBlock<kExp>;
   using Mask = typename Block::Mask;
   using Block::n, Block::p, Block::state, Block::thread, Block::threads, Block::columns,
-      Block::rows, Block::left, Block::g, Block::t, Block::weights, Block::dg, Block::parts,
-      Block::base, Block::factor, Block::top, Block::share, Block::scaled, Block::positive;
+      Block::rows, Block::left, Block::lane, Block::g, Block::t, Block::weights, Block::dg,
+      Block::parts, Block::base, Block::factor, Block::top, Block::share, Block::scaled,
+      Block::positive;
 
   __device__ __forceinline__ ChipMap(const ChipProblem& p, float* shared, int thread)
       : Block(p, shared, thread) {}
 
   // ---- iterates ----
 
-  __device__ __forceinline__ KeptIterates kept() const { return p.kept.of_map(state.map, n); }
-  // u (0) or v (1) after an iteration: in the state that a forward left, or in the workspace.
-  __device__ __forceinline__ float* vector(int iteration, int which) const {
-    return !kBackward || state.resumed ? kept().vector(iteration, which, n)
-                                       : state.history + int64_t{2 * (iteration - 1) + which} * n;
+  __device__ __forceinline__ KeptIterates kept(int map) const {
+    return {p.kept.rows + map * p.state_numbers, p.kept.slots};
+  }
+  // The number of iterations in a map's state that these kernels can go on from; 0 if there are
+  // none.
+  __device__ __forceinline__ int resumable(int map) const {
+    const KeptIterates own = kept(map);
+    const int made = own.made();
+    if (made < 1 || made > own.slots || made > kShortIterations) return 0;
+    return own.vector(1, 2, p.n)[0] > 0 ? made : 0;
+  }
+  // u after an iteration, and v after it: in the state that a forward left, or in the workspace.
+  __device__ __forceinline__ float* iterate(int iteration) const {
+    return state.iterates + int64_t{iteration - 1} * state.pitch;
   }
   // A pointer in the state, to device memory.
   template <class T>
@@ -56,9 +59,8 @@ struct ChipMap : ChipBlock<kExp> {
   // Sets what an iteration, or a step of the recursion, reads and stores; by one thread.
   __device__ __forceinline__ void prepare() const {
     if (state.pass == Pass::iterate) {
-      const bool stored = kBackward ? p.exact : state.t <= p.kept.slots;
-      state.u = stored ? vector(state.t, 0) : nullptr;
-      state.v = stored ? vector(state.t, 1) : nullptr;
+      const bool stored = kBackward ? state.exact : state.t <= p.kept.slots;
+      state.u = stored ? iterate(state.t) : nullptr;
     } else if (kBackward && state.pass == Pass::recur) {
       const bool skipped = state.t > state.made;
       const int now = skipped ? state.made : state.t;
@@ -66,9 +68,8 @@ struct ChipMap : ChipBlock<kExp> {
       const int term = (skipped ? state.made + 1 : state.t) - 1;
       const ChipTerms terms{state.terms, columns, rows};
       state.begun = skipped && state.t < p.iterations;
-      state.u = vector(now, 0);
-      state.v = vector(now, 1);
-      state.old_v = before > 0 ? vector(before, 1) : nullptr;
+      state.u = iterate(now);
+      state.old_v = before > 0 ? iterate(before) + state.width : nullptr;
       state.columns = &terms.column(term, 0);
       state.rows = &terms.row(term, 0);
       if (state.t == p.iterations) state.last_term = term;
@@ -87,13 +88,14 @@ struct ChipMap : ChipBlock<kExp> {
     }
     state.terms = p.repeated +
                   (block - p.blocks) * ChipTerms::repeated_floats(p.division, n, p.iterations);
-    state.history = state.terms + ChipTerms::floats(p.division, p.iterations + 1);
+    state.iterates = state.terms + ChipTerms::floats(p.division, p.iterations + 1);
+    state.pitch = 2 * n;
   }
 
   // Begins a map, from the iterations in its state if there are any.
   __device__ __forceinline__ void begin(const Matrices& query, const Matrices& key, int map,
                                         int resumed, int block) {
-    if (thread == 0) {
+    if (thread_again() == 0) {
       state.pass = resumed > 0 ? Pass::weigh : Pass::iterate;
       state.t = resumed > 0 ? resumed : 1;
       state.made = resumed;
@@ -103,21 +105,29 @@ struct ChipMap : ChipBlock<kExp> {
       state.first_term = 0;
       state.last_term = -1;
       state.map = map;
-      if (kBackward && p.exact) set_memory(block);
-      prepare();
+      state.iterates = kept(map).vector(1, 0, n);
+      state.width = n;
+      state.pitch = 4 * n;
+      state.exact = p.again > 0;
+      if (kBackward && p.again > 0) set_memory(block);
     }
-    this->load(query, key, map);
-    // state.made is what `resumed` was.
-    const float* const v = state.resumed ? kept().vector(state.made, 1, n) : nullptr;
+    again().load(query, key, map);
+    again().begin_iterates();
+  }
+
+  // What the first pass needs of the columns and, with iterations in the state, of the rows.
+  __device__ __forceinline__ void begin_iterates() const {
+    const bool resumed = kBackward && state.resumed;
+    const float* const u = global(iterate(state.made));
+    const float* const v = u + state.width;
     MGHF_UNROLL(1)
     for (int j = thread; j < columns; j += threads) {
-      weights[j] = j >= n ? 0.0f : v == nullptr ? 1.0f : v[j];
+      weights[j] = j >= n ? 0.0f : resumed ? v[j] : 1.0f;
     }
-    if (!kBackward || v == nullptr) return;
-    const float* const u = kept().vector(state.made, 0, n);
-    const float* const exponents = kept().vector(1, 2, n);
+    if (!resumed) return;
+    const float* const exponents = global(state.iterates) + 2 * state.width;
     MGHF_UNROLL(1)
-    for (int i = kBackward ? thread : rows; i < rows; i += threads) {
+    for (int i = thread; i < rows; i += threads) {
       base[i] = i < n ? exponents[i] - kMark : 0;
       factor[i] = i < n ? u[i] : 0;
     }
@@ -171,11 +181,8 @@ struct ChipMap : ChipBlock<kExp> {
       if (inside) {
         const float x = excess(i, top[i], sum);
         if constexpr (kBackward) {
-          with_element(grad.element, [&](auto element) {
-            r = grad.matrix<decltype(element)>(state.map)(i, 0);
-          });
-          r *= sigmoid_of(x);
-          c = r / sum;
+          r = grad.read(state.map, i, 0) * sigmoid_of(x);
+          c = r * (1 / sum);
         } else {
           losses[int64_t{state.map} * n + i] = softplus_of(x);
         }
@@ -194,7 +201,7 @@ struct ChipMap : ChipBlock<kExp> {
   }
 
   __device__ __forceinline__ ChipMap again() const {
-    return ChipMap(p, this->shared(), opaque(thread));
+    return ChipMap(p, this->shared(), thread_again());
   }
 
   // The thread's sums of columns, in shared memory.
@@ -202,11 +209,14 @@ struct ChipMap : ChipBlock<kExp> {
     return this->sums[(2 * c + i) * threads + thread];
   }
 
-  // Adds a tile of rows to the thread's sums of columns.
-  __device__ __forceinline__ void take_tile(int tile, const Matrices& grad, float* losses,
-                                            float& highest) const {
-    Tile x;
-    this->multiply(x, tile);
+  // The largest product of the warp's entries in the pass.
+  __device__ __forceinline__ float& highest() const {
+    return this->of_warps[8 * this->warp + 4];
+  }
+
+  // Adds a tile of rows, whose products x has, to the thread's sums of columns.
+  __device__ __forceinline__ void take_tile(Tile& x, int tile, const Matrices& grad,
+                                            float* losses) const {
     const bool weighing = state.pass == Pass::weigh;
     const float value = weighing ? state.weight : state.plan;
     const float low = weighing ? state.weight_low : state.plan_low;
@@ -214,7 +224,7 @@ struct ChipMap : ChipBlock<kExp> {
     float* const exponents = (weighing ? top : base) + tile * this->tile_rows;
     hide(x, tile, this->nothing(value));
     if (weighing || (state.pass == Pass::iterate && state.t == 1)) {
-      float most[kRowsOfThread];
+      float most[kRowsOfThread], high = -INFINITY;
       MGHF_UNROLL_ALL
       for (int k = 0; k < kRowsOfThread; ++k) most[k] = -INFINITY;
       this->each_tile(x, [&](int, int at) {
@@ -225,10 +235,14 @@ struct ChipMap : ChipBlock<kExp> {
             const float entry = x[k / 2][at][k % 2 * 2 + i];
             most[k] = fmaxf(most[k], this->rough_exponent(entry, value, linear));
             // Hidden entries are larger than any score.
-            if (kExp && kBackward && entry * state.unit < 50) highest = fmaxf(highest, entry);
+            if (kExp && kBackward && entry * state.unit < 50) high = fmaxf(high, entry);
           }
         }
       });
+      if constexpr (kExp && kBackward) {
+        high = across_lanes(high, Most{});
+        if (lane == 0) highest() = tile == 0 ? high : most_of(highest(), high);
+      }
       this->across_row(most, Most{}, [&](int r, float y) {
         exponents[r] = fabsf(y) < kLargestExponent ? round_to_integer(y) : y;
       });
@@ -269,32 +283,39 @@ struct ChipMap : ChipBlock<kExp> {
     }
   }
 
-  // Goes through the rows; the columns' sums are in `parts` afterwards.
-  __device__ __forceinline__ void go_through_rows(const Matrices& grad, float* losses,
-                                                  float& highest) const {
-    this->copy_queries(0);
+  // Goes through the rows. The columns' sums are in `parts` afterwards; of the last pass there are
+  // none.
+  __device__ __forceinline__ void go_through_rows(const Matrices& grad, const Matrices& key,
+                                                  float* losses, void* result) const {
+    again().copy_queries(0);
     wait_for_copies<0>();
     __syncthreads();
     MGHF_UNROLL(1)
     for (int tile = 0; tile < p.division.tiles; ++tile) {
-      if (tile + 1 < p.division.tiles) this->copy_queries(tile + 1);
-      again().take_tile(tile, grad, losses, highest);
+      if (tile + 1 < p.division.tiles) again().copy_queries(tile + 1);
+      Tile x;
+      again().multiply(x, tile);
+      if (kBackward && state.pass == Pass::differentiate) {
+        write_gradient<kExp>(*this, x, tile, key, result);
+      } else {
+        again().take_tile(x, tile, grad, losses);
+      }
     }
-    again().join_lanes();
+    if (state.pass != Pass::differentiate) again().join_lanes();
   }
 
   // The warp's sums of columns, from those of its threads.
   __device__ __forceinline__ void join_lanes() const {
-    float* const to = parts + this->band * columns + left + 2 * t;
-    MGHF_UNROLL_ALL
-    for (int c = 0; c < kColumnTiles; ++c) {
+    __syncwarp();
+    // Column 8 c + 2 t + i is number 2 c + i of the eight threads with that t. Lanes take them in
+    // different orders, so that banks differ.
+    MGHF_UNROLL(1)
+    for (int which = g; which < 2 * kColumnTiles; which += 8) {
+      const float* const from = this->sums + which * threads + thread - lane + t;
+      float total = 0;
       MGHF_UNROLL_ALL
-      for (int i = 0; i < 2; ++i) {
-        float x = column_sum(c, i);
-        MGHF_UNROLL_ALL
-        for (int lanes = 4; lanes < kWarp; lanes *= 2) x += __shfl_xor_sync(~0u, x, lanes);
-        if (g == 0) to[8 * c + i] = x;
-      }
+      for (int k = 0; k < 8; ++k) total += from[(k + g) % 8 * 4];
+      parts[this->band * columns + left + which / 2 * 8 + 2 * t + which % 2] = total;
     }
   }
 
@@ -304,7 +325,7 @@ struct ChipMap : ChipBlock<kExp> {
   __device__ __forceinline__ void weigh_columns() const {
     MGHF_UNROLL(1)
     for (int j = thread; j < columns; j += threads) {
-      const float w = j < n ? global(state.v)[j] * dg[j] : 0;
+      const float w = j < n ? global(state.u)[n + j] * dg[j] : 0;
       float2& to = global(state.columns)[j];
       to = {w + (state.begun ? to.x : 0), j < n ? old_v(j) : 0};
       weights[j] = w;
@@ -323,7 +344,7 @@ struct ChipMap : ChipBlock<kExp> {
         ranges.numbers.take(factor[j]);
         ranges.changes.take(weights[j] * total);
         weights[j] = 1 / total;
-        if (state.v != nullptr) global(state.v)[j] = weights[j];
+        if (state.u != nullptr) global(state.u)[n + j] = weights[j];
       } else if (state.pass == Pass::weigh) {
         dg[j] = weights[j] * total;
       } else {
@@ -335,7 +356,7 @@ struct ChipMap : ChipBlock<kExp> {
   }
 
   // How much of the gradient the recursion may leave out.
-  __device__ __forceinline__ float negligible(float highest) const {
+  __device__ __forceinline__ float negligible() const {
     float total = 0;
     MGHF_UNROLL(1)
     for (int i = thread; i < n; i += threads) total += fabsf(share[i]);
@@ -343,10 +364,9 @@ struct ChipMap : ChipBlock<kExp> {
     // The sum of |ds| is at least that of |r| / t, from the diagonal alone.
     float steepest = fabsf(p.slope);
     if constexpr (kExp) {
-      highest = this->across_warps(across_lanes(highest, Most{}), Most{});
-      steepest *= exponential(highest * state.unit);
+      steepest *= short_exponential(this->across_warps(highest(), Most{}) * state.unit);
     }
-    const float part = p.inverse_temperature / steepest;
+    const float part = p.inverse_temperature * (1 / steepest);
     return kNegligiblePart * total * (part < 1 ? part : 1);
   }
 
@@ -364,7 +384,7 @@ struct ChipMap : ChipBlock<kExp> {
         ++state.t;
       }
     } else if (state.pass == Pass::weigh) {
-      state.pass = p.exact ? Pass::recur : Pass::differentiate;
+      state.pass = state.exact ? Pass::recur : Pass::differentiate;
       state.negligible = may_leave;
       state.t = p.iterations;
     } else {
@@ -375,31 +395,39 @@ struct ChipMap : ChipBlock<kExp> {
         --state.t;
       }
     }
-    prepare();
   }
 
-  // Runs the passes up to the last of the gradient. Returns false if the similarities cannot be
-  // handled. A barrier at the end.
-  __device__ __forceinline__ bool run(const Matrices& grad, float* losses) const {
+  // What the columns need before a pass.
+  __device__ __forceinline__ void begin_pass() const {
+    if (state.pass == Pass::recur) weigh_columns();
+    if (state.pass != Pass::differentiate || !state.exact) return;
     MGHF_UNROLL(1)
-    while (!state.failed && state.pass != Pass::differentiate) {
-      if (kBackward && state.pass == Pass::recur) again().weigh_columns();
-      float highest = -INFINITY;
-      go_through_rows(grad, losses, highest);
-      if (!kBackward && state.pass == Pass::weigh) break;
+    for (int j = thread; j < n; j += threads) weights[j] = global(iterate(state.made))[n + j];
+  }
+
+  // Runs the passes, up to the losses or the gradient, unless the similarities cannot be handled.
+  __device__ __forceinline__ void run(const Matrices& grad, const Matrices& key, float* losses,
+                                      void* result) const {
+    constexpr Pass kLast = kBackward ? Pass::differentiate : Pass::weigh;
+    MGHF_UNROLL(1)
+    while (!state.failed) {
+      if (thread_again() == 0) prepare();
+      __syncthreads();
+      if constexpr (kBackward) again().begin_pass();
+      go_through_rows(grad, key, losses, result);
+      if (state.pass == kLast) return;
       __syncthreads();
       Ranges ranges = again().take_columns();
       float may_leave = 0;
       if (kBackward && state.pass == Pass::weigh) {
-        if (p.exact) may_leave = negligible(highest);
+        if (state.exact) may_leave = again().negligible();
       } else {
         ranges = ranges_of_block(ranges, this->of_warps);
       }
       __syncthreads();
-      if (thread == 0) go_on(ranges, may_leave);
-      __syncthreads();
+      if (thread_again() == 0) go_on(ranges, may_leave);
+      __syncthreads();  // prepare() is thread 0's too, but all look at what failed
     }
-    return !state.failed;
   }
 
   // ---- results ----
@@ -411,7 +439,7 @@ struct ChipMap : ChipBlock<kExp> {
       MGHF_UNROLL(1)
       for (int i = thread; i < n; i += threads) losses[int64_t{state.map} * n + i] = NAN;
     }
-    const KeptIterates to = kept();
+    const KeptIterates to = kept(state.map);
     const int left = state.fits && !state.failed ? state.made : 0;
     MGHF_UNROLL(1)
     for (int i = thread; i < n; i += threads) {
@@ -426,23 +454,14 @@ struct ChipMap : ChipBlock<kExp> {
     }
   }
 
-  __device__ __forceinline__ void finish_gradient(const Matrices& query, const Matrices& key,
-                                                  void* result) {
-    if (state.failed) {
-      with_element(query.element, [&](auto element) {
-        using T = decltype(element);
-        const int64_t numbers = int64_t{n} * query.columns;
-        T* const out = static_cast<T*>(result) + state.map * numbers;
-        MGHF_UNROLL(1)
-        for (int64_t i = thread; i < numbers; i += threads) out[i] = from_float<T>(NAN);
-      });
-      return;
-    }
+  // The gradient was written by the last pass.
+  __device__ __forceinline__ void finish_gradient(const Matrices& query, void* result) const {
+    if (!state.failed) return;
+    const int numbers = n * static_cast<int>(query.columns);
     MGHF_UNROLL(1)
-    for (int j = thread; j < n && p.exact; j += threads) {
-      weights[j] = global(vector(state.made, 1))[j];
+    for (int i = thread; i < numbers; i += threads) {
+      write_element(query.element, result, int64_t{state.map} * numbers + i, NAN);
     }
-    write_gradient<kExp>(*this, key, result);
   }
 };
 

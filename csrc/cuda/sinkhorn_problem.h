@@ -358,26 +358,25 @@ __device__ MGHF_NOINLINE const float* join_blocks(const float* of_warps, float* 
 
 // The ranges of all threads' numbers. A barrier of the block.
 inline __device__ MGHF_NOINLINE Ranges ranges_of_block(Ranges own, float* of_warps) {
-  const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  const auto least = [](float x) {
-    return across_lanes(x, [](float a, float b) { return least_of(a, b); });
-  };
-  own = {{least(own.numbers.least), across_lanes(own.numbers.most, Most{})},
-         {least(own.changes.least), across_lanes(own.changes.most, Most{})}};
+  // Maxima all of them, which makes the code short.
+  float most[4] = {-own.numbers.least, own.numbers.most, -own.changes.least, own.changes.most};
+  MGHF_UNROLL(1)
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) {
+    MGHF_UNROLL_ALL
+    for (int k = 0; k < 4; ++k) most[k] = most_of(most[k], __shfl_xor_sync(~0u, most[k], mask));
+  }
   if (threadIdx.x % kWarp == 0) {
-    float* const to = of_warps + 8 * warp;
-    to[0] = own.numbers.least;
-    to[1] = own.numbers.most;
-    to[2] = own.changes.least;
-    to[3] = own.changes.most;
+    float* const to = of_warps + 8 * (static_cast<int>(threadIdx.x) / kWarp);
+    MGHF_UNROLL_ALL
+    for (int k = 0; k < 4; ++k) to[k] = most[k];
   }
   __syncthreads();
+  MGHF_UNROLL(1)
   for (int w = 0; w < static_cast<int>(blockDim.x) / kWarp; ++w) {
-    const float* const from = of_warps + 8 * w;
-    own.numbers = {least_of(own.numbers.least, from[0]), most_of(own.numbers.most, from[1])};
-    own.changes = {least_of(own.changes.least, from[2]), most_of(own.changes.most, from[3])};
+    MGHF_UNROLL_ALL
+    for (int k = 0; k < 4; ++k) most[k] = most_of(most[k], of_warps[8 * w + k]);
   }
-  return own;
+  return {{-most[0], most[1]}, {-most[2], most[3]}};
 }
 
 }  // namespace mghf::cuda
