@@ -235,6 +235,46 @@ def test_scales_of_numbers(tmp_path: Path) -> None:
     check("plain", H200, problems, tmp_path)
 
 
+SMALL = (163 << 10, False)  # compute capability 8.0
+
+
+@pytest.mark.parametrize("gpu", [H200, SMALL, (100 << 10, False, 2)], ids=str)
+def test_embeddings_far_from_unit_length(gpu: Gpu, tmp_path: Path) -> None:
+    """Sums leave float32's range on chip, in some maps only; the older kernels solve these."""
+    torch.manual_seed(0)
+
+    def some_far(b: int, n: int, *options: Any) -> Problem:
+        upstream, query, key, all_options = problem(*pair(b, n), *options)
+        far = torch.tensor([1.0, 20.0])[torch.arange(b) % 2].reshape(b, 1, 1)
+        return upstream, query * far, key * far, all_options
+
+    problems = [
+        some_far(4, 20),
+        some_far(5, 33, 0.07, 1.0, 50, 1.0, "easy"),
+        some_far(3, 20, 0.07, 1.0, 50, 1.0, "hard", "detach"),
+        some_far(2, 70, 0.07, 1.0, 3),
+        some_far(70, 6, 0.07, 0.5, 3),  # of more clusters than solve them at a time
+    ]
+    for kernels in (False, True):
+        check("plain", gpu, problems, tmp_path, kernels)
+    on_chip = run("plain", gpu, problems[:1], tmp_path)
+    older = run("plain", gpu, problems[:1], tmp_path, True)
+    for found, same in zip(on_chip, older, strict=True):
+        assert not (found[::2] == same[::2]).all() and (found[1::2] == same[1::2]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_far_embeddings_of_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    query, key = ((20 * x).to(dtype) for x in pair(2, 20))
+    upstream, _, _, options = given = problem(query, key)
+    losses, grad = run("plain", H200, [given], tmp_path)
+    exact = (query.double(), key.double(), *options)
+    assert contract.relative_error(torch.from_numpy(losses), reference.monce(*exact)) <= 1e-5
+    want = reference.monce_backward(upstream.double(), *exact)
+    assert contract.relative_error(torch.from_numpy(grad).view(dtype), want) <= 1e-2
+
+
 @pytest.mark.parametrize("older", [False, True])
 def test_one_product_in_place_of_three(older: bool, tmp_path: Path) -> None:
     """The kernels make it for less precision than float32, if not for epsilons below 0.05."""

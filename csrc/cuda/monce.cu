@@ -17,7 +17,9 @@
 // Where K or v covers too many powers of two for w to be a float32, the exponents of all factors
 // are added before the power is taken.
 //
-// Maps that fit one block's shared memory without K are those of monce_chip.h instead.
+// Maps that fit one block's shared memory without K are those of monce_chip.h instead, which make a
+// map NaN whose sums leave float32's range, as those of embeddings much longer than 1 may. The host
+// cannot know them without waiting, so the kernels here follow and solve the maps that are NaN.
 //
 // Predicted floor for B = 128, N = 441, D = 64, float32 on an H200: 29 MB read, 6 us at 4.3 TB/s; 1.6 G
 // multiply-adds for each s, as three products of TF32 33 us at 300 TFLOP/s. In each of four rounds
@@ -45,6 +47,7 @@ struct Terms {
   float inverse_temperature, log2_slope;  // 1 / t, 1 / (t ln 2)
   float log_weight;                       // ln(Q (N-1))
   float slope;                            // 1 / epsilon, or its opposite
+  bool broken_only;                       // solves only the maps whose result is NaN so far
 };
 
 // Tiles of rows that a product takes at a time: as many as the warps' column sums have room for.
@@ -320,7 +323,26 @@ __global__ void __launch_bounds__(kThreads, 1)
     contrast(Problem p, Terms terms, Matrices grad, Matrices query, Matrices key, float* losses,
              void* result) {
   MGHF_DYNAMIC_SHARED(float, shared);
-  for_maps<kWords, kOnChip>(p, shared, query.batch, [&](Solver<kWords, kOnChip>& s) {
+  using S = Solver<kWords, kOnChip>;
+  // Whether this kernel has to solve a map. Its result changes only after the cluster has met.
+  const auto wanted = [&](int map) {
+    const int64_t first = static_cast<int64_t>(map) * p.n;
+    const float x = losses != nullptr
+                        ? losses[first]
+                        : read_element(query.element, result, first * query.columns);
+    return x != x;
+  };
+  if (terms.broken_only) {
+    const int blocks = S::blocks_of(p), clusters = static_cast<int>(gridDim.x) / blocks;
+    bool any = false;
+    MGHF_UNROLL(4)
+    for (int map = static_cast<int>(blockIdx.x) / blocks; map < query.batch; map += clusters) {
+      any |= wanted(map);
+    }
+    if (!any) return;
+  }
+  for_maps<kWords, kOnChip>(p, shared, query.batch, [&](S& s) {
+    if (terms.broken_only && !wanted(s.map)) return;
     contrast_map(s, terms, grad, query, key, losses, result);
   });
 }
@@ -367,12 +389,13 @@ const char* divide_maps(int64_t n, int64_t batch, Division& division) {
   return divide(n, batch, reinterpret_cast<const void*>(kernel), division);
 }
 
-Terms terms_of(const MonceOptions& options, int64_t n) {
+Terms terms_of(const MonceOptions& options, int64_t n, bool broken_only) {
   const double sign = options.transport.cost == TransportCost::easy ? -1 : 1;
   return {static_cast<float>(1 / options.temperature),
           static_cast<float>(1.4426950408889634 / options.temperature),
           static_cast<float>(log(options.negative_weight * static_cast<double>(n - 1))),
-          static_cast<float>(sign / options.transport.epsilon)};
+          static_cast<float>(sign / options.transport.epsilon),
+          broken_only};
 }
 
 // Whether the kernels of monce_chip.h take these maps.
@@ -382,15 +405,47 @@ bool on_one_chip(int64_t n, int64_t depth, const MonceOptions& options) {
          fits_chip(n, depth, options, gpu.shared_bytes);
 }
 
+// The division for the maps that the kernels on chip left as NaN, which are few or none: no more
+// clusters than their workspace has memory for, if it is enough for one. `bytes`: of the workspace.
+const char* divide_broken(int64_t n, int64_t batch, const MonceOptions& options, bool backward,
+                          Division& division, int64_t& bytes) {
+  constexpr int64_t kMostClusters = 32;
+  const char* const error = divide_maps(n, batch, division);
+  if (error != nullptr) return error;
+  const bool exact = backward && differentiates_plan(options, n);
+  const auto needed = [&] {
+    return solver_bytes(n, options.transport.iterations, exact ? division.clusters : 0, division);
+  };
+  bytes = chip_workspace_bytes(batch, n, options, backward);
+  if (division.clusters > kMostClusters) division.clusters = kMostClusters;
+  while (division.clusters > 1 && needed() > bytes) --division.clusters;
+  if (needed() > bytes) bytes = needed();
+  return nullptr;
+}
+
+// Launches the kernel that fits the division: forward if there are losses.
+const char* launch_contrast(const Division& division, const MonceOptions& options,
+                            bool broken_only, const KeptIterates& kept, const Matrices& grad,
+                            const Matrices& query, const Matrices& key, float* losses,
+                            void* result, void* workspace, Stream stream) {
+  const int64_t n = query.rows;
+  const bool exact = losses == nullptr && differentiates_plan(options, n);
+  const Problem p = problem_of(n, options.transport, division, true, exact ? division.clusters : 0,
+                               workspace, kept);
+  return with_solver(division, [&]<int kWords, bool kOnChip>(Solver<kWords, kOnChip>*) {
+    return launch(contrast<kWords, kOnChip>, division.grid(), stream, p,
+                  terms_of(options, n, broken_only), grad, query, key, losses, result);
+  });
+}
+
 }  // namespace
 
 const char* monce_workspace_bytes(int64_t batch, int64_t size, int64_t depth,
                                   const MonceOptions& options, bool backward, int64_t& bytes) {
-  if (on_one_chip(size, depth, options)) {
-    bytes = chip_workspace_bytes(batch, size, options, backward);
-    return nullptr;
-  }
   Division division;
+  if (on_one_chip(size, depth, options)) {
+    return divide_broken(size, batch, options, backward, division, bytes);
+  }
   const char* const error = divide_maps(size, batch, division);
   if (error == nullptr) {
     const bool exact = backward && differentiates_plan(options, size);
@@ -420,17 +475,17 @@ const char* monce(const Matrices& query, const Matrices& key, const MonceOptions
     return launch(single_losses, {blocks_for(batch), kThreads}, stream, query, key, result,
                   kept);
   }
-  if (on_one_chip(n, query.columns, options)) {
-    return monce_on_chip(query, key, options, result, state, slots, workspace, stream);
-  }
   Division division;
-  const char* const error = divide_maps(n, batch, division);
+  const bool on_chip = on_one_chip(n, query.columns, options);
+  int64_t bytes = 0;
+  const char* error = on_chip ? divide_broken(n, batch, options, false, division, bytes)
+                              : divide_maps(n, batch, division);
+  if (error == nullptr && on_chip) {
+    error = monce_on_chip(query, key, options, result, state, slots, workspace, stream);
+  }
   if (error != nullptr) return error;
-  const Problem p = problem_of(n, options.transport, division, true, 0, workspace, kept);
-  return with_solver(division, [&]<int kWords, bool kOnChip>(Solver<kWords, kOnChip>*) {
-    return launch(contrast<kWords, kOnChip>, division.grid(), stream, p,
-                  terms_of(options, n), Matrices{}, query, key, result, nullptr);
-  });
+  return launch_contrast(division, options, on_chip, kept, {}, query, key, result, nullptr,
+                         workspace, stream);
 }
 
 const char* monce_backward(const Matrices& grad, const Matrices& query, const Matrices& key,
@@ -441,21 +496,19 @@ const char* monce_backward(const Matrices& grad, const Matrices& query, const Ma
     return launch(single_gradients, {blocks_for(batch * query.columns), kThreads}, stream, grad,
                   query, grad_query);
   }
-  if (on_one_chip(n, query.columns, options)) {
-    return monce_backward_on_chip(grad, query, key, state, slots, options, grad_query, workspace,
-                                  stream);
-  }
   Division division;
-  const char* const error = divide_maps(n, batch, division);
+  const bool on_chip = on_one_chip(n, query.columns, options);
+  int64_t bytes = 0;
+  const char* error = on_chip ? divide_broken(n, batch, options, true, division, bytes)
+                              : divide_maps(n, batch, division);
+  if (error == nullptr && on_chip) {
+    error = monce_backward_on_chip(grad, query, key, state, slots, options, grad_query, workspace,
+                                   stream);
+  }
   if (error != nullptr) return error;
-  const bool exact = differentiates_plan(options, n);
   const KeptIterates kept{const_cast<int*>(state), slots};  // is only read
-  const Problem p = problem_of(n, options.transport, division, true, exact ? division.clusters : 0,
-                               workspace, kept);
-  return with_solver(division, [&]<int kWords, bool kOnChip>(Solver<kWords, kOnChip>*) {
-    return launch(contrast<kWords, kOnChip>, division.grid(), stream, p,
-                  terms_of(options, n), grad, query, key, nullptr, grad_query);
-  });
+  return launch_contrast(division, options, on_chip, kept, grad, query, key, nullptr, grad_query,
+                         workspace, stream);
 }
 
 }  // namespace mghf::cuda

@@ -12,7 +12,8 @@ bool fits_chip(int64_t n, int64_t depth, const MonceOptions& options, int64_t sh
 int64_t chip_workspace_bytes(int64_t batch, int64_t n, const MonceOptions& options,
                              bool backward);
 
-// As monce() and monce_backward(), for n > 1.
+// As monce() and monce_backward(), for n > 1. Losses, or the gradient, of a map whose sums leave
+// float32's range are NaN.
 const char* monce_on_chip(const Matrices& query, const Matrices& key, const MonceOptions& options,
                           float* losses, int* state, int slots, void* workspace, Stream stream);
 const char* monce_backward_on_chip(const Matrices& grad, const Matrices& query,

@@ -20,7 +20,8 @@
 // scaled likewise.
 //
 // Range. K is not computed by sums of exponents, so iterates must be float32: for unit rows and
-// epsilon >= 0.05 K is above 2^-69. A map whose sums leave [1e-33, 1e33] is a NaN.
+// epsilon >= 0.05 K is above 2^-69. A map whose sums leave [1e-33, 1e33] becomes a NaN, which the
+// kernels of monce.cu then solve.
 #pragma once
 
 #include "matrix.h"

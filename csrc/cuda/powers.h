@@ -53,11 +53,12 @@ __device__ __forceinline__ float scale(float exponent) {
   return bits_as<float>((static_cast<int>(least < 128 ? least : 128) + 127) << 23);
 }
 
-// e^x to 1e-7, that of -86 or 88 beyond these. In half of the instructions of exponential().
+// e^x to 1e-7 in half of the instructions of exponential(); e^-86 below that, NaN where e^x is
+// beyond float32.
 __device__ __forceinline__ float short_exponential(float x) {
   constexpr float kLog2E = 1.44269502e+00f, kLow = 1.92596299e-08f;
   constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: the sum's last bits are the exponent
-  x = fminf(fmaxf(x, -86.0f), 88.0f);
+  x = fminf(fmaxf(x, -86.0f), 89.0f);
   const float sum = fmaf(x, kLog2E, kShift), exponent = sum - kShift;
   const float power = power_of_two_within_half(fmaf(x, kLow, fmaf(x, kLog2E, -exponent)));
   return bits_as<float>(bits_as<uint32_t>(power) + (bits_as<uint32_t>(sum) << 23));

@@ -21,7 +21,7 @@ struct Division {
   int words;    // columns of a lane at a time
   bool on_chip;
   int blocks;   // of a cluster
-  int64_t clusters;  // of the grid, which take matrices in turn; on chip one for each
+  int64_t clusters;  // of the grid, which take matrices in turn
   int rows;     // of a block, whole groups
   int warps;
   int chunks;   // of 32 * words columns

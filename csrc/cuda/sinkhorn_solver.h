@@ -104,7 +104,7 @@ struct Solver {
   __device__ __forceinline__ Area own_rows() const { return {area, pitch, rows}; }
   __device__ __forceinline__ float& at(int r, int j) const { return own_rows().at(r, j); }
   __device__ __forceinline__ History history() const {
-    const int which = kOnChip || p.keeps_histories ? map : static_cast<int>(blockIdx.x) / blocks;
+    const int which = p.keeps_histories ? map : static_cast<int>(blockIdx.x) / blocks;
     return History(p.history + which * p.history_floats, n, p.iterations);
   }
 

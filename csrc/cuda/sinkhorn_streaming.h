@@ -99,14 +99,10 @@ __device__ __forceinline__ void for_maps(const Problem& p, float* shared, int64_
     s.sync_all();
   };
   const int map = static_cast<int>(blockIdx.x) / blocks;
-  if constexpr (kOnChip) {
-    solve_one(map);
-  } else {
-    MGHF_UNROLL(1)
-    for (int next = map; next < batch; next += static_cast<int>(gridDim.x) / blocks) {
-      solve_one(next);
-      if (blocks == 1) __syncthreads();  // before the next matrix takes this one's memory
-    }
+  MGHF_UNROLL(1)
+  for (int next = map; next < batch; next += static_cast<int>(gridDim.x) / blocks) {
+    solve_one(next);
+    if (blocks == 1) __syncthreads();  // before the next matrix takes this one's memory
   }
 }
 
