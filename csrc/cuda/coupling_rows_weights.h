@@ -122,14 +122,16 @@ __device__ __forceinline__ float largest_weight(const Matrix& m) {
 template <int kThreads>
 __device__ __forceinline__ float hidden_bound(const RowsSubnet& subnet) {
   const Matrix& m = subnet.first;
+  const int places = static_cast<int>(m.k.pieces * m.k.padded);
   float largest = 0;
   for (int channel = threadIdx.x; channel < subnet.hidden; channel += kThreads) {
-    float of_taps = 0, of_row = 0;
-    for (int tap = 0; tap < 9; ++tap) of_taps += fabsf(subnet.depthwise[channel * 9 + tap]);
-    for (int64_t place = 0; place < m.k.pieces * m.k.padded; ++place) {
+    const float* const row = m.from + m.n.offset(channel);
+    float of_row = 0, of_taps = 0;
+    for (int place = 0; place < places; ++place) {
       const int64_t k = m.k.offset(place);
-      if (k >= 0) of_row += fabsf(m.from[m.n.offset(channel) + k]);
+      if (k >= 0) of_row += fabsf(row[k]);
     }
+    for (int tap = 0; tap < 9; ++tap) of_taps += fabsf(subnet.depthwise[channel * 9 + tap]);
     largest = fmaxf(largest, of_taps * of_row);
   }
   constexpr uint32_t kFurther = 2, kMost = 253;  // up to a power of two, and from four halved
