@@ -184,11 +184,14 @@ def by_backend(run: Run) -> str:
     return table(["", "", "", *FORCED, "faster"], lines)
 
 
-def _forced(run: Run) -> list[tuple[str, str, str, dict[str, float]]]:
-    """(op, shape, dtype, backend -> seconds) where both kinds of kernels were measured."""
+def _forced(run: Run, of_today: bool = False) -> list[tuple[str, str, str, dict[str, float]]]:
+    """(op, shape, dtype, backend -> seconds) where both kinds of kernels were measured; with
+    ``of_today`` without the times of kernels that have been written again since."""
     found: dict[tuple[str, str, str], dict[str, float]] = {}
     for row in select(run, kind="forced"):
         backend = next(b for b, name in FORCED.items() if row["form"].startswith(name))
+        if of_today and _outdated(row, backend):
+            continue
         if (seconds := value(row, part_of(row["op"]))) is not None:
             found.setdefault((row["op"], row["shape"], row["dtype"]), {})[backend] = seconds
     for pair in run.get("variants", ()):
@@ -196,15 +199,20 @@ def _forced(run: Run) -> list[tuple[str, str, str, dict[str, float]]]:
         if set(ways) == set(FORCED) and not any("environment" in way for way in ways.values()):
             key = (pair["op"], str(Shape(*pair["shape"])), pair.get("dtype", "float32"))
             for backend, way in ways.items():
-                if way["median_s"]:
+                if way["median_s"] and not (of_today and _outdated(pair, backend)):
                     found.setdefault(key, {})[backend] = min(way["median_s"])
     return [(*key, times) for key, times in found.items() if len(times) == len(FORCED)]
+
+
+def _outdated(row: Row, backend: str) -> bool:
+    """Rows of the first run have no time at which they were taken."""
+    return row.get("taken", "") < preferences.REWRITTEN.get((row["op"], backend), "")
 
 
 def contradictions(run: Run, rules: Sequence[preferences.Rule] = preferences.RULES) -> list[str]:
     """Cases in which "auto" takes kernels that this run found slower, by more than ``MARGIN``."""
     wrong = []
-    for op, shape, dtype, times in _forced(run):
+    for op, shape, dtype, times in _forced(run, of_today=True):
         batch, _, size, _ = map(int, shape.split("x"))
         with torch.device("meta"):
             tensor = CASES[op].inputs(Shape(batch, size))[0]

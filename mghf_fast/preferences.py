@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,11 +18,15 @@ from torch import Tensor
 
 from . import cache
 
+MEASURED = (9, 0)
+"""The compute capability of the GPU that the table is from."""
+
 
 class Rule(NamedTuple):
     """``backends``, best first, for an op on tensors of these types (empty: any type) whose size
     (see :func:`size_of`) is at least ``least`` and less than ``below``; with ``weights`` only for
-    calls that need the gradients of weights."""
+    calls that need the gradients of weights; on GPUs of any compute capability but
+    ``unless``."""
 
     op: str
     backends: tuple[str, ...]
@@ -30,32 +34,47 @@ class Rule(NamedTuple):
     least: float = 0
     below: float = math.inf
     weights: bool = False
+    unless: tuple[int, int] | None = None
 
-    def fits(self, op: str, dtype: torch.dtype, size: int, need_weights: bool = False) -> bool:
+    def fits(
+        self,
+        op: str,
+        dtype: torch.dtype,
+        size: int,
+        need_weights: bool = False,
+        capability: tuple[int, int] = MEASURED,
+    ) -> bool:
         return (
             self.op == op
             and (need_weights or not self.weights)
             and (not self.dtypes or dtype in self.dtypes)
             and self.least <= size < self.below
+            and capability != self.unless
         )
 
 
-# On an H200 (benchmarks/results/h200.json) CUDA's monce was twice as fast as Triton's with 100
-# patches per map, and half as fast with 441, where Triton's bfloat16 sinkhorn was faster too.
-# Bounds are geometric means of measured sizes. From 641 patches on a matrix exceeds a cluster's
-# shared memory, and CUDA's monce streamed it by one block; that a cluster shares it now has run on
-# no GPU yet. Triton's dec has passed its tests there, CUDA's has run on no GPU yet, and neither
-# have its gradients of a block's weights.
+# On an H200 (benchmarks/results/h200.json) Triton's bfloat16 sinkhorn was faster than CUDA's with
+# 441 patches per map, and slower with 100 and from 641 on; bounds are geometric means of measured
+# sizes. CUDA's monce was the slower one with 441 too, but its kernels are others now: up to 448
+# patches a block keeps a map on the chip, up to 1792 a cluster does, on capability 9.0 alone, and
+# no GPU has timed either. They have less to compute and to move than Triton's (benchmarks/NOTES).
+# Triton's dec has passed its tests there, CUDA's has run on no GPU yet, and neither have its
+# gradients of a block's weights.
 MANY = 210
-ON_CHIP = 641
+BEYOND_CLUSTER = 641  # of sinkhorn's matrix
+BEYOND_BLOCK_OF_MONCE, BEYOND_CLUSTER_OF_MONCE = 449, 1793
 HALVES = (torch.float16, torch.bfloat16)
 
 RULES = (
-    Rule("sinkhorn", ("triton", "cuda"), HALVES, least=MANY, below=ON_CHIP),
-    Rule("monce", ("triton", "cuda"), least=MANY),
+    Rule("sinkhorn", ("triton", "cuda"), HALVES, least=MANY, below=BEYOND_CLUSTER),
+    Rule("monce", ("triton", "cuda"), least=BEYOND_CLUSTER_OF_MONCE),
+    Rule("monce", ("triton", "cuda"), least=BEYOND_BLOCK_OF_MONCE, unless=(9, 0)),
     Rule("dec", ("triton", "cuda")),
     Rule("coupling", ("triton", "cuda"), weights=True),
 )
+
+REWRITTEN: Mapping[tuple[str, str], str] = {("monce", "cuda"): "2026-11-30"}
+"""Since when (UTC) the kernels of an op and a backend are others than a committed result timed."""
 
 DEFAULT = ("cuda", "triton")
 DEVICES = ("cuda",)
@@ -74,10 +93,11 @@ def preferred_kernels(
     shape: Sequence[int],
     rules: Sequence[Rule] = RULES,
     need_weights: bool = False,
+    capability: tuple[int, int] = MEASURED,
 ) -> tuple[str, ...]:
     """The backends with kernels for GPUs, best first."""
     for rule in rules:
-        if rule.fits(op, dtype, size_of(op, shape), need_weights):
+        if rule.fits(op, dtype, size_of(op, shape), need_weights, capability):
             return rule.backends
     return DEFAULT
 
@@ -124,6 +144,7 @@ def in_order(
     x = tensors[0]
     # What was tuned is a step of an image.
     rules = RULES if need_weights else (*tuned(x.device), *RULES)
-    first = preferred_kernels(op, x.dtype, x.shape, rules, need_weights)
+    capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else MEASURED
+    first = preferred_kernels(op, x.dtype, x.shape, rules, need_weights, capability)
     known = tuple(b for b in first if b in backends)
     return known + tuple(b for b in backends if b not in known)

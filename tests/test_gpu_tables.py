@@ -105,5 +105,17 @@ def test_results_are_held_against_the_table_of_preferences() -> None:
         assert gpu_tables.contradictions(run | {"rows": forced_rows({backend: 1.0})}, rules) == []
 
 
+def test_times_of_kernels_that_were_written_again_contradict_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(preferences, "REWRITTEN", {("gram", "cuda"): "2026-11-30"})
+    rows = forced_rows({"cuda": 3e-3, "triton": 2e-3})
+    run, rules = a_run("card"), [preferences.Rule("gram", ("cuda", "triton"))]
+    for taken, number in (({}, 0), ({"taken": "2026-11-29 23:59 UTC"}, 0),
+                          ({"taken": "2026-11-30 00:01 UTC"}, 1)):  # fmt: skip
+        found = gpu_tables.contradictions(run | {"rows": [row | taken for row in rows]}, rules)
+        assert len(found) == number
+
+
 def test_no_committed_result_contradicts_the_table_of_preferences() -> None:
     assert [text for run in gpu_tables.runs() for text in gpu_tables.contradictions(run)] == []

@@ -44,9 +44,25 @@ def test_the_size_of_a_problem() -> None:
         for dtype in (torch.float32, torch.bfloat16)
     }
     assert found["monce", torch.float32] == found["monce", torch.bfloat16]
-    assert found["monce", torch.float32] == ["cuda", "triton", "triton"]
+    assert found["monce", torch.float32] == ["cuda", "cuda", "cuda"]
     assert found["sinkhorn", torch.float32] == ["cuda", "cuda", "cuda"]
     assert found["sinkhorn", torch.bfloat16] == ["cuda", "triton", "cuda"]
+
+
+def test_large_maps_of_monce(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that exceed a block are streamed; on capability 9.0 those that exceed a cluster."""
+    monkeypatch.setattr(preferences, "tuned", lambda device: ())
+    for capability, size, expected in (
+        ((8, 0), 448, "cuda"),
+        ((8, 9), 449, "triton"),
+        ((9, 0), 1792, "cuda"),
+        ((9, 0), 1793, "triton"),
+        ((12, 0), 1792, "triton"),
+    ):
+        x = SimpleNamespace(device=torch.device("cuda"), is_cuda=True, dtype=torch.float32,
+                            shape=(128, size, 64))  # fmt: skip
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        assert preferences.in_order("monce", [x], BACKENDS)[0] == expected
 
 
 def test_rules_for_the_gradients_of_weights(monkeypatch: pytest.MonkeyPatch) -> None:
