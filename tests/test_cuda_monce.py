@@ -392,3 +392,11 @@ def test_shared_streams_under_sanitizers(kind: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     gpu = (24 << 10, True, 5)
     check(kind, gpu, [problem(*pair(3, 140, 3), 0.07, 0.01, 2)], tmp_path, True)
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k != "plain"])
+def test_far_embeddings_under_sanitizers(kind: str, tmp_path: Path) -> None:
+    """The kernels on chip, then the older ones in the same memory."""
+    torch.manual_seed(0)
+    query, key = (30 * x for x in pair(34, 4, 3))
+    check(kind, H200, [problem(query, key, 0.07, 0.5, 2)], tmp_path)
