@@ -383,8 +383,9 @@ struct PartialCall {
     const Features<T> d{pieces.take<T>(pixels() * wide), wide};
     const Features<T> d2{with_d1 ? d.data + half() : d.data, wide};
     if (with_taps) {
-      // z1, whose place d1 then takes.
-      if (const char* error = features(x, d, half()); error != nullptr) return error;
+      // z1, whose place d1 then takes; by rows z2 too, in that of d2.
+      const int64_t count = streams && packed.mix_rows != nullptr ? wide : half();
+      if (const char* error = features(x, d, count); error != nullptr) return error;
     }
     const auto fill = [&](KeptStage<T>& s) {
       s.state = state_at(state);
