@@ -1,0 +1,119 @@
+"""The CUDA kernels of `monce` for maps that a cluster of blocks solves on chip, on the host,
+against the float64 reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import contract
+import numpy as np
+import pytest
+import torch
+from emulated import KINDS, needs_modules, results, strided
+from test_cuda_monce import H200, Gpu, check, compare, pair, problem, run
+
+from mghf_fast.ops.vocabulary import kept_iterations
+from mghf_fast.reference import monce as reference
+
+pytestmark = needs_modules
+
+ONE_CLUSTER: Gpu = (227 << 10, True, 3)  # of two blocks at a time
+
+
+@pytest.mark.parametrize(
+    ("n", "depth", "options"),
+    [
+        (449, 64, (0.07, 1.0, 3)),  # a row and a column of a block's own
+        (460, 17, (0.5, 0.05, 3, 0.5, "easy")),
+        (897, 9, (0.07, 1.0, 2, 1.0, "hard", "detach")),  # three blocks
+    ],
+)
+def test_values_and_gradients(
+    n: int, depth: int, options: tuple[object, ...], tmp_path: Path
+) -> None:
+    torch.manual_seed(n)
+    check("plain", H200, [problem(*pair(1, n, depth), *options)], tmp_path)
+
+
+def test_more_maps_than_clusters(tmp_path: Path) -> None:
+    """NaN and infinities stay in their map."""
+    torch.manual_seed(0)
+    query, key = pair(4, 449, 7)
+    query[1, 448, 3], key[3, 0, 2] = torch.nan, -torch.inf
+    upstream, _, _, options = given = problem(query, key, 0.07, 1.0, 2)
+    losses, grad = run("plain", ONE_CLUSTER, [given], tmp_path)
+    whole, broken = [0, 2], [1, 3]
+    assert np.isnan(losses[broken]).all() and np.isnan(grad[broken]).all()
+    compare((upstream[whole], query[whole], key[whole], options), losses[whole], grad[whole])
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_the_other_kernels_state(older: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    check("plain", H200, [problem(*pair(1, 449, 5), 0.07, 1.0, 2)], tmp_path, older, not older)
+
+
+def test_iterations_that_are_not_in_the_state(tmp_path: Path) -> None:
+    """The backward makes them again, and its recursion goes past those that were made."""
+    torch.manual_seed(0)
+    check("plain", H200, [problem(*pair(1, 450, 4), 0.3, 0.05, 9)], tmp_path)
+
+
+def test_which_kernels_run(tmp_path: Path) -> None:
+    """They round differently from the older ones, which solve what they do not: the cost "exp",
+    and an epsilon below 0.05."""
+    torch.manual_seed(0)
+    problems = [
+        problem(*pair(1, 449, 3), 0.07, epsilon, 1, 1.0, cost, "detach")
+        for epsilon, cost in ((0.05, "hard"), (0.04, "hard"), (1.0, "exp"))
+    ]
+    newer, older = (run("plain", H200, problems, tmp_path, choice) for choice in (False, True))
+    assert [(a == b).all() for a, b in zip(newer, older, strict=True)] == [False] * 2 + [True] * 4
+
+
+def test_scales_of_numbers(tmp_path: Path) -> None:
+    """Halves have a small range: small gradients, and rows that are not unit."""
+    torch.manual_seed(0)
+    upstream, query, key, options = problem(*pair(1, 449, 5), 0.07, 1.0, 2)
+    problems = [(upstream * 1e-30, query, key, options)]
+    problems += [(upstream, query * scale, key, options) for scale in (1e-12, 16.0)]
+    check("plain", H200, problems, tmp_path)
+
+
+def test_half_precision(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    query, key = (x.to(torch.bfloat16) for x in pair(1, 449, 12))
+    upstream, _, _, options = given = problem(query, key, 0.07, 1.0, 2)
+    losses, grad = run("plain", H200, [given], tmp_path)
+    exact = (query.double(), key.double(), *options)
+    want = reference.monce(*exact)
+    assert contract.relative_error(torch.from_numpy(losses), want) <= 1e-5
+    want = reference.monce_backward(upstream.double(), *exact)
+    rounding = contract.relative_error(want.bfloat16(), want)
+    got = torch.from_numpy(grad).view(torch.bfloat16)
+    assert contract.relative_error(got, want) <= 1.01 * rounding + 1e-5
+
+
+def test_one_product_in_place_of_three(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    upstream, query, key, options = problem(*pair(1, 449, 40), 0.07, 1.0, 2)
+    given, kept = (strided(query), strided(key)), kept_iterations(options[2])
+
+    def computed(precision: str) -> list[torch.Tensor]:
+        calls = [("set_gpu", H200), ("monce", (*given, *options, kept, precision))]
+        losses, state = results("plain", calls, tmp_path)[1]
+        backward = (strided(upstream), *given, state, *options, precision)
+        (grad,) = results("plain", [("set_gpu", H200), ("monce_backward", backward)], tmp_path)[1:]
+        return [torch.from_numpy(x) for x in (losses, grad)]
+
+    exact, tf32, bfloat16 = (computed(p) for p in ("float32", "tf32", "bfloat16"))
+    for got, same, close in zip(tf32, bfloat16, exact, strict=True):
+        assert torch.equal(got, same)
+        assert 3e-5 <= contract.relative_error(got, close) <= 3e-3
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k != "plain"])
+def test_under_sanitizers(kind: str, tmp_path: Path) -> None:
+    """One cluster and two maps."""
+    torch.manual_seed(0)
+    check(kind, ONE_CLUSTER, [problem(*pair(2, 449, 3), 0.07, 1.0, 1)], tmp_path)
