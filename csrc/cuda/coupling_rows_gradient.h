@@ -49,7 +49,8 @@ struct KeptRowsSizes {
   using Row = HiddenRow<float, kHidden>;
   static constexpr int kRingBytes = kRing * Row::kSize * 4;
   static constexpr int kPowersBytes = kRing * kStrip * 4;
-  static constexpr int kMixBytes = kHidden * kHidden * 2, kAllMixBytes = kParts * kMixBytes + kScaleBytes;
+  static constexpr int kMixBytes = kHidden * kHidden * 2;
+  static constexpr int kAllMixBytes = kParts * kMixBytes + kScaleBytes;
   static constexpr int kCounters = 2 * kRing + 1;
   static constexpr size_t kBytes =
       kLayout.bytes() + kRingBytes + kPowersBytes + kCounters * sizeof(Counter);

@@ -465,7 +465,7 @@ const char* monce_workspace_bytes(int64_t batch, int64_t size, int64_t depth,
 int64_t monce_backward_maps(int64_t batch, int64_t size, int64_t depth,
                             const MonceOptions& options) {
   constexpr int64_t kMostBytes = int64_t{48} << 20;
-  if (on_one_chip(size, depth, options) || on_one_cluster(size, depth, options)) return batch;
+  if (first_kernels(size, depth, options) != First::none) return batch;
   Division division;
   int64_t bytes = 0;
   const bool all = divide_maps(size, batch, division) != nullptr || !division.on_chip ||
@@ -492,8 +492,8 @@ const char* monce(const Matrices& query, const Matrices& key, const MonceOptions
     error = monce_by_clusters(query, key, options, result, state, slots, workspace, stream);
   }
   if (error != nullptr) return error;
-  return launch_contrast(division, options, first != First::none, kept, {}, query, key, result, nullptr,
-                         workspace, stream);
+  return launch_contrast(division, options, first != First::none, kept, {}, query, key, result,
+                         nullptr, workspace, stream);
 }
 
 const char* monce_backward(const Matrices& grad, const Matrices& query, const Matrices& key,
