@@ -41,7 +41,7 @@ def test_cuda_launches_of_a_step_are_recorded() -> None:
         assert name.startswith("_ZN4mghf4cuda")
         assert blocks > 0 and cluster > 0 and threads % 32 == 0 and shared >= 0
         assert parameters > 0, name
-    mixed = [first for name, *_, first in found if "4cuda12_GLOBAL__N_13mix" in name]
+    mixed = [first for name, *_, first in found if "4cuda12_GLOBAL__N_18mix_rows" in name]
     assert mixed and min(mixed) > 1 << 32  # the image's address
     # Images lie as on a GPU, where the kernels that copy pieces of an image's rows take them.
     projections = [name for name in of_patches if "project" in name]
