@@ -18,9 +18,8 @@
 // are added before the power is taken.
 //
 // Maps that fit one block's shared memory without K are those of monce_chip.h instead, larger ones
-// up to 1792 patches those of monce_cluster.h. Both make a map NaN whose sums leave float32's range,
-// as those of embeddings much longer than 1 may. The host cannot know them without waiting, so the
-// kernels here follow and solve the maps that are NaN.
+// up to 1792 patches those of monce_cluster.h, and both make a map NaN whose sums leave float32's range, as those of embeddings much longer than 1 may. The host
+// cannot know them without waiting, so the kernels here follow and solve the maps that are NaN.
 //
 // Predicted floor for B = 128, N = 441, D = 64, float32 on an H200: 29 MB read, 6 us at 4.3 TB/s; 1.6 G
 // multiply-adds for each s, as three products of TF32 33 us at 300 TFLOP/s. In each of four rounds
@@ -400,38 +399,32 @@ Terms terms_of(const MonceOptions& options, int64_t n, bool broken_only) {
           broken_only};
 }
 
-// The kernels that take these maps first: those of monce_chip.h, monce_cluster.h, or none but the
-// ones here.
-enum class First { chip, cluster, none };
-First first_kernels(int64_t n, int64_t depth, const MonceOptions& options) {
+// The newer kernels: which of them take these maps, if any.
+enum class Newer { none, chip, cluster };
+
+Newer newer_kernels(int64_t n, int64_t depth, const MonceOptions& options) {
   Gpu gpu;
-  if (!newest(Variant::monce) || current_gpu(gpu) != nullptr) return First::none;
-  if (fits_chip(n, depth, options, gpu.shared_bytes)) return First::chip;
-  return fits_cluster(n, depth, options) ? First::cluster : First::none;
+  if (!newest(Variant::monce) || current_gpu(gpu) != nullptr) return Newer::none;
+  if (fits_chip(n, depth, options, gpu.shared_bytes)) return Newer::chip;
+  return fits_cluster(n, depth, options) ? Newer::cluster : Newer::none;
 }
 
-// The division for the kernels here, and the bytes of the workspace. Of maps that others took first
-// they solve those that were left as NaN, which are few or none: by no more clusters than the
-// others' workspace has memory for, if it is enough for one.
-const char* divide_after(First first, int64_t n, int64_t batch, const MonceOptions& options,
-                         bool backward, Division& division, int64_t& bytes) {
+// The division for the maps that the newer kernels left as NaN, which are few or none: no more
+// clusters than their workspace has memory for, if it is enough for one. `bytes`: of the workspace.
+const char* divide_broken(Newer newer, int64_t n, int64_t batch, const MonceOptions& options,
+                          bool backward, Division& division, int64_t& bytes) {
   constexpr int64_t kMostClusters = 32;
   const char* error = divide_maps(n, batch, division);
+  if (error == nullptr && newer == Newer::cluster) {
+    error = cluster_workspace_bytes(batch, n, options, backward, bytes);
+  } else {
+    bytes = chip_workspace_bytes(batch, n, options, backward);
+  }
   if (error != nullptr) return error;
   const bool exact = backward && differentiates_plan(options, n);
   const auto needed = [&] {
     return solver_bytes(n, options.transport.iterations, exact ? division.clusters : 0, division);
   };
-  if (first == First::none) {
-    bytes = needed();
-    return nullptr;
-  }
-  if (first == First::chip) {
-    bytes = chip_workspace_bytes(batch, n, options, backward);
-  } else {
-    error = cluster_workspace_bytes(batch, n, options, backward, bytes);
-    if (error != nullptr) return error;
-  }
   if (division.clusters > kMostClusters) division.clusters = kMostClusters;
   while (division.clusters > 1 && needed() > bytes) --division.clusters;
   if (needed() > bytes) bytes = needed();
@@ -458,14 +451,23 @@ const char* launch_contrast(const Division& division, const MonceOptions& option
 const char* monce_workspace_bytes(int64_t batch, int64_t size, int64_t depth,
                                   const MonceOptions& options, bool backward, int64_t& bytes) {
   Division division;
-  return divide_after(first_kernels(size, depth, options), size, batch, options, backward, division,
-                      bytes);
+  const Newer newer = newer_kernels(size, depth, options);
+  if (newer != Newer::none) {
+    return divide_broken(newer, size, batch, options, backward, division, bytes);
+  }
+  const char* const error = divide_maps(size, batch, division);
+  if (error == nullptr) {
+    const bool exact = backward && differentiates_plan(options, size);
+    bytes = solver_bytes(size, options.transport.iterations, exact ? division.clusters : 0,
+                         division);
+  }
+  return error;
 }
 
 int64_t monce_backward_maps(int64_t batch, int64_t size, int64_t depth,
                             const MonceOptions& options) {
   constexpr int64_t kMostBytes = int64_t{48} << 20;
-  if (first_kernels(size, depth, options) != First::none) return batch;
+  if (newer_kernels(size, depth, options) != Newer::none) return batch;
   Division division;
   int64_t bytes = 0;
   const bool all = divide_maps(size, batch, division) != nullptr || !division.on_chip ||
@@ -483,17 +485,18 @@ const char* monce(const Matrices& query, const Matrices& key, const MonceOptions
                   kept);
   }
   Division division;
-  const First first = first_kernels(n, query.columns, options);
+  const Newer newer = newer_kernels(n, query.columns, options);
+  const bool follows = newer != Newer::none;
   int64_t bytes = 0;
-  const char* error = divide_after(first, n, batch, options, false, division, bytes);
-  if (error == nullptr && first == First::chip) {
-    error = monce_on_chip(query, key, options, result, state, slots, workspace, stream);
-  } else if (error == nullptr && first == First::cluster) {
-    error = monce_by_clusters(query, key, options, result, state, slots, workspace, stream);
+  const char* error = follows ? divide_broken(newer, n, batch, options, false, division, bytes)
+                              : divide_maps(n, batch, division);
+  if (error == nullptr && follows) {
+    const auto launch_newer = newer == Newer::chip ? monce_on_chip : monce_by_clusters;
+    error = launch_newer(query, key, options, result, state, slots, workspace, stream);
   }
   if (error != nullptr) return error;
-  return launch_contrast(division, options, first != First::none, kept, {}, query, key, result,
-                         nullptr, workspace, stream);
+  return launch_contrast(division, options, follows, kept, {}, query, key, result, nullptr,
+                         workspace, stream);
 }
 
 const char* monce_backward(const Matrices& grad, const Matrices& query, const Matrices& key,
@@ -505,20 +508,20 @@ const char* monce_backward(const Matrices& grad, const Matrices& query, const Ma
                   query, grad_query);
   }
   Division division;
-  const First first = first_kernels(n, query.columns, options);
+  const Newer newer = newer_kernels(n, query.columns, options);
+  const bool follows = newer != Newer::none;
   int64_t bytes = 0;
-  const char* error = divide_after(first, n, batch, options, true, division, bytes);
-  if (error == nullptr && first == First::chip) {
-    error = monce_backward_on_chip(grad, query, key, state, slots, options, grad_query, workspace,
-                                   stream);
-  } else if (error == nullptr && first == First::cluster) {
-    error = monce_backward_by_clusters(grad, query, key, state, slots, options, grad_query,
-                                       workspace, stream);
+  const char* error = follows ? divide_broken(newer, n, batch, options, true, division, bytes)
+                              : divide_maps(n, batch, division);
+  if (error == nullptr && follows) {
+    const auto launch_newer =
+        newer == Newer::chip ? monce_backward_on_chip : monce_backward_by_clusters;
+    error = launch_newer(grad, query, key, state, slots, options, grad_query, workspace, stream);
   }
   if (error != nullptr) return error;
   const KeptIterates kept{const_cast<int*>(state), slots};  // is only read
-  return launch_contrast(division, options, first != First::none, kept, grad, query, key, nullptr,
-                         grad_query, workspace, stream);
+  return launch_contrast(division, options, follows, kept, grad, query, key, nullptr, grad_query,
+                         workspace, stream);
 }
 
 }  // namespace mghf::cuda

@@ -12,7 +12,8 @@ bool fits_cluster(int64_t n, int64_t depth, const MonceOptions& options);
 const char* cluster_workspace_bytes(int64_t batch, int64_t n, const MonceOptions& options,
                                     bool backward, int64_t& bytes);
 
-// As monce() and monce_backward().
+// As monce() and monce_backward(). Losses, or the gradient, of a map whose sums leave float32's
+// range are NaN.
 const char* monce_by_clusters(const Matrices& query, const Matrices& key,
                               const MonceOptions& options, float* losses, int* state, int slots,
                               void* workspace, Stream stream);

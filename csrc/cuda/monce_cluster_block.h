@@ -18,7 +18,8 @@
 // halves.h). The small products of a tile come first and the large ones last, since tensor cores
 // truncate each sum: so they cut off four times at the sum's full size.
 //
-// Range. As in monce_chip_block.h: a map whose sums leave [1e-33, 1e33] is a NaN.
+// Range. As in monce_chip_block.h: a map whose sums leave [1e-33, 1e33] becomes a NaN, which the
+// kernels of monce.cu then solve.
 #pragma once
 
 #include "halves.h"
