@@ -123,17 +123,52 @@ def tensor_cycles(counts: Mapping[str, float]) -> float:
 # ---- what depends on data ----
 
 RULES = (
-    (r"for \(int t = 1; t <= (p\.iterations|made); |term <= last; ", "iterations"),
+    (
+        r"for \(int t = 1; t <= (p\.iterations|made); |term <= (state\.last_term|last); ",
+        "iterations",
+    ),
     (r"progress\.hopeless|p\.tolerance|settled\(|kRounding &&|solution\.made < 0", "stay"),
     (r"const bool is_narrow|if \(is_narrow\)|solution\.base == 0", "stay"),
     (r"exists \?|y < 0 \|\| y >= heights|if \(count > 0\) sum -= ", "stay"),
     (r"half < rows", "enter"),
     (r"if \(!fast\)|is_last\(", "skip"),
+    (r"made < 1 \|\| made > kept\.slots", "stay"),
 )
 """Patterns of source lines, and what their jumps do. "iterations" ends the loop after `ITERATIONS`.
 "skip" jumps forward, or ends the thread, whatever the predicate says: what only the last block does
 is not counted. The others are for unknown predicates: "stay" goes on behind the jump, and "enter"
 does so too but stays in the loop."""
+
+
+# Lines of kernels that go through a map in passes, and the order of `Pass` (monce_chip_block.h).
+NEXT_PASS, NEXT_MAP = (
+    r"while \(!state(\(\))?\.failed && state(\(\))?\.pass",
+    r"map = (after\()?s\.state(\(\))?\.map",
+)
+DEPTH = 64  # numbers of a patch
+BACKWARD = r"\(kBackward && state(\(\))?\.pass == Pass::weigh"
+ITERATE, WEIGH, RECUR, DIFFERENTIATE = range(4)
+
+
+class Passes:
+    """What a kernel that goes through a map in passes reads of its state, which is in shared memory
+    and written by the block's first thread: `ITERATIONS` iterations and the losses; in a gradient,
+    which goes on from a state, the weights, as many steps backwards and the last pass."""
+
+    def __init__(self, place: Place, backward: bool) -> None:
+        repeated = [RECUR if backward else ITERATE] * ITERATIONS
+        self._passes = [WEIGH, *repeated, DIFFERENTIATE] if backward else [*repeated, WEIGH]
+        self._place, self._at, self._maps = place, -1, 0
+
+    def __call__(self, name: str) -> int | None:
+        if name == "next map":
+            self._at, self._maps = -1, self._maps + 1
+            return self._place.block + (self._maps - 1) * self._place.blocks
+        if name == "next pass":
+            self._at = min(self._at + 1, len(self._passes) - 1)
+        if name in ("pass", "next pass"):
+            return self._passes[max(self._at, 0)]
+        return DEPTH // 16 if name == "steps" else 0  # nothing has failed
 
 
 class Sources:
@@ -150,6 +185,45 @@ class Sources:
         lines = self._lines.get(name, [])
         return lines[int(number) - 1] if number and int(number) <= len(lines) else ""
 
+    def supplied(self, program: Program) -> dict[int, tuple[int, str]]:
+        """The loads of a program that goes through passes; see `Passes`."""
+        loads = {
+            k: (each, self.line(each.line))
+            for k, each in enumerate(program.instructions)
+            if each.mnemonic == "LDS" and re.fullmatch(r"R\d+", each.operands[0])
+        }
+        found: dict[int, tuple[int, str]] = {}
+        offsets = {
+            _offset(each) for each, line in loads.values()
+            if re.search(NEXT_PASS, line) and not _bytes_of(each)
+        }  # fmt: skip
+        if len(offsets) != 1:
+            return found
+        (of_pass,) = offsets
+        # The number of the last map is loaded once, where it is first needed.
+        in_loop = any(re.search(NEXT_MAP, line) for _, line in loads.values())
+        next_map = NEXT_MAP if in_loop else r"if \(state(\(\))?\.failed\)"
+        for k, (each, line) in loads.items():
+            register = int(each.operands[0].removeprefix("R"))
+            if _bytes_of(each):
+                if re.search(r"state(\(\))?\.failed", line):
+                    found[k] = register, "failed"
+                continue
+            words = 4 if "128" in each.suffixes else 2 if "64" in each.suffixes else 1
+            word = (of_pass - _offset(each)) // 4
+            if re.search(NEXT_PASS, line):
+                found[k] = register, "next pass"
+            elif re.search(r"step < state\.steps", line):
+                found[k] = register, "steps"
+            elif re.search(next_map, line) and _offset(each) == 0:
+                found[k] = register, "next map"
+            elif re.search(r"state(\(\))?\.pass\b", line) and 0 <= word < words:
+                found[k] = register + word, "pass"
+        return found
+
+    def goes_backward(self, program: Program) -> bool:
+        return any(re.search(BACKWARD, self.line(each.line)) for each in program.instructions)
+
     def rule(self, iterations: int = ITERATIONS) -> Rule:
         @functools.cache
         def kind(place: str) -> str:
@@ -160,7 +234,7 @@ class Sources:
             found = kind(jump.line) if jump.mnemonic in ("BRA", "EXIT") else ""
             forward = _forward(program, jump)
             if found == "iterations" and not forward and jump.mnemonic == "BRA":
-                return times < iterations - 1
+                return times % iterations < iterations - 1  # each time that the loop is entered
             if found == "skip" and (known is None or jump.mnemonic == "BRA"):
                 return forward or jump.mnemonic == "EXIT"
             if known is None and found in ("stay", "enter"):
@@ -168,6 +242,16 @@ class Sources:
             return shortest(program, jump, known, times)
 
         return decide
+
+
+def _offset(load: Instruction) -> int:
+    """The constant in a load's address."""
+    found = re.search(r"\+(0x[0-9a-f]+)\]", load.operands[-1])
+    return int(found[1], 16) if found else 0
+
+
+def _bytes_of(load: Instruction) -> bool:
+    return any(suffix in ("U8", "S8") for suffix in load.suffixes)
 
 
 def _forward(program: Program, jump: Instruction) -> bool:
@@ -181,7 +265,8 @@ def _forward(program: Program, jump: Instruction) -> bool:
 class Code:
     """The kernels of compiled sources by `local_name`, and what `ptxas` says of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, sources: Sources | None = None) -> None:
+        self._sources = sources or Sources()
         self._walkers: dict[str, Walker] = {}
         self._resources: dict[str, Resources] = {}
 
@@ -189,7 +274,7 @@ class Code:
         for program in programs:
             if program.name in used:
                 name = local_name(program.name)
-                self._walkers[name] = Walker(program)
+                self._walkers[name] = Walker(program, self._sources.supplied(program))
                 self._resources[name] = used[program.name]
 
     def compile(self, source: Path, folder: Path, nvcc: Path, nvdisasm: Path) -> None:
@@ -205,6 +290,7 @@ class Code:
         """Raises KeyError for a kernel that no source has, WalkError for one that does not end."""
         name = local_name(launch.name)
         walker, used = self._walkers[name], self._resources[name]
+        backward = self._sources.goes_backward(walker.program)
         warps = launch.threads // 32
         blocks = sorted({int(launch.blocks * part) for part in (0.29, 0.57, 0.83)})
         by_block: list[list[Walk]] = []
@@ -214,7 +300,7 @@ class Code:
                       launch.blocks_of_cluster)
                 for warp in sorted({0, warps // 2, warps - 1})
             )  # fmt: skip
-            by_block.append([walker.walk(place, rule) for place in places])
+            by_block.append([walker.walk(p, rule, supply=Passes(p, backward)) for p in places])
         walks = [walk for block in by_block for walk in block]
         names: Counter[str] = Counter()
         moved: Counter[str] = Counter()

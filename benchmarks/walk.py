@@ -48,6 +48,10 @@ Rule = Callable[[Program, Instruction, bool | None, int], bool]
 was met before. Returns whether to jump."""
 
 
+Supply = Callable[[str], int | None]
+"""The value of a load that `Walker.supplied` names, each time that it is executed."""
+
+
 def shortest(program: Program, jump: Instruction, known: bool | None, times: int) -> bool:
     """Where the predicate is unknown: leaves loops, and skips what may be skipped, which mostly is
     for values that are not finite or not normal."""
@@ -161,10 +165,15 @@ def _indented(lines: Sequence[str]) -> list[str]:
 
 
 class Walker:
-    """A program, translated once, for walks of any number of its threads."""
+    """A program, translated once, for walks of any number of its threads. ``supplied``: of loads,
+    by index, the register and the name by which a walk's `Supply` knows what another thread
+    stored."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(
+        self, program: Program, supplied: Mapping[int, tuple[int, str]] | None = None
+    ) -> None:
         self.program = program
+        self._supplied = supplied or {}
         self._blocks = _blocks(program)
         self._of = {first: n for n, (first, _) in enumerate(self._blocks)}
         self._functions: dict[int, Callable[..., None]] = {}
@@ -188,14 +197,23 @@ class Walker:
                 lines += ["elif g is None:", *_indented([*counted, *unknown])]
             else:
                 lines += body
+            if k in self._supplied:
+                register, name = self._supplied[k]
+                lines.append(f"R[{register}] = S({name!r})")
         clock = _timing(self.program.instructions[first:last])
-        text = ["def run(R, P, U, Q, C, M, N, X, A, B, T):", *_indented(lines)]
+        text = ["def run(R, P, U, Q, C, M, N, X, A, B, T, S):", *_indented(lines)]
         text += _indented(["t0, t1 = T", *clock, "T[0] = t0; T[1] = t1"])
         scope: dict[str, Callable[..., None]] = {}
         exec("\n".join(text), dict(HELPERS), scope)
         return scope["run"]
 
-    def walk(self, place: Place, rule: Rule = shortest, most: int = 100_000_000) -> Walk:
+    def walk(
+        self,
+        place: Place,
+        rule: Rule = shortest,
+        most: int = 100_000_000,
+        supply: Supply = lambda name: None,
+    ) -> Walk:
         """Args: ``most``: instructions after which to give up, a `WalkError`."""
         program, instructions = self.program, self.program.instructions
         state = _State(place)
@@ -208,7 +226,7 @@ class Walker:
             function = self._functions.get(number)
             if function is None:
                 function = self._functions[number] = self._function(number)
-            function(*state.arguments)
+            function(*state.arguments, supply)
             visits[number] += 1
             first, last = self._blocks[number]
             executed += last - first

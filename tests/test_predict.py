@@ -273,6 +273,61 @@ def test_rules(tmp_path: Path, line: int, label: int, instructions: int) -> None
     assert found.counts.total() == instructions
 
 
+PASSING = """
+.text.kernel:
+.L_x_0:
+//## File "/x/csrc/cuda/planned.h", line 1
+        /*0000*/                   LDS.U8 R1, [R0+0x40] ;
+        /*0010*/                   LDS R2, [R0+0x34] ;
+        /*0020*/                   ISETP.EQ.AND P0, PT, R2, 0x3, PT ;
+        /*0030*/               @P0 BRA `(.L_x_2) ;
+//## File "/x/csrc/cuda/planned.h", line {line}
+        /*0040*/                   LDS.64 R4, [R0+0x30] ;
+        /*0050*/                   ISETP.EQ.AND P1, PT, R5, {leaves}, PT ;
+        /*0060*/               @P1 BRA `(.L_x_2) ;
+        /*0070*/                   HMMA.1688.F32.TF32 R4, R8, R2, R4 ;
+        /*0080*/                   BRA `(.L_x_0) ;
+.L_x_2:
+        /*0090*/                   EXIT ;
+"""
+PASSES = (
+    "while (!state.failed && state.pass != Pass::differentiate) {",
+    "if (!kBackward && state.pass == Pass::weigh) break;",
+    "if (kBackward && state.pass == Pass::weigh) {",
+)
+
+
+@pytest.mark.parametrize(
+    ("line", "leaves", "products"),
+    [
+        (2, 1, counting.ITERATIONS),  # ends with the losses
+        (3, 4, 1 + counting.ITERATIONS),  # the weights, and steps backwards
+    ],
+)
+def test_passes_whose_number_another_thread_knows(
+    tmp_path: Path, line: int, leaves: int, products: int
+) -> None:
+    folder = tmp_path / "csrc" / "cuda"
+    folder.mkdir(parents=True)
+    (folder / "planned.h").write_text("\n".join(PASSES))
+    (program,) = programs(PASSING.format(line=line, leaves=hex(leaves)))
+    sources = Sources(tmp_path)
+    assert sources.supplied(program) == {0: (1, "failed"), 1: (2, "next pass"), 4: (5, "pass")}
+    assert sources.goes_backward(program) == (line == 3)
+    code = Code(sources)
+    code.add([program], {"kernel": Resources(100, 0)})
+    counts = code.count(Launch("kernel", 128, 1, 512, 0, b""), sources.rule())
+    assert counts.units["tensor"] == products and counts.unknown == 0
+
+
+def test_maps_of_a_block_come_one_after_the_other() -> None:
+    passes = counting.Passes(Place(0, 5, 32, 100, b""), backward=False)
+    taken = [passes("next pass") for _ in range(counting.ITERATIONS + 2)]
+    assert taken == [0] * counting.ITERATIONS + [1, 1] and passes("pass") == 1
+    assert passes("next map") == 5 and passes("next pass") == passes("pass") == 0
+    assert passes("next map") == 105 and passes("failed") == 0 and passes("steps") == 4
+
+
 def test_changed_sources_are_noticed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
