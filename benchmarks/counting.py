@@ -141,10 +141,8 @@ does so too but stays in the loop."""
 
 
 # Lines of kernels that go through a map in passes, and the order of `Pass` (monce_chip_block.h).
-NEXT_PASS, NEXT_MAP = (
-    r"while \(!state(\(\))?\.failed && state(\(\))?\.pass",
-    r"map = (after\()?s\.state(\(\))?\.map",
-)
+NEXT_PASS = r"while \(!state(\(\))?\.failed && state(\(\))?\.pass"
+OF_CLUSTER = r"return state\(\)\.cluster;"
 DEPTH = 64  # numbers of a patch
 BACKWARD = r"\(kBackward && state(\(\))?\.pass == Pass::weigh"
 ITERATE, WEIGH, RECUR, DIFFERENTIATE = range(4)
@@ -158,17 +156,23 @@ class Passes:
     def __init__(self, place: Place, backward: bool) -> None:
         repeated = [RECUR if backward else ITERATE] * ITERATIONS
         self._passes = [WEIGH, *repeated, DIFFERENTIATE] if backward else [*repeated, WEIGH]
-        self._place, self._at, self._maps = place, -1, 0
+        self._at, self._maps = -1, 0
+        self._cluster, self._rank = divmod(place.block, place.blocks_of_cluster)
+        self._clusters = place.blocks // place.blocks_of_cluster
 
     def __call__(self, name: str) -> int | None:
-        if name == "next map":
-            self._at, self._maps = -1, self._maps + 1
-            return self._place.block + (self._maps - 1) * self._place.blocks
         if name == "next pass":
-            self._at = min(self._at + 1, len(self._passes) - 1)
-        if name in ("pass", "next pass"):
-            return self._passes[max(self._at, 0)]
-        return DEPTH // 16 if name == "steps" else 0  # nothing has failed
+            self._at += 1
+            if self._at == len(self._passes):  # the next of the block's or cluster's maps
+                self._at, self._maps = 0, self._maps + 1
+        values = {
+            "steps": DEPTH // 16,
+            "cluster": self._cluster,
+            "rank": self._rank,
+            "map": self._cluster + self._maps * self._clusters,
+            "failed": 0,
+        }
+        return values.get(name, self._passes[max(self._at, 0)])
 
 
 class Sources:
@@ -200,25 +204,26 @@ class Sources:
         if len(offsets) != 1:
             return found
         (of_pass,) = offsets
-        # The number of the last map is loaded once, where it is first needed.
-        in_loop = any(re.search(NEXT_MAP, line) for _, line in loads.values())
-        next_map = NEXT_MAP if in_loop else r"if \(state(\(\))?\.failed\)"
+        # The state begins with the map, or with the cluster, the block's rank in it and the map.
+        clusters = any(re.search(OF_CLUSTER, line) for _, line in loads.values())
+        first = ("cluster", "rank", "map") if clusters else ("map",)
+        at = r"rank\(state|state\(\)\.(cluster|map)" if clusters else r"state\.(map|failed)"
         for k, (each, line) in loads.items():
-            register = int(each.operands[0].removeprefix("R"))
+            register, offset = int(each.operands[0].removeprefix("R")), _offset(each)
             if _bytes_of(each):
                 if re.search(r"state(\(\))?\.failed", line):
                     found[k] = register, "failed"
                 continue
             words = 4 if "128" in each.suffixes else 2 if "64" in each.suffixes else 1
-            word = (of_pass - _offset(each)) // 4
+            word = (of_pass - offset) // 4
             if re.search(NEXT_PASS, line):
                 found[k] = register, "next pass"
             elif re.search(r"step < state\.steps", line):
                 found[k] = register, "steps"
-            elif re.search(next_map, line) and _offset(each) == 0:
-                found[k] = register, "next map"
             elif re.search(r"state(\(\))?\.pass\b", line) and 0 <= word < words:
                 found[k] = register + word, "pass"
+            elif re.search(at, line) and words == 1 and offset < 4 * len(first):
+                found[k] = register, first[offset // 4]
         return found
 
     def goes_backward(self, program: Program) -> bool:

@@ -320,12 +320,17 @@ def test_passes_whose_number_another_thread_knows(
     assert counts.units["tensor"] == products and counts.unknown == 0
 
 
-def test_maps_of_a_block_come_one_after_the_other() -> None:
-    passes = counting.Passes(Place(0, 5, 32, 100, b""), backward=False)
-    taken = [passes("next pass") for _ in range(counting.ITERATIONS + 2)]
-    assert taken == [0] * counting.ITERATIONS + [1, 1] and passes("pass") == 1
-    assert passes("next map") == 5 and passes("next pass") == passes("pass") == 0
-    assert passes("next map") == 105 and passes("failed") == 0 and passes("steps") == 4
+def test_maps_come_one_after_the_other() -> None:
+    """Those of a block, or of a cluster."""
+    losses = [0] * counting.ITERATIONS + [1]
+    for blocks_of_cluster, first, second in ((1, 5, 105), (4, 1, 26)):
+        place = Place(0, 5, 32, 100, b"", blocks_of_cluster)
+        passes = counting.Passes(place, backward=False)
+        for number in (first, second):
+            assert [passes("next pass") for _ in losses] == losses and passes("pass") == 1
+            assert passes("map") == number
+        assert passes("cluster") == first and passes("rank") == 5 % blocks_of_cluster
+        assert passes("failed") == 0 and passes("steps") == 4
 
 
 def test_changed_sources_are_noticed(
