@@ -103,12 +103,12 @@ def _coupling_tensors(batch: int, side: int) -> tuple[Tensor, ...]:
     return (*_features(batch, side), *(w.contiguous() for w in weights))
 
 
-def coupling(batch: int, side: int, inverse: bool = False) -> Problem:
+def coupling(batch: int, side: int, inverse: bool = False, activation: str = "relu6") -> Problem:
     name = "coupling_inverse" if inverse else "coupling"
 
     def run(tensors: tuple[Tensor, ...], *chosen: str) -> Tensor:
         x, *weights = tensors
-        block, options = getattr(torch.ops.mghf_fast, name), ("relu6", "bottleneck", 2.0)
+        block, options = getattr(torch.ops.mghf_fast, name), (activation, "bottleneck", 2.0)
         if inverse:
             undone: Tensor = block(x, weights, *options, *chosen)
             return undone
@@ -241,5 +241,11 @@ def small(op: str) -> Problem:
 
 
 def for_trial(op: str) -> list[Problem]:
-    """The small problem, and a larger one where that takes another way."""
-    return [small(op), *([PROBLEMS[op](*LARGER[op])] if op in LARGER else [])]
+    """The small problem, and others where these take another way: a larger one, or another
+    activation."""
+    found = [small(op)]
+    if op in LARGER:
+        found.append(PROBLEMS[op](*LARGER[op]))
+    if op == "coupling":
+        found.append(coupling(1, 9, activation="leaky_relu"))
+    return found

@@ -248,6 +248,8 @@ def strips() -> list[Problem]:
         *(problem(4, (1, 3, width)) for width in (63, 64, 65, 126, 127)),
         problem(66, (2, 10, 64)),
         problem(66, (1, 2, 67)).as_dtype(torch.bfloat16),
+        problem(66, (1, 10, 67), activation="leaky_relu"),
+        problem(34, (1, 4, 67), activation="leaky_relu").as_dtype(torch.float16),
     ]
 
 
@@ -444,17 +446,18 @@ def test_large_and_small_scales() -> None:
     assert torch.equal(grads[0].isfinite(), grads[1].isfinite())
 
 
+@pytest.mark.parametrize("activation", ["relu6", "leaky_relu"])
 @pytest.mark.parametrize(
     ("channels", "size", "inputs", "kernel"),
     [(66, (1, 3, 67), 66, 1), (66, (1, 5, 6), 3, 3), (34, (1, 5, 6), 34, 1), (12, (1, 4, 5), 3, 3)],
 )
 def test_products_of_less_precision(
-    channels: int, size: tuple[int, int, int], inputs: int, kernel: int
+    channels: int, size: tuple[int, int, int], inputs: int, kernel: int, activation: str
 ) -> None:
     """By rows they are one of halves, for TF32 and bfloat16 alike; the result errs by a few times
     what the factors are rounded by, and the gradient from what the forward kept likewise."""
-    p = problem(channels, size, inputs, kernel)
-    cuda, options = OPS["coupling"].implementation("cuda"), ("relu6", "bottleneck", None)
+    p = problem(channels, size, inputs, kernel, activation=activation)
+    cuda, options = OPS["coupling"].implementation("cuda"), (activation, "bottleneck", None)
     tensors, exact = p.weights.tensors(), p.as_dtype(torch.float64).expected()
     found, errors = {}, {}
     for precision in PRECISIONS:
@@ -469,18 +472,21 @@ def test_products_of_less_precision(
     assert errors["float32"][1] <= 1e-4 and errors["tf32"][1] <= 2e-2, errors
 
 
+@pytest.mark.parametrize("activation", ["relu6", "leaky_relu"])
 @pytest.mark.parametrize(("precision", "most"), [("float32", 1e-5), ("tf32", 2e-3)])
 @pytest.mark.parametrize("factor", [1e-20, 1e5])
-def test_large_and_small_inputs(factor: float, precision: str, most: float) -> None:
+def test_large_and_small_inputs(
+    factor: float, precision: str, most: float, activation: str
+) -> None:
     """Beyond the range of halves, also beside pixels that are not: what is lost is relative to a
     pixel's own largest number."""
-    p = problem(66, (1, 7, 9))
+    p = problem(66, (1, 7, 9), activation=activation, clamp=1.0)
     p.x[:, :, :, :4] *= factor
     exact = p.as_dtype(torch.float64)
     (y, _) = (
         OPS["coupling"]
         .implementation("cuda")
-        .forward(p.x, p.weights.tensors(), "relu6", "bottleneck", None, False, precision)
+        .forward(p.x, p.weights.tensors(), activation, "bottleneck", 1.0, False, precision)
     )
     want = reference.invertible_block(exact.x, exact.weights)
     error = (y - want).norm(dim=1) / want.norm(dim=1)

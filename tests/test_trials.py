@@ -103,6 +103,19 @@ def test_matrices_of_several_blocks_are_tried() -> None:
         assert small.tensors[0].shape[1] < 448 and larger.tensors[0].shape[1] > 640
 
 
+def test_activations_with_kernels_of_their_own_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def forward(x: Tensor, weights: list[Tensor], activation: str, *rest: Any) -> Any:
+        tried.append(activation)
+        return [x]
+
+    monkeypatch.setattr(torch.ops.mghf_fast, "coupling", forward)
+    for problem in problems.for_trial("coupling"):
+        problem.run(problem.tensors, "reference")
+    assert {*tried} == {"relu6", "leaky_relu"}
+
+
 @pytest.mark.parametrize("op", [*problems.PROBLEMS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_the_cpu_kernels_would_pass(op: str, dtype: torch.dtype) -> None:

@@ -45,9 +45,10 @@
 //
 //     z1 = (y1 - eta(y2)) exp(-r),  z2 = y2 - phi(z1),  x = N (z1, z2) + e,  N = M^-1, e = -N b
 //
-// Where there are products of warpgroups the forward of relu6 and up to 64 features streams rows of
-// hidden values past weights that stay in shared memory instead (coupling_rows.h, coupling_mix_rows.h),
-// and so do both kernels of the gradient from what it kept (coupling_rows_gradient.h).
+// Where there are products of warpgroups the forward of relu6 or leaky_relu and up to 64 features
+// streams rows of hidden values past weights that stay in shared memory instead (coupling_rows.h,
+// coupling_mix_rows.h), and of relu6 so do both kernels of the gradient from what it kept
+// (coupling_rows_gradient.h).
 //
 // Kernels: forward   mix, phi, rho and eta;
 //          gradient  rho^T and eta^T, phi^T with mix^T; for a 3x3 mix z1 before and mix^T after them;
@@ -265,16 +266,18 @@ struct PartialCall {
                             const CouplingState<unsigned char>& state, const Features<T>& z) const {
     const int64_t c = shape.channels / 2;
     const Features<T> z2{z.data + half(), z.width};
+    const RowsOptions options{half(), shape.activation == Activation::leaky_relu, state.exists,
+                              packed.rows_once};
     const char* error = features(x, z, 2 * half());
     if (error != nullptr) return error;
     error = launch_rows<T>({tiling(1, around(1)), {}, z, Role::add, {packed.phi.rows}, z2,
                             channels_of(y, c, c), shape.clamp, state_at(state)},
-                           half(), state.exists, packed.rows_once, stream);
+                           options, stream);
     if (error != nullptr) return error;
     return launch_rows<T>({tiling(1, result), {}, z2, Role::couple,
                            {packed.rho.rows, packed.eta.rows}, z, channels_of(y, 0, c), shape.clamp,
                            state_at(state)},
-                          half(), state.exists, packed.rows_once, stream);
+                          options, stream);
   }
 
   const char* value(const Image<T>& x, const MutableImage<T>& y,

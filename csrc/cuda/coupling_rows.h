@@ -1,5 +1,5 @@
-// The sub-networks' forward for relu6 and up to 64 features on GPUs with products of warpgroups
-// (wgmma.h): rows of hidden values stream past weights that stay.
+// The sub-networks' forward for relu6 or leaky_relu and up to 64 features on GPUs with products of
+// warpgroups (wgmma.h): rows of hidden values stream past weights that stay.
 //
 // A block has a strip of 64 columns of an image, of which the outer two count only at the image's
 // borders, and some rows. The packed weights of a sub-network lie in its shared memory, and beside
@@ -16,10 +16,9 @@
 // for each place of the ring: until a row is there, and until it has been read.
 //
 // Products of float32 are three of halves (halves.h), or one where less precision is asked for;
-// those of halves and bfloat16 one. The power
-// of two for features is that of each pixel's largest, for hidden values, which relu6 keeps within
-// [0, 6], 2^11, by which D is multiplied. Small products are added up before the large ones, or
-// apart from them, so that a large sum is cut off at most 8 times.
+// those of halves and bfloat16 one. The power of two for features is that of each pixel's largest,
+// for hidden values see coupling_rows_activation.h. Small products are added up before the large
+// ones, or apart from them, so that a large sum is cut off at most 8 times.
 //
 // Predicted for float32, C = 128, on an H200 at 1.75 GHz. A row of 64 pixels takes 24 products
 // m64n64k16 of E and 24 of P, 32 cycles each: 1,536 cycles of tensor cores. Shared memory, 128
@@ -34,7 +33,7 @@
 
 #include "bulk.h"
 #include "coupling_forward.h"
-#include "coupling_rows_factors.h"
+#include "coupling_rows_activation.h"
 #include "variants.h"
 #include "wgmma.h"
 
@@ -98,18 +97,25 @@ struct HiddenRow {
   static __device__ __forceinline__ int offset(int pixel) {
     return pixel * kHidden + pixel / 2 * kGroup + static_cast<int>(threadIdx.x) % 4 * 4;
   }
+  // The pixel with that offset.
+  static __device__ __forceinline__ int pixel_at(int offset) {
+    return (offset - static_cast<int>(threadIdx.x) % 4 * 4 + kGroup / 2) / (kHidden + kGroup / 2);
+  }
 };
 
-template <class T, int kHalfOf, bool kKeepsOf, int kPartsOfFactor = kPartsOf<T>>
+template <class T, int kHalfOf, bool kKeepsOf, int kPartsOfFactor = kPartsOf<T>,
+          bool kLeakyOf = false>
 struct RowsSizes {
   static constexpr int kHalf = kHalfOf, kHidden = 2 * kHalf, kParts = kPartsOfFactor;
-  static constexpr bool kKeeps = kKeepsOf;
+  static constexpr bool kKeeps = kKeepsOf, kLeaky = kLeakyOf;  // leaky_relu, or relu6
   static constexpr int kGroups = kHalf / kGroup, kHiddenGroups = kHidden / kGroup;
   static constexpr RowsLayout kLayout{kHalf, kParts};
   using Row = HiddenRow<T, kHidden>;
   static constexpr int kRingBytes = kRing * Row::kSize * static_cast<int>(sizeof(T));
   static constexpr int kCounters = 2 * kRing + 1;
-  static constexpr size_t kBytes = kLayout.bytes() + kRingBytes + kCounters * sizeof(Counter);
+  static constexpr int kLargest = kLeaky ? kRing * kStrip : 0;  // magnitudes of pixels
+  static constexpr size_t kBytes = kLayout.bytes() + kRingBytes + kCounters * sizeof(Counter) +
+                                   kLargest * sizeof(float);
   static_assert(kLayout.bytes() % 16 == 0 && kLayout.scales() % 16 == 0);
 };
 
@@ -153,8 +159,9 @@ struct SlopesOfRow {
   uint32_t even = 0, words[2] = {};
 
   // Called for each group in turn.
+  template <class Z>
   __device__ __forceinline__ void note(int group, Values& x, float six) {
-    const uint32_t bits = slope_bits(x, true, six);
+    const uint32_t bits = slope_bits(x, !Z::kLeaky, six);
     if (group % 2 == 0) {
       even = bits;
     } else if (group / 2 == static_cast<int>(threadIdx.x) % 4) {
@@ -179,22 +186,9 @@ struct SlopesOfRow {
   }
 };
 
-// relu6, or a multiple of it. A NaN stays one.
-__device__ __forceinline__ float between_zero_and(float six, float x) {
-#ifdef __CUDA_ARCH__
-  float positive, result;
-  asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(positive) : "f"(x));
-  asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(positive), "f"(six));
-  return result;
-#else
-  const float positive = x < 0 ? 0 : x;
-  return positive > six ? six : positive;
-#endif
-}
-
-// A row of A(E f) into its place in the ring.
+// A row of A(E f) into its place in the ring, and for leaky_relu its largest magnitudes.
 template <class Z, class T>
-__device__ __forceinline__ void expand_row(const typename Z::Row& row,
+__device__ __forceinline__ void expand_row(const typename Z::Row& row, float* largest_of_row,
                                            const FeaturesOfRow<Z::kGroups>& features,
                                            const unsigned char* weights, SlopesOfRow& slopes) {
   const PlaceInRow place;
@@ -225,6 +219,7 @@ __device__ __forceinline__ void expand_row(const typename Z::Row& row,
   }
   const float of_weights = *reinterpret_cast<const float*>(weights + Z::kLayout.scales());
   const float back[2] = {factors.scale[0].back * of_weights, factors.scale[1].back * of_weights};
+  LargestOfRow largest;
   MGHF_UNROLL_ALL
   for (int part = 0; part < 2; ++part) {
     if (part == 0) {
@@ -240,16 +235,18 @@ __device__ __forceinline__ void expand_row(const typename Z::Row& row,
         values.all()[k] = sums[part][n * kValues + k] * back[k % 4 / 2];
       }
       const int group = part * Z::kGroups + n;
-      if constexpr (Z::kKeeps) slopes.note(group, values, 6);
+      if constexpr (Z::kKeeps) slopes.note<Z>(group, values, 6);
       MGHF_UNROLL_ALL
       for (int i = 0; i < 2; ++i) {
         float quad[4];
         MGHF_UNROLL_ALL
-        for (int q = 0; q < 4; ++q) quad[q] = between_zero_and(6, values.at(i, q));
+        for (int q = 0; q < 4; ++q) quad[q] = activated<Z::kLeaky>(values.at(i, q), 6);
+        if constexpr (Z::kLeaky) largest.note(i, quad);
         write_quad(row.data + Z::Row::offset(place.pixel + i) + group * kGroup, quad);
       }
     }
   }
+  if constexpr (Z::kLeaky) largest.keep(largest_of_row);
 }
 
 // The pixels that a thread's windows reach, as offsets in a row of the strip: reflected at the
@@ -268,16 +265,38 @@ struct WindowColumns {
   }
 };
 
+// By what results of D are multiplied to be factors of P, for a thread's two pixels; `largest`: of
+// the ring's rows. Nothing for relu6.
+template <class Z>
+__device__ __forceinline__ void scale_hidden(float (&by)[2], const float* scales,
+                                             const float* largest, const int (&rows)[3],
+                                             const WindowColumns<typename Z::Row>& columns) {
+  MGHF_UNROLL_ALL
+  for (int i = 0; i < 2; ++i) {
+    float of_window = 0;
+    MGHF_UNROLL_ALL
+    for (int tap = 0; tap < 9; ++tap) {
+      const int pixel = Z::Row::pixel_at(columns.of[i + tap % 3]);
+      of_window = fmaxf(of_window, largest[rows[tap / 3] / Z::Row::kSize * kStrip + pixel]);
+    }
+    by[i] = PowerOfTwo(of_window * scales[2]).by;
+  }
+}
+
 // result = P A(D ...) for a row whose window's rows are in the ring.
 template <class Z, class T>
 __device__ __forceinline__ void project_row(Values (&result)[Z::kGroups],
                                             const T* ring, const int (&rows)[3],
+                                            const float* largest,
                                             const WindowColumns<typename Z::Row>& columns,
                                             const unsigned char* weights, SlopesOfRow& slopes) {
   const PlaceInRow place;
   const float* const taps =
       reinterpret_cast<const float*>(weights + Z::kLayout.taps()) + place.lane * 4;
   const unsigned char* const matrix = weights + Z::kLayout.second();
+  const float* const scales = reinterpret_cast<const float*>(weights + Z::kLayout.scales());
+  float by[2];
+  if constexpr (Z::kLeaky) scale_hidden<Z>(by, scales, largest, rows, columns);
   float sums[Z::kHalf / 2] = {}, small_sums[Z::kHalf / 2] = {};
   uint32_t big[2][4], small[2][4];
   MGHF_UNROLL(1)
@@ -305,12 +324,16 @@ __device__ __forceinline__ void project_row(Values (&result)[Z::kGroups],
           }
         }
       }
-      if constexpr (Z::kKeeps) slopes.note(group, inner, 6 * kHiddenScale);
+      if constexpr (Z::kKeeps) slopes.note<Z>(group, inner, 6 * kHiddenScale);
       MGHF_UNROLL_ALL
       for (int i = 0; i < 4; ++i) {
         const float* const of = &inner.of[i / 2][i % 2 * 2];
-        const SplitHalves pair(between_zero_and(6 * kHiddenScale, of[0]),
-                               between_zero_and(6 * kHiddenScale, of[1]));
+        const auto factor = [&](int n) {
+          const float value = activated<Z::kLeaky>(of[n], 6 * kHiddenScale);
+          if constexpr (Z::kLeaky) return value * by[i % 2];
+          return value;
+        };
+        const SplitHalves pair(factor(0), factor(1));
         big[k][i] = pair.big;
         small[k][i] = pair.small;
       }
@@ -327,13 +350,15 @@ __device__ __forceinline__ void project_row(Values (&result)[Z::kGroups],
     }
   }
   wait_for_products<0>();
-  const float back = reinterpret_cast<const float*>(weights + Z::kLayout.scales())[1];
+  float back[2] = {scales[1], scales[1]};
+  if constexpr (Z::kLeaky) back[0] *= inverse_of_power(by[0]), back[1] *= inverse_of_power(by[1]);
   MGHF_UNROLL_ALL
   for (int n = 0; n < Z::kGroups; ++n) {
     MGHF_UNROLL_ALL
     for (int k = 0; k < kValues; ++k) {
       const int at = n * kValues + k;
-      result[n].all()[k] = (Z::kParts == 2 ? sums[at] + small_sums[at] : sums[at]) * back;
+      const float sum = Z::kParts == 2 ? sums[at] + small_sums[at] : sums[at];
+      result[n].all()[k] = sum * back[k % 4 / 2];
     }
   }
 }
@@ -428,6 +453,7 @@ __global__ void __launch_bounds__(kRowsThreads, 1) stream_rows(RowsStage<T> s) {
     T* const ring = reinterpret_cast<T*>(weights + Z::kLayout.bytes());
     Counter* const made = reinterpret_cast<Counter*>(weights + Z::kLayout.bytes() + Z::kRingBytes);
     Counter *const read = made + kRing, *const loaded = read + kRing;
+    float* const largest = reinterpret_cast<float*>(made + Z::kCounters);
     if (threadIdx.x == 0) {
       for (int i = 0; i < kRing; ++i) {
         made[i].begin(kWarpgroup);
@@ -470,7 +496,7 @@ __global__ void __launch_bounds__(kRowsThreads, 1) stream_rows(RowsStage<T> s) {
         }
         if (expands(j)) {
           const typename Z::Row row{ring + j % kRing * Z::Row::kSize};
-          expand_row<Z, T>(row, features, weights, slopes);
+          expand_row<Z, T>(row, largest + j % kRing * kStrip, features, weights, slopes);
           if constexpr (Z::kKeeps) slopes.template keep<Z>(s, strip, subnet, 0, y);
         }
         made[j % kRing].arrive();
@@ -488,7 +514,7 @@ __global__ void __launch_bounds__(kRowsThreads, 1) stream_rows(RowsStage<T> s) {
           read_other<Z>(other, s, strip, y - 1);
           Values result[Z::kGroups];
           SlopesOfRow second;
-          project_row<Z>(result, ring, rows, columns, weights, second);
+          project_row<Z>(result, ring, rows, largest, columns, weights, second);
           read[j % kRing].arrive();
           if (expands(j + 2)) read_features<Z>(features, s, strip, y + 2);
           if constexpr (Z::kKeeps) second.template keep<Z>(s, strip, subnet, 1, y - 1);
@@ -502,39 +528,49 @@ __global__ void __launch_bounds__(kRowsThreads, 1) stream_rows(RowsStage<T> s) {
   }
 }
 
-// Whether a block is for this kernel: relu6, at most 64 features a sub-network, and a GPU whose
-// newer kernels have not failed their trial.
+// Whether a block is for this kernel: relu6 or leaky_relu, at most 64 features a sub-network, and a
+// GPU whose newer kernels have not failed their trial.
 const char* streams_rows(const CouplingShape& shape, int64_t half, const Gpu& gpu, bool& streams) {
   bool products = false;
   if (const char* error = has_warpgroup_products(products); error != nullptr) return error;
-  streams = products && shape.activation == Activation::relu6 && half <= kWidestRows &&
-            gpu.shared_bytes >= static_cast<int64_t>(RowsSizes<float, kWidestRows, true>::kBytes) &&
+  using Largest = RowsSizes<float, kWidestRows, true, 2, true>;
+  streams = products && shape.activation != Activation::softplus && half <= kWidestRows &&
+            gpu.shared_bytes >= static_cast<int64_t>(Largest::kBytes) &&
             newest(Variant::coupling);
   return nullptr;
 }
 
-template <int kHalf, int kParts, class T>
+struct RowsOptions {
+  int64_t half;
+  bool leaky, keeps, once;  // leaky_relu or relu6; keeps slopes; products are one each
+};
+
+template <int kHalf, int kParts, bool kLeaky, class T>
 const char* stream_rows_of(const RowsStage<T>& s, bool keeps, Stream stream) {
   const int64_t blocks = s.plan.blocks(s.tiling.batch);
-  using Plain = RowsSizes<T, kHalf, false, kParts>;
-  using Keeping = RowsSizes<T, kHalf, true, kParts>;
+  using Plain = RowsSizes<T, kHalf, false, kParts, kLeaky>;
+  using Keeping = RowsSizes<T, kHalf, true, kParts, kLeaky>;
   return keeps ? launch(stream_rows<T, Keeping>, {blocks, kRowsThreads, Keeping::kBytes}, stream, s)
                : launch(stream_rows<T, Plain>, {blocks, kRowsThreads, Plain::kBytes}, stream, s);
 }
-// `once`: products are one each.
+template <int kHalf, int kParts, class T>
+const char* stream_rows_of(const RowsStage<T>& s, const RowsOptions& options, Stream stream) {
+  return options.leaky ? stream_rows_of<kHalf, kParts, true>(s, options.keeps, stream)
+                       : stream_rows_of<kHalf, kParts, false>(s, options.keeps, stream);
+}
 template <class T>
-const char* launch_rows(RowsStage<T> s, int64_t half, bool keeps, bool once, Stream stream) {
+const char* launch_rows(RowsStage<T> s, const RowsOptions& options, Stream stream) {
   s.plan = plan_rows(s.tiling.batch, s.tiling.computed.count(), s.tiling.width);
   const MutableImage<T>& y = s.y.image;
   s.by_pairs = y.column_stride == 1 && y.row_stride % 2 == 0 && y.channel_stride % 2 == 0 &&
                y.batch_stride % 2 == 0 &&
                reinterpret_cast<uintptr_t>(y.data) % (2 * sizeof(T)) == 0;
-  if (once) {
-    return half == 32 ? stream_rows_of<32, 1>(s, keeps, stream)
-                      : stream_rows_of<64, 1>(s, keeps, stream);
+  if (options.once) {
+    return options.half == 32 ? stream_rows_of<32, 1>(s, options, stream)
+                              : stream_rows_of<64, 1>(s, options, stream);
   }
-  return half == 32 ? stream_rows_of<32, kPartsOf<T>>(s, keeps, stream)
-                    : stream_rows_of<64, kPartsOf<T>>(s, keeps, stream);
+  return options.half == 32 ? stream_rows_of<32, kPartsOf<T>>(s, options, stream)
+                            : stream_rows_of<64, kPartsOf<T>>(s, options, stream);
 }
 
 }  // namespace

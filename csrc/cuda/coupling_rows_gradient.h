@@ -390,16 +390,16 @@ __global__ void __launch_bounds__(kRowsThreads, 1) kept_rows(KeptRows<T> r) {
   }
 }
 
-// How the gradient is computed: by rows if the value is, but not where a side of one pixel is all
-// border, or where x has more channels than the block.
+// How the gradient is computed: by rows if the value is, but not for leaky_relu, where a side of one
+// pixel is all border, or where x has more channels than the block.
 inline Direction direction_back(const CouplingShape& shape, int64_t height, int64_t width,
                                 bool with_state) {
   if (!with_state) return Direction::backward;
   constexpr size_t kBytes = KeptRowsSizes<float, true, kWidestRows>::kBytes;
   Gpu gpu;
   bool streams = false;
-  const bool fits =
-      height > 1 && width > 1 && (shape.kernel == 3 || shape.inputs <= shape.channels);
+  const bool fits = shape.activation == Activation::relu6 && height > 1 && width > 1 &&
+                    (shape.kernel == 3 || shape.inputs <= shape.channels);
   // An error will be met again.
   if (!fits || current_gpu(gpu) != nullptr ||
       streams_rows(shape, padded_half(shape), gpu, streams) != nullptr) {

@@ -5,13 +5,14 @@
 //     E, then P   as columns of halves in the cores of wgmma.h: [8 depths][8 columns] of 128 bytes,
 //                 in the order of channels of coupling_products.h; of float32 the big parts
 //     D           [tap][channel], float32, times a power of two: its results are factors of P
-//     what undoes the powers of two by which E, and P and D, are multiplied
+//     what undoes the powers of two by which E, and P and D, are multiplied, and the largest sum of
+//                 the magnitudes of a channel's taps, times D's
 //     E, then P   of float32 the small parts, last, so that a kernel of one product copies what is
 //                 before them
 //
 // For the gradient (coupling_rows_gradient.h) P^T is in the place of E, E^T in that of P, and D^T
-// in that of D: as it is, its taps turned around, then the sum of its first and last row. After the
-// powers of two comes one by which the largest of D^T A' P^T g can exceed the largest of g.
+// in that of D: as it is, its taps turned around, then the sum of its first and last row. In place
+// of the largest sum is a power of two by which the largest of D^T A' P^T g can exceed that of g.
 #pragma once
 
 #include "coupling_products.h"
@@ -139,6 +140,18 @@ __device__ __forceinline__ float hidden_bound(const RowsSubnet& subnet) {
   return bits_as<float>((exponent + kFurther < kMost ? exponent + kFurther : kMost) << 23);
 }
 
+// The largest sum of the magnitudes of a channel's taps, times D's power of two.
+template <int kThreads>
+__device__ __forceinline__ float largest_sum_of_taps(const RowsSubnet& subnet) {
+  float largest = 0;
+  for (int channel = threadIdx.x; channel < subnet.hidden; channel += kThreads) {
+    float sum = 0;
+    for (int tap = 0; tap < 9; ++tap) sum += fabsf(subnet.depthwise[channel * 9 + tap]);
+    largest = fmaxf(largest, sum);
+  }
+  return largest_of_block<kThreads>(largest) * kHiddenScale;
+}
+
 template <int kThreads>
 __device__ __forceinline__ void pack_rows(const RowsPacking& packing, int block) {
   const int part = block % RowsPacking::kBlocks, which = block / RowsPacking::kBlocks;
@@ -184,17 +197,19 @@ __device__ __forceinline__ void pack_rows(const RowsPacking& packing, int block)
     if (threadIdx.x < kScaleBytes / 4) back[threadIdx.x] = scale.back;
     return;
   }
+  // Even ones are written beside E, odd ones beside P.
   float* const scales = reinterpret_cast<float*>(subnet.to + layout.scales());
   const bool for_gradient = subnet.for_gradient();
   if (is_second) {
     const float further = for_gradient ? 1.0f : 1 / kHiddenScale;
-    if (threadIdx.x == 0) scales[1] = scale.back * further;
+    if (threadIdx.x < kScaleBytes / 8) scales[2 * threadIdx.x + 1] = scale.back * further;
     return;
   }
-  const float bound = for_gradient ? hidden_bound<kThreads>(subnet) : 0.0f;
-  // The bound also fills up what nobody reads.
-  if (threadIdx.x == 0) scales[0] = scale.back;
-  if (threadIdx.x > 1 && threadIdx.x < kScaleBytes / 4) scales[threadIdx.x] = bound;
+  const float bound =
+      for_gradient ? hidden_bound<kThreads>(subnet) : largest_sum_of_taps<kThreads>(subnet);
+  if (threadIdx.x < kScaleBytes / 8) {
+    scales[2 * threadIdx.x] = threadIdx.x == 0 ? scale.back : bound;
+  }
   float* const taps = reinterpret_cast<float*>(subnet.to + layout.taps());
   for (int i = threadIdx.x; i < layout.tap_count() * layout.hidden(); i += kThreads) {
     const int channel = i % layout.hidden(), tap = i / layout.hidden();

@@ -27,6 +27,11 @@ struct PowerOfTwo {
   }
 };
 
+// 2^-n of 2^n.
+__device__ __forceinline__ float inverse_of_power(float power) {
+  return bits_as<float>((254u << 23) - bits_as<uint32_t>(power));
+}
+
 // Two neighbouring numbers of at most 2^14. `small` of an infinity is a NaN.
 struct SplitHalves {
   uint32_t big, small;
