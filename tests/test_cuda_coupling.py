@@ -343,7 +343,8 @@ def test_coupling_under_a_sanitizer(kind: str, tmp_path: Path) -> None:
     p = problem(6, (1, 9, 17), inputs=3, kernel=3)
     last = problem(34, (1, 3, 4)).as_dtype(torch.bfloat16)
     last = Problem(last.x.to(memory_format=torch.channels_last), last.grad, last.weights)
-    check(kind, [p, last, problem(34, (1, 2, 3), inputs=5)], tmp_path)
+    leaky = problem(10, (1, 9, 17), activation="leaky_relu")
+    check(kind, [p, last, problem(34, (1, 2, 3), inputs=5), leaky], tmp_path)
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])
