@@ -132,7 +132,7 @@ RULES = (
     (r"exists \?|y < 0 \|\| y >= heights|if \(count > 0\) sum -= ", "stay"),
     (r"half < rows", "enter"),
     (r"if \(!fast\)|is_last\(", "skip"),
-    (r"made < 1 \|\| made > kept\.slots", "stay"),
+    (r"made < 1 \|\| made > \w+\.slots", "stay"),
 )
 """Patterns of source lines, and what their jumps do. "iterations" ends the loop after `ITERATIONS`.
 "skip" jumps forward, or ends the thread, whatever the predicate says: what only the last block does
@@ -140,8 +140,10 @@ is not counted. The others are for unknown predicates: "stay" goes on behind the
 does so too but stays in the loop."""
 
 
-# Lines of kernels that go through a map in passes, and the order of `Pass` (monce_chip_block.h).
+# Lines of kernels that go through a map in passes, and the order of `Pass` (monce_chip_block.h). A
+# loop looks at the pass in its condition, or, where that is only what failed, in its body.
 NEXT_PASS = r"while \(!state(\(\))?\.failed && state(\(\))?\.pass"
+NEXT_UNLESS_FAILED, LAST_PASS = r"while \(!state\.failed\)", r"state\.pass == kLast"
 OF_CLUSTER = r"return state\(\)\.cluster;"
 DEPTH = 64  # numbers of a patch
 BACKWARD = r"\(kBackward && state(\(\))?\.pass == Pass::weigh"
@@ -161,7 +163,7 @@ class Passes:
         self._clusters = place.blocks // place.blocks_of_cluster
 
     def __call__(self, name: str) -> int | None:
-        if name == "next pass":
+        if name in ("next pass", "next unless failed"):
             self._at += 1
             if self._at == len(self._passes):  # the next of the block's or cluster's maps
                 self._at, self._maps = 0, self._maps + 1
@@ -171,6 +173,7 @@ class Passes:
             "rank": self._rank,
             "map": self._cluster + self._maps * self._clusters,
             "failed": 0,
+            "next unless failed": 0,
         }
         return values.get(name, self._passes[max(self._at, 0)])
 
@@ -199,7 +202,7 @@ class Sources:
         found: dict[int, tuple[int, str]] = {}
         offsets = {
             _offset(each) for each, line in loads.values()
-            if re.search(NEXT_PASS, line) and not _bytes_of(each)
+            if re.search(f"{NEXT_PASS}|{LAST_PASS}", line) and not _bytes_of(each)
         }  # fmt: skip
         if len(offsets) != 1:
             return found
@@ -211,7 +214,9 @@ class Sources:
         for k, (each, line) in loads.items():
             register, offset = int(each.operands[0].removeprefix("R")), _offset(each)
             if _bytes_of(each):
-                if re.search(r"state(\(\))?\.failed", line):
+                if re.search(NEXT_UNLESS_FAILED, line):
+                    found[k] = register, "next unless failed"
+                elif re.search(r"state(\(\))?\.failed", line):
                     found[k] = register, "failed"
                 continue
             words = 4 if "128" in each.suffixes else 2 if "64" in each.suffixes else 1

@@ -295,6 +295,21 @@ PASSES = (
     "if (!kBackward && state.pass == Pass::weigh) break;",
     "if (kBackward && state.pass == Pass::weigh) {",
 )
+UNTIL_LAST = """
+.text.kernel:
+.L_x_0:
+//## File "/x/csrc/cuda/planned.h", line 1
+        /*0000*/                   LDS.U8 R1, [R0+0x40] ;
+        /*0010*/                   HMMA.1688.F32.TF32 R4, R8, R2, R4 ;
+//## File "/x/csrc/cuda/planned.h", line 2
+        /*0020*/                   LDS R5, [R0+0x34] ;
+        /*0030*/                   ISETP.EQ.AND P1, PT, R5, {last}, PT ;
+        /*0040*/               @P1 BRA `(.L_x_2) ;
+        /*0050*/                   BRA `(.L_x_0) ;
+.L_x_2:
+//## File "/x/csrc/cuda/planned.h", line {line}
+        /*0060*/                   EXIT ;
+"""
 
 
 @pytest.mark.parametrize(
@@ -314,6 +329,24 @@ def test_passes_whose_number_another_thread_knows(
     sources = Sources(tmp_path)
     assert sources.supplied(program) == {0: (1, "failed"), 1: (2, "next pass"), 4: (5, "pass")}
     assert sources.goes_backward(program) == (line == 3)
+    code = Code(sources)
+    code.add([program], {"kernel": Resources(100, 0)})
+    counts = code.count(Launch("kernel", 128, 1, 512, 0, b""), sources.rule())
+    assert counts.units["tensor"] == products and counts.unknown == 0
+
+
+@pytest.mark.parametrize(
+    ("backward", "last", "products"),
+    [(False, 1, counting.ITERATIONS + 1), (True, 3, counting.ITERATIONS + 2)],
+)
+def test_passes_up_to_the_last(tmp_path: Path, backward: bool, last: int, products: int) -> None:
+    folder = tmp_path / "csrc" / "cuda"
+    folder.mkdir(parents=True)
+    lines = ("while (!state.failed) {", "if (state.pass == kLast) return;", PASSES[2])
+    (folder / "planned.h").write_text("\n".join(lines))
+    (program,) = programs(UNTIL_LAST.format(last=hex(last), line=3 if backward else 1))
+    sources = Sources(tmp_path)
+    assert sources.supplied(program) == {0: (1, "next unless failed"), 2: (5, "pass")}
     code = Code(sources)
     code.add([program], {"kernel": Resources(100, 0)})
     counts = code.count(Launch("kernel", 128, 1, 512, 0, b""), sources.rule())
