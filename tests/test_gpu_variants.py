@@ -27,7 +27,7 @@ from benchmarks import (
     gpu_ways,
 )
 from benchmarks.cases import Shape
-from mghf_fast import native
+from mghf_fast import backends, native
 from mghf_fast.precision import PRECISIONS
 
 PAIR = {"name": "p", "op": "gram", "shape": [1, 32], "a": {"backend": "reference"},
@@ -181,6 +181,30 @@ def test_a_device_that_stays_broken_ends_the_process(monkeypatch: pytest.MonkeyP
     rows = measured([wrong], monkeypatch, leave=lambda: left.append(1))
     assert len(rows) == 1 and left == [1]
     assert rows[0]["part"]["failure"].startswith("ValueError: precision")
+
+
+def test_a_way_runs_the_older_kernels_that_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    older: dict[str, bool] = {}
+
+    def switch(op: str, device: int, use_older: bool) -> bool:
+        older[op] = use_older
+        return op != "patches" or not use_older  # a library without older kernels of it
+
+    monkeypatch.setattr(native, "use_older_cuda_kernels", switch)
+    monkeypatch.setattr(backends, "unavailable_reasons", dict)
+    with gpu_variants.kernels_of({}):
+        assert older == {}
+    with gpu_variants.kernels_of({"older": ["monce"]}):
+        assert older == {"coupling": False, "monce": True, "patches": False}
+    assert older == dict.fromkeys(gpu_variants.OLDER, False)
+    with pytest.raises(ValueError, match="no older kernels of patches"):
+        gpu_variants.use_older(["patches"])
+    monkeypatch.setattr(backends, "unavailable_reasons", lambda: {"cuda": "no GPU here"})
+    with (
+        pytest.raises(RuntimeError, match="no GPU here"),
+        gpu_variants.kernels_of({"older": []}),
+    ):
+        pass
 
 
 @emulated.needs_modules
