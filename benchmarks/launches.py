@@ -210,7 +210,13 @@ def _backend(name: str, counter: _Counter, module: Any) -> Iterator[None]:
 
 
 def count(
-    variant: str, shape: tuple[int, ...], extractor: str, backend: str, module: Any = None
+    variant: str,
+    shape: tuple[int, ...],
+    extractor: str,
+    backend: str,
+    module: Any = None,
+    precision: str = "float32",
+    images: torch.dtype = torch.float32,
 ) -> Counts:
     """A step of a loss that has made one before.
 
@@ -219,12 +225,13 @@ def count(
         shape: of the images, (B, 3, H, W).
         extractor: ``"perceptual-v1"``, which ships, or ``"paper"``: 128 channels, full resolution.
         backend: ``"triton"``, or ``"cuda"``, which needs ``module``, the host build.
+        precision: of the loss.
+        images: their type and the loss's.
     """
-    loss = MGHFLoss(variant, extractor=paper_extractor() if extractor == "paper" else extractor).to(
-        "meta"
-    )
-    sr = torch.empty(shape, device="meta", requires_grad=True)
-    gt = torch.empty(shape, device="meta")
+    chosen = paper_extractor() if extractor == "paper" else extractor
+    loss = MGHFLoss(variant, extractor=chosen, precision=precision).to("meta", images)
+    sr = torch.empty(shape, dtype=images, device="meta", requires_grad=True)
+    gt = torch.empty(shape, dtype=images, device="meta")
     counter = _Counter()
     with _backend(backend, counter, module), counter:
         loss(sr, gt).backward()  # plans what later steps do

@@ -275,7 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, row in steps.items():
         predicted = total(row, calibration.fitted)
         low, high = interval(predicted, calibration.error)
-        print(f"{name:36}{1e3 * predicted:8.2f}{1e3 * low:9.2f} to {1e3 * high:.2f}")
+        print(f"{name:45}{1e3 * predicted:8.2f}{1e3 * low:9.2f} to {1e3 * high:.2f}")
     return 0
 
 

@@ -12,7 +12,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,12 +76,20 @@ class Recorder:
 
         return Ops()
 
-    def step(self, variant: str, shape: tuple[int, ...], extractor: str) -> list[Launch]:
+    def step(
+        self,
+        variant: str,
+        shape: tuple[int, ...],
+        extractor: str,
+        precision: str = "float32",
+        images: torch.dtype = torch.float32,
+    ) -> list[Launch]:
         """The launches of a step, forward and backward, of a loss that has made one before.
         Arguments as `launches.count` has them."""
         chosen = paper_extractor() if extractor == "paper" else extractor
-        loss = MGHFLoss(variant, extractor=chosen)
-        sr, gt = torch.empty(shape, requires_grad=True), torch.empty(shape)
+        loss = MGHFLoss(variant, extractor=chosen, precision=precision).to(images)
+        sr = torch.empty(shape, dtype=images, requires_grad=True)
+        gt = torch.empty(shape, dtype=images)
         counter = launches._Counter()
         with (
             mock.patch.object(launches, "_CudaOps", self._ops),
@@ -133,19 +141,34 @@ def without_addresses(parameters: bytes) -> bytes:
     return bytes(result)
 
 
-def steps(module: Any, code: Code) -> dict[str, Row]:
-    """The counts of all launches of the steps that `launches` counts."""
-    recorder, rule = Recorder(module), Sources().rule()
-    known: dict[tuple[Any, ...], Counts] = {}
-    rows = {}
+LESS = {"tf32": ("tf32", torch.float32), "bfloat16": ("bfloat16", torch.bfloat16)}
+"""Less precision, and the type of loss and images that goes with it, for the first shape."""
+
+
+def names_of_steps() -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Each step that is counted, with the arguments of `Recorder.step`."""
     for variant, extractor, shape in itertools.product(
         launches.VARIANTS, launches.EXTRACTORS, launches.SHAPES
     ):
-        row = Row([], launches.count(variant, shape, extractor, "cuda", module).pytorch)
-        for each in recorder.step(variant, shape, extractor):
+        name = f"mghf_{variant} {extractor} {'x'.join(map(str, shape))}"
+        yield name, (variant, shape, extractor)
+        for precision in LESS if shape == launches.SHAPES[0] else ():
+            yield f"{name} {precision}", (variant, shape, extractor, *LESS[precision])
+
+
+def steps(module: Any, code: Code) -> dict[str, Row]:
+    """The counts of all launches of the steps that `launches` counts, and of some in less
+    precision."""
+    recorder, rule = Recorder(module), Sources().rule()
+    known: dict[tuple[Any, ...], Counts] = {}
+    rows = {}
+    for name, arguments in names_of_steps():
+        variant, shape, extractor, *grade = arguments
+        row = Row([], launches.count(variant, shape, extractor, "cuda", module, *grade).pytorch)
+        for each in recorder.step(*arguments):
             key = (each.name, each.blocks, each.shared_bytes, without_addresses(each.parameters))
             if key not in known:
                 known[key] = code.count(each, rule)
             row.launches.append(known[key])
-        rows[f"mghf_{variant} {extractor} {'x'.join(map(str, shape))}"] = row
+        rows[name] = row
     return rows

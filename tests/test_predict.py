@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import counting, predict
+from benchmarks import counting, predict, recording
 from benchmarks.counting import Code, Counts, Launch, Row, Sources
-from benchmarks.launches import EXTRACTORS, SHAPES, VARIANTS
 from benchmarks.machine_code import Resources, programs
 from benchmarks.predict import Fitted, Measurement
 from benchmarks.walk import Place, Walker, WalkError
@@ -119,13 +118,9 @@ def test_the_table_and_the_launches(capsys: pytest.CaptureFixture[str]) -> None:
     assert predict.main([]) == 0
     text = capsys.readouterr().out
     assert "predicted, no GPU has run it" in text and "coupling 512 float32 forward" in text
-    steps = [
-        f"mghf_{variant} {extractor} {'x'.join(map(str, shape))}"
-        for variant in VARIANTS
-        for extractor in EXTRACTORS
-        for shape in SHAPES
-    ]
-    assert all(step in text for step in steps)
+    steps = [name for name, _ in recording.names_of_steps()]
+    assert len(steps) == 24
+    assert all(f"\n{step} " in text for step in steps)
     assert predict.main(["--kernels", steps[0]]) == 0
     assert "mix" in capsys.readouterr().out
     assert predict.main(["--kernels", "mghf_x"]) == 2
@@ -136,8 +131,6 @@ def test_the_table_and_the_launches(capsys: pytest.CaptureFixture[str]) -> None:
 def test_counting_without_a_host_build(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from benchmarks import recording
-
     monkeypatch.setattr(recording, "tool", lambda name: Path(name))
     assert predict.main(["--count", "--host-modules", str(tmp_path)]) == 2
     assert "make cuda-host" in capsys.readouterr().err
