@@ -16,7 +16,6 @@ namespace mghf::cuda {
 
 namespace {
 
-constexpr int kMixRowsThreads = 2 * kWarpgroup;
 constexpr int kMixRowsPixels = 64;
 
 template <class T>
@@ -31,6 +30,9 @@ template <class T, int kKernelOf, int kDepthsOf, int kHalfOf, int kPartsOfFactor
 struct MixRowsSizes {
   static constexpr int kKernel = kKernelOf, kDepths = kDepthsOf, kColumns = 2 * kHalfOf;
   static constexpr int kGroups = kColumns / kGroup, kParts = kPartsOfFactor;
+  // Three have 168 registers a thread. A warp alone waits for its terms most of the time.
+  static constexpr int kWarpgroups = kDepths <= kFewDepths ? 3 : 2;
+  static constexpr int kThreads = kWarpgroups * kWarpgroup;
   static constexpr int kMatrixBytes = kDepths * kGroup * kColumns * 2;
   static constexpr int kWeightBytes = kParts * kMatrixBytes + kScaleBytes;
   static constexpr size_t kBytes = kWeightBytes + sizeof(Counter);
@@ -113,7 +115,7 @@ struct TermsOfPixels {
 };
 
 template <class T, class Z>
-__global__ void __launch_bounds__(kMixRowsThreads, 1) mix_rows(MixRows<T> m) {
+__global__ void __launch_bounds__(Z::kThreads, 1) mix_rows(MixRows<T> m) {
   if constexpr (!kWarpgroupProducts) {
     never();
   } else {
@@ -129,9 +131,9 @@ __global__ void __launch_bounds__(kMixRowsThreads, 1) mix_rows(MixRows<T> m) {
     // A shuffle, so that the compiler sees that a warp stays together.
     const int warpgroup = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
     const TermsOfPixels<T, Z> terms(m);
-    const int step = static_cast<int>(gridDim.x) * 2 * kMixRowsPixels;
+    const int step = static_cast<int>(gridDim.x) * Z::kWarpgroups * kMixRowsPixels;
     // The first turn only reads, so that the code to read is there once; its products are of zeros.
-    int first = (static_cast<int>(blockIdx.x) * 2 + warpgroup) * kMixRowsPixels - step;
+    int first = (static_cast<int>(blockIdx.x) * Z::kWarpgroups + warpgroup) * kMixRowsPixels - step;
     FeaturesOfRow<Z::kDepths> values = {};
     loaded->wait(0);
     const float of_weights = *reinterpret_cast<const float*>(weights + Z::kMatrixBytes);
@@ -181,9 +183,10 @@ template <int kKernel, int kDepths, int kHalf, int kParts, class T>
 const char* mix_rows_of(const MixRows<T>& m, Stream stream) {
   constexpr int64_t kMultiprocessors = 132;
   using Z = MixRowsSizes<T, kKernel, kDepths, kHalf, kParts>;
-  const int64_t blocks = (m.mix.pixels + 2 * kMixRowsPixels - 1) / (2 * kMixRowsPixels);
+  constexpr int64_t kPixels = Z::kWarpgroups * kMixRowsPixels;
+  const int64_t blocks = (m.mix.pixels + kPixels - 1) / kPixels;
   return launch(mix_rows<T, Z>,
-                {blocks < kMultiprocessors ? blocks : kMultiprocessors, kMixRowsThreads, Z::kBytes},
+                {blocks < kMultiprocessors ? blocks : kMultiprocessors, Z::kThreads, Z::kBytes},
                 stream, m);
 }
 
