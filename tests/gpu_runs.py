@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from benchmarks import cases, floors, gpu_parts
+import pytest
+
+from benchmarks import cases, floors, gpu_parts, gpu_ways
 from benchmarks.cases import Shape
 from benchmarks.gpu_parts import PAPER
 
@@ -19,6 +22,16 @@ CEILINGS = {
     "graph_kernel_us": 1.5,
 }
 SECONDS = {"ours": 1e-3, "forced": 1e-3, "compile": 5e-3, "peer": 4e-3, "eager": 2e-2}
+
+
+def measured(
+    pairs: Sequence[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, **options: Any
+) -> list[dict[str, Any]]:
+    """The rows of these pairs, of one call each, on the CPU."""
+    monkeypatch.setattr(gpu_parts, "CALLS", 1)
+    rows: list[dict[str, Any]] = []
+    gpu_ways.measure_ways(gpu_parts.Host(), pairs, {}, rows.append, **options)
+    return rows
 
 
 def row(

@@ -12,10 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import emulated
 import pytest
 import torch
-from gpu_runs import CASES, OPS
+from gpu_runs import CASES, OPS, measured
 
 from benchmarks import (
     gpu,
@@ -139,15 +138,6 @@ def test_a_table_says_how_the_ways_compare() -> None:
 # ---- ways ----
 
 
-def measured(
-    pairs: Sequence[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, **options: Any
-) -> list[dict[str, Any]]:
-    monkeypatch.setattr(gpu_parts, "CALLS", 1)
-    rows: list[dict[str, Any]] = []
-    gpu_ways.measure_ways(gpu_parts.Host(), pairs, {}, rows.append, **options)
-    return rows
-
-
 def test_ways_are_compared_before_their_times(monkeypatch: pytest.MonkeyPatch) -> None:
     pair = PAIR | {"b": {"backend": "reference", "precision": "float32"}, "kernels": True}
     rows = measured([pair, PAIR], monkeypatch)
@@ -205,35 +195,6 @@ def test_a_way_runs_the_older_kernels_that_it_names(monkeypatch: pytest.MonkeyPa
         gpu_variants.kernels_of({"older": []}),
     ):
         pass
-
-
-@emulated.needs_modules
-@pytest.mark.parametrize(("op", "part"), [n[:2] for n in gpu_variants.NEWER_KERNELS[:6]])
-def test_cuda_plain_newer_and_older_kernels_agree(
-    op: str, part: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On the host, through everything but the clock."""
-    monkeypatch.setattr(gpu_parts, "SLOW", 0.0)
-    switched: list[tuple[str, bool]] = []
-    switch = native.use_older_cuda_kernels
-
-    def watch(op: str, device: int, older: bool) -> bool:
-        switched.append((op, older))
-        return switch(op, device, older)
-
-    monkeypatch.setattr(native, "use_older_cuda_kernels", watch)
-    size = {"coupling": 8, "patches": 32, "monce": 64}[op]
-    (pair,) = (
-        p | {"shape": [1, size], "kernels": False}
-        for p in gpu_variants.newer_pairs()
-        if (p["op"], p.get("part"), p["a"]["precision"]) == (op, part, "float32")
-        and p["shape"] == [1, 512]
-    )
-    rows = measured([pair], monkeypatch, patience=3600.0)
-    assert [r["part"].get("failure") for r in rows] == [None, None]
-    assert rows[1]["part"]["difference"] <= 2e-5
-    assert [name for name, older in switched if older] == [op]
-    assert switched[-3:] == [(name, False) for name in gpu_variants.OLDER]
 
 
 # ---- the processes ----

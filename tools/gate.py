@@ -28,7 +28,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = ("mghf_fast/*", "!mghf_fast/commands/*", "!mghf_fast/integrations/*")
 BUILD, PACKAGE = ("CMakeLists.txt", "pyproject.toml"), ("setup.py", "MANIFEST.in", "LICENSE")
-HOST = ("csrc/*", "!csrc/cpu/*", "tests/cuda_host*", *BUILD, *LIBRARY)
+# benchmarks.cases finds the modules of its cases by their names.
+CASES = ("benchmarks/bench_*.py",)
+HOST = ("csrc/*", "!csrc/cpu/*", "tests/cuda_host*", *CASES, *BUILD, *LIBRARY)
 TRITON = ("kernels/*.py", "pyproject.toml", *LIBRARY)
 # Patterns of paths, in which * matches folders too; "!" removes from the matches of those before
 # it.
