@@ -473,6 +473,26 @@ def test_products_of_less_precision(
     assert errors["float32"][1] <= 1e-4 and errors["tf32"][1] <= 2e-2, errors
 
 
+@pytest.mark.parametrize(
+    ("channels", "size", "inputs"), [(66, (1, 3, 67), 66), (34, (1, 5, 6), 34), (12, (1, 4, 5), 3)]
+)
+def test_gradient_by_rows_of_less_precision(
+    channels: int, size: tuple[int, int, int], inputs: int
+) -> None:
+    """From one state no slope differs, and a 1x1 mix recomputes nothing: what is left is that each
+    product is one of rounded factors, which three of them would be far more exact than."""
+    p = problem(channels, size, inputs)
+    cuda, options = OPS["coupling"].implementation("cuda"), ("relu6", "bottleneck", None)
+    tensors = p.weights.tensors()
+    _, state = cuda.forward(p.x, tensors, *options, True, "float32")
+    exact, tf32, bfloat16 = (
+        cuda.backward(p.grad, p.x, tensors, state, *options, False, precision)[0]
+        for precision in PRECISIONS
+    )
+    assert torch.equal(tf32, bfloat16)
+    assert 3e-5 <= relative_error(tf32, exact.double()) <= 2e-3
+
+
 @pytest.mark.parametrize("activation", ["relu6", "leaky_relu"])
 @pytest.mark.parametrize(("precision", "most"), [("float32", 1e-5), ("tf32", 2e-3)])
 @pytest.mark.parametrize("factor", [1e-20, 1e5])
