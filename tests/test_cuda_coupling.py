@@ -273,6 +273,7 @@ def banded() -> list[Problem]:
         problem(10, (2, 27, 5)),
         problem(6, (1, 18, 19), inputs=3, kernel=3),
         problem(4, (1, 9, 3)),  # the last band has one row
+        problem(10, (1, 27, 5), activation="leaky_relu"),
         problem(6, (1, 17, 4), inputs=3, kernel=3).as_dtype(torch.bfloat16),
     ]
 
@@ -473,16 +474,17 @@ def test_products_of_less_precision(
     assert errors["float32"][1] <= 1e-4 and errors["tf32"][1] <= 2e-2, errors
 
 
+@pytest.mark.parametrize("activation", ["relu6", "leaky_relu"])
 @pytest.mark.parametrize(
     ("channels", "size", "inputs"), [(66, (1, 3, 67), 66), (34, (1, 5, 6), 34), (12, (1, 4, 5), 3)]
 )
 def test_gradient_by_rows_of_less_precision(
-    channels: int, size: tuple[int, int, int], inputs: int
+    channels: int, size: tuple[int, int, int], inputs: int, activation: str
 ) -> None:
     """From one state no slope differs, and a 1x1 mix recomputes nothing: what is left is that each
     product is one of rounded factors, which three of them would be far more exact than."""
-    p = problem(channels, size, inputs)
-    cuda, options = OPS["coupling"].implementation("cuda"), ("relu6", "bottleneck", None)
+    p = problem(channels, size, inputs, activation=activation)
+    cuda, options = OPS["coupling"].implementation("cuda"), (activation, "bottleneck", None)
     tensors = p.weights.tensors()
     _, state = cuda.forward(p.x, tensors, *options, True, "float32")
     exact, tf32, bfloat16 = (
@@ -514,16 +516,17 @@ def test_large_and_small_inputs(
     assert float(error.max()) <= most
 
 
+@pytest.mark.parametrize("activation", ["relu6", "leaky_relu"])
 @pytest.mark.parametrize("factor", [1e-30, 1e-8, 1.0, 1e30])
-def test_gradients_of_any_magnitude(factor: float) -> None:
+def test_gradients_of_any_magnitude(factor: float, activation: str) -> None:
     """By rows as exact as the products, whatever the gradient's magnitude, and also where pixels of
     others or zeros are beside; a row of results takes rows of three magnitudes."""
-    p = problem(128, (1, 6, 70), clamp=2.0)
+    p = problem(128, (1, 6, 70), activation=activation, clamp=2.0)
     grad = factor * p.grad
     grad[:, :, :, 30:40] *= 1e-3
     grad[:, :, 2:4, 50:] = 0
     p = p._replace(grad=grad)
-    cuda, options = OPS["coupling"].implementation("cuda"), ("relu6", "bottleneck", 2.0)
+    cuda, options = OPS["coupling"].implementation("cuda"), (activation, "bottleneck", 2.0)
     _, state = cuda.forward(p.x, p.weights.tensors(), *options, True)
     (got,) = cuda.backward(grad, p.x, p.weights.tensors(), state, *options, False)
     want = p.as_dtype(torch.float64).expected()[1]

@@ -47,7 +47,7 @@
 //
 // Where there are products of warpgroups the forward of relu6 or leaky_relu and up to 64 features
 // streams rows of hidden values past weights that stay in shared memory instead (coupling_rows.h,
-// coupling_mix_rows.h), and of relu6 so do both kernels of the gradient from what it kept
+// coupling_mix_rows.h), and so do both kernels of the gradient from what it kept
 // (coupling_rows_gradient.h).
 //
 // Kernels: forward   mix, phi, rho and eta;
@@ -419,6 +419,7 @@ struct PartialCall {
     if (streams) {
       KeptStage<T> s{};
       s.tiling = tiling(1, rows);
+      s.activation = shape.activation;
       s.clamp = shape.clamp;
       fill(s);
       return launch_kept_rows<T, kOuter>(s, packed.mix_rows_transposed, half(), packed.rows_once,

@@ -66,7 +66,7 @@ __device__ __forceinline__ bool is_steep(float x, bool relu6, float six = 6) {
   return x > 0 && !(relu6 && x >= six);
 }
 // Its other slope.
-__device__ __forceinline__ float flat_slope(Activation activation) {
+__host__ __device__ __forceinline__ float flat_slope(Activation activation) {
   return activation == Activation::relu6 ? 0.0f : 0.01f;
 }
 

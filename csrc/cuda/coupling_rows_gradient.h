@@ -1,7 +1,8 @@
-// The sub-networks' kernel for the gradient from what the forward of relu6 has kept, for up to 64
-// features on GPUs with products of warpgroups (wgmma.h): what coupling_rows.h is for the value.
+// The sub-networks' kernel for the gradient from what the forward of relu6 or leaky_relu has kept,
+// for up to 64 features on GPUs with products of warpgroups (wgmma.h): what coupling_rows.h is for
+// the value.
 //
-//     S^T(g) = E^T (A' D^T (A' P^T g))     A' the kept bits
+//     S^T(g) = E^T (A' D^T (A' P^T g))     A' 1 at a kept bit, the flat slope elsewhere
 //
 // has the shape of P A(D A(E f)), and a block goes through it likewise: rows of A' P^T g lie in a
 // ring in shared memory, beside the packed weights, and two warpgroups take rows in turn, each of
@@ -33,6 +34,7 @@ template <class T>
 struct KeptRows {
   KeptStage<T> stage;
   RowsPlan plan;
+  float flat;                           // the activation's slope where a bit is not set
   bool clamps;
   float per_two;                        // for clamp_slope
   bool by_pairs;                        // g1 and g2
@@ -345,7 +347,8 @@ __global__ void __launch_bounds__(kRowsThreads, 1) kept_rows(KeptRows<T> r) {
           }
           if (y <= strip.rows.end) {
             const typename Z::Row row{ring + j % kRing * Z::Row::kSize};
-            project_row_back<Z>(row, scales + j % kRing * kStrip, gradients, weights, slopes);
+            project_row_back<Z>(row, scales + j % kRing * kStrip, gradients, weights, slopes,
+                                r.flat);
           }
           made[j % kRing].arrive();
           // Row j - 2 was waited for then. A warp's windows reach into what others made.
@@ -364,7 +367,7 @@ __global__ void __launch_bounds__(kRowsThreads, 1) kept_rows(KeptRows<T> r) {
             of_first.read<T, Z>(s.tiling, s.state, strip, subnet, 0, of_result);
             Values result[Z::kGroups];
             expand_row_back<Z>(result, ring, scales, rows, tap_rows, strip, s.tiling.width, weights,
-                               of_first);
+                               of_first, r.flat);
             read[j % kRing].arrive();
             write_result<Z>(result, direct, s, at);
           } else {
@@ -390,16 +393,16 @@ __global__ void __launch_bounds__(kRowsThreads, 1) kept_rows(KeptRows<T> r) {
   }
 }
 
-// How the gradient is computed: by rows if the value is, but not for leaky_relu, where a side of one
-// pixel is all border, or where x has more channels than the block.
+// How the gradient is computed: by rows if the value is, but not where a side of one pixel is all
+// border, or where x has more channels than the block.
 inline Direction direction_back(const CouplingShape& shape, int64_t height, int64_t width,
                                 bool with_state) {
   if (!with_state) return Direction::backward;
   constexpr size_t kBytes = KeptRowsSizes<float, true, kWidestRows>::kBytes;
   Gpu gpu;
   bool streams = false;
-  const bool fits = shape.activation == Activation::relu6 && height > 1 && width > 1 &&
-                    (shape.kernel == 3 || shape.inputs <= shape.channels);
+  const bool fits =
+      height > 1 && width > 1 && (shape.kernel == 3 || shape.inputs <= shape.channels);
   // An error will be met again.
   if (!fits || current_gpu(gpu) != nullptr ||
       streams_rows(shape, padded_half(shape), gpu, streams) != nullptr) {
@@ -430,7 +433,7 @@ const char* launch_kept_rows(const KeptStage<T>& s, const unsigned char* mix_tra
   const float per_two = clamps ? 0.69314718f / s.clamp : 0.0f;
   // g2 are channels of the same image as g1.
   const KeptRows<T> r{
-      s, plan, clamps, per_two, in_pairs(s.g1.image), mix_transposed, in_pairs(s.grad_x.image)};
+      s, plan, flat_slope(s.activation), clamps, per_two, in_pairs(s.g1.image), mix_transposed, in_pairs(s.grad_x.image)};
   if (once) {
     return half == 32 ? kept_rows_of<KeptRowsSizes<T, kOuter, 32, 1>>(r, stream)
                       : kept_rows_of<KeptRowsSizes<T, kOuter, 64, 1>>(r, stream);

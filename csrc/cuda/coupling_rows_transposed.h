@@ -45,7 +45,7 @@ template <class Z>
 __device__ __forceinline__ void project_row_back(const typename Z::Row& row, float* scales,
                                                  const FeaturesOfRow<Z::kGroups>& gradients,
                                                  const unsigned char* weights,
-                                                 const KeptSlopesOfRow& slopes) {
+                                                 const KeptSlopesOfRow& slopes, float flat) {
   const PlaceInRow place;
   const RowFactors<Z::kGroups, Z::kParts> factors(gradients);
   // In two groups, so that one can be used while the other is made.
@@ -94,9 +94,10 @@ __device__ __forceinline__ void project_row_back(const typename Z::Row& row, flo
         float quad[4];
         MGHF_UNROLL_ALL
         for (int q = 0; q < 4; ++q) {
-          // Times zero, for a NaN.
-          quad[q] = sums[part][n * kValues + q / 2 * 4 + i * 2 + q % 2] *
-                    ((bits >> (i * 16 + q) & 1) != 0 ? back[i] : 0.0f);
+          quad[q] = sums[part][n * kValues + q / 2 * 4 + i * 2 + q % 2] * back[i];
+          // Not together with `back`, which may be as small as a float can be. Also by zero, for a
+          // NaN.
+          if ((bits >> (i * 16 + q) & 1) == 0) quad[q] *= flat;
         }
         write_quad(row.data + Z::Row::offset(place.pixel + i) + group * kGroup, quad);
       }
@@ -186,7 +187,7 @@ __device__ __forceinline__ void expand_row_back(Values (&result)[Z::kGroups], co
                                                 const int (&tap_rows)[3],
                                                 const StripOfRows& strip, int width,
                                                 const unsigned char* weights,
-                                                const KeptSlopesOfRow& slopes) {
+                                                const KeptSlopesOfRow& slopes, float flat) {
   const PlaceInRow place;
   const float* const taps =
       reinterpret_cast<const float*>(weights + Z::kLayout.taps()) + place.lane * 4;
@@ -234,8 +235,8 @@ __device__ __forceinline__ void expand_row_back(Values (&result)[Z::kGroups], co
         MGHF_UNROLL_ALL
         for (int e = 0; e < 2; ++e) {
           const bool steep = (bits >> (i % 2 * 16 + i / 2 * 2 + e) & 1) != 0;
-          pair_of_values[e] =
-              inner.at(i % 2, i / 2 * 2 + e) * (steep ? scale.by[i % 2] : 0.0f);
+          pair_of_values[e] = inner.at(i % 2, i / 2 * 2 + e) *
+                              (steep ? scale.by[i % 2] : scale.by[i % 2] * flat);
         }
         const SplitHalves pair(pair_of_values[0], pair_of_values[1]);
         big[k][i] = pair.big;
