@@ -432,8 +432,14 @@ const char* launch_kept_rows(const KeptStage<T>& s, const unsigned char* mix_tra
   const bool clamps = s.clamp > 0;
   const float per_two = clamps ? 0.69314718f / s.clamp : 0.0f;
   // g2 are channels of the same image as g1.
-  const KeptRows<T> r{
-      s, plan, flat_slope(s.activation), clamps, per_two, in_pairs(s.g1.image), mix_transposed, in_pairs(s.grad_x.image)};
+  const KeptRows<T> r{s,
+                      plan,
+                      flat_slope(s.activation),
+                      clamps,
+                      per_two,
+                      in_pairs(s.g1.image),
+                      mix_transposed,
+                      in_pairs(s.grad_x.image)};
   if (once) {
     return half == 32 ? kept_rows_of<KeptRowsSizes<T, kOuter, 32, 1>>(r, stream)
                       : kept_rows_of<KeptRowsSizes<T, kOuter, 64, 1>>(r, stream);
