@@ -34,6 +34,7 @@
 #include "bulk.h"
 #include "coupling_forward.h"
 #include "coupling_rows_activation.h"
+#include "coupling_rows_products.h"
 #include "variants.h"
 #include "wgmma.h"
 
@@ -193,46 +194,19 @@ __device__ __forceinline__ void expand_row(const typename Z::Row& row, float* la
                                            const unsigned char* weights, SlopesOfRow& slopes) {
   const PlaceInRow place;
   const RowFactors<Z::kGroups, Z::kParts> factors(features);
-  // In two groups, so that one can be used while the other is made.
-  float sums[2][Z::kHalf / 2];
-  MGHF_UNROLL_ALL
-  for (int k = 0; k < Z::kHalf; ++k) {
-    // Opaque, because the compiler would set the zeros amid the products and wait for these first.
-    sums[k / (Z::kHalf / 2)][k % (Z::kHalf / 2)] = bits_as<float>(opaque(0));
-  }
-  begin_products();
-  MGHF_UNROLL_ALL
-  for (int part = 0; part < 2; ++part) {
-    const auto multiply = [&](const auto& a, const unsigned char* matrix) {
-      MGHF_UNROLL_ALL
-      for (int n = 0; n < Z::kGroups; ++n) {
-        multiply_add_later<Z::kHalf>(sums[part], a[n],
-                                     columns_of<Z::kHidden>(matrix, n, part * Z::kHalf));
-      }
-    };
-    if constexpr (Z::kParts == 2) {
-      multiply(factors.small, weights);
-      multiply(factors.big, weights + Z::kLayout.to_small());
-    }
-    multiply(factors.big, weights);
-    end_products();
-  }
+  const HiddenSums<Z> sums(factors, weights);
   const float of_weights = *reinterpret_cast<const float*>(weights + Z::kLayout.scales());
   const float back[2] = {factors.scale[0].back * of_weights, factors.scale[1].back * of_weights};
   LargestOfRow largest;
   MGHF_UNROLL_ALL
   for (int part = 0; part < 2; ++part) {
-    if (part == 0) {
-      wait_for_products<1>();
-    } else {
-      wait_for_products<0>();
-    }
+    sums.wait_for(part);
     MGHF_UNROLL_ALL
     for (int n = 0; n < Z::kGroups; ++n) {
       Values values;
       MGHF_UNROLL_ALL
       for (int k = 0; k < kValues; ++k) {
-        values.all()[k] = sums[part][n * kValues + k] * back[k % 4 / 2];
+        values.all()[k] = sums.of[part][n * kValues + k] * back[k % 4 / 2];
       }
       const int group = part * Z::kGroups + n;
       if constexpr (Z::kKeeps) slopes.note<Z>(group, values, 6);
@@ -297,8 +271,7 @@ __device__ __forceinline__ void project_row(Values (&result)[Z::kGroups],
   const float* const scales = reinterpret_cast<const float*>(weights + Z::kLayout.scales());
   float by[2];
   if constexpr (Z::kLeaky) scale_hidden<Z>(by, scales, largest, rows, columns);
-  float sums[Z::kHalf / 2] = {}, small_sums[Z::kHalf / 2] = {};
-  uint32_t big[2][4], small[2][4];
+  ResultSums<Z> sums;
   MGHF_UNROLL(1)
   for (int first = 0; first < Z::kHiddenGroups; first += 2) {
     MGHF_UNROLL_ALL
@@ -333,34 +306,14 @@ __device__ __forceinline__ void project_row(Values (&result)[Z::kGroups],
           if constexpr (Z::kLeaky) return value * by[i % 2];
           return value;
         };
-        const SplitHalves pair(factor(0), factor(1));
-        big[k][i] = pair.big;
-        small[k][i] = pair.small;
+        sums.set(group, i, factor(0), factor(1));
       }
-      begin_products();
-      const SharedColumns of_big = columns_of<Z::kHalf>(matrix, group, 0);
-      if constexpr (Z::kParts == 2) {
-        multiply_add_later<Z::kHalf>(small_sums, small[k], of_big);
-        multiply_add_later<Z::kHalf>(small_sums, big[k],
-                                     of_big.further(Z::kLayout.to_small()));
-      }
-      multiply_add_later<Z::kHalf>(sums, big[k], of_big);
-      end_products();
-      wait_for_products<1>();  // then the factors of the group before may be overwritten
+      sums.multiply(group, matrix);
     }
   }
-  wait_for_products<0>();
   float back[2] = {scales[1], scales[1]};
   if constexpr (Z::kLeaky) back[0] *= inverse_of_power(by[0]), back[1] *= inverse_of_power(by[1]);
-  MGHF_UNROLL_ALL
-  for (int n = 0; n < Z::kGroups; ++n) {
-    MGHF_UNROLL_ALL
-    for (int k = 0; k < kValues; ++k) {
-      const int at = n * kValues + k;
-      const float sum = Z::kParts == 2 ? sums[at] + small_sums[at] : sums[at];
-      result[n].all()[k] = sum * back[k % 4 / 2];
-    }
-  }
+  sums.finish(result, back);
 }
 
 // A thread's part of the features that a row of results is added to or scales.

@@ -48,30 +48,7 @@ __device__ __forceinline__ void project_row_back(const typename Z::Row& row, flo
                                                  const KeptSlopesOfRow& slopes, float flat) {
   const PlaceInRow place;
   const RowFactors<Z::kGroups, Z::kParts> factors(gradients);
-  // In two groups, so that one can be used while the other is made.
-  float sums[2][Z::kHalf / 2];
-  MGHF_UNROLL_ALL
-  for (int k = 0; k < Z::kHalf; ++k) {
-    // Opaque, because the compiler would set the zeros amid the products and wait for these first.
-    sums[k / (Z::kHalf / 2)][k % (Z::kHalf / 2)] = bits_as<float>(opaque(0));
-  }
-  begin_products();
-  MGHF_UNROLL_ALL
-  for (int part = 0; part < 2; ++part) {
-    const auto multiply = [&](const auto& a, const unsigned char* matrix) {
-      MGHF_UNROLL_ALL
-      for (int n = 0; n < Z::kGroups; ++n) {
-        multiply_add_later<Z::kHalf>(sums[part], a[n],
-                                     columns_of<Z::kHidden>(matrix, n, part * Z::kHalf));
-      }
-    };
-    if constexpr (Z::kParts == 2) {
-      multiply(factors.small, weights);
-      multiply(factors.big, weights + Z::kLayout.to_small());
-    }
-    multiply(factors.big, weights);
-    end_products();
-  }
+  const HiddenSums<Z> sums(factors, weights);
   if (place.lane == 0) {
     MGHF_UNROLL_ALL
     for (int i = 0; i < 2; ++i) scales[place.pixel + i] = factors.scale[i].back;
@@ -80,11 +57,7 @@ __device__ __forceinline__ void project_row_back(const typename Z::Row& row, flo
   const float back[2] = {factors.scale[0].back * of_weights, factors.scale[1].back * of_weights};
   MGHF_UNROLL_ALL
   for (int part = 0; part < 2; ++part) {
-    if (part == 0) {
-      wait_for_products<1>();
-    } else {
-      wait_for_products<0>();
-    }
+    sums.wait_for(part);
     MGHF_UNROLL_ALL
     for (int n = 0; n < Z::kGroups; ++n) {
       const int group = part * Z::kGroups + n;
@@ -94,7 +67,7 @@ __device__ __forceinline__ void project_row_back(const typename Z::Row& row, flo
         float quad[4];
         MGHF_UNROLL_ALL
         for (int q = 0; q < 4; ++q) {
-          quad[q] = sums[part][n * kValues + q / 2 * 4 + i * 2 + q % 2] * back[i];
+          quad[q] = sums.of[part][n * kValues + q / 2 * 4 + i * 2 + q % 2] * back[i];
           // Not together with `back`, which may be as small as a float can be. Also by zero, for a
           // NaN.
           if ((bits >> (i * 16 + q) & 1) == 0) quad[q] *= flat;
@@ -197,8 +170,7 @@ __device__ __forceinline__ void expand_row_back(Values (&result)[Z::kGroups], co
   const int pixel = opaque(place.pixel);
   const TransposedColumns<typename Z::Row> columns(strip, width, pixel);
   const WindowScales scale(scales, rows, pixel, of_weights[2]);
-  float sums[Z::kHalf / 2] = {}, small_sums[Z::kHalf / 2] = {};
-  uint32_t big[2][4], small[2][4];
+  ResultSums<Z> sums;
   MGHF_UNROLL(1)
   for (int first = 0; first < Z::kHiddenGroups; first += 2) {
     MGHF_UNROLL_ALL
@@ -238,32 +210,13 @@ __device__ __forceinline__ void expand_row_back(Values (&result)[Z::kGroups], co
           pair_of_values[e] = inner.at(i % 2, i / 2 * 2 + e) *
                               (steep ? scale.by[i % 2] : scale.by[i % 2] * flat);
         }
-        const SplitHalves pair(pair_of_values[0], pair_of_values[1]);
-        big[k][i] = pair.big;
-        small[k][i] = pair.small;
+        sums.set(group, i, pair_of_values[0], pair_of_values[1]);
       }
-      begin_products();
-      const SharedColumns of_big = columns_of<Z::kHalf>(matrix, group, 0);
-      if constexpr (Z::kParts == 2) {
-        multiply_add_later<Z::kHalf>(small_sums, small[k], of_big);
-        multiply_add_later<Z::kHalf>(small_sums, big[k], of_big.further(Z::kLayout.to_small()));
-      }
-      multiply_add_later<Z::kHalf>(sums, big[k], of_big);
-      end_products();
-      wait_for_products<1>();  // then the factors of the group before may be overwritten
+      sums.multiply(group, matrix);
     }
   }
-  wait_for_products<0>();
   const float back[2] = {scale.back[0] * of_weights[1], scale.back[1] * of_weights[1]};
-  MGHF_UNROLL_ALL
-  for (int n = 0; n < Z::kGroups; ++n) {
-    MGHF_UNROLL_ALL
-    for (int k = 0; k < kValues; ++k) {
-      const int at = n * kValues + k;
-      const float sum = Z::kParts == 2 ? sums[at] + small_sums[at] : sums[at];
-      result[n].all()[k] = sum * back[k % 4 / 2];
-    }
-  }
+  sums.finish(result, back);
 }
 
 }  // namespace
