@@ -228,11 +228,12 @@ SMALL: Mapping[str, tuple[int, int]] = {
 
 LARGER: Mapping[str, tuple[int, int]] = {
     "coupling": (1, 70),
+    "content_style": (1, 132),
     "sinkhorn": (1, 650),
     "monce": (1, 650),
 }
-"""As ``SMALL``, for ops whose kernels divide larger problems otherwise: into strips, or a matrix
-among several blocks."""
+"""As ``SMALL``, for ops whose kernels divide larger problems otherwise: into strips, a matrix among
+several blocks, or several tiles of pixels to a block."""
 
 
 def small(op: str) -> Problem:

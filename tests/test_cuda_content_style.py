@@ -11,7 +11,7 @@ import draws
 import numpy as np
 import pytest
 import torch
-from emulated import KINDS, needs_modules, results, strided
+from emulated import KINDS, Call, needs_modules, results, strided
 from torch import Tensor
 
 from mghf_fast.reference import content_style as reference
@@ -142,6 +142,59 @@ def test_values_and_gradients(kind: str, tmp_path: Path) -> None:
         for first, second in zip([*found[:8], *gradients[:8]], again, strict=True):
             for a, b in zip(first, second, strict=True):
                 assert a.tobytes() == b.tobytes()
+
+
+ONE_MULTIPROCESSOR: Call = ("set_gpu", (227 << 10, True, 1))  # so that a block has many tiles
+OLDER: Call = ("use_older", ("content_style", True))
+
+
+def streamed() -> Iterator[Problem]:
+    """Up to 64 kept maps, of which a block goes through tiles of pixels."""
+    for shape, top_m in (
+        ((2, 7, 5, 8), 3),
+        ((3, 20, 20, 21), 0),
+        ((1, 100, 12, 20), 64),
+        ((2, 70, 18, 22), 33),
+        ((1, 9, 40, 52), 9),
+    ):
+        gt, sr = pair(*shape)
+        sr[0, 1, 2, 3] = torch.inf
+        for layout in (torch.contiguous_format, LAST):
+            yield Problem(*(x.contiguous(memory_format=layout) for x in (gt, sr)), top_m)
+    for dtype in (torch.float16, torch.bfloat16):
+        gt, sr = pair(1, 70, 18, 22)
+        yield Problem(gt.to(dtype), sr.to(dtype), 40)
+        yield Problem(*(x.to(dtype).contiguous(memory_format=LAST) for x in (gt, sr)), 40)
+
+
+@pytest.mark.parametrize("kind", ["plain", "thread"])
+@pytest.mark.parametrize("precision", ["float32", "tf32"])
+def test_newer_and_older_kernels_give_the_same_bits(
+    kind: str, precision: str, tmp_path: Path
+) -> None:
+    """The products are the same, in the same order; of few and of many tiles a block."""
+    torch.manual_seed(0)
+    of = list(streamed())
+    if kind == "thread":
+        of = of[4:8]
+    statistics = results("plain", forward_calls(of), tmp_path)
+    calls: list[Call] = []
+    for p, found in zip(of, statistics, strict=True):
+        grads = [draws.randn(p.gt.shape[0]) for _ in range(4)]
+        given = [strided(x) for x in (*grads, p.gt, p.sr)]
+        calls.append(("content_style_backward", (*given, *found[4:], precision)))
+    if kind == "thread":
+        results(kind, [ONE_MULTIPROCESSOR, *calls], tmp_path)
+        return
+    new = results(kind, calls, tmp_path)
+    long = results(kind, [ONE_MULTIPROCESSOR, *calls], tmp_path)[1:]
+    old = results(kind, [OLDER, *calls], tmp_path)[1:]
+    small = results(kind, [("set_gpu", (64 << 10, False)), *calls], tmp_path)[1:]
+    for a, *others in zip(new, long, old, small, strict=True):
+        is_nan = np.isnan(a)  # of either sign
+        for b in others:
+            assert np.array_equal(is_nan, np.isnan(b))
+            assert a[~is_nan].tobytes() == b[~is_nan].tobytes()
 
 
 def test_ties_go_to_the_lower_channel_and_nan_comes_first(tmp_path: Path) -> None:

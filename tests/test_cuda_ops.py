@@ -267,7 +267,7 @@ def test_nothing_is_computed_of_nothing() -> None:
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("shape", [(2, 5, 3, 3), (2, 150, 6, 8)])
+@pytest.mark.parametrize("shape", [(2, 5, 3, 3), (2, 40, 12, 16), (2, 150, 6, 8)])
 def test_the_gradient_takes_the_place_of_gt(
     shape: tuple[int, ...], layout: torch.memory_format
 ) -> None:
@@ -329,7 +329,8 @@ def test_a_device_may_use_older_kernels(monkeypatch: pytest.MonkeyPatch) -> None
     library = emulated.module("plain")
     host = load(str(library))
     monkeypatch.setattr(native, "cuda_library", lambda: library)
-    for number, op in enumerate(("coupling", "monce", "patches")):  # as in csrc/cuda/variants.h
+    # As in csrc/cuda/variants.h.
+    for number, op in enumerate(("coupling", "monce", "patches", "content_style")):
         assert host.newest(number)
         assert native.use_older_cuda_kernels(op, 1, True) and host.newest(number)
         assert native.use_older_cuda_kernels(op, 0, True) and not host.newest(number)

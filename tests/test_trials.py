@@ -103,6 +103,12 @@ def test_matrices_of_several_blocks_are_tried() -> None:
         assert small.tensors[0].shape[1] < 448 and larger.tensors[0].shape[1] > 640
 
 
+def test_a_block_with_several_tiles_of_pixels_is_tried() -> None:
+    _, larger = problems.for_trial("content_style")
+    pixels = larger.tensors[0][0, 0].numel()
+    assert pixels % 4 == 0 and pixels > 64 * 2 * 132  # an H200's blocks of content_style_stream.h
+
+
 def test_activations_with_kernels_of_their_own_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     tried = []
 

@@ -22,8 +22,10 @@
 //   grad = naive D + [kept] (a D + centred (S - mean S) + other (X - mean X) + K S_kept)
 //
 // where X is D for maps that are almost equal, else G: with the other of the two the terms would
-// nearly cancel. Two launches. The gradient may take the place of G: what a thread reads of G is
-// at the pixels and channels of which it then writes the gradient.
+// nearly cancel. Up to 64 kept maps stay in shared memory as K while tiles of pixels come by
+// (content_style_stream.h); others are multiplied by maps_gradient.h. Two launches. The gradient
+// may take the place of G: what a thread reads of G is at the pixels and channels of which it then
+// writes the gradient.
 //
 // Predicted floors for B = 1, C = 128, M = 64, 512 x 512, float32, at 4.3 TB/s: the moments and the
 // histograms read 268 MB each, 62 us each (counting 67 M numbers in shared memory takes about as
@@ -36,6 +38,7 @@
 #include "content_style_gradient.h"
 #include "content_style_moments.h"
 #include "content_style_selection.h"
+#include "content_style_stream.h"
 #include "histograms_counts.h"
 #include "workspace.h"
 
@@ -179,15 +182,19 @@ const char* backward(const StyleGradients& grads, const Image<T>& gt, const Imag
                      void* workspace, Stream stream) {
   const int64_t maps = statistics.top_m, groups = groups_of(sr.channels);
   const BackwardSpace space(sr, maps, workspace);
+  const bool streamed = streams<kReading>(sr, maps);
   const char* const error =
       launch(fragments_of_style, {sr.batch * groups * kRowTiles, kGradientThreads}, stream, grads,
              statistics, space.channels, space.ranks, space.starts, space.terms, space.fragments,
-             sr.channels, sr.pixels());
+             sr.channels, sr.pixels(), streamed);
   if (error != nullptr) return error;
   const StyleTerms<T> terms{gt, space.channels, space.starts, space.terms,
                             static_cast<int>(maps)};
-  return write_gradient<kReading>(sr, grad_sr, space.fragments, terms, maps,
-                                  statistics.precision != Precision::float32, stream);
+  const bool once = statistics.precision != Precision::float32;
+  if (streamed) {
+    return write_streamed<kReading>(sr, grad_sr, space.fragments, terms, once, stream);
+  }
+  return write_gradient<kReading>(sr, grad_sr, space.fragments, terms, maps, once, stream);
 }
 
 }  // namespace

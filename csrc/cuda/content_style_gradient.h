@@ -42,10 +42,11 @@ struct StyleTerms {
 // Gram's part of the gradient is K S_kept with K_ij = (4 grad / (M^2 n)) w_i w_j D_ij. A block
 // takes 16 of the rows of a group's kept maps; the first of them also the group's terms. Each finds
 // the order of the kept maps itself, from how many precede each; an image's first block stores it.
+// `whole`: K is not divided into groups; those of the first have its rows, up to 64.
 __global__ void __launch_bounds__(kGradientThreads)
     fragments_of_style(StyleGradients grads, StyleStatistics statistics, int* kept_channels,
                        int* ranks_of_blocks, int* starts, StyleTerm* terms, uint4* fragments,
-                       int64_t channels, int64_t pixels) {
+                       int64_t channels, int64_t pixels, bool whole) {
   __shared__ int before[2];        // kept maps before this group, and before the next
   __shared__ int places[kGroup];   // of the group's channels, or -1
   const int thread = static_cast<int>(threadIdx.x);
@@ -101,7 +102,9 @@ __global__ void __launch_bounds__(kGradientThreads)
     terms[b * channels + c] = found;
   }
   if (maps == 0) return;
-  const int first = before[0] + static_cast<int>(tile) * 16, rows = before[1] - first;
+  if (whole && group > 0) return;
+  const int first = (whole ? 0 : before[0]) + static_cast<int>(tile) * 16;
+  const int rows = (whole ? static_cast<int>(maps) : before[1]) - first;
   if (rows <= 0) return;
   const float* const weights = statistics.weights + b * maps;
   const double gram = 4 * grad(3) / (m * m * n);

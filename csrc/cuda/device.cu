@@ -103,8 +103,10 @@ cudaError_t count_running(const void* kernel, int device, const Grid& grid, int6
 }  // namespace
 #endif
 
-const char* running_at_a_time(const void* kernel, const Grid& grid, int64_t& clusters) {
+const char* running_at_a_time(const void* kernel, const Grid& grid, int64_t& clusters,
+                              int on_host) {
 #ifdef __CUDACC__
+  (void)on_host;
   static std::mutex mutex;
   static std::map<std::tuple<const void*, int, int, size_t, unsigned>, int64_t> known;
   int device = 0;
@@ -126,7 +128,7 @@ const char* running_at_a_time(const void* kernel, const Grid& grid, int64_t& clu
   known[key] = clusters;
 #else
   (void)kernel;
-  clusters = host::gpu.multiprocessors / grid.blocks_of_cluster;
+  clusters = host::gpu.multiprocessors * on_host / grid.blocks_of_cluster;
 #endif
   return nullptr;
 }

@@ -99,8 +99,10 @@ struct Gpu {
 const char* current_gpu(Gpu& gpu);
 
 // How many clusters of that grid's size (of one block: blocks) of a kernel run at a time on the
-// current device; cached. 0 if it has no room for one.
-const char* running_at_a_time(const void* kernel, const Grid& grid, int64_t& clusters);
+// current device; cached. 0 if it has no room for one. `on_host`: how many blocks one of the
+// emulator's multiprocessors is taken to run.
+const char* running_at_a_time(const void* kernel, const Grid& grid, int64_t& clusters,
+                              int on_host = 1);
 
 // Whether the architecture that is being compiled for has clusters.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900

@@ -51,6 +51,50 @@ __device__ void write_fragments(uint4* target, int rows, int columns, const Elem
   }
 }
 
+// Adds the products of the k-th 8 maps of the features, 16 pixels of them from `pixel` on, with two
+// tiles of 16 rows: factor(m, a) gives the m-th tile's factor, or false if it has no rows.
+template <bool kOnce, class T, class Tile, class Factor>
+__device__ __forceinline__ void add_depth(float (&parts)[2][2][4], const float* features, int k,
+                                          int pixel, const Factor& factor) {
+  constexpr bool kExactB = kOnce || exact_in_tf32<T>;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, t = lane % 4;
+  SplitB of_b[2];
+  MGHF_UNROLL_ALL
+  for (int n = 0; n < 2; ++n) {
+    MGHF_UNROLL_ALL
+    for (int i = 0; i < 2; ++i) {
+      put_cut<kOnce>(of_b[n].big[i], of_b[n].small[i],
+                     features[Tile::at(k * 8 + t + i * 4, pixel + n * 8 + g)]);
+    }
+  }
+  MGHF_UNROLL_ALL
+  for (int m = 0; m < 2; ++m) {
+    SplitA a;
+    if (!factor(m, a)) continue;
+    mma_split<kOnce, kExactB>(parts[m][0], a, of_b[0]);
+    mma_split<kOnce, kExactB>(parts[m][1], a, of_b[1]);
+  }
+}
+
+// Stores the products of two tiles of rows from `half` on, those that have rows.
+template <class Tile>
+__device__ __forceinline__ void store_products(float* product, const float (&sums)[2][2][4],
+                                               int half, int rows, int pixel) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, t = lane % 4;
+  MGHF_UNROLL_ALL
+  for (int m = 0; m < 2; ++m) {
+    if (half + m * 16 >= rows) continue;
+    MGHF_UNROLL_ALL
+    for (int n = 0; n < 2; ++n) {
+      MGHF_UNROLL_ALL
+      for (int i = 0; i < 4; ++i) {
+        product[Tile::at(half + m * 16 + g + i / 2 * 8, pixel + n * 8 + 2 * t + i % 2)] =
+            sums[m][n][i];
+      }
+    }
+  }
+}
+
 // `Terms` knows which maps are kept, and the coefficients of their gradients.
 template <class T, Reading kReading, bool kByMaps, class Terms>
 __global__ void __launch_bounds__(kGradientThreads, 2)
@@ -73,7 +117,6 @@ __global__ void __launch_bounds__(kGradientThreads, 2)
   const int first = block / parts % tiles * kGradientPixels;
   const int64_t b = block / parts / tiles;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
-  const int g = lane / 4, t = lane % 4;
   const int pixel = warp % 4 * 16, half = warp / 4 * 32;
   const int chunks = (maps + kProductMaps - 1) / kProductMaps;
   const int depths = static_cast<int>(depths_of(maps));
@@ -102,30 +145,18 @@ __global__ void __launch_bounds__(kGradientThreads, 2)
       const int depths_of_chunk = (maps_of_chunk + 7) / 8;
       const auto multiply = [&](auto one_product) {
         constexpr bool kOnce = decltype(one_product)::value;
-        constexpr bool kExactB = kOnce || exact_in_tf32<T>;
         MGHF_UNROLL(2)
         for (int k = 0; half < rows && k < depths_of_chunk; ++k) {
-          SplitB of_b[2];
-          MGHF_UNROLL_ALL
-          for (int n = 0; n < 2; ++n) {
-            MGHF_UNROLL_ALL
-            for (int i = 0; i < 2; ++i) {
-              put_cut<kOnce>(of_b[n].big[i], of_b[n].small[i],
-                             features[Tile::at(k * 8 + t + i * 4, pixel + n * 8 + g)]);
-            }
-          }
-          MGHF_UNROLL_ALL
-          for (int m = 0; m < 2; ++m) {
+          add_depth<kOnce, T, Tile>(parts, features, k, pixel, [&](int m, SplitA& a) {
             const int tile = half / 16 + m;
-            if (tile * 16 >= rows) continue;
+            if (tile * 16 >= rows) return false;
             const int64_t at =
                 ((b * groups + group) * kRowTiles + tile) * depths + first_map / 8 + k;
             const uint4 big = fragments[(at * kWarp + lane) * 2];
             const uint4 small = kOnce ? uint4{} : fragments[(at * kWarp + lane) * 2 + 1];
-            const SplitA a{{big.x, big.y, big.z, big.w}, {small.x, small.y, small.z, small.w}};
-            mma_split<kOnce, kExactB>(parts[m][0], a, of_b[0]);
-            mma_split<kOnce, kExactB>(parts[m][1], a, of_b[1]);
-          }
+            a = {{big.x, big.y, big.z, big.w}, {small.x, small.y, small.z, small.w}};
+            return true;
+          });
         }
       };
       if (once) {
@@ -139,18 +170,7 @@ __global__ void __launch_bounds__(kGradientThreads, 2)
       }
     }
     if (group > first_group) __syncthreads();  // the product of the group before has been read
-    MGHF_UNROLL_ALL
-    for (int m = 0; m < 2; ++m) {
-      if (half + m * 16 >= rows) continue;
-      MGHF_UNROLL_ALL
-      for (int n = 0; n < 2; ++n) {
-        MGHF_UNROLL_ALL
-        for (int i = 0; i < 4; ++i) {
-          product[Tile::at(half + m * 16 + g + i / 2 * 8, pixel + n * 8 + 2 * t + i % 2)] =
-              sums[m][n][i];
-        }
-      }
-    }
+    store_products<Tile>(product, sums, half, rows, pixel);
     __syncthreads();
 
     // The reads of some passes, all before the first write.

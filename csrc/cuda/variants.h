@@ -7,7 +7,7 @@
 
 namespace mghf::cuda {
 
-enum class Variant { coupling, monce, patches };  // named as the ops
+enum class Variant { coupling, monce, patches, content_style };  // named as the ops
 
 // Whether the newer kernels run on the current device.
 bool newest(Variant variant);
