@@ -127,6 +127,15 @@ def test_products_are_mostly_products(bounds: Bounds, compiled: object) -> None:
     assert complaints(kernel, bounds) == []
 
 
+@pytest.mark.parametrize("source", ["content_style", "entropy"])
+def test_sweeps_use_no_generic_addresses(source: str, compiled: object) -> None:
+    """And spill no registers. Which of two images a block reads, it must find out without that."""
+    assert callable(compiled)
+    for kernel in compiled(source):
+        assert kernel.count("LD", "ST") == 0, kernel.name
+        assert kernel.count("LDL", "STL") == 0, kernel.name
+
+
 TEXT = """
 .text.kernel:
         /*0000*/                   MOV R1, c[0x0][0x28] ;

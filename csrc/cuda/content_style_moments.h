@@ -95,11 +95,15 @@ __global__ void __launch_bounds__(kSweepThreads)
   Pivots pivots;
   if (inside) {
     const T *const s_map = sr.map(place.b, channel), *const g_map = gt.map(place.b, channel);
-    const int64_t begin = runs.begin(place.run), end = runs.end(place.run, sr.pixels());
+    const auto begin = static_cast<unsigned>(runs.begin(place.run));
+    const auto end = static_cast<unsigned>(runs.end(place.run, sr.pixels()));
     pivots = pivots_of<T, kReading != Reading::strided>(gt, g_map, sr, s_map, begin, end);
+    constexpr unsigned kEach = (kByMaps ? kSweepThreads : kSweepWarps) * kStep;
+    const unsigned first = begin + (kByMaps ? thread * kStep : row);
+    const unsigned turns = turns_to(end, first, kEach);
     MGHF_UNROLL(kAtOnce<kReading>)
-    for (int64_t p = begin + (kByMaps ? thread * kStep : row); p < end;
-         p += (kByMaps ? kSweepThreads : kSweepWarps) * kStep) {
+    for (unsigned turn = 0; turn < turns; ++turn) {
+      const unsigned p = first + turn * kEach;
       float s_values[kStep], g_values[kStep];
       sr.template read<kReading>(s_values, s_map, p);
       gt.template read<kReading>(g_values, g_map, p);

@@ -38,20 +38,30 @@ struct Runs {
 struct RunPlace {
   int64_t b, channel, run;
 
-  __device__ RunPlace(int64_t block, int64_t runs, int64_t channels, int64_t channels_of_block) {
-    const int64_t groups = (channels + channels_of_block - 1) / channels_of_block;
-    channel = block % groups * channels_of_block;
-    run = block / groups % runs;
-    b = block / groups / runs;
+  // In 32 bits, as all of a grid's numbers are: divisions of 64 take a hundred instructions.
+  __device__ RunPlace(unsigned block, int64_t runs, int64_t channels, int channels_of_block) {
+    const auto groups = static_cast<unsigned>((channels + channels_of_block - 1) / channels_of_block);
+    const unsigned in_channel = block / groups, number = static_cast<unsigned>(runs);
+    channel = static_cast<int64_t>(block % groups) * channels_of_block;
+    run = in_channel % number;
+    b = in_channel / number;
   }
 };
 
-__device__ __forceinline__ float smaller(float a, float b) { return b < a ? b : a; }
-__device__ __forceinline__ float larger(float a, float b) { return b > a ? b : a; }
+// How many of `first`, first + step, ... are less than `end`. A loop that counts them is unrolled, and
+// the loads of several turns go together; in one that adds up to `end` a sum might overflow.
+__device__ __forceinline__ unsigned turns_to(unsigned end, unsigned first, unsigned step) {
+  return first < end ? (end - first + step - 1) / step : 0;
+}
+
+// Of a number and a NaN, the number.
+__device__ __forceinline__ float smaller(float a, float b) { return fminf(a, b); }
+__device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }
 
 // The range of a map from those of its parts, computed by each calling thread.
 __device__ __forceinline__ float2 range_of(const float* lows, const float* highs, int64_t map,
                                            int64_t parts) {
+  if (parts == 1) return {lows[map], highs[map]};
   float2 range{INFINITY, -INFINITY};
   for (int64_t part = 0; part < parts; ++part) {
     range.x = smaller(range.x, lows[map * parts + part]);
@@ -108,11 +118,27 @@ struct Counted {
   Histograms<T> first, second;
   int images;
 
+  // Number by number: chosen as a whole, its pointers would no longer be known to be to global memory,
+  // nor itself to be among the parameters, and loads would be slow ones of generic addresses.
   __device__ Histograms<T> of(unsigned block) const {
-    return images == 2 && block % 2 == 1 ? second : first;
+    const bool other = images == 2 && block % 2 == 1;
+    const auto of_block = [&](auto a, auto b) { return other ? b : a; };
+    Histograms<T> found = first;  // both have one shape and one layout of counts
+    found.x.data = of_block(first.x.data, second.x.data);
+    found.x.batch_stride = of_block(first.x.batch_stride, second.x.batch_stride);
+    found.x.channel_stride = of_block(first.x.channel_stride, second.x.channel_stride);
+    found.x.row_stride = of_block(first.x.row_stride, second.x.row_stride);
+    found.x.column_stride = of_block(first.x.column_stride, second.x.column_stride);
+    found.ranges.lows = of_block(first.ranges.lows, second.ranges.lows);
+    found.ranges.highs = of_block(first.ranges.highs, second.ranges.highs);
+    found.counts.data = of_block(first.counts.data, second.counts.data);
+    found.entropies = of_block(first.entropies, second.entropies);
+    found.ended = of_block(first.ended, second.ended);
+    return found;
   }
-  __device__ RunPlace place(unsigned block, int64_t runs, int64_t channels_of_block) const {
-    return {(gridDim.x - 1 - block) / images, runs, first.x.channels, channels_of_block};
+  __device__ RunPlace place(unsigned block, int64_t runs, int channels_of_block) const {
+    return {(gridDim.x - 1 - block) / static_cast<unsigned>(images), runs, first.x.channels,
+            channels_of_block};
   }
 };
 

@@ -27,13 +27,20 @@ struct Binning {
   }
 
   // A value without a bin (0 / 0 in a constant map, a NaN) is put into the first.
+  // kFew: there are less than 2^23 bins.
+  template <bool kFew>
   __device__ __forceinline__ int of(float value) const {
     const float from_low = (value - low) * scale;
     const float share = from_low * inverse;
     const float quotient = fmaf(fmaf(-share, extent, from_low), inverse, share);
     const float position = quotient * static_cast<float>(bins);
-    const float most = static_cast<float>(bins - 1);
-    return !(position > 0) ? 0 : position > most ? bins - 1 : static_cast<int>(position);
+    const float bin = smaller(larger(position, 0), static_cast<float>(bins - 1));
+#ifdef __CUDA_ARCH__
+    // Rounded towards zero, the sum has the bin in its lower bits; converted, it would take the time
+    // of eight additions.
+    if (kFew) return bits_as<int>(__fadd_rz(bin, 0x1p23f)) - bits_as<int>(0x1p23f);
+#endif
+    return static_cast<int>(bin);
   }
 };
 
@@ -55,13 +62,15 @@ __global__ void __launch_bounds__(kSweepThreads)
   int* const own = kShared ? histograms + threadIdx.x / kWarp % copies * bins : target;
   const Binning binning(ranges.of(map_index), bins);
   const T* const map = x.map(place.b, place.channel);
-  const int64_t end = runs.end(place.run, x.pixels());
+  const unsigned first = static_cast<unsigned>(runs.begin(place.run)) + threadIdx.x * kStep;
+  const auto end = static_cast<unsigned>(runs.end(place.run, x.pixels()));
+  const unsigned turns = turns_to(end, first, kSweepThreads * kStep);
   MGHF_UNROLL(4)
-  for (int64_t p = runs.begin(place.run) + threadIdx.x * kStep; p < end;
-       p += kSweepThreads * kStep) {
+  for (unsigned turn = 0; turn < turns; ++turn) {
+    const unsigned p = first + turn * (kSweepThreads * kStep);
     float values[kStep];
     x.template read<kReading>(values, map, p);
-    for (const float value : values) atomicAdd(own + binning.of(value), 1);
+    for (const float value : values) atomicAdd(own + binning.of<kShared>(value), 1);
   }
   if (kShared) {
     __syncthreads();
@@ -99,12 +108,15 @@ __global__ void __launch_bounds__(kSweepThreads)
     int* const own = (kShared ? histograms : target) + lane;
     const Binning binning(ranges.of(place.b * x.channels + channel), bins);
     const T* const map = x.map(place.b, channel);
-    const int64_t end = runs.end(place.run, x.pixels());
+    const unsigned first = static_cast<unsigned>(runs.begin(place.run)) + row;
+    const auto end = static_cast<unsigned>(runs.end(place.run, x.pixels()));
+    const unsigned turns = turns_to(end, first, kSweepWarps);
     MGHF_UNROLL(4)
-    for (int64_t p = runs.begin(place.run) + row; p < end; p += kSweepWarps) {
+    for (unsigned turn = 0; turn < turns; ++turn) {
+      const unsigned p = first + turn * kSweepWarps;
       float values[1];
       x.template read<kReading>(values, map, p);
-      atomicAdd(own + binning.of(values[0]) * kWarp, 1);
+      atomicAdd(own + binning.of<kShared>(values[0]) * kWarp, 1);
     }
   }
   if (kShared) {
