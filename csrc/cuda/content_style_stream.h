@@ -186,9 +186,9 @@ inline int64_t stream_blocks(int64_t batch, int64_t tiles, int64_t running) {
 // Whether stream_gradient takes such images and that many kept maps.
 template <Reading kReading, class T>
 bool streams(const Image<T>& sr, int64_t maps) {
-  constexpr int64_t kMostChannels = 512;
+  constexpr int64_t kMostChannels = 512, kMostPixels = int64_t{1} << 30;
   Gpu gpu{};
-  return maps <= kProductMaps && sr.channels <= kMostChannels &&
+  return maps <= kProductMaps && sr.channels <= kMostChannels && sr.pixels() <= kMostPixels &&
          (sr.by_maps() ? kReading == Reading::fours : kReading == Reading::flat) &&
          newest(Variant::content_style) && current_gpu(gpu) == nullptr &&
          static_cast<int64_t>(StreamSizes<true>::bytes(kMostChannels)) <= gpu.shared_bytes;

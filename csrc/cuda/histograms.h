@@ -40,7 +40,8 @@ struct RunPlace {
 
   // In 32 bits, as all of a grid's numbers are: divisions of 64 take a hundred instructions.
   __device__ RunPlace(unsigned block, int64_t runs, int64_t channels, int channels_of_block) {
-    const auto groups = static_cast<unsigned>((channels + channels_of_block - 1) / channels_of_block);
+    const int64_t wanted = (channels + channels_of_block - 1) / channels_of_block;
+    const auto groups = static_cast<unsigned>(wanted);
     const unsigned in_channel = block / groups, number = static_cast<unsigned>(runs);
     channel = static_cast<int64_t>(block % groups) * channels_of_block;
     run = in_channel % number;
@@ -48,8 +49,8 @@ struct RunPlace {
   }
 };
 
-// How many of `first`, first + step, ... are less than `end`. A loop that counts them is unrolled, and
-// the loads of several turns go together; in one that adds up to `end` a sum might overflow.
+// How many of `first`, first + step, ... are less than `end`. A loop that counts them is unrolled,
+// and the loads of several turns go together; in one that adds up to `end` a sum might overflow.
 __device__ __forceinline__ unsigned turns_to(unsigned end, unsigned first, unsigned step) {
   return first < end ? (end - first + step - 1) / step : 0;
 }
@@ -118,8 +119,8 @@ struct Counted {
   Histograms<T> first, second;
   int images;
 
-  // Number by number: chosen as a whole, its pointers would no longer be known to be to global memory,
-  // nor itself to be among the parameters, and loads would be slow ones of generic addresses.
+  // Number by number: chosen as a whole, its pointers would no longer be known to be to global
+  // memory, nor itself to be among the parameters, and loads would be those of generic addresses.
   __device__ Histograms<T> of(unsigned block) const {
     const bool other = images == 2 && block % 2 == 1;
     const auto of_block = [&](auto a, auto b) { return other ? b : a; };

@@ -36,8 +36,8 @@ struct Binning {
     const float position = quotient * static_cast<float>(bins);
     const float bin = smaller(larger(position, 0), static_cast<float>(bins - 1));
 #ifdef __CUDA_ARCH__
-    // Rounded towards zero, the sum has the bin in its lower bits; converted, it would take the time
-    // of eight additions.
+    // Rounded towards zero, the sum has the bin in its lower bits; a conversion takes the time of
+    // eight additions.
     if (kFew) return bits_as<int>(__fadd_rz(bin, 0x1p23f)) - bits_as<int>(0x1p23f);
 #endif
     return static_cast<int>(bin);
