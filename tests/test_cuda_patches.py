@@ -23,14 +23,16 @@ pytestmark = needs_modules
 
 # batch, channels, height, width, patch size, stride, hidden, dimension, channels_last: cells with
 # one to four patches, more units, dimensions, rows and pixels of a cell than a block has at a time,
-# copies by 16 bytes and number by number; the last as patches_rows.h takes it.
+# copies by 16 bytes and number by number; the last three as patches_rows.h takes them.
 PROBLEMS = [
     (1, 5, 9, 11, 5, 3, 9, 5, False),
     (1, 8, 44, 44, 8, 4, 40, 16, True),
     (2, 1, 24, 40, 16, 12, 140, 70, False),
     (1, 3, 40, 56, 16, 12, 40, 20, False),
+    (1, 3, 40, 56, 16, 8, 40, 20, False),
+    (1, 2, 40, 72, 32, 24, 40, 20, False),
 ]
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float32)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16) * 2
 
 
 def problem(number: int, dtype: torch.dtype) -> tuple[Tensor, list[Tensor], int, int]:
@@ -63,13 +65,29 @@ ROWS = [
     (2, 3, 52, 100, 16, 12, 100, 50),
     (1, 130, 16, 20, 16, 8, 33, 3),
 ]
+# Likewise with rows and strides of multiples of eight pixels, 16 bytes in half precision.
+ROWS_OF_HALVES = [*ROWS[:2], (2, 3, 52, 104, 16, 8, 100, 50), (1, 130, 16, 24, 16, 8, 33, 3)]
+HALVES = (torch.bfloat16, torch.float16)
+ROWS_OF_TYPES = [
+    *((case, torch.float32) for case in ROWS),
+    *((case, torch.bfloat16) for case in ROWS_OF_HALVES),
+    *((case, torch.float16) for case in ROWS_OF_HALVES[1:3]),
+]
 
 
-def of_rows(case: tuple[int, ...]) -> tuple[Tensor, list[Tensor], tuple[int, int]]:
+def of_rows(
+    case: tuple[int, ...], dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, list[Tensor], tuple[int, int]]:
     *shape, size, stride, hidden, dimension = case
     shapes = [(hidden, size * size), (hidden,), (dimension, hidden), (dimension,)]
     weights = [draws.randn(s) / s[-1] ** 0.5 for s in shapes]
-    return draws.rand(*shape), weights, (size, stride)
+    return draws.rand(*shape).to(dtype), weights, (size, stride)
+
+
+def tensor(array: Any, dtype: torch.dtype) -> Tensor:
+    """A result that is an image of that type."""
+    found = torch.from_numpy(np.asarray(array))
+    return found.view(dtype) if dtype == torch.bfloat16 else found
 
 
 def forward(
@@ -81,10 +99,10 @@ def forward(
 OLDER: Call = ("use_older", ("patches", True))
 
 
-@pytest.mark.parametrize("case", ROWS)
-def test_rows_of_pixels(case: tuple[int, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("case", "dtype"), ROWS_OF_TYPES)
+def test_rows_of_pixels(case: tuple[int, ...], dtype: torch.dtype, tmp_path: Path) -> None:
     """By newer and older kernels; the newer ones twice."""
-    x, weights, options = of_rows(case)
+    x, weights, options = of_rows(case, dtype)
     call = forward(x, weights, options)
     new, again, _, old = results("plain", [call, call, OLDER, call], tmp_path)
     for a, b in zip(new, again, strict=True):
@@ -101,6 +119,18 @@ def test_rows_of_pixels(case: tuple[int, ...], tmp_path: Path) -> None:
     assert relative_error(norms[0], norms[1].double()) <= 5e-7
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("width", "stride"), [(64, 12), (60, 8)])
+def test_rows_that_are_not_copied_whole(
+    width: int, stride: int, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Pieces of rows that do not begin at multiples of 16 bytes: the older kernels take them."""
+    x, weights, options = of_rows((1, 2, 32, width, 16, stride, 40, 20), dtype)
+    call = forward(x, weights, options)
+    new, _, old = results("plain", [call, OLDER, call], tmp_path)
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(new, old, strict=True))
+
+
 # Cells of one to four patches, with margins that no patch covers; two blocks of cells; cells that
 # are patches; patches of 32 pixels.
 CELLS = [
@@ -111,10 +141,11 @@ CELLS = [
 ]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("case", CELLS)
-def test_gradient_by_rows(case: tuple[int, ...], tmp_path: Path) -> None:
+def test_gradient_by_rows(case: tuple[int, ...], dtype: torch.dtype, tmp_path: Path) -> None:
     """By newer and older kernels, the newer ones twice; a NaN stays in its patch."""
-    x, weights, options = of_rows(case)
+    x, weights, options = of_rows(case, dtype)
     ((embedding, state),) = results("plain", [forward(x, weights, options)], tmp_path)
     grad = draws.randn(embedding.shape)
     matrices = strided(weights[0]), strided(weights[2])
@@ -123,27 +154,55 @@ def test_gradient_by_rows(case: tuple[int, ...], tmp_path: Path) -> None:
     bad = grad.clone()
     bad[0, -1, 1] = float("nan")
     broken: Call = ("patches_backward", (bad.numpy(), *saved[1:], *back[1][3:]))
-    new, again, kept, _, old = results("plain", [back, back, broken, OLDER, back], tmp_path)
-    assert new.tobytes() == again.tobytes() and not np.array_equal(new, old)
+    given = [back, back, broken, OLDER, back]
+    new, again, kept, _, old = (
+        array if isinstance(array, int) else tensor(array, dtype)
+        for array in results("plain", given, tmp_path)
+    )
+    assert torch.equal(new, again) and not torch.equal(new, old)
     exact = [w.double() for w in weights]
     expected, _ = reference.patch_projection_backward(
         grad.double(), x.double(), *exact, *options, False
     )
-    assert relative_error(torch.from_numpy(new), expected) <= 2e-6
-    assert relative_error(torch.from_numpy(old), expected) <= 2e-5
+    rounded = 1.001 * relative_error(expected.to(dtype), expected)
+    assert relative_error(new, expected) <= 2e-6 + rounded
+    assert relative_error(old, expected) <= 2e-5 + rounded
     columns = (x.shape[3] - options[0]) // options[1] + 1
-    of_patch = np.zeros(new.shape, bool)
+    of_patch = torch.zeros(new.shape, dtype=torch.bool)
     top, left = (n * options[1] for n in divmod(embedding.shape[1] - 1, columns))
     of_patch[0, 0, top : top + options[0], left : left + options[0]] = True
-    assert np.array_equal(np.isnan(kept), of_patch)
-    assert np.array_equal(kept[~of_patch], new[~of_patch])
+    assert torch.equal(kept.isnan(), of_patch)
+    assert torch.equal(kept[~of_patch], new[~of_patch])
 
 
-@pytest.mark.parametrize("case", [ROWS[2], *CELLS])
-def test_rows_of_less_precision(case: tuple[int, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", HALVES)
+def test_gradient_by_rows_is_added(dtype: torch.dtype) -> None:
+    """In float32, and rounded once."""
+    x, weights, options = of_rows(CELLS[1], dtype)
+    run = OPS["patches"].implementation("cuda")
+    embedding, state = run.forward(x, *weights, *options)
+    grad, found = draws.randn(embedding.shape), draws.randn(x.shape).to(dtype)
+    exact = [w.double() for w in weights]
+    expected, _ = reference.patch_projection_backward(
+        grad.double(), x.double(), *exact, *options, False
+    )
+    expected += found.double()
+    run.add_backward(found, grad, embedding, state, x, *weights, *options)
+    rounded = 1.001 * relative_error(expected.to(dtype), expected)
+    assert relative_error(found, expected) <= 2e-6 + rounded
+
+
+LESS_PRECISE = [
+    *((case, torch.float32) for case in (ROWS[2], *CELLS)),
+    *((case, dtype) for dtype in HALVES for case in (ROWS_OF_HALVES[1], CELLS[0])),
+]
+
+
+@pytest.mark.parametrize(("case", "dtype"), LESS_PRECISE)
+def test_rows_of_less_precision(case: tuple[int, ...], dtype: torch.dtype, tmp_path: Path) -> None:
     """Products are one of halves, for TF32 and bfloat16 alike, whose results are what float32's are
     but for the rounding of factors. The gradients are of one state."""
-    x, weights, options = of_rows(case)
+    x, weights, options = of_rows(case, dtype)
     given = [forward(x, weights, options, precision) for precision in PRECISIONS]
     (embedding, state), *less = results("plain", given, tmp_path)
     assert all(a.tobytes() == b.tobytes() for a, b in zip(*less, strict=True))
@@ -159,18 +218,26 @@ def test_rows_of_less_precision(case: tuple[int, ...], tmp_path: Path) -> None:
     expected, _ = reference.patch_projection_backward(
         grad.double(), x.double(), *exact, *options, False
     )
-    assert 3e-5 <= relative_error(torch.from_numpy(less[0]), expected) <= 1e-3
+    rounded = relative_error(expected.to(dtype), expected)
+    assert 3e-5 <= relative_error(tensor(less[0], dtype), expected) <= 1e-3 + rounded
 
 
 @pytest.mark.parametrize(("precision", "most"), [("float32", 5e-7), ("tf32", 1e-3)])
-@pytest.mark.parametrize("scale", [1e-25, 1e25])
+@pytest.mark.parametrize(
+    ("scale", "dtype"),
+    [
+        *((scale, dtype) for scale in (1e-25, 1e25) for dtype in (torch.float32, torch.bfloat16)),
+        *((scale, torch.float16) for scale in (2.0**-14, 6e4)),
+    ],
+)
 def test_rows_of_pixels_of_any_size(
-    scale: float, precision: str, most: float, tmp_path: Path
+    scale: float, dtype: torch.dtype, precision: str, most: float, tmp_path: Path
 ) -> None:
-    """Numbers that no half can hold; the lower half of the image is smaller by 2^20."""
+    """Numbers that no half can hold, or only just; the lower half of the image is smaller by 2^20,
+    or in float16, which has fewer exponents, by 2^8."""
     x, weights, options = of_rows(ROWS[0])
-    x[:, :, 16:] *= 2.0**-20
-    x *= scale
+    x[:, :, 16:] *= 2.0 ** (-8 if dtype == torch.float16 else -20)
+    x = (x * scale).to(dtype)
     weights[1] *= scale
     weights[2] /= scale
     call = forward(x, weights, options, precision)
@@ -180,17 +247,20 @@ def test_rows_of_pixels_of_any_size(
     assert relative_error(torch.from_numpy(embedding), expected) <= most
 
 
-@pytest.mark.parametrize("precision", ["float32", "tf32"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [(torch.float32, "float32"), (torch.float32, "tf32"), *((dtype, "tf32") for dtype in HALVES)],
+)
 def test_what_is_not_finite_stays_in_its_patches(
-    value: float, precision: str, tmp_path: Path
+    dtype: torch.dtype, value: float, precision: str, tmp_path: Path
 ) -> None:
-    x, weights, options = of_rows(ROWS[0])
+    x, weights, options = of_rows(ROWS[0], dtype)
     bad = x.clone()
     bad[0, 1, 17, 10] = value  # in patches of three rows of patches
     calls = [forward(image, weights, options, precision) for image in (x, bad)]
     (good, _), (found, _) = results("plain", calls, tmp_path)
-    expected = reference.patch_projection(bad, *weights, *options)
+    expected = reference.patch_projection(bad.float(), *weights, *options)
     assert np.array_equal(np.isnan(found), expected.isnan().numpy()) and np.isnan(found).any()
     assert np.array_equal(found[~np.isnan(found)], good[~np.isnan(found)])
 
@@ -242,9 +312,7 @@ def test_patches(kind: str, number: int, tmp_path: Path) -> None:
     grad_x, grad_weights = reference.patch_projection_backward(
         grad.double(), x.double(), *exact, *options, True
     )
-    got = torch.from_numpy(np.asarray(found))
-    if x.dtype == torch.bfloat16:
-        got = got.view(torch.bfloat16)
+    got = tensor(found, x.dtype)
     assert relative_error(got, grad_x) <= 2 * relative_error(grad_x.to(x.dtype), grad_x) + 1e-5
     for array, want in zip(weights, grad_weights, strict=True):
         assert relative_error(torch.from_numpy(array), want) <= 1e-5

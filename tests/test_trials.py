@@ -200,6 +200,12 @@ def training_step() -> tuple[Tensor, Tensor]:
     return loss.detach(), sr.grad
 
 
+def test_every_precision_is_tried_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken(monkeypatch, "coupling", "tf32")
+    outcome = trials.try_kernel("coupling", "cpu", torch.device("cpu"), torch.bfloat16)
+    assert outcome.failure is not None and "with products in tf32" in outcome.failure
+
+
 def test_a_right_kernel_is_tried_once_and_kept(on_trial: Path) -> None:
     with mghf_fast.use_backend("cpu"):
         expected = training_step()

@@ -9,7 +9,7 @@
 // cell of the image, see patches_image.h) and a map. Maps run fastest among the rows if they do in
 // the image, otherwise patches do, so that copies are contiguous. No patch is ever copied in global
 // memory. |y| and the bits h > 0 come from the forward's state.
-// For float32 images on a device with products of warpgroups there are newer kernels, of
+// On a device with products of warpgroups there are newer kernels for images of contiguous rows, of
 // patches_rows.h and patches_rows_image.h; where they do not apply, those of patches_forward.h and
 // patches_image.h run.
 //
@@ -82,8 +82,8 @@ struct ProjectionMemory {
 // the image: the former copies pieces of an image's rows, contiguous and aligned.
 template <class T>
 int steps_of_rows(const Image<T>& x, const Projection& projection, const Patches& p) {
-  const bool takes = std::is_same_v<T, float> && sizes_for_rows(projection) && !p.maps_fastest &&
-                     wide(x, p) && newest(Variant::patches);
+  const bool takes = sizes_for_rows(projection) && !p.maps_fastest && wide(x, p) &&
+                     newest(Variant::patches);
   return takes ? p.size / kHalvesOfStep : 0;
 }
 
@@ -108,30 +108,31 @@ const char* find_products(bool& has, int64_t& shared_bytes) {
 }
 
 // Sets `done` unless the device has no products of warpgroups or too little memory for a block.
-template <int kSteps, int kParts>
-const char* run_rows(const Image<float>& x, const Patches& p, const Projection& projection,
+template <class T, int kSteps, int kParts>
+const char* run_rows(const Image<T>& x, const Patches& p, const Projection& projection,
                      const RowsWeights& weights, float* embedding, int* state, Stream stream,
                      bool& done) {
   int64_t shared_bytes = 0;
   bool has_products = false;
   const char* error = find_products(has_products, shared_bytes);
-  const int64_t stages = stages_within<kSteps, kParts>(shared_bytes);
+  const int64_t stages = stages_within<T, kSteps, kParts>(shared_bytes);
   if (error != nullptr || !has_products || stages < 2) return error;
   done = true;
   if (!projection.is_packed) error = pack_for_rows(projection, weights, stream);
   if (error != nullptr) return error;
   const auto bytes =
-      static_cast<size_t>(stages * Stage<kSteps, kParts>::kBytes + weights.second_bytes(kParts));
-  return launch(project_rows<kSteps, kParts>, {up(p.number(), kRows), kRowsThreads, bytes}, stream,
+      static_cast<size_t>(stages * Stage<T, kSteps, kParts>::kBytes + weights.second_bytes(kParts));
+  return launch(project_rows<T, kSteps, kParts>, {up(p.number(), kRows), kRowsThreads, bytes}, stream,
                 x, p, weights, projection.bias1, projection.bias2, embedding, state,
                 static_cast<int>(stages));
 }
 
 // For patches of so many steps, in the precision that is asked for.
+template <class T>
 auto rows_kernel(int steps, const Projection& projection) {
   const bool once = projection.precision != Precision::float32;
-  if (once) return steps == 1 ? run_rows<1, 1> : run_rows<2, 1>;
-  return steps == 1 ? run_rows<1, 2> : run_rows<2, 2>;
+  if (once) return steps == 1 ? run_rows<T, 1, 1> : run_rows<T, 2, 1>;
+  return steps == 1 ? run_rows<T, 1, 2> : run_rows<T, 2, 2>;
 }
 
 template <class T>
@@ -140,18 +141,15 @@ const char* run_project(const Image<T>& x, const Projection& projection,
                         float* hidden_layer, Stream stream) {
   const Patches p(x, projection);
   if (p.number() == 0) return nullptr;
-  if constexpr (std::is_same_v<T, float>) {
-    const int steps = hidden_layer == nullptr ? steps_of_rows(x, projection, p) : 0;
-    bool done = false;
-    const char* error = nullptr;
-    if (steps > 0) {
-      error = rows_kernel(steps, projection)(x, p, projection, memory.rows, embedding, state,
-                                             stream, done);
-    }
-    if (error != nullptr || done) return error;
+  const int steps = hidden_layer == nullptr ? steps_of_rows(x, projection, p) : 0;
+  bool done = false;
+  const char* error = nullptr;
+  if (steps > 0) {
+    error = rows_kernel<T>(steps, projection)(x, p, projection, memory.rows, embedding, state,
+                                              stream, done);
   }
-  const char* const error =
-      projection.is_packed ? nullptr : pack_for_project(memory, stream);
+  if (error != nullptr || done) return error;
+  if (!projection.is_packed) error = pack_for_project(memory, stream);
   if (error != nullptr) return error;
   const auto run = [&](auto kernel, int bytes) {
     return launch(kernel, {up(p.number(), kRows), kThreads, static_cast<size_t>(bytes)}, stream, x,
@@ -228,8 +226,8 @@ const char* pack_for_gradient_rows(const Projection& p, const GradientWeights& w
 
 // Sets `done` where the kernels of patches_rows_image.h take the image and the device has what they
 // need.
-template <int kParts>
-const char* run_gradient_rows(const MutableImage<float>& x, bool add, const Patches& p,
+template <class T, int kParts>
+const char* run_gradient_rows(const MutableImage<T>& x, bool add, const Patches& p,
                               const Projection& projection, const EmbeddingGradient& gradient,
                               const GradientWeights& weights, const HiddenGradient& hidden,
                               Stream stream, bool& done) {
@@ -252,7 +250,7 @@ const char* run_gradient_rows(const MutableImage<float>& x, bool add, const Patc
   if (error != nullptr) return error;
   const size_t bytes = static_cast<size_t>(stages) * weights.stage_bytes(kParts) +
                        static_cast<size_t>(most_patches(regions.terms, p.columns)) * kOfPatch;
-  return launch(image_gradient_rows<kParts>,
+  return launch(image_gradient_rows<T, kParts>,
                 {up(p.maps * regions.cells(), kRows), kRowsThreads, bytes}, stream, x, p, regions,
                 hidden, weights, add, static_cast<int>(stages));
 }
@@ -337,15 +335,13 @@ const char* patches_backward(const MutableImage<T>& grad_x, bool add, const Proj
                                          ? packed_of(projection).backward
                                          : ImageGradientMemory(projection, pieces);
   const char* error = nullptr;
-  if constexpr (std::is_same_v<T, float>) {
-    bool done = false;
-    if (memory.rows) {
-      const bool once = projection.precision != Precision::float32;
-      error = (once ? run_gradient_rows<1> : run_gradient_rows<2>)(
-          grad_x, add, p, projection, gradient, *memory.rows, hidden, stream, done);
-    }
-    if (error != nullptr || done) return error;
+  bool done = false;
+  if (memory.rows) {
+    const bool once = projection.precision != Precision::float32;
+    error = (once ? run_gradient_rows<T, 1> : run_gradient_rows<T, 2>)(
+        grad_x, add, p, projection, gradient, *memory.rows, hidden, stream, done);
   }
+  if (error != nullptr || done) return error;
   if (!projection.is_packed) error = pack_for_image_gradient(projection, memory, stream);
   if (error != nullptr) return error;
   error = launch(hidden_gradient<true>, {up(p.number(), kRows), kThreads}, stream, p, gradient,

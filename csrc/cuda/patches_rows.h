@@ -1,5 +1,5 @@
 // The forward of `patches` where products of warpgroups and bulk copies are (compute capability
-// 9.0a), for float32 images whose rows are contiguous; see patches.cu.
+// 9.0a), for images whose rows are contiguous; see patches.cu.
 #pragma once
 
 #include "bulk.h"
@@ -21,6 +21,9 @@ namespace {
 // power of two is undone. The hidden layer goes into the second layer's products from the registers
 // that it is in.
 //
+// A pixel of half precision is one half, float16's as it is, bfloat16's by the row's power of two,
+// so the products of the first layer are two, or one where the weights' small parts are left out.
+//
 // Predicted for an H200 (R = 56,448 patches of 32 x 32 at stride 24, see patches.cu; 1.755 GHz):
 //   tensor cores   128 (1024 128 + 128 64) multiply-adds of a block by three products of halves,
 //                  2048 a cycle: 26,100 cycles
@@ -36,7 +39,8 @@ namespace {
 // save 18 us.) From memory it reads x (134 MB, 31 us) and writes 15.6 MB (4 us). With one product
 // for three the tensor cores take 8,700 cycles, 166 instructions (counted) of a warp for a row of
 // pixels 11,000 issue slots, and the second cache, with 8 KB of weights a row, 28,000 cycles, 54
-// us: 60 to 75 us are expected.
+// us: 60 to 75 us are expected. Half precision halves the bytes of pixels; issue slots of a row of
+// pixels then are 182 for bfloat16 and 111 for float16 with one product (counted).
 constexpr int kGroups = kRows / 64;  // of warps that multiply
 constexpr int kRowsThreads = (kGroups + 1) * kWarpgroup;  // of the last group one warp copies
 // Registers of a thread: for groups that multiply and for the one that copies, of 168 at the
@@ -58,10 +62,14 @@ __device__ __forceinline__ void leave_registers() {
 #endif
 }
 
+// Parts of pixels where weights have so many: one half holds all bits of a number of half precision.
+template <class T, int kParts>
+constexpr int kPartsOfPixels = sizeof(T) == 2 ? 1 : kParts;
+
 // Sizes of a stage in bytes.
-template <int kSteps, int kParts>
+template <class T, int kSteps, int kParts>
 struct Stage {
-  static constexpr int kPixels = kRows * kSteps * kHalvesOfStep * static_cast<int>(sizeof(float));
+  static constexpr int kPixels = kRows * kSteps * kHalvesOfStep * static_cast<int>(sizeof(T));
   static constexpr int kOfPart = kSteps * step_bytes(kUnits);
   static constexpr int kWeights = kParts * kOfPart;
   static constexpr int kBytes = kPixels + kWeights;
@@ -81,11 +89,11 @@ struct RowsControl {
 };
 
 // Stages that fit besides the second layer's weights.
-template <int kSteps, int kParts>
+template <class T, int kSteps, int kParts>
 int64_t stages_within(int64_t shared_bytes) {
   const int64_t rest =
       shared_bytes - static_cast<int64_t>(sizeof(RowsControl)) - RowsWeights::second_bytes(kParts);
-  return smaller(rest / Stage<kSteps, kParts>::kBytes, kMostStages);
+  return smaller(rest / Stage<T, kSteps, kParts>::kBytes, kMostStages);
 }
 
 // A block's patches, and where they lie in a stage.
@@ -124,21 +132,22 @@ struct BlockRows {
     const int line = (column + row) / columns;
     return start(line) + (row - (line == 0 ? 0 : ahead + (line - 1) * columns)) * stride;
   }
-  __device__ __forceinline__ Piece piece(const Image<float>& x, const Patches& p, int line) const {
+  template <class T>
+  __device__ __forceinline__ Piece piece(const Image<T>& x, const Patches& p, int line) const {
     const int64_t patch = line == 0 ? first : first + ahead + (line - 1) * columns;
     return {first_pixel(x, p.channels, patch / p.of_map(), patch % p.of_map(), columns, stride),
-            start(line), pixels(patches_of(line)) * static_cast<int>(sizeof(float))};
+            start(line), pixels(patches_of(line)) * static_cast<int>(sizeof(T))};
   }
 };
 
 // Fills the stages, in a ring.
-template <int kSteps, int kParts>
+template <int kSteps, int kParts, class T>
 __device__ __forceinline__ void copy_rows(unsigned char* stages, int number, unsigned char* second,
                                           RowsControl& control, const BlockRows& block,
-                                          const Image<float>& x, const RowsWeights& weights) {
-  using Size = Stage<kSteps, kParts>;
+                                          const Image<T>& x, const RowsWeights& weights) {
+  using Size = Stage<T, kSteps, kParts>;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int bytes = block.all_pixels() * static_cast<int>(sizeof(float)) + Size::kWeights;
+  const int bytes = block.all_pixels() * static_cast<int>(sizeof(T)) + Size::kWeights;
   int slot = 0, parity = 1;
   MGHF_UNROLL(1)
   for (int row = 0; row < block.size; ++row) {
@@ -158,7 +167,7 @@ __device__ __forceinline__ void copy_rows(unsigned char* stages, int number, uns
     MGHF_UNROLL(1)
     for (int line = lane; line < block.lines; line += kWarp) {
       const Piece& piece = control.pieces[line];
-      copy_bulk(reinterpret_cast<float*>(stage) + piece.to,
+      copy_bulk(reinterpret_cast<T*>(stage) + piece.to,
                 x.data + piece.from + row * x.row_stride, piece.bytes, open);
     }
     if (row == 0 && lane == 0) {
@@ -193,15 +202,27 @@ struct RowFactor {
   Parts<kSteps, kParts> parts;
   float back[2];
 
-  __device__ __forceinline__ void read(const float* pixels, const int (&places)[2]) {
+  template <class T>
+  __device__ __forceinline__ void read(const T* pixels, const int (&places)[2]) {
     MGHF_UNROLL_ALL
-    for (int half = 0; half < 2; ++half) {
-      float values[kSteps][4];
-      MGHF_UNROLL_ALL
-      for (int step = 0; step < kSteps; ++step) {
-        load_four(values[step], pixels + places[half] + step * kHalvesOfStep);
-      }
-      split(values, half);
+    for (int half = 0; half < 2; ++half) take(pixels + places[half], half);
+  }
+  // Takes one patch's pixels.
+  template <class T>
+  __device__ __forceinline__ void take(const T* pixels, int half) {
+    float values[kSteps][4];
+    MGHF_UNROLL_ALL
+    for (int step = 0; step < kSteps; ++step) load_four(values[step], pixels + step * kHalvesOfStep);
+    split(values, half);
+  }
+  // Those that are halves as they are.
+  __device__ __forceinline__ void take(const Half* pixels, int half) {
+    back[half] = 1;
+    MGHF_UNROLL_ALL
+    for (int step = 0; step < kSteps; ++step) {
+      const uint64_t four = *reinterpret_cast<const uint64_t*>(pixels + step * kHalvesOfStep);
+      parts.of[0][step][half] = static_cast<uint32_t>(four);
+      parts.of[0][step][half + 2] = static_cast<uint32_t>(four >> 32);
     }
   }
   // Takes one patch's numbers.
@@ -220,17 +241,19 @@ struct RowFactor {
 };
 
 // Begins d += a b for all steps, the products of small parts first: those that come after a large
-// sum lose more. `b` has the steps' big parts, then the small ones.
-template <int kColumns, int kSteps, int kParts>
+// sum lose more. `b` has the steps' big parts, then, if it has two, the small ones.
+template <int kColumns, int kPartsOfB, int kSteps, int kPartsOfA>
 __device__ __forceinline__ void multiply_steps(float (&d)[kColumns / 2],
-                                               const Parts<kSteps, kParts>& a,
+                                               const Parts<kSteps, kPartsOfA>& a,
                                                const SharedColumns& b) {
   constexpr int kStep = step_bytes(kColumns);
   begin_products();
-  if constexpr (kParts == 2) {
+  if constexpr (kPartsOfB == 2) {
     MGHF_UNROLL_ALL
     for (int step = 0; step < kSteps; ++step) {
-      multiply_add_later<kColumns>(d, a.of[1][step], b.further(step * kStep));
+      if constexpr (kPartsOfA == 2) {
+        multiply_add_later<kColumns>(d, a.of[1][step], b.further(step * kStep));
+      }
       multiply_add_later<kColumns>(d, a.of[0][step], b.further((kSteps + step) * kStep));
     }
   }
@@ -312,7 +335,7 @@ __device__ __forceinline__ void embed(const float (&units)[kUnits / 2], const Sh
     }
   }
   float y[kOutputs / 2] = {};
-  multiply_steps<kOutputs>(y, parts, second);
+  multiply_steps<kOutputs, kParts>(y, parts, second);
   wait_for_products<0>();
 
   float squares[2] = {};
@@ -347,13 +370,13 @@ __device__ __forceinline__ void embed(const float (&units)[kUnits / 2], const Sh
 }
 
 // Dynamic shared memory: the stages, then the second layer's weights.
-template <int kSteps, int kParts>
+template <class T, int kSteps, int kParts>
 __global__ void __launch_bounds__(kRowsThreads, 1)
-    project_rows(Image<float> x, Patches p, RowsWeights weights, const float* bias1,
+    project_rows(Image<T> x, Patches p, RowsWeights weights, const float* bias1,
                  const float* bias2, float* embedding, int* state, int stages) {
   if (!kWarpgroupProducts) never();
-  using Size = Stage<kSteps, kParts>;
-  using OfRow = RowFactor<kSteps, kParts>;
+  using Size = Stage<T, kSteps, kParts>;
+  using OfRow = RowFactor<kSteps, kPartsOfPixels<T, kParts>>;
   __shared__ RowsControl control;
   MGHF_DYNAMIC_SHARED(unsigned char, memory);
   const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
@@ -388,14 +411,14 @@ __global__ void __launch_bounds__(kRowsThreads, 1)
   int next = 0, next_parity = 0, slot = 0;
   const auto read_next = [&](OfRow& factor) {
     control.open[next].wait(next_parity);
-    factor.read(reinterpret_cast<const float*>(memory + next * Size::kBytes), places);
+    factor.read(reinterpret_cast<const T*>(memory + next * Size::kBytes), places);
     if (++next == stages) next = 0, next_parity ^= 1;
   };
   float sums[kUnits / 2] = {};
   // The row of `factor`, and meanwhile the reading of the one after it.
   const auto take_row = [&](const OfRow& factor, OfRow& after, bool more) {
     float d[kUnits / 2] = {};
-    multiply_steps<kUnits>(
+    multiply_steps<kUnits, kParts>(
         d, factor.parts,
         SharedColumns(memory + slot * Size::kBytes + Size::kPixels, core_bytes_along_depth(kUnits),
                       kCoreBytes));

@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kHiddenThreads, 1)
   }
   there.wait(0);
   float sums[kUnits / 2] = {};
-  multiply_steps<kUnits>(
+  multiply_steps<kUnits, kParts>(
       sums, factor.parts,
       SharedColumns(second, core_bytes_along_depth(kUnits), kCoreBytes));
   wait_for_products<0>();

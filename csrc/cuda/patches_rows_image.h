@@ -1,4 +1,4 @@
-// The gradient of a float32 image where products of warpgroups and bulk copies are (compute
+// The gradient of an image where products of warpgroups and bulk copies are (compute
 // capability 9.0a); see patches_image.h for the mathematics, patches.cu for the sizes.
 #pragma once
 
@@ -110,46 +110,77 @@ __device__ __forceinline__ void copy_for_gradient(unsigned char* stages, int num
   }
 }
 
+// Two neighbouring pixels, read and written at once.
+template <class T>
+struct PixelPair {
+  uint32_t bits;
+
+  __device__ __forceinline__ void set(float first, float second) {
+    bits = pair_of<T>(first, second);
+  }
+  __device__ __forceinline__ float first() const {
+    return to_float(T{static_cast<uint16_t>(bits)});
+  }
+  __device__ __forceinline__ float second() const {
+    return to_float(T{static_cast<uint16_t>(bits >> 16)});
+  }
+};
+template <>
+struct PixelPair<float> {
+  Two<float> numbers;
+
+  __device__ __forceinline__ void set(float first, float second) { numbers = {first, second}; }
+  __device__ __forceinline__ float first() const { return numbers.first; }
+  __device__ __forceinline__ float second() const { return numbers.second; }
+};
+
 // A thread's sums of a tile, into the image.
+template <class T>
 __device__ __forceinline__ void finish_tile(const float (&sums)[kCellPixels / 2], const Tile& tile,
-                                            const float* backs, float* const (&cells)[2],
+                                            const float* backs, T* const (&cells)[2],
                                             const int (&heights)[2], const int (&widths)[2],
                                             int64_t row_stride, bool add) {
+  constexpr int kPairs = kCellPixels / 8;
   const int t = static_cast<int>(threadIdx.x) % 4;
-  Two<float> results[2][kCellPixels / 8], *targets[2][kCellPixels / 8];
+  const auto columns = static_cast<unsigned>(tile.columns);
+  // All that is read is asked for before any of it is used, so that it is waited for once.
+  int64_t offsets[kPairs];
+  bool exists[2][kPairs];
+  PixelPair<T> pairs[2][kPairs];
+  Two<float> by[kPairs];
   MGHF_UNROLL_ALL
-  for (int j = 0; j < kCellPixels / 8; ++j) {
+  for (int j = 0; j < kPairs; ++j) {
     const int column = 8 * j + 2 * t;
     const auto at = static_cast<unsigned>(tile.begin + column);
-    const auto line = static_cast<int>(at / static_cast<unsigned>(tile.columns));
+    const auto line = static_cast<int>(at / columns);
     const int y = tile.row + line, z = tile.column + static_cast<int>(at) - line * tile.columns;
-    const int64_t offset = y * row_stride + z;
-    const float first = backs[column], second = backs[column + 1];
+    offsets[j] = y * row_stride + z;
+    by[j] = *reinterpret_cast<const Two<float>*>(backs + column);
     MGHF_UNROLL_ALL
     for (int half = 0; half < 2; ++half) {
-      Two<float>& result = results[half][j];
-      result = {sums[4 * j + 2 * half] * first, sums[4 * j + 2 * half + 1] * second};
-      const bool exists = column < tile.pixels && y < heights[half] && z < widths[half];
-      Two<float>* const target =
-          exists ? reinterpret_cast<Two<float>*>(cells[half] + offset) : nullptr;
-      if (add && exists) {
-        const Two<float> earlier = *target;
-        result.first += earlier.first;
-        result.second += earlier.second;
+      exists[half][j] = column < tile.pixels && y < heights[half] && z < widths[half];
+      pairs[half][j].set(0, 0);
+      if (add && exists[half][j]) {
+        pairs[half][j] = *reinterpret_cast<const PixelPair<T>*>(cells[half] + offsets[j]);
       }
-      targets[half][j] = target;
     }
   }
   MGHF_UNROLL_ALL
-  for (int n = 0; n < kCellPixels / 4; ++n) {
-    if (targets[n % 2][n / 2] != nullptr) *targets[n % 2][n / 2] = results[n % 2][n / 2];
+  for (int j = 0; j < kPairs; ++j) {
+    MGHF_UNROLL_ALL
+    for (int half = 0; half < 2; ++half) {
+      PixelPair<T>& pair = pairs[half][j];
+      pair.set(fmaf(sums[4 * j + 2 * half], by[j].first, pair.first()),
+               fmaf(sums[4 * j + 2 * half + 1], by[j].second, pair.second()));
+      if (exists[half][j]) *reinterpret_cast<PixelPair<T>*>(cells[half] + offsets[j]) = pair;
+    }
   }
 }
 
 // Dynamic shared memory: the stages, then d_h of most_patches().
-template <int kParts>
+template <class T, int kParts>
 __global__ void __launch_bounds__(kRowsThreads, 1)
-    image_gradient_rows(MutableImage<float> x, Patches p, Regions regions, HiddenGradient hidden,
+    image_gradient_rows(MutableImage<T> x, Patches p, Regions regions, HiddenGradient hidden,
                         GradientWeights weights, bool add, int stages) {
   if (!kWarpgroupProducts) never();
   constexpr int kBytes = GradientWeights::stage_bytes(kParts), kSteps = GradientWeights::steps();
@@ -184,7 +215,7 @@ __global__ void __launch_bounds__(kRowsThreads, 1)
   const int64_t loaded_cell = first_cell + warp * 16 + lane / 8 % 2 * 8 + lane % 8;
   const Cell loaded(smaller(loaded_cell, last_cell), p, regions);
   int64_t own_cells[2];
-  float* cells[2];
+  T* cells[2];
   int heights[2], widths[2];
   MGHF_UNROLL_ALL
   for (int half = 0; half < 2; ++half) {
@@ -225,7 +256,7 @@ __global__ void __launch_bounds__(kRowsThreads, 1)
       }
       control.open[slot].wait(parity);
       float d[kCellPixels / 2] = {};
-      multiply_steps<kCellPixels>(
+      multiply_steps<kCellPixels, kParts>(
           d, factor,
           SharedColumns(memory + slot * kBytes, core_bytes_along_depth(kCellPixels), kCoreBytes));
       wait_for_products<0>();
