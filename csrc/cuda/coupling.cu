@@ -47,8 +47,7 @@
 //
 // Where there are products of warpgroups the forward of relu6 or leaky_relu and up to 64 features
 // streams rows of hidden values past weights that stay in shared memory instead (coupling_rows.h,
-// coupling_mix_rows.h), and so do both kernels of the gradient from what it kept
-// (coupling_rows_gradient.h).
+// coupling_mix_rows.h), as do the gradient's kernels from what it kept (coupling_rows_gradient.h).
 //
 // Kernels: forward   mix, phi, rho and eta;
 //          gradient  rho^T and eta^T, phi^T with mix^T; for a 3x3 mix z1 before and mix^T after them;

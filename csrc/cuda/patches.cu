@@ -122,8 +122,8 @@ const char* run_rows(const Image<T>& x, const Patches& p, const Projection& proj
   if (error != nullptr) return error;
   const auto bytes =
       static_cast<size_t>(stages * Stage<T, kSteps, kParts>::kBytes + weights.second_bytes(kParts));
-  return launch(project_rows<T, kSteps, kParts>, {up(p.number(), kRows), kRowsThreads, bytes}, stream,
-                x, p, weights, projection.bias1, projection.bias2, embedding, state,
+  return launch(project_rows<T, kSteps, kParts>, {up(p.number(), kRows), kRowsThreads, bytes},
+                stream, x, p, weights, projection.bias1, projection.bias2, embedding, state,
                 static_cast<int>(stages));
 }
 

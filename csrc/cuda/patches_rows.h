@@ -62,7 +62,7 @@ __device__ __forceinline__ void leave_registers() {
 #endif
 }
 
-// Parts of pixels where weights have so many: one half holds all bits of a number of half precision.
+// Parts of pixels where weights have so many: one half holds all bits of half precision.
 template <class T, int kParts>
 constexpr int kPartsOfPixels = sizeof(T) == 2 ? 1 : kParts;
 
@@ -212,7 +212,9 @@ struct RowFactor {
   __device__ __forceinline__ void take(const T* pixels, int half) {
     float values[kSteps][4];
     MGHF_UNROLL_ALL
-    for (int step = 0; step < kSteps; ++step) load_four(values[step], pixels + step * kHalvesOfStep);
+    for (int step = 0; step < kSteps; ++step) {
+      load_four(values[step], pixels + step * kHalvesOfStep);
+    }
     split(values, half);
   }
   // Those that are halves as they are.

@@ -10,7 +10,8 @@ namespace mghf::cuda {
 
 namespace {
 
-constexpr const char* kOps[] = {"coupling", "monce", "patches", "content_style"};  // in Variant's order
+// In Variant's order.
+constexpr const char* kOps[] = {"coupling", "monce", "patches", "content_style"};
 constexpr int kDevices = 64;
 // A bit for each device. Beyond the last all devices share its bit.
 std::atomic<uint64_t> older[sizeof kOps / sizeof *kOps];
