@@ -131,7 +131,7 @@ RULES = (
     (r"const bool is_narrow|if \(is_narrow\)|solution\.base == 0", "stay"),
     (r"exists \?|y < 0 \|\| y >= heights|if \(count > 0\) sum -= ", "stay"),
     (r"half < rows", "enter"),
-    (r"if \(!fast\)|is_last\(", "skip"),
+    (r"if \(!fast\)|is_last\(|if \(any == 0\) return", "skip"),
     (r"made < 1 \|\| made > \w+\.slots", "stay"),
 )
 """Patterns of source lines, and what their jumps do. "iterations" ends the loop after `ITERATIONS`.

@@ -263,6 +263,15 @@ def test_embeddings_far_from_unit_length(gpu: Gpu, tmp_path: Path) -> None:
         assert not (found[::2] == same[::2]).all() and (found[1::2] == same[1::2]).all()
 
 
+def test_few_far_embeddings_among_many_maps(tmp_path: Path) -> None:
+    """More maps than the threads that look for such ones, of which the last have some."""
+    torch.manual_seed(0)
+    upstream, query, key, options = problem(*pair(1100, 3, 4), 0.07, 0.5, 2)
+    far = torch.ones(1100, 1, 1)
+    far[[1030, 1099]] = 20.0
+    check("plain", H200, [(upstream, query * far, key * far, options)], tmp_path)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_far_embeddings_of_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
     torch.manual_seed(0)

@@ -18,15 +18,16 @@
 // are added before the power is taken.
 //
 // Maps that fit one block's shared memory without K are those of monce_chip.h instead, larger ones
-// up to 1792 patches those of monce_cluster.h, and both make a map NaN whose sums leave float32's range, as those of embeddings much longer than 1 may. The host
-// cannot know them without waiting, so the kernels here follow and solve the maps that are NaN.
+// up to 1792 patches those of monce_cluster.h, and both make a map NaN whose sums leave float32's
+// range, as those of embeddings much longer than 1 may. The host cannot know them without waiting,
+// so the kernels here follow and solve the maps that are NaN.
 //
-// Predicted floor for B = 128, N = 441, D = 64, float32 on an H200: 29 MB read, 6 us at 4.3 TB/s; 1.6 G
-// multiply-adds for each s, as three products of TF32 33 us at 300 TFLOP/s. In each of four rounds
-// of 33 clusters: s in 14 us, bound by the loads of its operands, K in 7, an iteration or a sweep
-// of the recursion in 1.8, the weights in 11, dq in 12. Forward two s, K, 7 iterations and the
-// weights: 60 us, 0.25 ms in all; backward three s, K twice, 15 sweeps, the weights three times,
-// the terms' sums and dq: 150 us, 0.6 ms in all.
+// Predicted floor for B = 128, N = 441, D = 64, float32 on an H200: 29 MB read, 6 us at 4.3 TB/s;
+// 1.6 G multiply-adds for each s, as three products of TF32 33 us at 300 TFLOP/s. In each of four
+// rounds of 33 clusters: s in 14 us, bound by the loads of its operands, K in 7, an iteration or a
+// sweep of the recursion in 1.8, the weights in 11, dq in 12. Forward two s, K, 7 iterations and
+// the weights: 60 us, 0.25 ms in all; backward three s, K twice, 15 sweeps, the weights three
+// times, the terms' sums and dq: 150 us, 0.6 ms in all.
 #include "monce.h"
 
 #include "monce_chip.h"
@@ -334,13 +335,24 @@ __global__ void __launch_bounds__(kThreads, 1)
     return x != x;
   };
   if (terms.broken_only) {
-    const int blocks = S::blocks_of(p), clusters = static_cast<int>(gridDim.x) / blocks;
-    bool any = false;
-    MGHF_UNROLL(4)
-    for (int map = static_cast<int>(blockIdx.x) / blocks; map < query.batch; map += clusters) {
-      any |= wanted(map);
+    // Each thread looks at maps of its own, since loads one after the other take as long as solving
+    // a map. A cluster's blocks look at the same ones, so that all return or none.
+    const int clusters = static_cast<int>(gridDim.x) / S::blocks_of(p);
+    const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+    float any = 0;
+    MGHF_UNROLL(1)
+    for (int64_t map = static_cast<int>(blockIdx.x) / S::blocks_of(p) + int64_t{thread} * clusters;
+         map < query.batch; map += int64_t{threads} * clusters) {
+      if (wanted(static_cast<int>(map))) any = 1;
     }
-    if (!any) return;
+    any = across_lanes(any, Most{});
+    if (thread % kWarp == 0) shared[thread / kWarp] = any;
+    __syncthreads();
+    any = 0;
+    MGHF_UNROLL(1)
+    for (int warp = 0; warp < threads / kWarp; ++warp) any = most_of(any, shared[warp]);
+    if (any == 0) return;
+    __syncthreads();  // before the first map takes this memory
   }
   for_maps<kWords, kOnChip>(p, shared, query.batch, [&](S& s) {
     if (terms.broken_only && !wanted(s.map)) return;
