@@ -242,9 +242,11 @@ def small(op: str) -> Problem:
 
 
 def for_trial(op: str) -> list[Problem]:
-    """The small problem, and others where these take another way: a larger one, or another
+    """The small problem, and others where these take another way: larger ones, or another
     activation."""
     found = [small(op)]
+    if op == "monce":
+        found.append(monce(1, 230))  # a block of three warpgroups
     if op in LARGER:
         found.append(PROBLEMS[op](*LARGER[op]))
     if op == "coupling":

@@ -22,6 +22,7 @@ from mghf_fast.reference import monce as reference
 pytestmark = needs_modules
 
 H200 = (227 << 10, True)
+CHIP = (227 << 10, False)  # without clusters every map that fits is the kernels' on chip
 CLUSTERS = (12 << 10, True)  # so little shared memory that small maps take several blocks
 STREAMED = (20 << 10, False, 1)  # and these lie in the device's memory, one after the other
 # Maps of 140 patches or more lie there too, and 2 clusters of 8 blocks solve them, 1 of 4, 1 of 2.
@@ -32,7 +33,7 @@ SHARED_STREAMS = (
 )
 Gpu = tuple[int, bool] | tuple[int, bool, int]
 # The kernels for maps that fit a block, which smaller GPUs do without, and the others.
-KERNELS = [(H200, False), (H200, True), (CLUSTERS, False), (STREAMED, False)]
+KERNELS = [(CHIP, False), (H200, True), (CLUSTERS, False), (STREAMED, False)]
 all_kernels = pytest.mark.parametrize(
     ("gpu", "older"), KERNELS, ids=["chip", "older", "clusters", "streamed"]
 )
@@ -188,7 +189,7 @@ def test_more_columns_than_a_lane_takes_at_a_time(tmp_path: Path) -> None:
     check("plain", (28 << 10, True, 8), problems, tmp_path, True)
 
 
-@pytest.mark.parametrize("n", [1, 4, 5, 25, 57, 100, 441, 448])
+@pytest.mark.parametrize("n", [1, 4, 5, 25, 32, 57, 100, 441, 448])
 def test_maps_on_chip(n: int, tmp_path: Path) -> None:
     """Every number of warps' columns and of tiles of rows that matters, epsilons that need many
     iterations."""
@@ -200,7 +201,7 @@ def test_maps_on_chip(n: int, tmp_path: Path) -> None:
             problem(*pair(2, n, d), 0.07, epsilon, 50, 1.0, cost)
             for d, epsilon, cost in ((64, 0.1, "easy"), (3, 0.05, "hard"), (17, 0.05, "exp"))
         ]
-    check("plain", H200, problems, tmp_path)
+    check("plain", CHIP, problems, tmp_path)
 
 
 def test_more_maps_than_blocks(tmp_path: Path) -> None:
@@ -218,12 +219,16 @@ def test_the_other_kernels_state(older: bool, tmp_path: Path) -> None:
 
 
 def test_which_kernels_run(tmp_path: Path) -> None:
-    """Those on chip round differently; below an epsilon of 0.05 they are not used."""
+    """Those on chip round differently; below an epsilon of 0.05 they are not used. From 33 patches
+    on, clusters take the place of these."""
     torch.manual_seed(0)
     problems = [problem(*pair(1, 33), 0.07, epsilon, 3) for epsilon in (0.05, 0.04)]
     problems.append(problem(*pair(1, 33, 65), 0.07, 1.0, 3))
-    newer, older = (run("plain", H200, problems, tmp_path, choice) for choice in (False, True))
+    newer, older = (run("plain", CHIP, problems, tmp_path, choice) for choice in (False, True))
     assert [(a == b).all() for a, b in zip(newer, older, strict=True)] == [False] * 2 + [True] * 4
+    problems = [problem(*pair(1, n), 0.07, 1.0, 3) for n in (32, 33)]
+    chip, clusters = (run("plain", gpu, problems, tmp_path) for gpu in (CHIP, H200))
+    assert [(a == b).all() for a, b in zip(chip, clusters, strict=True)] == [True] * 2 + [False] * 2
 
 
 def test_scales_of_numbers(tmp_path: Path) -> None:
@@ -238,7 +243,7 @@ def test_scales_of_numbers(tmp_path: Path) -> None:
 SMALL = (163 << 10, False)  # compute capability 8.0
 
 
-@pytest.mark.parametrize("gpu", [H200, SMALL, (100 << 10, False, 2)], ids=str)
+@pytest.mark.parametrize("gpu", [H200, CHIP, SMALL, (100 << 10, False, 2)], ids=str)
 def test_embeddings_far_from_unit_length(gpu: Gpu, tmp_path: Path) -> None:
     """Sums leave float32's range on chip, in some maps only; the older kernels solve these."""
     torch.manual_seed(0)
@@ -295,7 +300,7 @@ def test_one_product_in_place_of_three(older: bool, tmp_path: Path) -> None:
         problem(*pair(1, 25, 9), 0.07, 0.04, 5),
     ]
     exact, tf32, bfloat16 = (
-        run("plain", H200, problems, tmp_path, older, precision=precision)
+        run("plain", CHIP, problems, tmp_path, older, precision=precision)
         for precision in ("float32", "tf32", "bfloat16")
     )
     for got, same, close in zip(tf32[:6], bfloat16, exact, strict=False):

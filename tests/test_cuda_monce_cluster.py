@@ -1,5 +1,5 @@
-"""The CUDA kernels of `monce` for maps that a cluster of blocks solves on chip, on the host,
-against the float64 reference."""
+"""The CUDA kernels of `monce` for maps that a cluster of blocks, or a block alone, solves by
+products of warpgroups, on the host, against the float64 reference."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from mghf_fast.reference import monce as reference
 pytestmark = needs_modules
 
 ONE_CLUSTER: Gpu = (227 << 10, True, 3)  # of two blocks at a time
+ONE_MULTIPROCESSOR: Gpu = (227 << 10, True, 1)
 
 
 @pytest.mark.parametrize(
@@ -32,6 +33,42 @@ def test_values_and_gradients(
 ) -> None:
     torch.manual_seed(n)
     check("plain", H200, [problem(*pair(1, n, depth), *options)], tmp_path)
+
+
+@pytest.mark.parametrize("n", [33, 64, 112, 113, 224, 225, 336, 337, 441, 448])
+def test_maps_of_a_block(n: int, tmp_path: Path) -> None:
+    """Every number of warpgroups, full and not."""
+    torch.manual_seed(n)
+    problems = [problem(*pair(1, n, 64), 0.07, 1.0, 3)]
+    if n < 225:
+        problems.append(problem(*pair(2, n, 17), 0.5, 0.05, 9, 0.5, "easy"))
+        problems.append(problem(*pair(1, n, 5), 0.07, 0.5, 3, 1.0, "hard", "detach"))
+    check("plain", H200, problems, tmp_path)
+
+
+def test_errors_of_a_block(tmp_path: Path) -> None:
+    """Tensor cores truncate sums, and logits are divided by the temperature."""
+    torch.manual_seed(0)
+    upstream, query, key, options = given = problem(*pair(1, 100, 64), 0.07, 1.0)
+    losses, grad = run("plain", H200, [given], tmp_path)
+    exact = (query.double(), key.double(), *options)
+    for got, want in (
+        (losses, reference.monce(*exact)),
+        (grad, reference.monce_backward(upstream.double(), *exact)),
+    ):
+        assert contract.relative_error(torch.from_numpy(got), want) <= 2e-6
+
+
+def test_more_maps_than_blocks(tmp_path: Path) -> None:
+    """Three blocks of a warpgroup share a multiprocessor; NaN stays in its map."""
+    torch.manual_seed(0)
+    query, key = pair(8, 35, 7)
+    query[1, 34, 3], key[3, 0, 2] = torch.nan, -torch.inf
+    upstream, _, _, options = given = problem(query, key, 0.07, 0.2, 9)
+    losses, grad = run("plain", ONE_MULTIPROCESSOR, [given], tmp_path)
+    whole, broken = [0, 2, 4, 5, 6, 7], [1, 3]
+    assert np.isnan(losses[broken]).all() and np.isnan(grad[broken]).all()
+    compare((upstream[whole], query[whole], key[whole], options), losses[whole], grad[whole])
 
 
 def test_more_maps_than_clusters(tmp_path: Path) -> None:
@@ -124,3 +161,15 @@ def test_under_sanitizers(kind: str, tmp_path: Path) -> None:
     """One cluster and two maps."""
     torch.manual_seed(0)
     check(kind, ONE_CLUSTER, [problem(*pair(2, 449, 3), 0.07, 1.0, 1)], tmp_path)
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k != "plain"])
+def test_blocks_under_sanitizers(kind: str, tmp_path: Path) -> None:
+    """Blocks of one to three warpgroups, some of which have several maps."""
+    torch.manual_seed(0)
+    problems = [
+        problem(*pair(5, 66, 3), 0.07, 0.5, 7),
+        problem(*pair(2, 130, 3), 0.07, 1.0, 2),
+        problem(*pair(2, 226, 3), 0.07, 1.0, 1, 1.0, "easy", "detach"),
+    ]
+    check(kind, ONE_MULTIPROCESSOR, problems, tmp_path)

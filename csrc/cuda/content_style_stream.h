@@ -18,6 +18,7 @@ namespace mghf::cuda {
 namespace {
 
 constexpr int kStreamBlocks = 2;  // of a multiprocessor
+constexpr int kStreamRegisters = (64 << 10) / (kStreamBlocks * kGradientThreads);
 constexpr int kStreamDepths = kProductMaps / 8;
 constexpr int kFactors = kRowTiles * kStreamDepths * kWarp;  // of each part of K's numbers
 
@@ -199,9 +200,10 @@ const char* launch_stream(const Image<T>& sr, const MutableImage<T>& grad, const
                           const StyleTerms<T>& terms, bool once, Stream stream) {
   const auto kernel = stream_gradient<T, kReading, kByMaps>;
   Grid grid{1, kGradientThreads, StreamSizes<kByMaps>::bytes(sr.channels)};
+  grid.registers = kStreamRegisters;
   int64_t running = 0;
-  const char* const error = running_at_a_time(reinterpret_cast<const void*>(kernel), grid, running,
-                                              kStreamBlocks);
+  const char* const error =
+      running_at_a_time(reinterpret_cast<const void*>(kernel), grid, running);
   if (error != nullptr) return error;
   const int64_t tiles = (sr.pixels() + kGradientPixels - 1) / kGradientPixels;
   const int64_t blocks = stream_blocks(sr.batch, tiles, running < 1 ? 1 : running);

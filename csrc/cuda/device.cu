@@ -103,10 +103,8 @@ cudaError_t count_running(const void* kernel, int device, const Grid& grid, int6
 }  // namespace
 #endif
 
-const char* running_at_a_time(const void* kernel, const Grid& grid, int64_t& clusters,
-                              int on_host) {
+const char* running_at_a_time(const void* kernel, const Grid& grid, int64_t& clusters) {
 #ifdef __CUDACC__
-  (void)on_host;
   static std::mutex mutex;
   static std::map<std::tuple<const void*, int, int, size_t, unsigned>, int64_t> known;
   int device = 0;
@@ -128,7 +126,15 @@ const char* running_at_a_time(const void* kernel, const Grid& grid, int64_t& clu
   known[key] = clusters;
 #else
   (void)kernel;
-  clusters = host::gpu.multiprocessors * on_host / grid.blocks_of_cluster;
+  clusters = host::gpu.multiprocessors / grid.blocks_of_cluster;
+  if (grid.blocks_of_cluster == 1 && grid.registers > 0) {
+    constexpr int64_t kRegisters = 64 << 10, kSharedBytes = 228 << 10, kReserved = 1 << 10;
+    const int64_t of_registers = kRegisters / (int64_t{grid.threads} * grid.registers);
+    const int64_t of_memory =
+        kSharedBytes / (static_cast<int64_t>(grid.shared_bytes) + kReserved);
+    const int64_t each = of_registers < of_memory ? of_registers : of_memory;
+    clusters *= each > 1 ? each : 1;
+  }
 #endif
   return nullptr;
 }

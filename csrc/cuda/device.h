@@ -37,6 +37,7 @@ struct Grid {
   int threads;
   size_t shared_bytes = 0;
   unsigned blocks_of_cluster = 1;
+  int registers = 0;  // of a thread at most, if known; only the emulator looks at it
 };
 
 // Dynamic shared memory that every kernel may have without allow_shared().
@@ -99,10 +100,8 @@ struct Gpu {
 const char* current_gpu(Gpu& gpu);
 
 // How many clusters of that grid's size (of one block: blocks) of a kernel run at a time on the
-// current device; cached. 0 if it has no room for one. `on_host`: how many blocks one of the
-// emulator's multiprocessors is taken to run.
-const char* running_at_a_time(const void* kernel, const Grid& grid, int64_t& clusters,
-                              int on_host = 1);
+// current device; cached. 0 if it has no room for one.
+const char* running_at_a_time(const void* kernel, const Grid& grid, int64_t& clusters);
 
 // Whether the architecture that is being compiled for has clusters.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
@@ -169,7 +168,8 @@ __device__ __forceinline__ unsigned block_of_cluster() {
 #endif
 }
 
-// Also a barrier of each block.
+// Also a barrier of each block, and no more than that where a cluster has one block: ptxas makes a
+// branch of it.
 __device__ __forceinline__ void sync_cluster() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::

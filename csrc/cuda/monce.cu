@@ -17,10 +17,11 @@
 // Where K or v covers too many powers of two for w to be a float32, the exponents of all factors
 // are added before the power is taken.
 //
-// Maps that fit one block's shared memory without K are those of monce_chip.h instead, larger ones
-// up to 1792 patches those of monce_cluster.h, and both make a map NaN whose sums leave float32's
-// range, as those of embeddings much longer than 1 may. The host cannot know them without waiting,
-// so the kernels here follow and solve the maps that are NaN.
+// On GPUs with products of warpgroups maps of 33 to 1792 patches are those of monce_cluster.h
+// instead, and others that fit one block's shared memory without K those of monce_chip.h. Both make
+// a map NaN whose sums leave float32's range, as those of embeddings much longer than 1 may. The
+// host cannot know them without waiting, so the kernels here follow and solve the maps that are
+// NaN.
 //
 // Predicted floor for B = 128, N = 441, D = 64, float32 on an H200: 29 MB read, 6 us at 4.3 TB/s;
 // 1.6 G multiply-adds for each s, as three products of TF32 33 us at 300 TFLOP/s. In each of four
@@ -417,8 +418,8 @@ enum class Newer { none, chip, cluster };
 Newer newer_kernels(int64_t n, int64_t depth, const MonceOptions& options) {
   Gpu gpu;
   if (!newest(Variant::monce) || current_gpu(gpu) != nullptr) return Newer::none;
-  if (fits_chip(n, depth, options, gpu.shared_bytes)) return Newer::chip;
-  return fits_cluster(n, depth, options) ? Newer::cluster : Newer::none;
+  if (fits_cluster(n, depth, options)) return Newer::cluster;
+  return fits_chip(n, depth, options, gpu.shared_bytes) ? Newer::chip : Newer::none;
 }
 
 // The division for the maps that the newer kernels left as NaN, which are few or none: no more

@@ -1,5 +1,6 @@
 // The kernels of `monce` for maps that a cluster of blocks solves on chip, and their launches. See
-// monce.cu for the mathematics and monce_cluster_block.h for the method.
+// monce.cu for the mathematics and monce_cluster_block.h for the method. Maps of at most 32
+// patches, which would leave most of a tile empty, are left to monce_chip.h.
 #include "monce_cluster.h"
 
 #include "monce_cluster_passes.h"
@@ -48,8 +49,8 @@ bool goes_through_plan(const MonceOptions& options, int64_t n) {
 }
 
 Grid grid_of(const ClusterDivision& division, int64_t clusters) {
-  return {clusters * division.blocks, kClusterThreads, ClusterDivision::kSharedBytes,
-          static_cast<unsigned>(division.blocks)};
+  return {clusters * division.blocks, division.threads(), division.shared_bytes(),
+          static_cast<unsigned>(division.blocks), kClusterRegisters};
 }
 
 const char* count_clusters(const ClusterDivision& division, bool backward, int64_t& clusters) {
@@ -86,8 +87,8 @@ ClusterPlan plan_clusters(int64_t n, int64_t batch, int64_t running, const Monce
            kept, Factor(plan), Factor(plan + contrast), Factor(contrast),
            static_cast<float>(1 / options.temperature),
            static_cast<float>(log(options.negative_weight * static_cast<double>(n - 1))),
-           static_cast<float>(sign / options.transport.epsilon), exact, false, false, queries,
-           of_terms, terms, history},
+           exact ? static_cast<float>(sign / options.transport.epsilon) : 0, exact, false, false,
+           queries, of_terms, terms, history},
           clusters};
 }
 
@@ -112,7 +113,7 @@ const char* launch_clusters(const MonceOptions& options, const Matrices& grad,
 
 bool fits_cluster(int64_t n, int64_t depth, const MonceOptions& options) {
   constexpr double kLeastEpsilon = 0.05;
-  if (n <= kBlockColumns || n > kMostClusterBlocks * kBlockColumns || depth > kMostDepth ||
+  if (n <= kWarpRows || n > kMostClusterBlocks * kBlockColumns || depth > kMostDepth ||
       options.transport.epsilon < kLeastEpsilon ||
       options.transport.cost == TransportCost::exp) {
     return false;
@@ -122,7 +123,7 @@ bool fits_cluster(int64_t n, int64_t depth, const MonceOptions& options) {
   if (current_gpu(gpu) != nullptr || has_warpgroup_products(products) != nullptr) return false;
   const ClusterDivision division(n);
   if (!gpu.clusters || !products ||
-      static_cast<int64_t>(ClusterDivision::kSharedBytes) > gpu.shared_bytes) {
+      static_cast<int64_t>(division.shared_bytes()) > gpu.shared_bytes) {
     return false;
   }
   int64_t forward = 0, backward = 0;

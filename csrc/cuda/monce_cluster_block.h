@@ -1,15 +1,17 @@
-// A cluster of blocks that solves a map of `monce` on chip, where one block's shared memory does
-// not hold the keys: a block's memory, its patches, their products, and the exchange of sums among
-// the blocks. For the mathematics see monce.cu and sinkhorn_solver.h.
+// A cluster of up to four blocks that solves a map of `monce` on chip: a block's memory, its
+// patches, their products, and the exchange of sums among the blocks. For the mathematics see
+// monce.cu and sinkhorn_solver.h.
 //
-// Method. A block keeps the keys of 448 columns in shared memory, as two halves each, and a
+// Method. A block keeps the keys of up to 448 columns in shared memory, as two halves each, and a
 // warpgroup of it makes similarities of 64 rows and 112 of these columns, in registers; they are
-// made again in every pass. A pass goes through all rows, tile by tile, all blocks at once: powers
-// of two, each thread's part of a row's sum with the columns' weights, and one barrier of the
-// cluster, after which every warp adds up the sums of its 16 rows from the memories of all blocks,
-// in their order. Then it knows the row's coefficient and adds the row, still in registers, to its
-// columns' sums. An iteration is a pass; so are the losses, a step of the recursion backwards, and
-// the gradient. Nothing of N x N numbers is in memory.
+// made again in every pass. A map of up to 448 patches is a block's alone, which has as many
+// warpgroups as the map needs; two or three such blocks may share a multiprocessor. A pass goes
+// through all rows, tile by tile, all blocks at once: powers of two, each thread's part of a row's
+// sum with the columns' weights, and one barrier of the cluster, after which every warp adds up the
+// sums of its 16 rows from the memories of all blocks, in their order. Then it knows the row's
+// coefficient and adds the row, still in registers, to its columns' sums. An iteration is a pass;
+// so are the losses, a step of the recursion backwards, and the gradient. Nothing of N x N numbers
+// is in memory.
 //
 // The queries are packed once for all passes, in device memory, in the order in which threads load
 // them as factors of products. A tile is copied while the one before it is used.
@@ -30,17 +32,19 @@ namespace mghf::cuda {
 
 namespace {
 
-constexpr int kClusterParts = 4;     // warpgroups of a block
+constexpr int kClusterParts = 4;     // warpgroups of a block, at most
 constexpr int kPartTiles = 14;       // of 8 columns
 constexpr int kPartColumns = 8 * kPartTiles;
-constexpr int kBlockColumns = kClusterParts * kPartColumns;
+constexpr int kBlockColumns = kClusterParts * kPartColumns;  // at most
 constexpr int kClusterThreads = kClusterParts * kWarpgroup;
+constexpr int kClusterRegisters = 128;  // of a thread, at most, as there are that many threads
 constexpr int kMostClusterBlocks = 4;
 constexpr int kClusterRows = 64;     // of a tile
 constexpr int kProductSteps = kMostDepth / 16;
 // Keys lie in cores of 8 patches by 8 depths, as wgmma.h has them; in bytes.
 constexpr int kCore = 128, kEightPatches = kMostDepth / 8 * kCore;
-constexpr int kKeyBytes = kBlockColumns / 8 * kEightPatches;  // of the big parts, or the small ones
+// Of a warpgroup's columns the big parts, then as many bytes of the small ones.
+constexpr int kKeyBytes = kPartTiles * kEightPatches;
 // Words of 16 bytes of a tile of queries: for each of 4 warps and each step the big parts, then the
 // small ones, of all lanes.
 constexpr int kTileWords = 4 * kProductSteps * 2 * kWarp;
@@ -64,29 +68,41 @@ struct ClusterState {
   float2 *columns, *rows;  // of the step's term
 };
 
-// How a map is divided, and a block's shared memory, in numbers.
+// How a map is divided, and a block's shared memory, in numbers. Only what a map needs is taken, so
+// that several blocks of few warpgroups share a multiprocessor.
 struct ClusterDivision {
-  int blocks, tiles, rows;  // of a cluster, of rows; rows with padding
+  int blocks, parts, tiles, rows;  // of a cluster; warpgroups of a block; of rows; with padding
+  int columns;                     // of a block
+  int joined, keys, of_rows;       // where arrays of the block begin
 
   explicit ClusterDivision(int64_t n)
       : blocks(static_cast<int>((n + kBlockColumns - 1) / kBlockColumns)),
+        parts(blocks > 1 ? kClusterParts
+                         : static_cast<int>((n + kPartColumns - 1) / kPartColumns)),
         tiles(static_cast<int>((n + kClusterRows - 1) / kClusterRows)),
-        rows(tiles * kClusterRows) {}
-  __host__ __device__ int columns() const { return blocks * kBlockColumns; }
+        rows(tiles * kClusterRows),
+        columns(parts * kPartColumns),
+        joined(kWeights + 2 * columns) {
+    const int of_depths = (blocks > 1 ? 2 : 1) * kClusterRows * kJoinedPitch;
+    const int of_columns = 4 * columns;
+    keys = joined + (of_depths > of_columns ? of_depths : of_columns);
+    of_rows = keys + parts * 2 * kKeyBytes / 4;
+  }
+  int threads() const { return parts * kWarpgroup; }
+  __host__ __device__ int all_columns() const { return blocks * columns; }
+  size_t shared_bytes() const {
+    return static_cast<size_t>(of_rows + kVectors * rows) * sizeof(float);
+  }
 
-  static constexpr int kKeys = (sizeof(ClusterState) + 15) / 16 * 4;
-  static constexpr int kQueries = kKeys + 2 * kKeyBytes / 4;
+  static constexpr int kQueries = (sizeof(ClusterState) + 15) / 16 * 4;
   // A tile's rows of parts: three of them.
   static constexpr int kExchanged = kQueries + 2 * kTileWords * 4;
   static constexpr int kRanges = kExchanged + 3 * kClusterRows * kClusterParts;  // twice 4
   static constexpr int kOfWarps = kRanges + 8;
-  static constexpr int kWeights = kOfWarps + 8 * kClusterThreads / kWarp;
-  static constexpr int kDg = kWeights + kBlockColumns;
-  static constexpr int kOfColumns = kDg + kBlockColumns;  // the sums of 4 warps' rows
-  static constexpr int kJoined = kOfColumns + 4 * kBlockColumns;  // twice
-  static constexpr int kRows = kJoined + 2 * kClusterRows * kJoinedPitch;
-  static constexpr int kMostRows = kMostClusterBlocks * kBlockColumns, kVectors = 6;
-  static constexpr size_t kSharedBytes = (kRows + kVectors * kMostRows) * sizeof(float);
+  // Of columns: weights, then dg. At `joined` the sums of 4 warps' rows, or, in the gradient's last
+  // pass, of the rows of a tile.
+  static constexpr int kWeights = kOfWarps + 8 * kClusterParts * kWarpgroup / kWarp;
+  static constexpr int kVectors = 6;
 };
 
 // Numbers of a cluster in device memory for the gradient: its terms, then iterates that it made
@@ -96,7 +112,7 @@ struct ClusterTerms {
   int columns, rows;
 
   __host__ __device__ static int64_t floats(const ClusterDivision& division, int64_t terms) {
-    return 2 * terms * (division.columns() + division.rows);
+    return 2 * terms * (division.all_columns() + division.rows);
   }
   // (c, v) of a column and (u, r) of a row, as in ChipTerms.
   __device__ __forceinline__ float2* of_columns(int term) const {
@@ -110,8 +126,9 @@ struct ClusterProblem {
   ClusterDivision division;
   KeptIterates kept;
   Factor plan, weight, contrast;  // similarity to exponent of K, of w without v, of e^(s / t)
-  float inverse_temperature, log_weight, slope;  // as in monce.cu
-  bool exact;  // whether the backward goes through the plan
+  float inverse_temperature, log_weight;  // as in monce.cu
+  float slope;  // likewise; 0 unless the backward goes through the plan
+  bool exact;   // whether it does
   bool once, once_by_keys;  // whether the big parts are enough, for similarities, for the gradient
   uint4* queries;  // packed, of each cluster
   float* terms;    // of each cluster
@@ -120,6 +137,71 @@ struct ClusterProblem {
 
 // Products of a thread: rows g and g + 8 of the warp's, see wgmma.h.
 using Products112 = float[kPartColumns / 2];
+
+// Two neighbours in each of some rows of a map, `apart` rows apart; zeros beyond it. All are read
+// before the first is used.
+template <int kCount>
+__device__ __forceinline__ void read_pairs(float2 (&to)[kCount], const Matrices& m, int map, int i,
+                                           int apart, int d) {
+  const bool whole = m.element == Element::float32;
+  const int64_t bytes = whole ? 4 : 2, right = m.column_stride * bytes;
+  const int64_t down = apart * m.row_stride * bytes;
+  const unsigned char* from =
+      static_cast<const unsigned char*>(m.data) +
+      (map * m.batch_stride + i * m.row_stride + d * m.column_stride) * bytes;
+  const auto read = [&](auto word) {
+    using Word = decltype(word);
+    const auto bits = [&](const unsigned char* at, bool inside) {
+      promise_global(at);
+      const Word x = inside ? *reinterpret_cast<const Word*>(at) : Word{0};
+      return bits_as<float>(static_cast<uint32_t>(x) << (32 - 8 * sizeof(Word)));
+    };
+    MGHF_UNROLL_ALL
+    for (int k = 0; k < kCount; ++k) {
+      const bool inside = i + k * apart < m.rows;
+      to[k].x = bits(from, inside && d < m.columns);
+      to[k].y = bits(from + right, inside && d + 1 < m.columns);
+      from += down;
+    }
+  };
+  if (whole) return read(uint32_t{});
+  // Both types of 16 bits are read by the same code, first as the upper half of a float32.
+  read(uint16_t{});
+  if (m.element == Element::bfloat16) return;
+  const auto half = [](float x) {
+    return to_float(Half{static_cast<uint16_t>(bits_as<uint32_t>(x) >> 16)});
+  };
+  MGHF_UNROLL_ALL
+  for (int k = 0; k < kCount; ++k) to[k] = {half(to[k].x), half(to[k].y)};
+}
+// Calls use(j, d, pair) for the thread's share of the pairs in `count` rows from `first` on: row j
+// of them, depth d.
+template <class Use>
+__device__ __forceinline__ void for_pairs(const Matrices& m, int map, int first, int count,
+                                          const Use& use) {
+  constexpr int kAhead = 4;
+  static_assert(kMostDepth == 2 * kWarp && kPartColumns % (kAhead * kWarpgroup / kWarp) == 0);
+  const int thread = static_cast<int>(threadIdx.x), d = thread % kWarp * 2;
+  const int apart = static_cast<int>(blockDim.x) / kWarp;
+  MGHF_UNROLL(1)
+  for (int j = thread / kWarp; j < count; j += kAhead * apart) {
+    float2 pairs[kAhead];
+    read_pairs(pairs, m, map, first + j, apart, d);
+    MGHF_UNROLL_ALL
+    for (int k = 0; k < kAhead; ++k) use(j + k * apart, d, pairs[k]);
+  }
+}
+// The largest magnitude of a thread's share of `count` rows, infinity if any number is not finite.
+// Not inlined, as it is called twice.
+inline __device__ MGHF_NOINLINE float largest_of_rows(Matrices m, int map, int first, int count) {
+  float most = 0;
+  for_pairs(m, map, first, count, [&](int, int, const float2& two) {
+    const float a = fabsf(two.x), b = fabsf(two.y);
+    most = a <= most ? most : a < INFINITY ? a : INFINITY;
+    most = b <= most ? most : b < INFINITY ? b : INFINITY;
+  });
+  return most;
+}
 
 struct ClusterBlock {
   const ClusterProblem& p;
@@ -140,7 +222,7 @@ struct ClusterBlock {
         g(lane >> 2),
         t(lane & 3),
         rank(state().rank),
-        first(rank * kBlockColumns) {}
+        first(rank * p.division.columns) {}
 
   __device__ __forceinline__ ClusterBlock again() const {
     return ClusterBlock(p, shared, opaque(static_cast<int>(threadIdx.x)));
@@ -153,27 +235,27 @@ struct ClusterBlock {
     return state().cluster;
   }
   __device__ __forceinline__ float* weights() const { return shared + ClusterDivision::kWeights; }
-  __device__ __forceinline__ float* dg() const { return shared + ClusterDivision::kDg; }
-  __device__ __forceinline__ float* of_columns() const {
-    return shared + ClusterDivision::kOfColumns;
-  }
+  __device__ __forceinline__ float* dg() const { return weights() + p.division.columns; }
+  __device__ __forceinline__ float* of_columns() const { return shared + p.division.joined; }
   __device__ __forceinline__ float* of_warps() const { return shared + ClusterDivision::kOfWarps; }
   __device__ __forceinline__ unsigned char* keys() const {
-    return reinterpret_cast<unsigned char*>(shared + ClusterDivision::kKeys);
+    return reinterpret_cast<unsigned char*>(shared + p.division.keys);
   }
   __device__ __forceinline__ uint4* queries(int tile) const {
     return reinterpret_cast<uint4*>(shared + ClusterDivision::kQueries) + tile % 2 * kTileWords;
   }
-  // Numbers of rows: the exponents a, u, the exponents of w, r, r / sum_j w, s_ii.
-  __device__ __forceinline__ float* of_rows(int which) const {
-    return shared + ClusterDivision::kRows + which * ClusterDivision::kMostRows;
+  // Numbers of a row: the exponents a and those of w, u, r, r / sum_j w, s_ii.
+  __device__ __forceinline__ float* of_row(int i) const {
+    return shared + p.division.of_rows + ClusterDivision::kVectors * i;
   }
-  __device__ __forceinline__ float* base() const { return of_rows(0); }
-  __device__ __forceinline__ float* factor() const { return of_rows(1); }
-  __device__ __forceinline__ float* top() const { return of_rows(2); }
-  __device__ __forceinline__ float* share() const { return of_rows(3); }
-  __device__ __forceinline__ float* scaled() const { return of_rows(4); }
-  __device__ __forceinline__ float* positive() const { return of_rows(5); }
+  __device__ __forceinline__ float& base(int i) const { return of_row(i)[0]; }
+  __device__ __forceinline__ float& top(int i) const { return of_row(i)[1]; }
+  __device__ __forceinline__ float& factor(int i) const { return of_row(i)[2]; }
+  __device__ __forceinline__ float& share(int i) const { return of_row(i)[3]; }
+  __device__ __forceinline__ float& scaled(int i) const { return of_row(i)[4]; }
+  __device__ __forceinline__ float& positive(int i) const { return of_row(i)[5]; }
+
+  __device__ __forceinline__ int threads() const { return static_cast<int>(blockDim.x); }
 
   // The first of the warp's rows, and of the thread's columns in the block.
   __device__ __forceinline__ int warp_row(int tile) const {
@@ -193,7 +275,7 @@ struct ClusterBlock {
     __syncthreads();
     x = of_warps()[0];
     MGHF_UNROLL(1)
-    for (int w = 1; w < kClusterThreads / kWarp; ++w) x = combine(x, of_warps()[w]);
+    for (int w = 1; w < threads() / kWarp; ++w) x = combine(x, of_warps()[w]);
     float* const own = shared + ClusterDivision::kRanges + 4 * place;
     if (thread == 0) *own = x;
     sync_cluster();
@@ -205,61 +287,17 @@ struct ClusterBlock {
     return x;
   }
 
-  // Two neighbours in each of some rows, `apart` rows apart; zeros beyond the map. All are read
-  // before the first is used.
-  template <int kCount>
-  __device__ __forceinline__ void read_pairs(float2 (&to)[kCount], const Matrices& m, int i,
-                                             int apart, int d) const {
-    const auto read = [&](const auto& matrix) {
-      promise_global(matrix.data);
-      MGHF_UNROLL_ALL
-      for (int k = 0; k < kCount; ++k) {
-        const bool inside = i + k * apart < n;
-        to[k].x = inside && d < m.columns ? matrix(i + k * apart, d) : 0.0f;
-        to[k].y = inside && d + 1 < m.columns ? matrix(i + k * apart, d + 1) : 0.0f;
-      }
-    };
-    if (m.element == Element::float32) return read(m.matrix<float>(state().map));
-    // Both types of 16 bits are read by the same code, first as the upper half of a float32.
-    read(m.matrix<BFloat16>(state().map));
-    if (m.element == Element::bfloat16) return;
-    const auto half = [](float x) {
-      return to_float(Half{static_cast<uint16_t>(bits_as<uint32_t>(x) >> 16)});
-    };
-    MGHF_UNROLL_ALL
-    for (int k = 0; k < kCount; ++k) to[k] = {half(to[k].x), half(to[k].y)};
-  }
-  // Calls use(j, d, pair) for the thread's share of the pairs in as many rows as the block has
-  // columns: row j of them, depth d.
-  template <class Use>
-  __device__ __forceinline__ void for_pairs(const Matrices& m, const Use& use) const {
-    constexpr int kAhead = 4, kApart = 2 * kClusterThreads / kMostDepth;
-    const int d = thread % (kMostDepth / 2) * 2;
-    MGHF_UNROLL(1)
-    for (int j = thread / (kMostDepth / 2); j < kBlockColumns; j += kAhead * kApart) {
-      float2 pairs[kAhead];
-      read_pairs(pairs, m, first + j, kApart, d);
-      MGHF_UNROLL_ALL
-      for (int k = 0; k < kAhead; ++k) use(j + k * kApart, d, pairs[k]);
-    }
-  }
-
   // The largest magnitude of a map, infinity if any number is not finite.
   __device__ __forceinline__ float largest(const Matrices& m, int place) const {
-    float most = 0;
-    for_pairs(m, [&](int, int, const float2& two) {
-      const float a = fabsf(two.x), b = fabsf(two.y);
-      most = a <= most ? most : a < INFINITY ? a : INFINITY;
-      most = b <= most ? most : b < INFINITY ? b : INFINITY;
-    });
+    const float most = largest_of_rows(m, state().map, first, p.division.columns);
     return across_cluster(most, place, Most{});
   }
 
   __device__ __forceinline__ void pack_keys(const Matrices& key, float by) const {
-    for_pairs(key, [&](int j, int d, const float2& two) {
+    for_pairs(key, state().map, first, p.division.columns, [&](int j, int d, const float2& two) {
       const SplitHalves halves(two.x * by, two.y * by);
-      unsigned char* const to =
-          keys() + j / 8 * kEightPatches + d / 8 * kCore + j % 8 * 16 + d % 8 * 2;
+      unsigned char* const to = keys() + j / kPartColumns * kKeyBytes + j / 8 * kEightPatches +
+                                d / 8 * kCore + j % 8 * 16 + d % 8 * 2;
       *reinterpret_cast<uint32_t*>(to) = halves.big;
       *reinterpret_cast<uint32_t*>(to + kKeyBytes) = halves.small;
     });
@@ -273,13 +311,15 @@ struct ClusterBlock {
   }
   // The block's share of them.
   __device__ __forceinline__ void pack_queries(const Matrices& query, float by) const {
-    const int step = thread / kWarp % 4, of_warp = thread / kWarp / 4, d = 16 * step + 2 * t;
+    // A warpgroup packs 16 rows at a time, each of its warps a step.
+    const int step = thread / kWarp % 4, d = 16 * step + 2 * t;
     MGHF_UNROLL(1)
-    for (int tile = rank; tile < p.division.tiles; tile += p.division.blocks) {
-      const int i = tile * kClusterRows + 16 * of_warp + g;
+    for (int rows = rank * p.division.parts + part; rows < 4 * p.division.tiles;
+         rows += p.division.blocks * p.division.parts) {
+      const int i = 16 * rows + g;
       float2 two[2][2];
       MGHF_UNROLL_ALL
-      for (int k = 0; k < 2; ++k) read_pairs(two[k], query, i, 8, d + 8 * k);
+      for (int k = 0; k < 2; ++k) read_pairs(two[k], query, state().map, i, 8, d + 8 * k);
       uint32_t big[4], small[4];
       MGHF_UNROLL_ALL
       for (int k = 0; k < 4; ++k) {
@@ -288,7 +328,7 @@ struct ClusterBlock {
         big[k] = halves.big, small[k] = halves.small;
       }
       uint4* const to =
-          packed() + tile * kTileWords + (of_warp * kProductSteps + step) * 2 * kWarp + lane;
+          packed() + (rows * kProductSteps + step) * 2 * kWarp + lane;
       to[0] = {big[0], big[1], big[2], big[3]};
       to[kWarp] = {small[0], small[1], small[2], small[3]};
     }
@@ -298,10 +338,8 @@ struct ClusterBlock {
   __device__ __forceinline__ void copy_queries(int tile) const {
     const uint4* const from = packed() + tile * kTileWords;
     uint4* const to = queries(tile);
-    MGHF_UNROLL_ALL
-    for (int x = 0; x < kTileWords; x += kClusterThreads) {
-      copy_async<16>(to + x + thread, from + x + thread);
-    }
+    MGHF_UNROLL(1)
+    for (int x = thread; x < kTileWords; x += threads()) copy_async<16>(to + x, from + x);
     end_copies();
   }
 
@@ -330,7 +368,7 @@ struct ClusterBlock {
     MGHF_UNROLL_ALL
     for (float& sum : x) sum = 0;
     const uint4* const own = queries(tile) + warp * kProductSteps * 2 * kWarp + lane;
-    const SharedColumns big(keys() + part * kPartTiles * kEightPatches, kCore, kEightPatches);
+    const SharedColumns big(keys() + part * 2 * kKeyBytes, kCore, kEightPatches);
     const SharedColumns small = big.further(kKeyBytes);
     uint32_t a[2][2][4];
     const auto load_factor = [&](uint32_t(&to)[4], int word) {
@@ -382,11 +420,6 @@ struct ClusterBlock {
     }
   }
 
-  // Whether some of the warp's entries in a tile do not count: on the diagonal, or beyond the map.
-  __device__ __forceinline__ bool any_hidden(int tile) const {
-    const int row = warp_row(tile), column = first + part * kPartColumns;
-    return (row < column + kPartColumns && column < row + 16) || column + kPartColumns > n;
-  }
   // Row less column of the thread's first entry: on the diagonal it is below().
   __device__ __forceinline__ int above(int tile) const {
     return warp_row(tile) + g - first - left();
@@ -395,17 +428,26 @@ struct ClusterBlock {
     return 8 * c + i - 8 * half;
   }
 
-  // Writes `nothing` over the entries that do not count; if `keep`, those of the diagonal go to
-  // positive().
-  __device__ __forceinline__ void hide(Products112& x, int tile, float nothing, bool keep) const {
-    if (!any_hidden(tile)) return;
-    const int own = above(tile), inside = n - first - left();
-    const int row = warp_row(tile) + g;
-    for_entries(x, [&](float& entry, int half, int c, int i) {
-      const bool diagonal = own == below(half, c, i);
-      if (diagonal && keep && 8 * c + i < inside) positive()[row + 8 * half] = entry;
-      entry = diagonal || 8 * c + i >= inside ? nothing : entry;
-    });
+  // Writes `nothing` over the entries of the diagonal, which go to positive(), and, if `beyond`,
+  // over those beyond the map.
+  __device__ __forceinline__ void hide(Products112& x, int tile, float nothing,
+                                       bool beyond) const {
+    const int first_row = warp_row(tile), column = first + part * kPartColumns;
+    if (first_row < column + kPartColumns && column < first_row + 16) {
+      const int own = above(tile);
+      float* const own_row = &positive(first_row + g);
+      for_entries(x, [&](float& entry, int half, int c, int i) {
+        if (own != below(half, c, i)) return;
+        own_row[8 * half * ClusterDivision::kVectors] = entry;
+        entry = nothing;
+      });
+    }
+    if (beyond && column + kPartColumns > n) {
+      const int inside = n - first - left();
+      for_entries(x, [&](float& entry, int, int c, int i) {
+        entry = 8 * c + i >= inside ? nothing : entry;
+      });
+    }
   }
 
   // Combines the numbers of each row over the cluster. Returns that of row lane % 16 of the warp's.
@@ -424,12 +466,20 @@ struct ClusterBlock {
     sync_cluster();
     float4* const own =
         reinterpret_cast<float4*>(places + (16 * warp + lane % 16) * kClusterParts);
+    const auto of_four = [&](const float4& four) {
+      return combine(combine(four.x, four.y), combine(four.z, four.w));
+    };
+    if (p.division.blocks == 1) {
+      const float4 four = *own;
+      if (p.division.parts == 1) return four.x;
+      if (p.division.parts == 2) return combine(four.x, four.y);
+      return p.division.parts == 3 ? combine(combine(four.x, four.y), four.z) : of_four(four);
+    }
     float total = 0;
     MGHF_UNROLL_ALL
     for (int r = 0; r < kMostClusterBlocks; ++r) {
       if (r >= p.division.blocks) continue;
-      const float4 four = *of_block(own, static_cast<unsigned>(r));
-      const float of_rank = combine(combine(four.x, four.y), combine(four.z, four.w));
+      const float of_rank = of_four(*of_block(own, static_cast<unsigned>(r)));
       total = r == 0 ? of_rank : combine(total, of_rank);
     }
     return total;

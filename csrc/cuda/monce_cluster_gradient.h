@@ -11,7 +11,7 @@ namespace {
 __device__ __forceinline__ ClusterTerms terms_of(const ClusterBlock& s) {
   float* const numbers = s.p.terms + int64_t{s.cluster()} * s.p.terms_floats;
   promise_global(numbers);
-  return {numbers, s.p.division.columns(), s.p.division.rows};
+  return {numbers, s.p.division.all_columns(), s.p.division.rows};
 }
 
 // ds of the tile's entries in place of the similarities.
@@ -26,55 +26,61 @@ __device__ __forceinline__ void differentiate(const ClusterBlock& s, Products112
   MGHF_UNROLL_ALL
   for (int half = 0; half < 2; ++half) {
     const int i = row + 8 * half;
-    top[half] = s.top()[i], base[half] = s.base()[i], scaled[half] = s.scaled()[i];
-    diagonal[half] = -s.share()[i] * p.inverse_temperature;
+    top[half] = s.top(i), base[half] = s.base(i), scaled[half] = s.scaled(i);
+    diagonal[half] = -s.share(i) * p.inverse_temperature;
   }
-  MGHF_UNROLL_ALL
-  for (int two = 0; two < kPartTiles; two += 2) {  // tiles of columns: fewer waits for loads
+  // Two tiles of columns at a time, for fewer waits for loads, in a loop that turns the registers.
+  MGHF_UNROLL(1)
+  for (int two = 0; two < kPartTiles; two += 2) {
+    const int column = s.left() + 8 * two;
     float through[2][2][2] = {};
     MGHF_UNROLL(1)
     for (int term = state.first_term; term <= state.last_term; ++term) {
-      const float2* const of_columns = terms.of_columns(term) + s.first + s.left() + 8 * two;
-      float4 column[2];
+      const float2* const of_columns = terms.of_columns(term) + s.first + column;
+      float4 of_column[2];
       float2 of_row[2];
       MGHF_UNROLL_ALL
       for (int k = 0; k < 2; ++k) {
-        column[k] = reinterpret_cast<const float4&>(of_columns[8 * k]);
+        of_column[k] = reinterpret_cast<const float4&>(of_columns[8 * k]);
         of_row[k] = terms.of_rows(term)[row + 8 * k];
       }
       MGHF_UNROLL_ALL
       for (int k = 0; k < 2; ++k) {
         MGHF_UNROLL_ALL
         for (int half = 0; half < 2; ++half) {
-          through[k][half][0] += of_row[half].x * column[k].x + of_row[half].y * column[k].y;
-          through[k][half][1] += of_row[half].x * column[k].z + of_row[half].y * column[k].w;
+          float(&to)[2] = through[k][half];
+          to[0] += of_row[half].x * of_column[k].x + of_row[half].y * of_column[k].y;
+          to[1] += of_row[half].x * of_column[k].z + of_row[half].y * of_column[k].w;
         }
       }
     }
     MGHF_UNROLL_ALL
     for (int k = 0; k < 2; ++k) {
-      const int c = two + k;
-      const float2 w = reinterpret_cast<const float2&>(s.weights()[s.left() + 8 * c]);
+      const float2 w = reinterpret_cast<const float2&>(s.weights()[column + 8 * k]);
       MGHF_UNROLL_ALL
       for (int half = 0; half < 2; ++half) {
         MGHF_UNROLL_ALL
         for (int i = 0; i < 2; ++i) {
-          float& entry = x[4 * c + 2 * half + i];
+          float& entry = x[4 * k + 2 * half + i];
           // Finite beyond the map, where the weight is 0.
           const float exponent =
               fminf(fmaf(entry, weight_low, fmaf(entry, weight, -top[half])), 126.0f);
-          float d = power_of(exponent) * (i == 0 ? w.x : w.y) * scaled[half];
-          if (p.exact) {
-            const float of_plan =
-                power_of(fminf(fmaf(entry, plan_low, fmaf(entry, plan, -base[half])), 126.0f));
-            d = d * p.inverse_temperature + (d - of_plan * through[k][half][i]) * p.slope;
-          } else {
-            d *= p.inverse_temperature;
-          }
-          entry = own == ClusterBlock::below(half, c, i) ? diagonal[half] : d;
+          const float share = power_of(exponent) * (i == 0 ? w.x : w.y) * scaled[half];
+          const float of_plan =
+              power_of(fminf(fmaf(entry, plan_low, fmaf(entry, plan, -base[half])), 126.0f));
+          const float d =
+              share * p.inverse_temperature + (share - of_plan * through[k][half][i]) * p.slope;
+          entry = own - 8 * two == ClusterBlock::below(half, k, i) ? diagonal[half] : d;
         }
       }
     }
+    float first[8];
+    MGHF_UNROLL_ALL
+    for (int k = 0; k < 8; ++k) first[k] = x[k];
+    MGHF_UNROLL_ALL
+    for (int k = 0; k + 8 < kPartColumns / 2; ++k) x[k] = x[k + 8];
+    MGHF_UNROLL_ALL
+    for (int k = 0; k < 8; ++k) x[kPartColumns / 2 - 8 + k] = first[k];
   }
 }
 
@@ -115,7 +121,7 @@ __device__ __forceinline__ void multiply_by_keys(const ClusterBlock& s, const Pa
   // The thread's row of one of four cores: of two tiles of columns the big parts, then the small
   // ones.
   const unsigned char* const from = s.keys() + s.lane / 16 * kKeyBytes +
-                                    (s.part * kPartTiles + s.lane / 8 % 2) * kEightPatches +
+                                    s.part * 2 * kKeyBytes + s.lane / 8 % 2 * kEightPatches +
                                     start / 8 * kCore + s.lane % 8 * 16;
   DepthSums low = {};  // of small products: tensor cores truncate a sum each time they add to it
   MGHF_UNROLL_ALL
@@ -147,14 +153,15 @@ __device__ __forceinline__ void multiply_by_keys(const ClusterBlock& s, const Pa
 
 // Where the block's sums for some of the depth are.
 __device__ __forceinline__ float* joined_of(const ClusterBlock& s, int start) {
-  return s.shared + ClusterDivision::kJoined + start / kSumDepth % 2 * kClusterRows * kJoinedPitch;
+  const int place = s.p.division.blocks > 1 ? start / kSumDepth % 2 : 0;
+  return s.of_columns() + place * kClusterRows * kJoinedPitch;
 }
 
 // Adds up the warpgroups' sums there, for other blocks. Barriers of the block.
 __device__ __forceinline__ void join_parts(const ClusterBlock& s, const DepthSums& sum,
                                            const float (&back)[2], int start) {
   MGHF_UNROLL(1)
-  for (int part = 0; part < kClusterParts; ++part) {
+  for (int part = 0; part < s.p.division.parts; ++part) {
     if (part == s.part) {
       float* const joined = joined_of(s, start);
       MGHF_UNROLL_ALL
@@ -179,7 +186,7 @@ __device__ __forceinline__ void write_rows(const ClusterBlock& s, int tile, int 
   const int depth = static_cast<int>(key.columns);
   const int blocks = s.p.division.blocks, rows = (kClusterRows + blocks - 1) / blocks;
   MGHF_UNROLL(1)
-  for (int e = s.thread; e < rows * kSumDepth; e += kClusterThreads) {
+  for (int e = s.thread; e < rows * kSumDepth; e += s.threads()) {
     const int r = s.rank * rows + e / kSumDepth, d = start + e % kSumDepth;
     const int i = tile * kClusterRows + r;
     if (r >= kClusterRows || i >= s.n || d >= depth) continue;
@@ -189,10 +196,7 @@ __device__ __forceinline__ void write_rows(const ClusterBlock& s, int tile, int 
     for (int of = 0; of < blocks; ++of) total += *of_block(own, static_cast<unsigned>(of));
     total *= s.state().key_back;
     const int64_t place = (static_cast<int64_t>(s.state().map) * s.n + i) * depth + d;
-    with_element(key.element, [&](auto element) {
-      using T = decltype(element);
-      static_cast<T*>(result)[place] = from_float<T>(total);
-    });
+    write_element(key.element, result, place, total);
   }
 }
 
@@ -209,15 +213,16 @@ __device__ __forceinline__ void write_gradient(const ClusterBlock& s, const Matr
     differentiate(s.again(), x, tile);
     const PackedEntries packed(x);
     wait_for_copies<0>();
-    // The sums have two places in turn, so that none is written while others read it: the barrier
-    // of the ones between is past then.
+    // A cluster's sums have two places in turn, so that none is written while others read it: the
+    // barrier of the ones between is past then. A block alone has one, and waits.
     MGHF_UNROLL(1)
     for (int start = 0; start < kMostDepth; start += kSumDepth) {
       DepthSums sum = {};
       multiply_by_keys(s.again(), packed, start, sum);
       join_parts(s.again(), sum, packed.back, start);
-      sync_cluster();
+      if (s.p.division.blocks > 1) sync_cluster();
       write_rows(s.again(), tile, start, key, result);
+      if (s.p.division.blocks == 1) __syncthreads();
     }
   }
 }

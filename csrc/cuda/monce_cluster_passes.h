@@ -89,15 +89,15 @@ struct ClusterMap : ClusterBlock {
     // state().made is what `resumed` was.
     const KeptIterates from = kept();
     const float* const v = state().resumed ? from.vector(state().made, 1, n) : nullptr;
-    if (thread < kBlockColumns) {
+    if (thread < p.division.columns) {
       const int j = first + thread;
       weights()[thread] = j >= n ? 0.0f : v == nullptr ? 1.0f : v[j];
     }
     if constexpr (kBackward) {
       MGHF_UNROLL(1)
-      for (int i = thread; v != nullptr && i < p.division.rows; i += kClusterThreads) {
-        base()[i] = i < n ? from.vector(1, 2, n)[i] - kMark : 0;
-        factor()[i] = i < n ? from.vector(state().made, 0, n)[i] : 0;
+      for (int i = thread; v != nullptr && i < p.division.rows; i += threads()) {
+        base(i) = i < n ? from.vector(1, 2, n)[i] - kMark : 0;
+        factor(i) = i < n ? from.vector(state().made, 0, n)[i] : 0;
       }
     }
   }
@@ -107,9 +107,9 @@ struct ClusterMap : ClusterBlock {
   // x_i of the loss, from a row's sum of weights.
   __device__ __forceinline__ float excess(int i, float of_row, float sum) const {
     const unsigned owner = static_cast<unsigned>(i / kBlockColumns);
-    const float own = -*of_block(positive() + i, owner) * state().unit;
-    const float above = fmaf(own, p.contrast.low, fmaf(own, p.contrast.value, of_row - base()[i]));
-    return above * 0.6931471805599453f + (logf(factor()[i] * sum) + p.log_weight);
+    const float own = -*of_block(&positive(i), owner) * state().unit;
+    const float above = fmaf(own, p.contrast.low, fmaf(own, p.contrast.value, of_row - base(i)));
+    return above * 0.6931471805599453f + (logf(factor(i) * sum) + p.log_weight);
   }
 
   // The coefficient in the columns' sums of row i, whose sum and exponent of w or of K are known.
@@ -122,7 +122,7 @@ struct ClusterMap : ClusterBlock {
       if (!inside) return 0;
       const float u = 1 / sum;
       if (!writes) return u;
-      factor()[i] = u;
+      factor(i) = u;
       if (s.u != nullptr && rank == 0) {
         global(s.u)[i] = u;
         // The exponents follow the first v.
@@ -135,22 +135,19 @@ struct ClusterMap : ClusterBlock {
       if (inside) {
         const float x = excess(i, of_row, sum);
         if constexpr (kBackward) {
-          with_element(grad.element, [&](auto element) {
-            r = grad.matrix<decltype(element)>(s.map)(i, 0);
-          });
-          r *= sigmoid_of(x);
+          r = grad.read(s.map, i, 0) * sigmoid_of(x);
           c = r / sum;
         } else if (writes && rank == 0) {
           losses[int64_t{s.map} * n + i] = softplus_of(x);
         }
       }
-      if (kBackward && writes) share()[i] = r, scaled()[i] = c;
+      if (kBackward && writes) share(i) = r, scaled(i) = c;
       return c;
     }
     float u = 0, c = 0;
     if (inside) {
       u = global(s.u)[i];
-      c = u * ((s.t == p.iterations ? share()[i] : 0) - u * sum);
+      c = u * ((s.t == p.iterations ? share(i) : 0) - u * sum);
     }
     if (writes && rank == 0) {
       float2& to = global(s.rows)[i];
@@ -159,10 +156,14 @@ struct ClusterMap : ClusterBlock {
     return c;
   }
 
+  __device__ __forceinline__ float& exponent_of_row(int i, bool weighing) const {
+    return of_row(i)[weighing ? 1 : 0];
+  }
+
   // The exponents of the rows of a tile, in the scale of `value`: that of row lane % 16 of the
   // warp's.
   __device__ __forceinline__ float find_exponent(Products112& x, int tile, float value,
-                                                 float* exponents) const {
+                                                 bool weighing) const {
     float most[2] = {-INFINITY, -INFINITY};
     for_entries(x, [&](float entry, int half, int, int) {
       most[half] = fmaxf(most[half], entry * value);
@@ -170,7 +171,7 @@ struct ClusterMap : ClusterBlock {
     const float exponent = across_rows(most, 2, Most{});
     const float whole =
         fabsf(exponent) < kLargestExponent ? round_to_integer(exponent) : exponent;
-    if (part == 0 && lane < 16) exponents[warp_row(tile) + lane] = whole;
+    if (part == 0 && lane < 16) exponent_of_row(warp_row(tile) + lane, weighing) = whole;
     return whole;
   }
 
@@ -205,11 +206,11 @@ struct ClusterMap : ClusterBlock {
     const bool weighing = state().pass == Pass::weigh;
     const float value = weighing ? state().weight : state().plan;
     const float low = weighing ? state().weight_low : state().plan_low;
-    float* const exponents = weighing ? top() : base();
-    again().hide(x, tile, value > 0 ? -1e30f : 1e30f, weighing);
     const bool unknown = weighing || (state().pass == Pass::iterate && state().t == 1);
-    const float of_row = unknown ? again().find_exponent(x, tile, value, exponents)
-                                 : exponents[warp_row(tile) + lane % 16];
+    // Columns beyond the map have no weight, but must not count for the rows' exponents.
+    again().hide(x, tile, value > 0 ? -1e30f : 1e30f, unknown);
+    const float of_row = unknown ? again().find_exponent(x, tile, value, weighing)
+                                 : base(warp_row(tile) + lane % 16);
     const float total = again().sum_rows(x, tile, value, low, of_row);
     const float of_lane =
         again().coefficient(warp_row(tile) + lane % 16, total, of_row, grad, losses);
@@ -239,7 +240,7 @@ struct ClusterMap : ClusterBlock {
     again().join_lanes(columns);
   }
   __device__ __forceinline__ void join_lanes(const float (&columns)[2 * kPartTiles]) const {
-    float* const to = of_columns() + warp * kBlockColumns + left();
+    float* const to = of_columns() + warp * p.division.columns + left();
     MGHF_UNROLL_ALL
     for (int c = 0; c < kPartTiles; ++c) {
       MGHF_UNROLL_ALL
@@ -256,7 +257,7 @@ struct ClusterMap : ClusterBlock {
 
   // Weights of the columns for a step of the recursion.
   __device__ __forceinline__ void weigh_columns() const {
-    if (thread >= kBlockColumns) return;
+    if (thread >= p.division.columns) return;
     const int j = first + thread;
     const float w = j < n ? global(state().v)[j] * dg()[thread] : 0;
     float2& to = global(state().columns)[j];
@@ -271,13 +272,13 @@ struct ClusterMap : ClusterBlock {
     const Pass pass = state().pass;
     if (pass == Pass::iterate) {
       MGHF_UNROLL(1)
-      for (int i = thread; i < n; i += kClusterThreads) ranges.numbers.take(factor()[i]);
+      for (int i = thread; i < n; i += threads()) ranges.numbers.take(factor(i));
     }
     const int j = first + thread;
-    if (thread >= kBlockColumns || j >= n) return ranges;
+    const int columns = p.division.columns;
+    if (thread >= columns || j >= n) return ranges;
     const float* const from = of_columns() + thread;
-    const float total = (from[0] + from[kBlockColumns]) +
-                        (from[2 * kBlockColumns] + from[3 * kBlockColumns]);
+    const float total = (from[0] + from[columns]) + (from[2 * columns] + from[3 * columns]);
     if (pass == Pass::iterate) {
       ranges.numbers.take(total);
       ranges.changes.take(weights()[thread] * total);
@@ -318,9 +319,8 @@ struct ClusterMap : ClusterBlock {
     // Each block counts some of the rows, all of which it has.
     float total = 0;
     MGHF_UNROLL(1)
-    for (int i = rank * kClusterThreads + thread; i < n;
-         i += p.division.blocks * kClusterThreads) {
-      total += fabsf(share()[i]);
+    for (int i = rank * threads() + thread; i < n; i += p.division.blocks * threads()) {
+      total += fabsf(share(i));
     }
     total = across_cluster(total, 0, Add{});
     // The sum of |ds| is at least that of |r| / t, from the diagonal alone.
@@ -385,12 +385,12 @@ struct ClusterMap : ClusterBlock {
   __device__ __forceinline__ void finish(float* losses) const {
     if (rank != 0) return;
     if (state().failed) {
-      for (int i = thread; i < n; i += kClusterThreads) losses[int64_t{state().map} * n + i] = NAN;
+      for (int i = thread; i < n; i += threads()) losses[int64_t{state().map} * n + i] = NAN;
     }
     const KeptIterates to = kept();
     const int left = state().fits && !state().failed ? state().made : 0;
     MGHF_UNROLL(1)
-    for (int i = thread; i < n; i += kClusterThreads) {
+    for (int i = thread; i < n; i += threads()) {
       to.rows[i] = i == 0 && left <= to.slots ? left : 0;
       MGHF_UNROLL(1)
       for (int slot = 1; slot <= to.slots; ++slot) {
@@ -406,16 +406,14 @@ struct ClusterMap : ClusterBlock {
                                                   void* result) const {
     if (state().failed) {
       if (rank != 0) return;
-      with_element(query.element, [&](auto element) {
-        using T = decltype(element);
-        const int64_t numbers = int64_t{n} * query.columns;
-        T* const out = static_cast<T*>(result) + state().map * numbers;
-        MGHF_UNROLL(1)
-        for (int64_t i = thread; i < numbers; i += kClusterThreads) out[i] = from_float<T>(NAN);
-      });
+      const int numbers = n * static_cast<int>(query.columns);
+      MGHF_UNROLL(1)
+      for (int i = thread; i < numbers; i += threads()) {
+        write_element(query.element, result, int64_t{state().map} * numbers + i, NAN);
+      }
       return;
     }
-    if (p.exact && thread < kBlockColumns) {
+    if (p.exact && thread < p.division.columns) {
       const int j = first + thread;
       weights()[thread] = j < n ? global(vector(state().made, 1))[j] : 0;
     }
