@@ -82,9 +82,34 @@ struct Piece {
   int to, bytes;
 };
 
+// What follows a layer's products: a column's sum is multiplied and a bias added, 0 in columns that
+// are none.
+struct AfterProducts {
+  float first_back[kUnits], bias1[kUnits], second_back[kOutputs], bias2[kOutputs];
+
+  // By a warp.
+  __device__ __forceinline__ void fill(const RowsWeights& weights, const float* from1,
+                                       const float* from2, const Patches& p) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    MGHF_UNROLL_ALL
+    for (int n = lane; n < kUnits; n += kWarp) {
+      first_back[n] = weights.first_back[n];
+      bias1[n] = n < p.hidden ? from1[n] : 0.0f;
+    }
+    MGHF_UNROLL_ALL
+    for (int n = lane; n < kOutputs; n += kWarp) {
+      second_back[n] = weights.second_back[n];
+      bias2[n] = n < p.dimension ? from2[n] : 0.0f;
+    }
+  }
+};
+
 struct RowsControl {
-  Counter open[kMostStages], free[kMostStages], second;
-  Piece pieces[kRows];
+  Counter open[kMostStages], free[kMostStages], second, after_products;
+  union {
+    Piece pieces[kRows];
+    AfterProducts after;  // once all pieces are copied
+  };
   int rows;  // of the block, for when its registers are needed for others
 };
 
@@ -267,13 +292,13 @@ __device__ __forceinline__ void multiply_steps(float (&d)[kColumns / 2],
 }
 
 // From a thread's sums of the first layer to its hidden units, of two patches.
-__device__ __forceinline__ void finish_units(float (&sums)[kUnits / 2], const RowsWeights& weights,
-                                             const float* bias1, int hidden) {
+__device__ __forceinline__ void finish_units(float (&sums)[kUnits / 2], const AfterProducts& after,
+                                             int hidden) {
   const int t = static_cast<int>(threadIdx.x) % 4;
   MGHF_UNROLL_ALL
   for (int n = 0; n < kUnits / 4; ++n) {
     const int unit = n / 2 * 8 + 2 * t + n % 2;
-    const float back = weights.first_back[unit], bias = unit < hidden ? bias1[unit] : 0.0f;
+    const float back = after.first_back[unit], bias = after.bias1[unit];
     MGHF_UNROLL_ALL
     for (int half = 0; half < 2; ++half) {
       float& sum = sums[n / 2 * 4 + half * 2 + n % 2];
@@ -313,8 +338,8 @@ __device__ __forceinline__ void write_bits(const float (&units)[kUnits / 2], int
 // From the hidden units of two patches to their embeddings.
 template <int kParts>
 __device__ __forceinline__ void embed(const float (&units)[kUnits / 2], const SharedColumns& second,
-                                      const RowsWeights& weights, const float* bias2,
-                                      float* embedding, int* state, const int64_t (&numbers)[2],
+                                      const AfterProducts& after, float* embedding, int* state,
+                                      const int64_t (&numbers)[2],
                                       const int64_t (&places)[2], const bool (&exists)[2],
                                       const Patches& p) {
   constexpr int kSteps = RowsWeights::second_steps();
@@ -345,7 +370,7 @@ __device__ __forceinline__ void embed(const float (&units)[kUnits / 2], const Sh
   for (int n = 0; n < kOutputs / 4; ++n) {
     const int d = n / 2 * 8 + 2 * t + n % 2;
     const bool is_one = d < p.dimension;
-    const float column_back = weights.second_back[d], bias = is_one ? bias2[d] : 0.0f;
+    const float column_back = after.second_back[d], bias = after.bias2[d];
     MGHF_UNROLL_ALL
     for (int half = 0; half < 2; ++half) {
       float& own = y[n / 2 * 4 + half * 2 + n % 2];
@@ -390,6 +415,7 @@ __global__ void __launch_bounds__(kRowsThreads, 1)
       control.free[slot].begin(kGroups * kWarpgroup / kWarp);
     }
     control.second.begin(1);
+    control.after_products.begin(1);
     control.rows = block.rows;
   }
   if (thread < block.lines) control.pieces[thread] = block.piece(x, p, thread);
@@ -398,6 +424,10 @@ __global__ void __launch_bounds__(kRowsThreads, 1)
     leave_registers<kFewRegisters>();
     if (warp == kGroups * 4) {
       copy_rows<kSteps, kParts>(memory, stages, second, control, block, x, weights);
+      __syncwarp();  // all pieces are used
+      control.after.fill(weights, bias1, bias2, p);
+      __syncwarp();
+      if (lane == 0) control.after_products.arrive();
     }
     return;
   }
@@ -449,11 +479,12 @@ __global__ void __launch_bounds__(kRowsThreads, 1)
     const Row row(numbers[half], p.maps, p.of_map(), false);
     state_places[half] = row.item * p.state_words() * p.maps + row.map;
   }
-  finish_units(sums, weights, bias1, p.hidden);
+  control.after_products.wait(0);
+  finish_units(sums, control.after, p.hidden);
   write_bits(sums, state, state_places, exists, p);
   control.second.wait(0);
-  embed<kParts>(sums, SharedColumns(second, core_bytes_along_depth(kOutputs), kCoreBytes), weights,
-                bias2, embedding, state, numbers, state_places, exists, p);
+  embed<kParts>(sums, SharedColumns(second, core_bytes_along_depth(kOutputs), kCoreBytes),
+                control.after, embedding, state, numbers, state_places, exists, p);
 }
 
 }  // namespace

@@ -106,12 +106,14 @@ __global__ void __launch_bounds__(kHiddenThreads, 1)
   if (!kWarpgroupProducts) never();
   constexpr int kSteps = GradientWeights::second_steps();
   __shared__ Counter there;
+  alignas(16) __shared__ float backs[kUnits];
   MGHF_DYNAMIC_SHARED(unsigned char, second);
   const int thread = static_cast<int>(threadIdx.x), t = thread % 4;
   if (thread == 0) there.begin(1);
   publish_counters();
   if (thread == 0) {
-    there.arrive(GradientWeights::second_bytes(kParts));
+    there.arrive(GradientWeights::second_bytes(kParts) + static_cast<int>(sizeof(backs)));
+    copy_bulk(backs, weights.second_back, static_cast<int>(sizeof(backs)), there);
     copy_bulk(second, weights.second, GradientWeights::second_bytes(kParts), there);
   }
   RowFactor<kSteps, kParts> factor;
@@ -173,7 +175,7 @@ __global__ void __launch_bounds__(kHiddenThreads, 1)
       const float positive = bits[n / 8] >> unit % 32 & 1 ? 1.0f : 0.0f;
       float& own = sums[n / 2 * 4 + half * 2 + n % 2];
       // Products and not a selection: a NaN must stay one.
-      own = unit < p.hidden ? own * factor.back[half] * weights.second_back[unit] * positive : 0.0f;
+      own = unit < p.hidden ? own * factor.back[half] * backs[unit] * positive : 0.0f;
       largest = fmaxf(largest, fabsf(own));
     }
     const PowerOfTwo power(largest_of_row(largest));
