@@ -93,8 +93,8 @@ BOUNDS = [
     Bounds("monce_chip", "16contrast_on_chipILb1ELb1E", 0.31, 64),
     # One instruction of a warpgroup makes a warp the products of 14 of those above; generic loads
     # are those from other blocks.
-    Bounds("monce_cluster", "20contrast_by_clustersILb0E", 0.0108, 62, generic_loads=True),
-    Bounds("monce_cluster", "20contrast_by_clustersILb1E", 0.0325, 92, generic_loads=True),
+    Bounds("monce_cluster", "20contrast_by_clustersILb0E", 0.0112, 57, generic_loads=True),
+    Bounds("monce_cluster", "20contrast_by_clustersILb1E", 0.033, 82, generic_loads=True),
 ]
 
 

@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
       } else {
         s.again().finish(losses);
       }
-      map = s.state().map + static_cast<int>(gridDim.x) / p.division.blocks;
+      map = s.state().map + p.clusters;
       sync_cluster();  // others may still read this block's memory
     }
   }
@@ -83,7 +83,8 @@ ClusterPlan plan_clusters(int64_t n, int64_t batch, int64_t running, const Monce
       clusters_for(batch, within < 1 ? 1 : within < running ? within : running);
   uint4* const queries = pieces.take<uint4>(clusters * division.tiles * kTileWords);
   float* const of_terms = pieces.take<float>(clusters * terms);
-  return {{static_cast<int>(n), static_cast<int>(batch), static_cast<int>(iterations), division,
+  return {{static_cast<int>(n), static_cast<int>(batch), static_cast<int>(iterations),
+           static_cast<int>(clusters), division,
            kept, Factor(plan), Factor(plan + contrast), Factor(contrast),
            static_cast<float>(1 / options.temperature),
            static_cast<float>(log(options.negative_weight * static_cast<double>(n - 1))),

@@ -64,7 +64,10 @@ struct ClusterState {
   float negligible;
   Settling settling;
   int first_term, last_term;  // of the gradient, from 0
-  float *u, *v, *old_v;  // of an iteration to be stored, or of a step; null if there are none
+  // u of an iteration to be stored, or of a step, and its v; null if there are none.
+  float *u, *v, *old_v;
+  float *terms, *iterates;  // of the cluster; u of the first iteration
+  int width, pitch;         // from u to v, to the next iteration's u
   float2 *columns, *rows;  // of the step's term
 };
 
@@ -72,7 +75,7 @@ struct ClusterState {
 // that several blocks of few warpgroups share a multiprocessor.
 struct ClusterDivision {
   int blocks, parts, tiles, rows;  // of a cluster; warpgroups of a block; of rows; with padding
-  int columns;                     // of a block
+  int columns, share;              // of a block; the rows of a tile that it writes
   int joined, keys, of_rows;       // where arrays of the block begin
 
   explicit ClusterDivision(int64_t n)
@@ -82,6 +85,7 @@ struct ClusterDivision {
         tiles(static_cast<int>((n + kClusterRows - 1) / kClusterRows)),
         rows(tiles * kClusterRows),
         columns(parts * kPartColumns),
+        share((kClusterRows + blocks - 1) / blocks),
         joined(kWeights + 2 * columns) {
     const int of_depths = (blocks > 1 ? 2 : 1) * kClusterRows * kJoinedPitch;
     const int of_columns = 4 * columns;
@@ -122,7 +126,7 @@ struct ClusterTerms {
 };
 
 struct ClusterProblem {
-  int n, maps, iterations;
+  int n, maps, iterations, clusters;
   ClusterDivision division;
   KeptIterates kept;
   Factor plan, weight, contrast;  // similarity to exponent of K, of w without v, of e^(s / t)
@@ -175,7 +179,7 @@ __device__ __forceinline__ void read_pairs(float2 (&to)[kCount], const Matrices&
   for (int k = 0; k < kCount; ++k) to[k] = {half(to[k].x), half(to[k].y)};
 }
 // Calls use(j, d, pair) for the thread's share of the pairs in `count` rows from `first` on: row j
-// of them, depth d.
+// of them, depth d. Some rows may be beyond the last, to a multiple of 4 a warp.
 template <class Use>
 __device__ __forceinline__ void for_pairs(const Matrices& m, int map, int first, int count,
                                           const Use& use) {
@@ -191,16 +195,66 @@ __device__ __forceinline__ void for_pairs(const Matrices& m, int map, int first,
     for (int k = 0; k < kAhead; ++k) use(j + k * apart, d, pairs[k]);
   }
 }
-// The largest magnitude of a thread's share of `count` rows, infinity if any number is not finite.
-// Not inlined, as it is called twice.
-inline __device__ MGHF_NOINLINE float largest_of_rows(Matrices m, int map, int first, int count) {
+// Combines a number of all threads of a cluster. Barriers before and after; there must be one of
+// the cluster between two uses of a place, 0 or 1.
+template <class Combine>
+__device__ __forceinline__ float across_cluster(float x, int blocks, float* shared, int place,
+                                                const Combine& combine) {
+  const int thread = static_cast<int>(threadIdx.x), warps = static_cast<int>(blockDim.x) / kWarp;
+  float* const of_warps = shared + ClusterDivision::kOfWarps;
+  x = across_lanes(x, combine);
+  if (thread % kWarp == 0) of_warps[thread / kWarp] = x;
+  __syncthreads();
+  x = of_warps[0];
+  MGHF_UNROLL(1)
+  for (int w = 1; w < warps; ++w) x = combine(x, of_warps[w]);
+  float* const own = shared + ClusterDivision::kRanges + 4 * place;
+  if (thread == 0) *own = x;
+  sync_cluster();
+  x = *of_block(own, 0);
+  MGHF_UNROLL(1)
+  for (int r = 1; r < blocks; ++r) x = combine(x, *of_block(own, static_cast<unsigned>(r)));
+  return x;
+}
+// The largest magnitude of a map, infinity if any number is not finite: `count` rows from `first`
+// on are the block's. Not inlined, as it is called twice. A barrier of the cluster, and there must
+// be another one between two uses of a place, 0 or 1.
+inline __device__ MGHF_NOINLINE float largest_of_map(Matrices m, int map, int first, int count,
+                                                     int blocks, float* shared, int place) {
+  promise_shared(shared);
   float most = 0;
   for_pairs(m, map, first, count, [&](int, int, const float2& two) {
     const float a = fabsf(two.x), b = fabsf(two.y);
     most = a <= most ? most : a < INFINITY ? a : INFINITY;
     most = b <= most ? most : b < INFINITY ? b : INFINITY;
   });
-  return most;
+  return across_cluster(most, blocks, shared, place, Most{});
+}
+
+// Packs a block's share of a map, `count` rows from `first` on, times a power of two: queries in
+// device memory, of `rows` with padding, in the order in which threads load them, or keys in shared
+// memory if there are none. Not inlined, as it is called twice.
+inline __device__ MGHF_NOINLINE void pack_patches_of_block(Matrices m, int map, int first,
+                                                           int count, float by, int rows,
+                                                           uint32_t* keys, uint32_t* queries) {
+  promise_shared(keys);
+  for_pairs(m, map, first, count, [&](int j, int d, const float2& two) {
+    const SplitHalves halves(two.x * by, two.y * by);
+    if (queries == nullptr) {
+      uint32_t* const to = keys + (j / kPartColumns * kKeyBytes + j / 8 * kEightPatches +
+                                   d / 8 * kCore + j % 8 * 16 + d % 8 * 2) /
+                                      4;
+      to[0] = halves.big, to[kKeyBytes / 4] = halves.small;
+      return;
+    }
+    const int i = first + j;
+    if (j >= count || i >= rows) return;
+    // Sixteen rows' step of 16 depths: a word for each lane, of four pairs.
+    uint32_t* const to = queries + (i / 16 * kProductSteps + d / 16) * 2 * 4 * kWarp +
+                         (i % 8 * 4 + d % 8 / 2) * 4 + d % 16 / 8 * 2 + i % 16 / 8;
+    promise_global(to);
+    to[0] = halves.big, to[4 * kWarp] = halves.small;
+  });
 }
 
 struct ClusterBlock {
@@ -265,75 +319,12 @@ struct ClusterBlock {
 
   // ---- the patches ----
 
-  // Combines a number of all threads of a cluster. Barriers before and after; there must be one of
-  // the cluster between two uses of a place, 0 or 1.
-  template <class Combine>
-  __device__ __forceinline__ float across_cluster(float x, int place,
-                                                  const Combine& combine) const {
-    x = across_lanes(x, combine);
-    if (lane == 0) of_warps()[thread / kWarp] = x;
-    __syncthreads();
-    x = of_warps()[0];
-    MGHF_UNROLL(1)
-    for (int w = 1; w < threads() / kWarp; ++w) x = combine(x, of_warps()[w]);
-    float* const own = shared + ClusterDivision::kRanges + 4 * place;
-    if (thread == 0) *own = x;
-    sync_cluster();
-    x = *of_block(own, 0);
-    MGHF_UNROLL(1)
-    for (int r = 1; r < p.division.blocks; ++r) {
-      x = combine(x, *of_block(own, static_cast<unsigned>(r)));
-    }
-    return x;
-  }
-
-  // The largest magnitude of a map, infinity if any number is not finite.
-  __device__ __forceinline__ float largest(const Matrices& m, int place) const {
-    const float most = largest_of_rows(m, state().map, first, p.division.columns);
-    return across_cluster(most, place, Most{});
-  }
-
-  __device__ __forceinline__ void pack_keys(const Matrices& key, float by) const {
-    for_pairs(key, state().map, first, p.division.columns, [&](int j, int d, const float2& two) {
-      const SplitHalves halves(two.x * by, two.y * by);
-      unsigned char* const to = keys() + j / kPartColumns * kKeyBytes + j / 8 * kEightPatches +
-                                d / 8 * kCore + j % 8 * 16 + d % 8 * 2;
-      *reinterpret_cast<uint32_t*>(to) = halves.big;
-      *reinterpret_cast<uint32_t*>(to + kKeyBytes) = halves.small;
-    });
-  }
-
   // The cluster's queries, packed.
   __device__ __forceinline__ uint4* packed() const {
     uint4* const from = p.queries + int64_t{cluster()} * p.division.tiles * kTileWords;
     promise_global(from);
     return from;
   }
-  // The block's share of them.
-  __device__ __forceinline__ void pack_queries(const Matrices& query, float by) const {
-    // A warpgroup packs 16 rows at a time, each of its warps a step.
-    const int step = thread / kWarp % 4, d = 16 * step + 2 * t;
-    MGHF_UNROLL(1)
-    for (int rows = rank * p.division.parts + part; rows < 4 * p.division.tiles;
-         rows += p.division.blocks * p.division.parts) {
-      const int i = 16 * rows + g;
-      float2 two[2][2];
-      MGHF_UNROLL_ALL
-      for (int k = 0; k < 2; ++k) read_pairs(two[k], query, state().map, i, 8, d + 8 * k);
-      uint32_t big[4], small[4];
-      MGHF_UNROLL_ALL
-      for (int k = 0; k < 4; ++k) {
-        const float2& pair = two[k / 2][k % 2];
-        const SplitHalves halves(pair.x * by, pair.y * by);
-        big[k] = halves.big, small[k] = halves.small;
-      }
-      uint4* const to =
-          packed() + (rows * kProductSteps + step) * 2 * kWarp + lane;
-      to[0] = {big[0], big[1], big[2], big[3]};
-      to[kWarp] = {small[0], small[1], small[2], small[3]};
-    }
-  }
-
   // Begins to copy a tile of queries, into the place of the last but one.
   __device__ __forceinline__ void copy_queries(int tile) const {
     const uint4* const from = packed() + tile * kTileWords;
@@ -345,6 +336,10 @@ struct ClusterBlock {
 
   // Begins the state's map. A barrier of the cluster at the end.
   __device__ __forceinline__ void load(const Matrices& query, const Matrices& key) const {
+    const auto largest = [&](const Matrices& m, int place) {
+      return largest_of_map(m, state().map, first, p.division.columns, p.division.blocks, shared,
+                            place);
+    };
     const float of_query = largest(query, 0), of_key = largest(key, 1);
     const PowerOfTwo by_query(of_query), by_key(of_key);
     if (thread == 0) {
@@ -355,8 +350,13 @@ struct ClusterBlock {
       state().weight = p.weight.value * unit, state().weight_low = p.weight.low * unit;
       state().failed = !(of_query < INFINITY && of_key < INFINITY);
     }
-    again().pack_queries(query, by_query.by);
-    again().pack_keys(key, by_key.by);
+    const int share = (p.division.rows + p.division.blocks - 1) / p.division.blocks;
+    const auto pack = [&](const Matrices& m, int from, int count, float by, uint32_t* queries) {
+      pack_patches_of_block(m, state().map, from, count, by, p.division.rows,
+                            reinterpret_cast<uint32_t*>(keys()), queries);
+    };
+    pack(query, rank * share, share, by_query.by, reinterpret_cast<uint32_t*>(packed()));
+    pack(key, first, p.division.columns, by_key.by, nullptr);
     publish_shared();
     sync_cluster();
   }

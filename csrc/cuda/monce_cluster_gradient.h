@@ -9,7 +9,7 @@ namespace mghf::cuda {
 namespace {
 
 __device__ __forceinline__ ClusterTerms terms_of(const ClusterBlock& s) {
-  float* const numbers = s.p.terms + int64_t{s.cluster()} * s.p.terms_floats;
+  float* const numbers = s.state().terms;
   promise_global(numbers);
   return {numbers, s.p.division.all_columns(), s.p.division.rows};
 }
@@ -184,7 +184,7 @@ __device__ __forceinline__ void join_parts(const ClusterBlock& s, const DepthSum
 __device__ __forceinline__ void write_rows(const ClusterBlock& s, int tile, int start,
                                            const Matrices& key, void* result) {
   const int depth = static_cast<int>(key.columns);
-  const int blocks = s.p.division.blocks, rows = (kClusterRows + blocks - 1) / blocks;
+  const int blocks = s.p.division.blocks, rows = s.p.division.share;
   MGHF_UNROLL(1)
   for (int e = s.thread; e < rows * kSumDepth; e += s.threads()) {
     const int r = s.rank * rows + e / kSumDepth, d = start + e % kSumDepth;

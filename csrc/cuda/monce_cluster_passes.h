@@ -19,14 +19,9 @@ struct ClusterMap : ClusterBlock {
   // ---- iterates ----
 
   __device__ __forceinline__ KeptIterates kept() const { return p.kept.of_map(state().map, n); }
-  __device__ __forceinline__ float* history() const {
-    return p.terms + (int64_t{cluster()} + 1) * p.terms_floats - p.history_floats;
-  }
-  // u (0) or v (1) after an iteration: in the state that a forward left, or in the workspace.
-  __device__ __forceinline__ float* vector(int iteration, int which) const {
-    return !kBackward || state().resumed
-               ? kept().vector(iteration, which, n)
-               : history() + int64_t{2 * (iteration - 1) + which} * n;
+  // u after an iteration, with v after it: in the state that a forward left, or in the workspace.
+  __device__ __forceinline__ float* iterate(int iteration) const {
+    return state().iterates + int64_t{iteration - 1} * state().pitch;
   }
   // A pointer in the state, to device memory.
   template <class T>
@@ -47,17 +42,17 @@ struct ClusterMap : ClusterBlock {
     ClusterState& s = state();
     if (s.pass == Pass::iterate) {
       const bool stored = kBackward ? p.exact : s.t <= p.kept.slots;
-      s.u = stored ? vector(s.t, 0) : nullptr;
-      s.v = stored ? vector(s.t, 1) : nullptr;
+      s.u = stored ? iterate(s.t) : nullptr;
+      s.v = stored ? s.u + s.width : nullptr;
     } else if (kBackward && s.pass == Pass::recur) {
       const bool skipped = s.t > s.made;
       const int now = skipped ? s.made : s.t;
       const int before = skipped ? s.made : s.t - 1;
       const int term = (skipped ? s.made + 1 : s.t) - 1;
       s.begun = skipped && s.t < p.iterations;
-      s.u = vector(now, 0);
-      s.v = vector(now, 1);
-      s.old_v = before > 0 ? vector(before, 1) : nullptr;
+      s.u = iterate(now);
+      s.v = s.u + s.width;
+      s.old_v = before > 0 ? iterate(before) + s.width : nullptr;
       s.columns = terms_of(*this).of_columns(term);
       s.rows = terms_of(*this).of_rows(term);
       if (s.t == p.iterations) s.last_term = term;
@@ -82,13 +77,19 @@ struct ClusterMap : ClusterBlock {
       s.first_term = 0;
       s.last_term = -1;
       s.map = map;
+      s.terms = p.terms + int64_t{cluster()} * p.terms_floats;
+      const bool repeats = kBackward && resumed == 0;
+      s.iterates = repeats ? s.terms + p.terms_floats - p.history_floats
+                           : p.kept.of_map(map, n).vector(1, 0, n);
+      s.width = n;
+      s.pitch = repeats ? 2 * n : 4 * n;
       prepare();
     }
     __syncthreads();
     load(query, key);
     // state().made is what `resumed` was.
-    const KeptIterates from = kept();
-    const float* const v = state().resumed ? from.vector(state().made, 1, n) : nullptr;
+    const float* const u = global(iterate(state().made));
+    const float* const v = state().resumed ? u + n : nullptr;
     if (thread < p.division.columns) {
       const int j = first + thread;
       weights()[thread] = j >= n ? 0.0f : v == nullptr ? 1.0f : v[j];
@@ -96,8 +97,8 @@ struct ClusterMap : ClusterBlock {
     if constexpr (kBackward) {
       MGHF_UNROLL(1)
       for (int i = thread; v != nullptr && i < p.division.rows; i += threads()) {
-        base(i) = i < n ? from.vector(1, 2, n)[i] - kMark : 0;
-        factor(i) = i < n ? from.vector(state().made, 0, n)[i] : 0;
+        base(i) = i < n ? global(state().iterates)[2 * n + i] - kMark : 0;
+        factor(i) = i < n ? u[i] : 0;
       }
     }
   }
@@ -322,7 +323,7 @@ struct ClusterMap : ClusterBlock {
     for (int i = rank * threads() + thread; i < n; i += p.division.blocks * threads()) {
       total += fabsf(share(i));
     }
-    total = across_cluster(total, 0, Add{});
+    total = across_cluster(total, p.division.blocks, shared, 0, Add{});
     // The sum of |ds| is at least that of |r| / t, from the diagonal alone.
     const float part = p.inverse_temperature / fabsf(p.slope);
     return kNegligiblePart * total * (part < 1 ? part : 1);
@@ -415,7 +416,7 @@ struct ClusterMap : ClusterBlock {
     }
     if (p.exact && thread < p.division.columns) {
       const int j = first + thread;
-      weights()[thread] = j < n ? global(vector(state().made, 1))[j] : 0;
+      weights()[thread] = j < n ? global(iterate(state().made))[n + j] : 0;
     }
     write_gradient(*this, key, result);
   }
