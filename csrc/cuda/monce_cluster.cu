@@ -25,9 +25,15 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
     }
     __syncthreads();
     const ClusterMap<kBackward> s(p, shared, static_cast<int>(threadIdx.x));
-    int map = s.cluster();
+    const bool repeats = s.cluster() >= p.clusters;
+    const int step = repeats ? p.again : p.clusters;
+    int map = repeats ? s.cluster() - p.clusters : s.cluster();
     MGHF_UNROLL(1)
-    while (map < p.maps) {
+    while (true) {
+      while (kBackward && p.again > 0 && map < p.maps && repeats != (s.resumable(map) == 0)) {
+        map += step;
+      }
+      if (map >= p.maps) return;
       s.again().begin(query, key, map);
       s.again().run(grad, losses);
       if constexpr (kBackward) {
@@ -35,14 +41,14 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
       } else {
         s.again().finish(losses);
       }
-      map = s.state().map + p.clusters;
+      map = s.state().map + step;
       sync_cluster();  // others may still read this block's memory
     }
   }
 }
 
-// Memory of the terms and iterates of all clusters, unless a single one's take more.
-constexpr int64_t kTermsBytes = int64_t{96} << 20;
+// Memory of the clusters that make iterations again, unless a single one's takes more.
+constexpr int64_t kAgainBytes = int64_t{10} << 20;
 
 bool goes_through_plan(const MonceOptions& options, int64_t n) {
   return options.differentiate_plan && n > 2;
@@ -76,21 +82,23 @@ ClusterPlan plan_clusters(int64_t n, int64_t batch, int64_t running, const Monce
   const ClusterDivision division(n);
   const bool exact = backward && goes_through_plan(options, n);
   const int64_t history = exact ? (2 * iterations * n + 3) / 4 * 4 : 0;
-  const int64_t terms =
-      exact ? ClusterTerms::floats(division, iterations + 1) + history : 0;
-  const int64_t within = exact ? kTermsBytes / (4 * terms) : running;
-  const int64_t clusters =
-      clusters_for(batch, within < 1 ? 1 : within < running ? within : running);
-  uint4* const queries = pieces.take<uint4>(clusters * division.tiles * kTileWords);
+  const int64_t kept_terms = iterations < kShortIterations ? iterations + 1 : kShortIterations + 1;
+  const int64_t terms = exact ? ClusterTerms::floats(division, kept_terms) : 0;
+  const int64_t repeated = exact ? ClusterTerms::floats(division, iterations + 1) + history : 0;
+  const int64_t clusters = clusters_for(batch, running), words = division.tiles * kTileWords;
+  const int64_t within = exact ? kAgainBytes / (4 * repeated + 16 * words) : 0;
+  const int64_t again = !exact ? 0 : within < 1 ? 1 : within < batch ? within : batch;
+  uint4* const queries = pieces.take<uint4>((clusters + again) * words);
   float* const of_terms = pieces.take<float>(clusters * terms);
+  float* const of_again = pieces.take<float>(again * repeated);
   return {{static_cast<int>(n), static_cast<int>(batch), static_cast<int>(iterations),
-           static_cast<int>(clusters), division,
+           static_cast<int>(clusters), static_cast<int>(again), division,
            kept, Factor(plan), Factor(plan + contrast), Factor(contrast),
            static_cast<float>(1 / options.temperature),
            static_cast<float>(log(options.negative_weight * static_cast<double>(n - 1))),
            exact ? static_cast<float>(sign / options.transport.epsilon) : 0, exact, false, false,
-           queries, of_terms, terms, history},
-          clusters};
+           queries, of_terms, of_again, terms, repeated, history},
+          clusters + again};
 }
 
 template <bool kBackward>

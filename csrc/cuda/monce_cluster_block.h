@@ -126,7 +126,10 @@ struct ClusterTerms {
 };
 
 struct ClusterProblem {
-  int n, maps, iterations, clusters;
+  int n, maps, iterations;
+  // Clusters for maps whose iterations a backward finds in the state, and others after them, of
+  // more memory, for those that make them again: 0 without the plan.
+  int clusters, again;
   ClusterDivision division;
   KeptIterates kept;
   Factor plan, weight, contrast;  // similarity to exponent of K, of w without v, of e^(s / t)
@@ -135,8 +138,8 @@ struct ClusterProblem {
   bool exact;   // whether it does
   bool once, once_by_keys;  // whether the big parts are enough, for similarities, for the gradient
   uint4* queries;  // packed, of each cluster
-  float* terms;    // of each cluster
-  int64_t terms_floats, history_floats;
+  float *terms, *repeated;  // of each cluster, of those and of the others
+  int64_t terms_floats, repeated_floats, history_floats;
 };
 
 // Products of a thread: rows g and g + 8 of the warp's, see wgmma.h.

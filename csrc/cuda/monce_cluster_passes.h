@@ -33,7 +33,7 @@ struct ClusterMap : ClusterBlock {
   __device__ __forceinline__ int resumable(int map) const {
     const KeptIterates of_map = p.kept.of_map(map, n);
     const int made = of_map.made();
-    if (made < 1 || made > of_map.slots || made > p.iterations) return 0;
+    if (made < 1 || made > of_map.slots || made > kShortIterations) return 0;
     return of_map.vector(1, 2, n)[0] > 0 ? made : 0;
   }
 
@@ -77,9 +77,10 @@ struct ClusterMap : ClusterBlock {
       s.first_term = 0;
       s.last_term = -1;
       s.map = map;
-      s.terms = p.terms + int64_t{cluster()} * p.terms_floats;
-      const bool repeats = kBackward && resumed == 0;
-      s.iterates = repeats ? s.terms + p.terms_floats - p.history_floats
+      const bool repeats = kBackward && s.cluster >= p.clusters;
+      s.terms = repeats ? p.repeated + (s.cluster - p.clusters) * p.repeated_floats
+                        : p.terms + s.cluster * p.terms_floats;
+      s.iterates = repeats ? s.terms + p.repeated_floats - p.history_floats
                            : p.kept.of_map(map, n).vector(1, 0, n);
       s.width = n;
       s.pitch = repeats ? 2 * n : 4 * n;
