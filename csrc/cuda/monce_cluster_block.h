@@ -43,7 +43,7 @@ constexpr int kClusterRows = 64;     // of a tile
 constexpr int kProductSteps = kMostDepth / 16;
 // Keys lie in cores of 8 patches by 8 depths, as wgmma.h has them; in bytes.
 constexpr int kCore = 128, kEightPatches = kMostDepth / 8 * kCore;
-// Of a warpgroup's columns the big parts, then as many bytes of the small ones.
+// Bytes of the big parts of a warpgroup's columns, and of the small ones after them.
 constexpr int kKeyBytes = kPartTiles * kEightPatches;
 // Words of 16 bytes of a tile of queries: for each of 4 warps and each step the big parts, then the
 // small ones, of all lanes.
@@ -103,8 +103,8 @@ struct ClusterDivision {
   static constexpr int kExchanged = kQueries + 2 * kTileWords * 4;
   static constexpr int kRanges = kExchanged + 3 * kClusterRows * kClusterParts;  // twice 4
   static constexpr int kOfWarps = kRanges + 8;
-  // Of columns: weights, then dg. At `joined` the sums of 4 warps' rows, or, in the gradient's last
-  // pass, of the rows of a tile.
+  // Weights of the columns, then their dg. At `joined` the sums of 4 warps' rows, or, in the
+  // gradient's last pass, of the rows of a tile.
   static constexpr int kWeights = kOfWarps + 8 * kClusterParts * kWarpgroup / kWarp;
   static constexpr int kVectors = 6;
 };
