@@ -10,8 +10,8 @@
 //
 // Derivative. With factor f_i = c / (t Qpos_i) for a positive pair, -c / (t Qneg_i) for a negative,
 //   d loss / d s_j = sum_i (f_i + f_j) E(<s_i, s_j>) s_i + 2 f_i E(<g_i, s_j>) g_i.
-// A task computes its tile's weights again and multiplies them with s and g: four more products. The
-// projection off the norm comes last.
+// A task computes its tile's weights again and multiplies them with s and g: four more products.
+// The projection off the norm comes last.
 //
 // Thresholds. A pair is positive if the float32 sum of (G_id - G_jd)^2 is at most `limit`. That sum
 // is taken only where it can matter: first, sums over 16 segments of the patches bound the distance

@@ -1,17 +1,17 @@
-// Copies of whole pieces of memory into shared memory that one thread starts and no thread makes, and
-// the counters by which others know that they are there (compute capability 9.0 on).
+// Copies of whole pieces of memory into shared memory that one thread starts and no thread makes,
+// and the counters by which others know that they are there (compute capability 9.0 on).
 //
-// A counter counts the arrivals of one round: a number of threads, and the bytes that they announced
-// with them. When all are in, the next round begins. A thread waits for a round by its parity, 0 for
-// the first. For a slot of a ring, filled by one thread and read by many:
+// A counter counts the arrivals of one round: a number of threads, and the bytes that they
+// announced with them. When all are in, the next round begins. A thread waits for a round by its
+// parity, 0 for the first. For a slot of a ring, filled by one thread and read by many:
 //
 //     open.begin(1), free.begin(readers)       one thread, once; then publish_counters(), all
 //     free.wait(parity of the round before)    except in the first round
 //     open.arrive(bytes), copy_bulk(slot, from, bytes, open)
 //     open.wait(parity), read the slot, free.arrive()
 //
-// The emulator copies when the first thread waits, or else when the next round begins, the latest time
-// possible; a wait for what never comes ends the launch with an error.
+// The emulator copies when the first thread waits, or else when the next round begins, the latest
+// time possible; a wait for what never comes ends the launch with an error.
 #pragma once
 
 #include "device.h"

@@ -12,10 +12,10 @@
 //     d2 = g2 + rho^T(d_r; z2) + eta^T(g1; z2)
 //     d1 = g1 exp(r) + phi^T(d2; z1),           d_x = M^T (d1, d2)
 //
-// Method. Only features are in memory, [pixel][channel], C or 2 C of them for a pixel; of the hidden
-// layers, twice as wide, only a slice of 16 or 32 channels of a tile of pixels is ever there, in the
-// shared memory of the block that computes it. A block of a sub-network's kernel holds the features of
-// its tile and of a halo, by as much as the 3x3 layers reach, and for each slice
+// Method. Only features are in memory, [pixel][channel], C or 2 C of them for a pixel; of the
+// hidden layers, twice as wide, only a slice of 16 or 32 channels of a tile of pixels is ever
+// there, in the shared memory of the block that computes it. A block of a sub-network's kernel
+// holds the features of its tile and of a halo, as far as 3x3 layers reach, and for each slice
 //
 //     1. makes the slice of A(E f) from them, on the tensor cores, halo included;
 //     2. makes D of it in registers, where it lies as a factor of the next product, which adds the
@@ -38,8 +38,8 @@
 // Without that, for softplus or where nothing was kept, the gradient's blocks (coupling_backward.h)
 // make A(E f) again on a halo of 2, then A' P^T g on a halo of 1, and last E^T A' D^T of that.
 //
-// A pixel of a halo that lies outside of the image is the one it is a reflection of; D^T instead has a
-// few more terms for the pixels next to a border (`transposed_at_border`).
+// A pixel of a halo that lies outside of the image is the one it is a reflection of; D^T instead
+// has a few more terms for the pixels next to a border (`transposed_at_border`).
 //
 // The inverse goes the other way, in float32 whatever the image is: only then it undoes a rounding.
 //
@@ -56,8 +56,8 @@
 //
 // Weights are packed by a kernel of their own, for frozen ones once.
 //
-// Products of float32 are three of TF32, those of the gradient three of bfloat16; those of halves one,
-// of factors rounded as the image is. Sums, the 3x3 layers and everything pointwise are float32.
+// Products of float32 are three of TF32, the gradient's three of bfloat16; those of halves one, of
+// factors rounded as the image is. Sums, the 3x3 layers and all that is pointwise are float32.
 //
 // Predicted floor for B = 1, C = 128, 512 x 512, float32, a 1x1 mix: 65,536 multiply-adds a pixel
 // by three products, 103 GFLOP, 0.34 ms of TF32 at 300 TFLOP/s, and 3,456 of the 3x3 layers, 0.03

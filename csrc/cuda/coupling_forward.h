@@ -164,8 +164,8 @@ __device__ __forceinline__ void scale_z1(Values (&result)[Z::kGroups][Z::kRowsOf
   }
 }
 
-// Calls f(image row, image column, pixel, sums) for the pixels of a thread within the image, with the
-// sums over all kParts parts of the warps, a quad for each group. The sums go through shared
+// Calls f(image row, image column, pixel, sums) for the pixels of a thread within the image, with
+// the sums over all kParts parts of the warps, a quad for each group. The sums go through shared
 // memory, which no other thread uses by then, because from registers each pixel would need its own
 // code.
 template <class Z, int kParts, class F>
@@ -281,7 +281,8 @@ __global__ void __launch_bounds__(Z::kThreads, 2) forward_stage(ForwardStage<T> 
   Values result[Z::kGroups][Z::kRowsOfWarp] = {};
   MGHF_UNROLL(1)
   for (int i = 0; i < s.count; ++i) {
-    if (i > 0) scale_z1<Z>(result, s, TileOrigin(s.tiling, opaque(blockIdx.x)));  // eta is added to it
+    // eta is added to it.
+    if (i > 0) scale_z1<Z>(result, s, TileOrigin(s.tiling, opaque(blockIdx.x)));
     add_subnet<Z>(result, features, hidden, taps, slopes, s, s.subnets[i]);
     if constexpr (Z::kKeeps) {
       keep_slopes<Z>(slopes, s, TileOrigin(s.tiling, opaque(blockIdx.x)),

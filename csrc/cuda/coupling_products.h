@@ -1,12 +1,12 @@
 // Building blocks of the kernels of `coupling`: blocks of 16 pixels by 16 channels in the registers
 // of a warp, tiles of pixels in shared memory, products of the blocks with packed weights.
 //
-// With g = lane / 4 and t = lane % 4 a thread has the channels 4 t ... 4 t + 3 of the pixels 2 g and
-// 2 g + 1. A product takes and gives blocks in this order: the assignment of pixels to rows of the
-// tensor cores' matrices, and of channels to depths or columns, is free, as long as the weights are
-// packed accordingly. So the result of one product goes into the next without an exchange between
-// threads, four channels are read and written at once, and the 3x3 windows of a thread's pixels
-// overlap.
+// With g = lane / 4 and t = lane % 4 a thread has the channels 4 t ... 4 t + 3 of the pixels 2 g
+// and 2 g + 1. A product takes and gives blocks in this order: the assignment of pixels to rows of
+// the tensor cores' matrices, and of channels to depths or columns, is free, as long as the weights
+// are packed accordingly. So the result of one product goes into the next without an exchange
+// between threads, four channels are read and written at once, and the 3x3 windows of a thread's
+// pixels overlap.
 #pragma once
 
 #include "mma.h"
@@ -62,9 +62,9 @@ __device__ __forceinline__ void write_quad(T* to, const float (&from)[4]) {
 
 // ---- tiles ----
 
-// [pixel][channel] in shared memory. A quarter of a warp, or half of it where a quad is 8 bytes, reads
-// or writes quads of pixels 2 apart. To spread these over all banks, the groups of a pixel are
-// permuted, and the even ones of 4 or 8 pixels are stored before the odd ones.
+// [pixel][channel] in shared memory. A quarter of a warp, or half of it where a quad is 8 bytes,
+// reads or writes quads of pixels 2 apart. To spread these over all banks, the groups of a pixel
+// are permuted, and the even ones of 4 or 8 pixels are stored before the odd ones.
 template <class T, int kTileChannels>
 struct Tile {
   static constexpr int kChannels = kTileChannels;

@@ -21,8 +21,8 @@ int64_t terms_of(const CouplingShape& s) { return s.inputs * s.kernel * s.kernel
 // `kept`: the gradient from what the forward kept; `kept_rows`: likewise, by rows.
 enum class Direction { forward, backward, kept, kept_rows, inverse };
 
-// Bytes of a pixel's features: z and, in the gradient, (d1, d2) and (d_r, g1). From what the forward
-// kept only (d1, d2), or d2 alone for a 1x1 mix, if not by rows.
+// Bytes of a pixel's features: z and, in the gradient, (d1, d2) and (d_r, g1). From what the
+// forward kept only (d1, d2), or d2 alone for a 1x1 mix, if not by rows.
 int64_t bytes_of_pixel(const CouplingShape& s, int64_t bytes_of_element, Direction direction) {
   const int64_t half = padded_half(s) * bytes_of_element;
   if (direction == Direction::backward) return 6 * half;
@@ -44,8 +44,8 @@ int halo_of(const CouplingShape& s, Direction direction) {
 }
 
 // Bytes that the features may take. The peak of a step is in the second image's forward, where both
-// results, what is kept and the features are in memory: so these get three quarters of a result there,
-// and in the gradient, where the results are gone, as much as one.
+// results, what is kept and the features are in memory: so these get three quarters of a result
+// there, and in the gradient, where the results are gone, as much as one.
 int64_t most_feature_bytes(const CouplingShape& s, int64_t pixels, int64_t bytes_of_element,
                            Direction direction) {
   if (coupling_feature_bytes > 0) return coupling_feature_bytes;

@@ -74,7 +74,8 @@ const char* launch(void (*kernel)(Parameters...), const Grid& grid, Stream strea
   configuration.stream = static_cast<cudaStream_t>(stream);
   configuration.attrs = &cluster;
   configuration.numAttrs = grid.blocks_of_cluster > 1 ? 1 : 0;
-  const cudaError_t error = cudaLaunchKernelEx(&configuration, kernel, static_cast<Parameters>(arguments)...);
+  const cudaError_t error =
+      cudaLaunchKernelEx(&configuration, kernel, static_cast<Parameters>(arguments)...);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 #else
   (void)stream;

@@ -2,8 +2,8 @@
 //
 // Three kernels: the ranges of runs of pixels, the counts, the sums over the bins.
 //
-// Predicted floor for B = 1, C = 128, 512 x 512, float32: the maps read twice, 268 MB, 62 us at 4.3 TB/s
-// (from the second read on some of them come from the 50 MB of the second-level cache).
+// Predicted floor for B = 1, C = 128, 512 x 512, float32: the maps read twice, 268 MB, 62 us at 4.3
+// TB/s (from the second read on some of them come from the 50 MB of the second-level cache).
 #include "entropy.h"
 
 #include "histograms_counts.h"

@@ -7,11 +7,11 @@
 // their product with the pixels (maps_gradient.h). Half-precision values are exact in TF32, which
 // saves two of the three products of the forward and one of the backward's.
 //
-// Predicted floor for B = 1, C = 128, 512 x 512: the forward reads 134 MB (bfloat16 67), 31 us at 4.3 TB/s
-// (16 us); the three of four blocks of 64 x 64 take 3.2 G multiply-adds, as three TF32 9.7 G: 65 us
-// at 300 TFLOP/s (one 21 us), which bounds it. The backward reads and writes 134 MB each, 62 us (31
-// us); 4.3 G multiply-adds, as three TF32 12.9 G: 86 us (two 57 us), which bounds it. In float32
-// without tensor cores, at 60 TFLOP/s, either takes 143 us.
+// Predicted floor for B = 1, C = 128, 512 x 512: the forward reads 134 MB (bfloat16 67), 31 us at
+// 4.3 TB/s (16 us); the three of four blocks of 64 x 64 take 3.2 G multiply-adds, as three TF32 9.7
+// G: 65 us at 300 TFLOP/s (one 21 us), which bounds it. The backward reads and writes 134 MB each,
+// 62 us (31 us); 4.3 G multiply-adds, as three TF32 12.9 G: 86 us (two 57 us), which bounds it. In
+// float32 without tensor cores, at 60 TFLOP/s, either takes 143 us.
 #include "gram.h"
 
 #include "maps_gradient.h"

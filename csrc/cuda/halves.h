@@ -1,7 +1,8 @@
-// float32 as sums of two halves, so that products of float32 are three of halves: as exact as three of
-// TF32, in half of the time and of the space (Ootomo and Yokota, 2022). A half has fewer exponents, so
-// numbers are first multiplied by a power of two that brings the largest of them close to the largest
-// half. What is lost then is at most 2^-23 of a number or 2^-38 of the largest one.
+// float32 as sums of two halves, so that products of float32 are three of halves: as exact as three
+// of TF32, in half of the time and of the space (Ootomo and Yokota, 2022). A half has fewer
+// exponents, so numbers are first multiplied by a power of two that brings the largest of them
+// close to the largest half. What is lost then is at most 2^-23 of a number or 2^-38 of the largest
+// one.
 //
 // Where TF32 or bfloat16 is asked for one product of the big parts takes the place of the three. A
 // half has 11 significant bits, as TF32 has, and the power of two makes up for its fewer exponents:
@@ -12,8 +13,8 @@
 
 namespace mghf::cuda {
 
-// Powers of two: `by` brings a largest magnitude to 2^13 ... 2^14, `back` undoes it. An infinity or a
-// NaN stays where it is.
+// Powers of two: `by` brings a largest magnitude to 2^13 ... 2^14, `back` undoes it. An infinity or
+// a NaN stays where it is.
 struct PowerOfTwo {
   float by, back;
 

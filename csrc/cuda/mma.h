@@ -1,5 +1,5 @@
-// Products of small matrices by a warp's tensor cores: d (16 x 8) += a (16 x depth) b (depth x 8), the
-// sums in float32. With g = lane / 4 and t = lane % 4 a thread has
+// Products of small matrices by a warp's tensor cores: d (16 x 8) += a (16 x depth) b (depth x 8),
+// the sums in float32. With g = lane / 4 and t = lane % 4 a thread has
 //
 //     d[0..3]    rows g, g, g + 8, g + 8, columns 2 t, 2 t + 1, 2 t, 2 t + 1
 //     depth 8    a[0..3]: rows g, g + 8, g, g + 8 at depths t, t, t + 4, t + 4
@@ -91,8 +91,8 @@ inline float add_up(float before, const double* products, int count) {
   return static_cast<float>(cut_off(sum, own < 149 ? own : 149));
 }
 
-// `number(word, i)`: the i-th number of a word, of which there are `kPacked`. A tensor core adds up 4
-// products of TF32 at a time, 8 of halves.
+// `number(word, i)`: the i-th number of a word, of which there are `kPacked`. A tensor core adds up
+// 4 products of TF32 at a time, 8 of halves.
 template <int kPacked, class Number>
 void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Number number) {
   const Operands own{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};

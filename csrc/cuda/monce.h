@@ -13,12 +13,13 @@ struct MonceOptions {
   bool differentiate_plan;
 };
 
-// Size of the kernels' workspace for embeddings (batch, size, depth); it depends on the current GPU.
+// Size of the kernels' workspace for embeddings (batch, size, depth); it depends on the current
+// GPU.
 const char* monce_workspace_bytes(int64_t batch, int64_t size, int64_t depth,
                                   const MonceOptions& options, bool backward, int64_t& bytes);
 
-// How many maps the backward should take at a time: half of them if they are solved on chip, some after
-// others anyway, and their history would be large beside a step's features.
+// How many maps the backward should take at a time: half of them if they are solved on chip, some
+// after others anyway, and their history would be large beside a step's features.
 int64_t monce_backward_maps(int64_t batch, int64_t size, int64_t depth,
                             const MonceOptions& options);
 

@@ -53,9 +53,9 @@ __device__ __forceinline__ SplitB read_two(const Matrices& m, int64_t b, const i
   return split;
 }
 
-// area = query key^T, of map `map`: rows `first` on of the query. A warp takes 8 keys and up to kTiles
-// tiles of rows, so that a key is read once for them; the queries are staged in shared memory. A
-// barrier of the block before and after. kOnChip: the area is in shared memory too.
+// area = query key^T, of map `map`: rows `first` on of the query. A warp takes 8 keys and up to
+// kTiles tiles of rows, so that a key is read once for them; the queries are staged in shared
+// memory. A barrier of the block before and after. kOnChip: the area is in shared memory too.
 template <int kTiles, bool kOnChip = false>
 __device__ MGHF_NOINLINE void multiply_by_keys(Area area, float* staged, int tiles,
                                                Matrices query, Matrices key, int map, int first) {

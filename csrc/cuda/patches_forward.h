@@ -11,9 +11,9 @@ namespace {
 // patches: two slices of the patches and of W1 in shared memory, one being copied while the tensor
 // cores multiply the other. Three products of TF32 each, two for images of half precision, whose
 // pixels are exact in one, or one if no more is asked for. Sums of products of 8 pixels are added
-// up outside the tensor cores. The hidden layer, 128 units at a time, stays in shared memory for the
-// second layer; y is summed up in the embedding's memory, each number by one thread, and divided at
-// the end.
+// up outside the tensor cores. The hidden layer, 128 units at a time, stays in shared memory for
+// the second layer; y is summed up in the embedding's memory, each number by one thread, and
+// divided at the end.
 //
 // Predicted: reads x (134 MB, 31 us) and of W1 462 MB from the second-level cache, writes 15.6 MB
 // (4 us). R 128 (1024 + 64) = 7.86 G multiply-adds by three products: 47 GFLOP, 157 us. An SM has

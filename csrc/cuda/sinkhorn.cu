@@ -8,12 +8,12 @@
 // Forward: one launch. Backward: two, the first for the iterations and the recursion, the second
 // for the entries of the gradient, which are independent of each other.
 //
-// Predicted floor for B = 128, N = 441, float32 on an H200: 99.6 MB read and written, 46 us at 4.3 TB/s. The
-// 33 clusters of 4 blocks (226 KB of shared memory each) that run at a time solve a matrix each, in
-// four rounds; K is built in 7 us. An iteration takes a block's 196 KB and five shuffles a row
-// through the shared memory's pipe, 2100 cycles, and its exchange (a barrier of the cluster, two of
-// the block, 4 x 441 sums through distributed shared memory) about 1300: 1.8 us. All
-// 50 iterations: 4 x (7 + 50 x 1.8) = 390 us, so 0.44 ms in all, and half of that for B = 64.
+// Predicted floor for B = 128, N = 441, float32 on an H200: 99.6 MB read and written, 46 us at 4.3
+// TB/s. The 33 clusters of 4 blocks (226 KB of shared memory each) that run at a time solve a
+// matrix each, in four rounds; K is built in 7 us. An iteration takes a block's 196 KB and five
+// shuffles a row through the shared memory's pipe, 2100 cycles, and its exchange (a barrier of the
+// cluster, two of the block, 4 x 441 sums through distributed shared memory) about 1300: 1.8 us.
+// All 50 iterations: 4 x (7 + 50 x 1.8) = 390 us, so 0.44 ms in all, and half of that for B = 64.
 // Backward: about 8 more sweeps, the gradient read twice, the entries in 70 us: about 0.65 ms.
 #include "sinkhorn.h"
 

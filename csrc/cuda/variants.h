@@ -1,5 +1,5 @@
-// Some ops have newer and older kernels. A device uses the newer ones, unless they failed a trial there
-// (mghf_fast/trials.py).
+// Some ops have newer and older kernels. A device uses the newer ones, unless they failed a trial
+// there (mghf_fast/trials.py).
 #pragma once
 
 #include <mutex>
@@ -12,7 +12,8 @@ enum class Variant { coupling, monce, patches, content_style };  // named as the
 // Whether the newer kernels run on the current device.
 bool newest(Variant variant);
 
-// As long as it lives nothing changes: an op sizes its workspace for the kernels that it launches then.
+// As long as it lives nothing changes: an op sizes its workspace for the kernels that it launches
+// then.
 std::shared_lock<std::shared_mutex> hold_variants();
 
 }  // namespace mghf::cuda

@@ -1,15 +1,15 @@
-// Products of small matrices by the tensor cores of a warpgroup, four neighbouring warps, from compute
-// capability 9.0a on: d (64 x N) += a (64 x 16) b (16 x N), of halves, the sums in float32. Warp w of
-// the four has rows 16 w ... 16 w + 15, in the registers' order of mma.h:
+// Products of small matrices by the tensor cores of a warpgroup, four neighbouring warps, from
+// compute capability 9.0a on: d (64 x N) += a (64 x 16) b (16 x N), of halves, the sums in float32.
+// Warp w of the four has rows 16 w ... 16 w + 15, in the registers' order of mma.h:
 //
 //     a[0..3]            as for depth 16 there
 //     d[4 j ... 4 j + 3] columns 8 j ... 8 j + 7 as there
 //
-// b lies in shared memory, in cores of 8 columns by 8 depths, 128 contiguous bytes: a column's 8 depths
-// are 16 bytes.
+// b lies in shared memory, in cores of 8 columns by 8 depths, 128 contiguous bytes: a column's 8
+// depths are 16 bytes.
 //
-// The products run while the threads go on. Between a product and the wait for it nobody may change a
-// or d or the shared memory of b, and d has no result yet:
+// The products run while the threads go on. Between a product and the wait for it nobody may change
+// a or d or the shared memory of b, and d has no result yet:
 //
 //     publish_shared();                        b's writers, once it is written
 //     begin_products();
@@ -36,8 +36,8 @@ constexpr bool kWarpgroupProducts = false;
 // Whether the code that the current device runs has them. Returns an error text, or null.
 const char* has_warpgroup_products(bool& has);
 
-// Where b begins and how far apart its cores are, in bytes, all multiples of 16 and below 2^18: along
-// the depth and along the columns. The layout is that of a descriptor without swizzling.
+// Where b begins and how far apart its cores are, in bytes, all multiples of 16 and below 2^18:
+// along the depth and along the columns. The layout is that of a descriptor without swizzling.
 struct SharedColumns {
   uint64_t descriptor;
 
@@ -104,8 +104,8 @@ __device__ __forceinline__ void wait_for_products() {
 #if !defined(__CUDACC__)
 namespace host_wgmma {
 
-// What a thread reads of b: the words of its two pairs of depths in every eighth column. All threads of
-// a warp read all of it.
+// What a thread reads of b: the words of its two pairs of depths in every eighth column. All
+// threads of a warp read all of it.
 template <int kColumns>
 struct Columns {
   uint32_t words[kColumns / 8][2];

@@ -115,8 +115,8 @@ inline void wait_for_copies(int groups_left) {
   for (const Copy& copy : take_copies(groups_left)) make(copy);
 }
 
-// Counters of arrivals and of copied bytes; see ../bulk.h. The copies of a round are made when it is
-// first waited for, or else when the next one begins.
+// Counters of arrivals and of copied bytes; see ../bulk.h. The copies of a round are made when it
+// is first waited for, or else when the next one begins.
 void begin_counter(const void* counter, int arrivals);
 void note_arrival(const void* counter, int bytes);
 void copy_in_round(const void* counter, const Copy& copy);
@@ -140,9 +140,9 @@ inline void wait_for_round(const void* counter, int parity) {
   while (!round_is_over(counter, parity));
 }
 
-// Products that a warpgroup makes while its threads go on. They are made when they are waited for; a
-// factor or sum that has changed by then fails the launch, as does a product that begin_products() did
-// not precede.
+// Products that a warpgroup makes while its threads go on. They are made when they are waited for;
+// a factor or sum that has changed by then fails the launch, as does a product that
+// begin_products() did not precede.
 struct Product {
   virtual ~Product() = default;
   virtual void remember() = 0;  // the sums as they are now
