@@ -11,7 +11,8 @@ namespace mghf::cuda {
 namespace {
 
 // Writes the losses and the state or, with kBackward, the gradient of the queries. The grid's
-// clusters take maps in turn.
+// clusters take maps in turn; of a backward first those whose iterations are in the state, then some
+// clusters, which have the memory, those whose iterations are made again.
 template <bool kBackward>
 __global__ void __launch_bounds__(kClusterThreads, 1)
     contrast_by_clusters(ClusterProblem p, Matrices grad, Matrices query, Matrices key,
@@ -25,15 +26,20 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
     }
     __syncthreads();
     const ClusterMap<kBackward> s(p, shared, static_cast<int>(threadIdx.x));
-    const bool repeats = s.cluster() >= p.clusters;
-    const int step = repeats ? p.again : p.clusters;
-    int map = repeats ? s.cluster() - p.clusters : s.cluster();
+    bool repeats = false;
+    int map = s.cluster();
     MGHF_UNROLL(1)
     while (true) {
+      const int step = repeats ? p.again : p.clusters;
       while (kBackward && p.again > 0 && map < p.maps && repeats != (s.resumable(map) == 0)) {
         map += step;
       }
-      if (map >= p.maps) return;
+      if (map >= p.maps) {
+        if (repeats || s.cluster() >= p.again) return;
+        repeats = true;
+        map = s.cluster();
+        continue;
+      }
       s.again().begin(query, key, map);
       s.again().run(grad, losses);
       if constexpr (kBackward) {
@@ -47,8 +53,9 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
   }
 }
 
-// Memory of the clusters that make iterations again, unless a single one's takes more.
-constexpr int64_t kAgainBytes = int64_t{10} << 20;
+// Memory of the clusters that make iterations again, unless a single one's takes more: little where
+// maps are small, as a step's peak is in this gradient then.
+constexpr int64_t kAgainBytes = int64_t{10} << 20, kAgainBytesOfSeveral = int64_t{80} << 20;
 
 bool goes_through_plan(const MonceOptions& options, int64_t n) {
   return options.differentiate_plan && n > 2;
@@ -66,14 +73,10 @@ const char* count_clusters(const ClusterDivision& division, bool backward, int64
   return running_at_a_time(kernel, grid_of(division, 1), clusters);
 }
 
-struct ClusterPlan {
-  ClusterProblem problem;
-  int64_t clusters;
-};
-
 // The workspace is handed out by `pieces`.
-ClusterPlan plan_clusters(int64_t n, int64_t batch, int64_t running, const MonceOptions& options,
-                          bool backward, KeptIterates kept, Pieces& pieces) {
+ClusterProblem cluster_problem(int64_t n, int64_t batch, int64_t running,
+                               const MonceOptions& options, bool backward, KeptIterates kept,
+                               Pieces& pieces) {
   constexpr double kLog2E = 1.4426950408889634;
   const double sign = options.transport.cost == TransportCost::easy ? -1 : 1;
   const double plan = sign * kLog2E / options.transport.epsilon;
@@ -86,19 +89,19 @@ ClusterPlan plan_clusters(int64_t n, int64_t batch, int64_t running, const Monce
   const int64_t terms = exact ? ClusterTerms::floats(division, kept_terms) : 0;
   const int64_t repeated = exact ? ClusterTerms::floats(division, iterations + 1) + history : 0;
   const int64_t clusters = clusters_for(batch, running), words = division.tiles * kTileWords;
-  const int64_t within = exact ? kAgainBytes / (4 * repeated + 16 * words) : 0;
-  const int64_t again = !exact ? 0 : within < 1 ? 1 : within < batch ? within : batch;
-  uint4* const queries = pieces.take<uint4>((clusters + again) * words);
+  const int64_t most = division.blocks > 1 ? kAgainBytesOfSeveral : kAgainBytes;
+  const int64_t within = exact ? most / (4 * repeated) : 0;
+  const int64_t again = !exact ? 0 : within < 1 ? 1 : within < clusters ? within : clusters;
+  uint4* const queries = pieces.take<uint4>(clusters * words);
   float* const of_terms = pieces.take<float>(clusters * terms);
   float* const of_again = pieces.take<float>(again * repeated);
-  return {{static_cast<int>(n), static_cast<int>(batch), static_cast<int>(iterations),
-           static_cast<int>(clusters), static_cast<int>(again), division,
-           kept, Factor(plan), Factor(plan + contrast), Factor(contrast),
-           static_cast<float>(1 / options.temperature),
-           static_cast<float>(log(options.negative_weight * static_cast<double>(n - 1))),
-           exact ? static_cast<float>(sign / options.transport.epsilon) : 0, exact, false, false,
-           queries, of_terms, of_again, terms, repeated, history},
-          clusters + again};
+  return {static_cast<int>(n), static_cast<int>(batch), static_cast<int>(iterations),
+          static_cast<int>(clusters), static_cast<int>(again), division,
+          kept, Factor(plan), Factor(plan + contrast), Factor(contrast),
+          static_cast<float>(1 / options.temperature),
+          static_cast<float>(log(options.negative_weight * static_cast<double>(n - 1))),
+          exact ? static_cast<float>(sign / options.transport.epsilon) : 0, exact, false, false,
+          queries, of_terms, of_again, terms, repeated, history};
 }
 
 template <bool kBackward>
@@ -109,13 +112,12 @@ const char* launch_clusters(const MonceOptions& options, const Matrices& grad,
   int64_t running = 0;
   const char* const error = count_clusters(ClusterDivision(query.rows), kBackward, running);
   if (error != nullptr) return error;
-  ClusterPlan plan =
-      plan_clusters(query.rows, query.batch, running, options, kBackward, kept, pieces);
-  plan.problem.once = query.once || query.element != Element::float32;
-  plan.problem.once_by_keys = query.once;
-  return launch(contrast_by_clusters<kBackward>,
-                grid_of(plan.problem.division, plan.clusters), stream, plan.problem,
-                grad, query, key, losses, result);
+  ClusterProblem p =
+      cluster_problem(query.rows, query.batch, running, options, kBackward, kept, pieces);
+  p.once = query.once || query.element != Element::float32;
+  p.once_by_keys = query.once;
+  return launch(contrast_by_clusters<kBackward>, grid_of(p.division, p.clusters), stream, p, grad,
+                query, key, losses, result);
 }
 
 }  // namespace
@@ -146,7 +148,7 @@ const char* cluster_workspace_bytes(int64_t batch, int64_t n, const MonceOptions
   const char* const error = count_clusters(ClusterDivision(n), backward, running);
   if (error != nullptr) return error;
   Pieces pieces;
-  plan_clusters(n, batch, running, options, backward, {}, pieces);
+  cluster_problem(n, batch, running, options, backward, {}, pieces);
   bytes = pieces.bytes();
   return nullptr;
 }

@@ -127,8 +127,8 @@ struct ClusterTerms {
 
 struct ClusterProblem {
   int n, maps, iterations;
-  // Clusters for maps whose iterations a backward finds in the state, and others after them, of
-  // more memory, for those that make them again: 0 without the plan.
+  // All clusters, and those among them that have memory to make a map's iterations again in a
+  // backward that goes through the plan.
   int clusters, again;
   ClusterDivision division;
   KeptIterates kept;
@@ -138,7 +138,7 @@ struct ClusterProblem {
   bool exact;   // whether it does
   bool once, once_by_keys;  // whether the big parts are enough, for similarities, for the gradient
   uint4* queries;  // packed, of each cluster
-  float *terms, *repeated;  // of each cluster, of those and of the others
+  float *terms, *repeated;  // of each cluster, for either kind of maps
   int64_t terms_floats, repeated_floats, history_floats;
 };
 

@@ -77,8 +77,8 @@ struct ClusterMap : ClusterBlock {
       s.first_term = 0;
       s.last_term = -1;
       s.map = map;
-      const bool repeats = kBackward && s.cluster >= p.clusters;
-      s.terms = repeats ? p.repeated + (s.cluster - p.clusters) * p.repeated_floats
+      const bool repeats = kBackward && p.exact && resumed == 0;
+      s.terms = repeats ? p.repeated + s.cluster * p.repeated_floats
                         : p.terms + s.cluster * p.terms_floats;
       s.iterates = repeats ? s.terms + p.repeated_floats - p.history_floats
                            : p.kept.of_map(map, n).vector(1, 0, n);
