@@ -76,6 +76,33 @@ struct PixelsOfRow {
   }
 };
 
+// What lies in memory, not yet made float: what follows a load waits for it, so that all loads of a
+// row come before any conversion.
+template <class T, int kCount>
+struct InMemory {
+  using Word = std::conditional_t<std::is_same_v<T, float>,
+                                  std::conditional_t<kCount == 2, float2, float4>,
+                                  std::conditional_t<kCount == 2, uint32_t, uint64_t>>;
+  Word word = {};
+
+  __device__ __forceinline__ void load(const T* from) {
+    word = *reinterpret_cast<const Word*>(from);
+  }
+  __device__ __forceinline__ float operator[](int i) const {
+    if constexpr (std::is_same_v<T, float>) {
+      return i == 0 ? word.x : i == 1 ? word.y : third_or_fourth(i);
+    } else {
+      return to_float(T{static_cast<uint16_t>(word >> (16 * i))});
+    }
+  }
+
+ private:
+  __device__ __forceinline__ float third_or_fourth(int i) const {
+    if constexpr (kCount == 4) return i == 2 ? word.z : word.w;
+    return 0;
+  }
+};
+
 // The pixels' quads of some channels; zeros where there is no pixel or no channel. `by_pairs`: two
 // pixels from an even one on are contiguous.
 template <int kGroups, int kAll, class T>
@@ -87,27 +114,34 @@ __device__ __forceinline__ void read_channels(FeaturesOfRow<kAll>& to, const Cha
       image.pixel(at.b, at.y, at.x) + (from.first + own) * image.channel_stride;
   const int count = at.there[0] || at.there[1] ? from.count - own : 0;
   if (by_pairs && at.there[0] && at.there[1]) {
+    InMemory<T, 2> pairs[kGroups * 4];
     MGHF_UNROLL_ALL
     for (int k = 0; k < kGroups * 4; ++k) {
       const int c = k / 4 * kGroup + k % 4;
-      float pair[2] = {};
-      if (c < count) read_two(first + c * image.channel_stride, pair);
-      to.of[k / 4][0][k % 4] = pair[0];
-      to.of[k / 4][1][k % 4] = pair[1];
+      if (c < count) pairs[k].load(first + c * image.channel_stride);
+    }
+    MGHF_UNROLL_ALL
+    for (int k = 0; k < kGroups * 4; ++k) {
+      MGHF_UNROLL_ALL
+      for (int i = 0; i < 2; ++i) to.of[k / 4][i][k % 4] = pairs[k][i];
     }
     return;
   }
+  T values[kGroups * 4][2] = {};
   MGHF_UNROLL_ALL
   for (int k = 0; k < kGroups * 4; ++k) {
     const int c = k / 4 * kGroup + k % 4;
     MGHF_UNROLL_ALL
     for (int i = 0; i < 2; ++i) {
-      float value = 0;
       if (c < count && at.there[i]) {
-        value = to_float(first[c * image.channel_stride + i * image.column_stride]);
+        values[k][i] = first[c * image.channel_stride + i * image.column_stride];
       }
-      to.of[k / 4][i][k % 4] = value;
     }
+  }
+  MGHF_UNROLL_ALL
+  for (int k = 0; k < kGroups * 4; ++k) {
+    MGHF_UNROLL_ALL
+    for (int i = 0; i < 2; ++i) to.of[k / 4][i][k % 4] = to_float(values[k][i]);
   }
 }
 // Writes the pixels' quads of a group.
@@ -152,38 +186,48 @@ __device__ __forceinline__ void read_gradient(FeaturesOfRow<Z::kGroups>& to, con
                                               const StripOfRows& strip, int subnet, int y) {
   const KeptStage<T>& s = r.stage;
   const PixelsOfRow at(s.tiling, strip, y, false);
+  // Rows of z1 beyond the kept ones are only read for results that nobody uses.
+  const bool known = !Z::kOuter || s.z1.data == nullptr ||
+                     (y >= s.tiling.kept.first && y < s.tiling.kept.end);
+  InMemory<T, 4> others[2][Z::kGroups], scales[2][Z::kGroups];
+  const auto load = [&](int i) {
+    const bool there = known && at.there[i];
+    const int64_t pixel = s.tiling.pixel(at.b, y, at.x + i);
+    const unsigned char* const kept = s.state.pixel(at.b, y, at.x + i);
+    const T* const of_scales = State::scale<T>(kept, 0);
+    const T* const from = !Z::kOuter             ? s.d2.quad(pixel, 0)
+                          : s.z1.data != nullptr ? s.z1.quad(pixel, 0)
+                                                 : s.state.template z1<T>(kept, 0);
+    MGHF_UNROLL_ALL
+    for (int n = 0; n < Z::kGroups; ++n) {
+      if (there) others[i][n].load(from + n * kGroup);
+      if (Z::kOuter && there) scales[i][n].load(of_scales + n * kGroup);
+    }
+  };
+  // Two pixels of float32 would need more registers than there are.
+  constexpr bool kTogether = !Z::kOuter || sizeof(T) == 2;
+  if constexpr (kTogether) {
+    if (!Z::kOuter || subnet == kRho) load(0), load(1);
+  }
   if constexpr (Z::kOuter) {
     read_channels<Z::kGroups>(to, s.g1, at, r.by_pairs);
     if (subnet != kRho) return;
   }
-  // Rows of z1 beyond the kept ones are only read for results that nobody uses.
-  const bool known = !Z::kOuter || s.z1.data == nullptr ||
-                     (y >= s.tiling.kept.first && y < s.tiling.kept.end);
   MGHF_UNROLL_ALL
   for (int i = 0; i < 2; ++i) {
-    const bool there = known && at.there[i];
-    const int64_t pixel = s.tiling.pixel(at.b, y, at.x + i);
-    const unsigned char* const kept = s.state.pixel(at.b, y, at.x + i);
-    const T* const scales = State::scale<T>(kept, 0);
-    const T* const others = !Z::kOuter           ? s.d2.quad(pixel, 0)
-                            : s.z1.data != nullptr ? s.z1.quad(pixel, 0)
-                                                   : s.state.template z1<T>(kept, 0);
+    if constexpr (!kTogether) load(i);
     MGHF_UNROLL_ALL
     for (int n = 0; n < Z::kGroups; ++n) {
       float(&quad)[4] = to.of[n][i];
-      float other[4] = {};
-      if (there) read_quad(others + n * kGroup, other);
-      if constexpr (Z::kOuter) {
-        float scale[4] = {};
-        if (there) read_quad(scales + n * kGroup, scale);
-        MGHF_UNROLL_ALL
-        for (int q = 0; q < 4; ++q) {
-          quad[q] = quad[q] * scale[q] * other[q];
-          if (r.clamps) quad[q] *= clamp_slope(scale[q], r.per_two);
+      MGHF_UNROLL_ALL
+      for (int q = 0; q < 4; ++q) {
+        if constexpr (Z::kOuter) {
+          const float scale = scales[i][n][q];
+          quad[q] = quad[q] * scale * others[i][n][q];
+          if (r.clamps) quad[q] *= clamp_slope(scale, r.per_two);
+        } else {
+          quad[q] = others[i][n][q];
         }
-      } else {
-        MGHF_UNROLL_ALL
-        for (int q = 0; q < 4; ++q) quad[q] = other[q];
       }
     }
   }
@@ -194,10 +238,12 @@ template <class Z, class T>
 __device__ __forceinline__ void read_direct(FeaturesOfRow<Z::kGroups>& to, const KeptRows<T>& r,
                                             const PixelsOfRow& at, int subnet) {
   const KeptStage<T>& s = r.stage;
-  if (subnet != kEta) {
-    read_channels<Z::kGroups>(to, Z::kOuter ? s.g2 : s.g1, at, r.by_pairs);
-    if (Z::kOuter) return;
+  if (Z::kOuter && subnet != kEta) {
+    read_channels<Z::kGroups>(to, s.g2, at, r.by_pairs);
+    return;
   }
+  constexpr bool kAtOnce = Z::kOuter && std::is_same_v<T, float>;  // needs no conversion
+  InMemory<T, 4> quads[2][Z::kGroups];
   MGHF_UNROLL_ALL
   for (int i = 0; i < 2; ++i) {
     if (!at.there[i]) continue;
@@ -205,10 +251,25 @@ __device__ __forceinline__ void read_direct(FeaturesOfRow<Z::kGroups>& to, const
                                     : State::scale<T>(s.state.pixel(at.b, at.y, at.x + i), 0);
     MGHF_UNROLL_ALL
     for (int n = 0; n < Z::kGroups; ++n) {
-      float quad[4];
-      read_quad(from + n * kGroup, quad);
+      if constexpr (kAtOnce) {
+        read_quad(from + n * kGroup, to.of[n][i]);
+      } else {
+        quads[i][n].load(from + n * kGroup);
+      }
+    }
+  }
+  if constexpr (kAtOnce) return;
+  if constexpr (!Z::kOuter) read_channels<Z::kGroups>(to, s.g1, at, r.by_pairs);
+  MGHF_UNROLL_ALL
+  for (int i = 0; i < 2; ++i) {
+    if (!at.there[i]) continue;
+    MGHF_UNROLL_ALL
+    for (int n = 0; n < Z::kGroups; ++n) {
       MGHF_UNROLL_ALL
-      for (int q = 0; q < 4; ++q) to.of[n][i][q] = Z::kOuter ? quad[q] : to.of[n][i][q] * quad[q];
+      for (int q = 0; q < 4; ++q) {
+        const float value = quads[i][n][q];
+        to.of[n][i][q] = Z::kOuter ? value : to.of[n][i][q] * value;
+      }
     }
   }
 }
@@ -361,10 +422,10 @@ __global__ void __launch_bounds__(kRowsThreads, 1) kept_rows(KeptRows<T> r) {
             const int tap_rows[3] = {of_result == 1 ? 3 : 0, 1, of_result == height - 2 ? 3 : 2};
             const int rows[3] = {(j - 2) % kRing, (j - 1) % kRing, j % kRing};
             const PixelsOfRow at(s.tiling, strip, of_result, true);
-            FeaturesOfRow<Z::kGroups> direct;
-            read_direct<Z>(direct, r, at, subnet);
             KeptSlopesOfRow of_first;
             of_first.read<T, Z>(s.tiling, s.state, strip, subnet, 0, of_result);
+            FeaturesOfRow<Z::kGroups> direct;
+            read_direct<Z>(direct, r, at, subnet);
             Values result[Z::kGroups];
             expand_row_back<Z>(result, ring, scales, rows, tap_rows, strip, s.tiling.width, weights,
                                of_first, r.flat);
