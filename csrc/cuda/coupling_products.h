@@ -26,18 +26,6 @@ struct Values {
 };
 constexpr int kValues = 8;
 
-// Two neighbours in memory, aligned to both.
-template <class T>
-__device__ __forceinline__ void read_two(const T* from, float (&to)[2]) {
-  if constexpr (std::is_same_v<T, float>) {
-    const float2 pair = *reinterpret_cast<const float2*>(from);
-    to[0] = pair.x, to[1] = pair.y;
-  } else {
-    const uint32_t pair = *reinterpret_cast<const uint32_t*>(from);
-    MGHF_UNROLL_ALL
-    for (int i = 0; i < 2; ++i) to[i] = to_float(T{static_cast<uint16_t>(pair >> (16 * i))});
-  }
-}
 // Four neighbours in memory, aligned to all four.
 template <class T>
 __device__ __forceinline__ void read_quad(const T* from, float (&to)[4]) {
