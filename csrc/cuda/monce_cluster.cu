@@ -11,8 +11,8 @@ namespace mghf::cuda {
 namespace {
 
 // Writes the losses and the state or, with kBackward, the gradient of the queries. The grid's
-// clusters take maps in turn; of a backward first those whose iterations are in the state, then some
-// clusters, which have the memory, those whose iterations are made again.
+// clusters take maps in turn; of a backward first those whose iterations are in the state, then
+// those whose iterations are made again, by the clusters that have the memory.
 template <bool kBackward>
 __global__ void __launch_bounds__(kClusterThreads, 1)
     contrast_by_clusters(ClusterProblem p, Matrices grad, Matrices query, Matrices key,
