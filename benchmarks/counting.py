@@ -130,7 +130,7 @@ RULES = (
     (r"progress\.hopeless|p\.tolerance|settled\(|kRounding &&|solution\.made < 0", "stay"),
     (r"const bool is_narrow|if \(is_narrow\)|solution\.base == 0", "stay"),
     (r"exists \?|y < 0 \|\| y >= heights|if \(count > 0\) sum -= ", "stay"),
-    (r"half < rows", "enter"),
+    (r"half < rows|while \(repeats && ", "enter"),
     (r"if \(!fast\)|is_last\(|if \(any == 0\) return", "skip"),
     (r"made < 1 \|\| made > \w+\.slots", "stay"),
 )

@@ -31,8 +31,9 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
     MGHF_UNROLL(1)
     while (true) {
       const int step = repeats ? p.again : p.clusters;
-      while (kBackward && p.again > 0 && map < p.maps && repeats != (s.resumable(map) == 0)) {
-        map += step;
+      if (kBackward && p.again > 0) {
+        while (!repeats && map < p.maps && s.resumable(map) == 0) map += step;
+        while (repeats && map < p.maps && s.resumable(map) > 0) map += step;
       }
       if (map >= p.maps) {
         if (repeats || s.cluster() >= p.again) return;
