@@ -55,7 +55,7 @@ __device__ __forceinline__ unsigned turns_to(unsigned end, unsigned first, unsig
   return first < end ? (end - first + step - 1) / step : 0;
 }
 
-// Of a number and a NaN, the number.
+// If one is a NaN, the other.
 __device__ __forceinline__ float smaller(float a, float b) { return fminf(a, b); }
 __device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }
 
