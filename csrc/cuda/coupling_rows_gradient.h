@@ -258,17 +258,18 @@ __device__ __forceinline__ void read_direct(FeaturesOfRow<Z::kGroups>& to, const
       }
     }
   }
-  if constexpr (kAtOnce) return;
-  if constexpr (!Z::kOuter) read_channels<Z::kGroups>(to, s.g1, at, r.by_pairs);
-  MGHF_UNROLL_ALL
-  for (int i = 0; i < 2; ++i) {
-    if (!at.there[i]) continue;
+  if constexpr (!kAtOnce) {
+    if constexpr (!Z::kOuter) read_channels<Z::kGroups>(to, s.g1, at, r.by_pairs);
     MGHF_UNROLL_ALL
-    for (int n = 0; n < Z::kGroups; ++n) {
+    for (int i = 0; i < 2; ++i) {
+      if (!at.there[i]) continue;
       MGHF_UNROLL_ALL
-      for (int q = 0; q < 4; ++q) {
-        const float value = quads[i][n][q];
-        to.of[n][i][q] = Z::kOuter ? value : to.of[n][i][q] * value;
+      for (int n = 0; n < Z::kGroups; ++n) {
+        MGHF_UNROLL_ALL
+        for (int q = 0; q < 4; ++q) {
+          const float value = quads[i][n][q];
+          to.of[n][i][q] = Z::kOuter ? value : to.of[n][i][q] * value;
+        }
       }
     }
   }
