@@ -340,6 +340,11 @@ def test_the_whole_command(
     monkeypatch.setattr(gpu_setup, "problem_here", lambda: None)
     monkeypatch.setattr(gpu, "gpu_name", lambda: "card")
     monkeypatch.setattr(gpu, "part_command", lambda *arguments: [*command(*arguments), *on_cpu])
+    # A GPU's limits are for a GPU's machine; this one may be busy.
+    monkeypatch.setattr(
+        gpu_plan, "PARTS", {name: p._replace(seconds=90) for name, p in gpu_plan.PARTS.items()}
+    )
+    monkeypatch.setattr(gpu_plan, "ALL_TIME_QUICK", 200.0)
     readme = (report.ROOT / "README.md").read_text()
     assert gpu.main(["--quick", "--only", "ceilings", "mghf_n", "--out", str(tmp_path)]) == 0
     run = json.loads((tmp_path / "card.json").read_text())
