@@ -140,10 +140,8 @@ is not counted. The others are for unknown predicates: "stay" goes on behind the
 does so too but stays in the loop."""
 
 
-# Lines of kernels that go through a map in passes, and the order of `Pass` (monce_chip_block.h). A
-# loop looks at the pass in its condition, or, where that is only what failed, in its body.
-NEXT_PASS = r"while \(!state(\(\))?\.failed && state(\(\))?\.pass"
-NEXT_UNLESS_FAILED, LAST_PASS = r"while \(!state\.failed\)", r"state\.pass == kLast"
+# Lines of kernels that go through a map in passes, and the order of `Pass` (monce_chip_block.h).
+NEXT_PASS, LAST_PASS = r"while \(!state(\(\))?\.failed\)", r"state(\(\))?\.pass == kLast"
 OF_CLUSTER = r"return state\(\)\.cluster;"
 DEPTH = 64  # numbers of a patch
 BACKWARD = r"\(kBackward && state(\(\))?\.pass == Pass::weigh"
@@ -163,7 +161,7 @@ class Passes:
         self._clusters = place.blocks // place.blocks_of_cluster
 
     def __call__(self, name: str) -> int | None:
-        if name in ("next pass", "next unless failed"):
+        if name == "next pass":
             self._at += 1
             if self._at == len(self._passes):  # the next of the block's or cluster's maps
                 self._at, self._maps = 0, self._maps + 1
@@ -173,7 +171,7 @@ class Passes:
             "rank": self._rank,
             "map": self._cluster + self._maps * self._clusters,
             "failed": 0,
-            "next unless failed": 0,
+            "next pass": 0,  # the loop goes on unless the map failed
         }
         return values.get(name, self._passes[max(self._at, 0)])
 
@@ -202,7 +200,7 @@ class Sources:
         found: dict[int, tuple[int, str]] = {}
         offsets = {
             _offset(each) for each, line in loads.values()
-            if re.search(f"{NEXT_PASS}|{LAST_PASS}", line) and not _bytes_of(each)
+            if re.search(LAST_PASS, line) and not _bytes_of(each)
         }  # fmt: skip
         if len(offsets) != 1:
             return found
@@ -214,16 +212,14 @@ class Sources:
         for k, (each, line) in loads.items():
             register, offset = int(each.operands[0].removeprefix("R")), _offset(each)
             if _bytes_of(each):
-                if re.search(NEXT_UNLESS_FAILED, line):
-                    found[k] = register, "next unless failed"
+                if re.search(NEXT_PASS, line):
+                    found[k] = register, "next pass"
                 elif re.search(r"state(\(\))?\.failed", line):
                     found[k] = register, "failed"
                 continue
             words = 4 if "128" in each.suffixes else 2 if "64" in each.suffixes else 1
             word = (of_pass - offset) // 4
-            if re.search(NEXT_PASS, line):
-                found[k] = register, "next pass"
-            elif re.search(r"step < state\.steps", line):
+            if re.search(r"step < state\.steps", line):
                 found[k] = register, "steps"
             elif re.search(r"state(\(\))?\.pass\b", line) and 0 <= word < words:
                 found[k] = register + word, "pass"

@@ -58,12 +58,12 @@ BOUNDS = [
     Bounds("coupling", "11stream_rowsIfNS1_9RowsSizesIfLi64ELb0ELi2ELb0E", 0.0095, 56),
     Bounds("coupling", "11stream_rowsIfNS1_9RowsSizesIfLi64ELb1ELi2ELb0E", 0.0075, 64),
     Bounds("coupling", "11stream_rowsIfNS1_9RowsSizesIfLi64ELb0ELi2ELb1E", 0.009, 59),
-    Bounds("coupling", "11stream_rowsIfNS1_9RowsSizesIfLi64ELb1ELi2ELb1E", 0.0073, 70),
+    Bounds("coupling", "11stream_rowsIfNS1_9RowsSizesIfLi64ELb1ELi2ELb1E", 0.0073, 64),
     Bounds("coupling", "8mix_rowsIfNS1_12MixRowsSizesIfLi1ELi8ELi64ELi2E", 0.008, 48),
     Bounds("coupling", "8mix_rowsIfNS1_12MixRowsSizesIfLi3ELi2ELi64ELi2E", 0.0065, 20),
     Bounds("coupling", "11stream_rowsIfNS1_9RowsSizesIfLi64ELb0ELi1ELb0E", 0.0035, 51),
     Bounds("coupling", "11stream_rowsIfNS1_9RowsSizesIfLi64ELb1ELi1ELb0E", 0.0027, 63),
-    Bounds("coupling", "11stream_rowsIfNS1_9RowsSizesIfLi64ELb1ELi1ELb1E", 0.0026, 65),
+    Bounds("coupling", "11stream_rowsIfNS1_9RowsSizesIfLi64ELb1ELi1ELb1E", 0.0026, 64),
     Bounds("coupling", "8mix_rowsIfNS1_12MixRowsSizesIfLi1ELi8ELi64ELi1E", 0.003, 44),
     Bounds("coupling", "8mix_rowsIfNS1_12MixRowsSizesIfLi3ELi2ELi64ELi1E", 0.0024, 19),
     Bounds("coupling", "9kept_rowsIfNS1_13KeptRowsSizesIfLb1ELi64ELi2E", 0.0085, 60),
@@ -83,7 +83,7 @@ BOUNDS = [
     Bounds("gram", "8gradientIfLNS0_7ReadingE2E", 0.25, 11, of_three=True),
     Bounds("content_style", "15stream_gradientIfLNS0_7ReadingE2ELb1E", 0.245, 27, of_three=True),
     Bounds("dec", "13sums_of_pairs", 0.26, 35),
-    Bounds("dec", "17gradient_of_pairsILi3E", 0.3, 67),
+    Bounds("dec", "17gradient_of_pairsILi3E", 0.3, 64),
     Bounds("monce", "8contrastILi14ELb1E", 0.045, 290, generic_loads=True),
     # The sums of three products are added outside the tensor cores: 56 additions for their 42
     # instructions, of which each takes longer than four of the others.
@@ -93,8 +93,8 @@ BOUNDS = [
     Bounds("monce_chip", "16contrast_on_chipILb1ELb1E", 0.31, 64),
     # One instruction of a warpgroup makes a warp the products of 14 of those above; generic loads
     # are those from other blocks.
-    Bounds("monce_cluster", "20contrast_by_clustersILb0E", 0.0112, 57, generic_loads=True),
-    Bounds("monce_cluster", "20contrast_by_clustersILb1E", 0.033, 82, generic_loads=True),
+    Bounds("monce_cluster", "20contrast_by_clustersILb0E", 0.022, 44, generic_loads=True),
+    Bounds("monce_cluster", "20contrast_by_clustersILb1E", 0.044, 64, generic_loads=True),
 ]
 
 
@@ -133,6 +133,24 @@ def test_products_are_mostly_products(bounds: Bounds, compiled: object) -> None:
     assert callable(compiled)
     (kernel,) = [k for k in compiled(bounds.source) if bounds.kernel in k.name]
     assert complaints(kernel, bounds) == []
+
+
+MOST_KIBIBYTES = 64
+# What larger kernels are for: comparison with newer ones, and what those do not take; packing runs
+# once for its weights.
+LARGER = {
+    "coupling": ("forward_stage", "backward_stage", "kept_stage", "pack_weights"),
+    "monce": ("8contrastI",),
+}
+
+
+@pytest.mark.parametrize("source", sorted({b.source for b in BOUNDS}))
+def test_code_is_short(source: str, compiled: object) -> None:
+    """Code that a launch executes for the first time comes from memory."""
+    assert callable(compiled)
+    kernels = [k for k in compiled(source) if not any(n in k.name for n in LARGER.get(source, ()))]
+    assert kernels
+    assert {k.name: k.kibibytes for k in kernels if k.kibibytes > MOST_KIBIBYTES} == {}
 
 
 @pytest.mark.parametrize("source", ["content_style", "entropy"])

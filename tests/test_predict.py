@@ -266,80 +266,50 @@ def test_rules(tmp_path: Path, line: int, label: int, instructions: int) -> None
     assert found.counts.total() == instructions
 
 
+PASSES = (
+    "while (!state.failed) {",
+    "if (state.pass == kLast) return;",
+    "if (kBackward && state.pass == Pass::weigh) {",
+    "if (state.pass == Pass::recur) {",
+)
 PASSING = """
 .text.kernel:
 .L_x_0:
 //## File "/x/csrc/cuda/planned.h", line 1
         /*0000*/                   LDS.U8 R1, [R0+0x40] ;
-        /*0010*/                   LDS R2, [R0+0x34] ;
-        /*0020*/                   ISETP.EQ.AND P0, PT, R2, 0x3, PT ;
-        /*0030*/               @P0 BRA `(.L_x_2) ;
-//## File "/x/csrc/cuda/planned.h", line {line}
-        /*0040*/                   LDS.64 R4, [R0+0x30] ;
-        /*0050*/                   ISETP.EQ.AND P1, PT, R5, {leaves}, PT ;
-        /*0060*/               @P1 BRA `(.L_x_2) ;
-        /*0070*/                   HMMA.1688.F32.TF32 R4, R8, R2, R4 ;
-        /*0080*/                   BRA `(.L_x_0) ;
-.L_x_2:
-        /*0090*/                   EXIT ;
-"""
-PASSES = (
-    "while (!state.failed && state.pass != Pass::differentiate) {",
-    "if (!kBackward && state.pass == Pass::weigh) break;",
-    "if (kBackward && state.pass == Pass::weigh) {",
-)
-UNTIL_LAST = """
-.text.kernel:
-.L_x_0:
-//## File "/x/csrc/cuda/planned.h", line 1
-        /*0000*/                   LDS.U8 R1, [R0+0x40] ;
-        /*0010*/                   HMMA.1688.F32.TF32 R4, R8, R2, R4 ;
+//## File "/x/csrc/cuda/planned.h", line 4
+        /*0010*/                   LDS.64 R6, [R0+0x30] ;
+        /*0020*/                   HMMA.1688.F32.TF32 R4, R8, R2, R4 ;
 //## File "/x/csrc/cuda/planned.h", line 2
-        /*0020*/                   LDS R5, [R0+0x34] ;
-        /*0030*/                   ISETP.EQ.AND P1, PT, R5, {last}, PT ;
-        /*0040*/               @P1 BRA `(.L_x_2) ;
-        /*0050*/                   BRA `(.L_x_0) ;
+        /*0030*/                   LDS R5, [R0+0x34] ;
+        /*0040*/                   ISETP.EQ.AND P1, PT, R5, {last}, PT ;
+        /*0050*/               @P1 BRA `(.L_x_2) ;
+        /*0060*/                   BRA `(.L_x_0) ;
 .L_x_2:
 //## File "/x/csrc/cuda/planned.h", line {line}
-        /*0060*/                   EXIT ;
+        /*0070*/                   EXIT ;
 """
 
 
+@pytest.mark.parametrize("called", [False, True])
 @pytest.mark.parametrize(
-    ("line", "leaves", "products"),
+    ("backward", "last", "products"),
     [
-        (2, 1, counting.ITERATIONS),  # ends with the losses
-        (3, 4, 1 + counting.ITERATIONS),  # the weights, and steps backwards
+        (False, 1, counting.ITERATIONS + 1),  # ends with the losses
+        (True, 3, counting.ITERATIONS + 2),  # the weights, steps backwards, the gradient
     ],
 )
 def test_passes_whose_number_another_thread_knows(
-    tmp_path: Path, line: int, leaves: int, products: int
+    tmp_path: Path, backward: bool, last: int, products: int, called: bool
 ) -> None:
     folder = tmp_path / "csrc" / "cuda"
     folder.mkdir(parents=True)
-    (folder / "planned.h").write_text("\n".join(PASSES))
-    (program,) = programs(PASSING.format(line=line, leaves=hex(leaves)))
-    sources = Sources(tmp_path)
-    assert sources.supplied(program) == {0: (1, "failed"), 1: (2, "next pass"), 4: (5, "pass")}
-    assert sources.goes_backward(program) == (line == 3)
-    code = Code(sources)
-    code.add([program], {"kernel": Resources(100, 0)})
-    counts = code.count(Launch("kernel", 128, 1, 512, 0, b""), sources.rule())
-    assert counts.units["tensor"] == products and counts.unknown == 0
-
-
-@pytest.mark.parametrize(
-    ("backward", "last", "products"),
-    [(False, 1, counting.ITERATIONS + 1), (True, 3, counting.ITERATIONS + 2)],
-)
-def test_passes_up_to_the_last(tmp_path: Path, backward: bool, last: int, products: int) -> None:
-    folder = tmp_path / "csrc" / "cuda"
-    folder.mkdir(parents=True)
-    lines = ("while (!state.failed) {", "if (state.pass == kLast) return;", PASSES[2])
+    lines = [each.replace("state", "state()") if called else each for each in PASSES]
     (folder / "planned.h").write_text("\n".join(lines))
-    (program,) = programs(UNTIL_LAST.format(last=hex(last), line=3 if backward else 1))
+    (program,) = programs(PASSING.format(last=hex(last), line=3 if backward else 1))
     sources = Sources(tmp_path)
-    assert sources.supplied(program) == {0: (1, "next unless failed"), 2: (5, "pass")}
+    assert sources.supplied(program) == {0: (1, "next pass"), 1: (7, "pass"), 3: (5, "pass")}
+    assert sources.goes_backward(program) == backward
     code = Code(sources)
     code.add([program], {"kernel": Resources(100, 0)})
     counts = code.count(Launch("kernel", 128, 1, 512, 0, b""), sources.rule())
@@ -353,7 +323,8 @@ def test_maps_come_one_after_the_other() -> None:
         place = Place(0, 5, 32, 100, b"", blocks_of_cluster)
         passes = counting.Passes(place, backward=False)
         for number in (first, second):
-            assert [passes("next pass") for _ in losses] == losses and passes("pass") == 1
+            for each in losses:
+                assert passes("next pass") == 0 and passes("pass") == each
             assert passes("map") == number
         assert passes("cluster") == first and passes("rank") == 5 % blocks_of_cluster
         assert passes("failed") == 0 and passes("steps") == 4

@@ -28,7 +28,11 @@ struct Settling {
   // Called after iterations 1, 2, ...; false after the first. NaN never settles.
   MGHF_ALSO_ON_DEVICE bool settled(int t, float spread) {
     if (previous > kClean) {
+#ifdef __CUDA_ARCH__
+      rate = __fdividef(spread, previous);  // to 2^-22, in less code
+#else
       rate = spread / previous;
+#endif
       rate = rate < kFastest ? kFastest : rate;
       rest = spread;
     } else {

@@ -157,6 +157,17 @@ __device__ __forceinline__ float power_of(float x) {
 #endif
 }
 
+// 1 / x to 2^-23, for what is neither below float32's normal range nor above 2^126.
+__device__ __forceinline__ float inverse_of(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return 1 / x;
+#endif
+}
+
 // The exponent of the power of two by which numbers up to `largest` are multiplied to be below
 // 2^(kScaled + 1), if they are above 2^least and below 2^most.
 __device__ __forceinline__ float exponent_of(float largest, float least, float most) {

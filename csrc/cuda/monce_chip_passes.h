@@ -17,7 +17,7 @@ __device__ __forceinline__ float softplus_of(float x) {
 }
 __device__ __forceinline__ float sigmoid_of(float x) {
   const float decay = expf(-fabsf(x));
-  return (x > 0 ? 1 : decay) * (1 / (1 + decay));
+  return (x > 0 ? 1 : decay) * inverse_of(1 + decay);
 }
 
 template <bool kExp, bool kBackward>

@@ -42,9 +42,9 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
         continue;
       }
       s.again().begin(query, key, map);
-      s.again().run(grad, losses);
+      s.again().run(grad, key, losses, result);
       if constexpr (kBackward) {
-        s.again().finish_gradient(query, key, result);
+        s.again().finish_gradient(query, result);
       } else {
         s.again().finish(losses);
       }
@@ -96,13 +96,32 @@ ClusterProblem cluster_problem(int64_t n, int64_t batch, int64_t running,
   uint4* const queries = pieces.take<uint4>(clusters * words);
   float* const of_terms = pieces.take<float>(clusters * terms);
   float* const of_again = pieces.take<float>(again * repeated);
-  return {static_cast<int>(n), static_cast<int>(batch), static_cast<int>(iterations),
-          static_cast<int>(clusters), static_cast<int>(again), division,
-          kept, Factor(plan), Factor(plan + contrast), Factor(contrast),
+  const double slope = exact ? sign / options.transport.epsilon : 0;
+  // The sum of |ds| is at least that of |r| / t, from the diagonal alone.
+  const double of_shares = exact ? fmin(1 / (options.temperature * fabs(slope)), 1.0) : 0;
+  return {static_cast<int>(n),
+          static_cast<int>(batch),
+          static_cast<int>(iterations),
+          static_cast<int>(clusters),
+          static_cast<int>(again),
+          division,
+          kept,
+          Factor(plan),
+          Factor(plan + contrast),
+          Factor(contrast),
           static_cast<float>(1 / options.temperature),
           static_cast<float>(log(options.negative_weight * static_cast<double>(n - 1))),
-          exact ? static_cast<float>(sign / options.transport.epsilon) : 0, exact, false, false,
-          queries, of_terms, of_again, terms, repeated, history};
+          static_cast<float>(slope),
+          static_cast<float>(kNegligiblePart * of_shares),
+          exact,
+          false,
+          false,
+          queries,
+          of_terms,
+          of_again,
+          terms,
+          repeated,
+          history};
 }
 
 template <bool kBackward>

@@ -135,6 +135,7 @@ struct ClusterProblem {
   Factor plan, weight, contrast;  // similarity to exponent of K, of w without v, of e^(s / t)
   float inverse_temperature, log_weight;  // as in monce.cu
   float slope;  // likewise; 0 unless the backward goes through the plan
+  float negligible_part;  // of the sum of |r|: what the recursion may leave out
   bool exact;   // whether it does
   bool once, once_by_keys;  // whether the big parts are enough, for similarities, for the gradient
   uint4* queries;  // packed, of each cluster
@@ -194,8 +195,13 @@ __device__ __forceinline__ void for_pairs(const Matrices& m, int map, int first,
   for (int j = thread / kWarp; j < count; j += kAhead * apart) {
     float2 pairs[kAhead];
     read_pairs(pairs, m, map, first + j, apart, d);
-    MGHF_UNROLL_ALL
-    for (int k = 0; k < kAhead; ++k) use(j + k * apart, d, pairs[k]);
+    // In a loop that turns the registers: its body is long.
+    MGHF_UNROLL(1)
+    for (int k = 0; k < kAhead; ++k) {
+      use(j + k * apart, d, pairs[0]);
+      MGHF_UNROLL_ALL
+      for (int next = 1; next < kAhead; ++next) pairs[next - 1] = pairs[next];
+    }
   }
 }
 // Combines a number of all threads of a cluster. Barriers before and after; there must be one of
@@ -219,31 +225,29 @@ __device__ __forceinline__ float across_cluster(float x, int blocks, float* shar
   for (int r = 1; r < blocks; ++r) x = combine(x, *of_block(own, static_cast<unsigned>(r)));
   return x;
 }
-// The largest magnitude of a map, infinity if any number is not finite: `count` rows from `first`
-// on are the block's. Not inlined, as it is called twice. A barrier of the cluster, and there must
-// be another one between two uses of a place, 0 or 1.
-inline __device__ MGHF_NOINLINE float largest_of_map(Matrices m, int map, int first, int count,
-                                                     int blocks, float* shared, int place) {
-  promise_shared(shared);
-  float most = 0;
-  for_pairs(m, map, first, count, [&](int, int, const float2& two) {
-    const float a = fabsf(two.x), b = fabsf(two.y);
-    most = a <= most ? most : a < INFINITY ? a : INFINITY;
-    most = b <= most ? most : b < INFINITY ? b : INFINITY;
-  });
-  return across_cluster(most, blocks, shared, place, Most{});
-}
 
-// Packs a block's share of a map, `count` rows from `first` on, times a power of two: queries in
-// device memory, of `rows` with padding, in the order in which threads load them, or keys in shared
-// memory if there are none. Not inlined, as it is called twice.
-inline __device__ MGHF_NOINLINE void pack_patches_of_block(Matrices m, int map, int first,
-                                                           int count, float by, int rows,
-                                                           uint32_t* keys, uint32_t* queries) {
+// What is done with the patches of a map.
+enum class Patches { measure, pack_queries, pack_keys };
+
+// Goes through a block's share of a map's patches, `count` from `first` on. Returns the thread's
+// largest magnitude, infinity if a number is not finite; or packs them, times a power of two:
+// queries at `to` in device memory, of `rows` with padding, in the order in which threads load
+// them, or keys at `to` in shared memory. One function for all, not inlined, as it is long.
+inline __device__ MGHF_NOINLINE float go_through_patches(Patches action, Matrices m, int map,
+                                                         int first, int count, float by, int rows,
+                                                         uint32_t* keys, uint32_t* queries) {
   promise_shared(keys);
+  promise_global(queries);
+  float most = 0;
   for_pairs(m, map, first, count, [&](int j, int d, const float2& two) {
+    if (action == Patches::measure) {
+      const float a = fabsf(two.x), b = fabsf(two.y);
+      most = a <= most ? most : a < INFINITY ? a : INFINITY;
+      most = b <= most ? most : b < INFINITY ? b : INFINITY;
+      return;
+    }
     const SplitHalves halves(two.x * by, two.y * by);
-    if (queries == nullptr) {
+    if (action == Patches::pack_keys) {
       uint32_t* const to = keys + (j / kPartColumns * kKeyBytes + j / 8 * kEightPatches +
                                    d / 8 * kCore + j % 8 * 16 + d % 8 * 2) /
                                       4;
@@ -255,9 +259,9 @@ inline __device__ MGHF_NOINLINE void pack_patches_of_block(Matrices m, int map, 
     // Sixteen rows' step of 16 depths: a word for each lane, of four pairs.
     uint32_t* const to = queries + (i / 16 * kProductSteps + d / 16) * 2 * 4 * kWarp +
                          (i % 8 * 4 + d % 8 / 2) * 4 + d % 16 / 8 * 2 + i % 16 / 8;
-    promise_global(to);
     to[0] = halves.big, to[4 * kWarp] = halves.small;
   });
+  return most;
 }
 
 struct ClusterBlock {
@@ -339,27 +343,36 @@ struct ClusterBlock {
 
   // Begins the state's map. A barrier of the cluster at the end.
   __device__ __forceinline__ void load(const Matrices& query, const Matrices& key) const {
-    const auto largest = [&](const Matrices& m, int place) {
-      return largest_of_map(m, state().map, first, p.division.columns, p.division.blocks, shared,
-                            place);
-    };
-    const float of_query = largest(query, 0), of_key = largest(key, 1);
-    const PowerOfTwo by_query(of_query), by_key(of_key);
+    const int share = (p.division.rows + p.division.blocks - 1) / p.division.blocks;
+    // The largest of the queries, and of the keys; then either are packed.
+    PowerOfTwo scales[2] = {PowerOfTwo(1), PowerOfTwo(1)};
+    bool finite = true;
+    MGHF_UNROLL(1)
+    for (int step = 0; step < 4; ++step) {
+      const bool keys = step % 2 != 0, packs = step >= 2, shares = packs && !keys;
+      const int from = shares ? rank * share : first;
+      const int count = shares ? share : p.division.columns;
+      const float most = go_through_patches(
+          !packs ? Patches::measure : keys ? Patches::pack_keys : Patches::pack_queries,
+          keys ? key : query, state().map, from, count, scales[0].by, p.division.rows,
+          reinterpret_cast<uint32_t*>(this->keys()), reinterpret_cast<uint32_t*>(packed()));
+      // After the second step the first scale is the queries', and after the third the keys'.
+      PowerOfTwo next = scales[0];
+      if (!packs) {
+        const float of_map = across_cluster(most, p.division.blocks, shared, step, Most{});
+        finite = finite && of_map < INFINITY;
+        next = PowerOfTwo(of_map);
+      }
+      scales[0] = scales[1], scales[1] = next;
+    }
     if (thread == 0) {
-      const float unit = by_query.back * by_key.back;
+      const float unit = scales[0].back * scales[1].back;
       state().unit = unit;
-      state().key_back = by_key.back;
+      state().key_back = scales[1].back;
       state().plan = p.plan.value * unit, state().plan_low = p.plan.low * unit;
       state().weight = p.weight.value * unit, state().weight_low = p.weight.low * unit;
-      state().failed = !(of_query < INFINITY && of_key < INFINITY);
+      state().failed = !finite;
     }
-    const int share = (p.division.rows + p.division.blocks - 1) / p.division.blocks;
-    const auto pack = [&](const Matrices& m, int from, int count, float by, uint32_t* queries) {
-      pack_patches_of_block(m, state().map, from, count, by, p.division.rows,
-                            reinterpret_cast<uint32_t*>(keys()), queries);
-    };
-    pack(query, rank * share, share, by_query.by, reinterpret_cast<uint32_t*>(packed()));
-    pack(key, first, p.division.columns, by_key.by, nullptr);
     publish_shared();
     sync_cluster();
   }
@@ -436,15 +449,7 @@ struct ClusterBlock {
   __device__ __forceinline__ void hide(Products112& x, int tile, float nothing,
                                        bool beyond) const {
     const int first_row = warp_row(tile), column = first + part * kPartColumns;
-    if (first_row < column + kPartColumns && column < first_row + 16) {
-      const int own = above(tile);
-      float* const own_row = &positive(first_row + g);
-      for_entries(x, [&](float& entry, int half, int c, int i) {
-        if (own != below(half, c, i)) return;
-        own_row[8 * half * ClusterDivision::kVectors] = entry;
-        entry = nothing;
-      });
-    }
+    hide_diagonal(x, first_row - column, &positive(first_row + g), nothing);
     if (beyond && column + kPartColumns > n) {
       const int inside = n - first - left();
       for_entries(x, [&](float& entry, int, int c, int i) {
@@ -453,11 +458,33 @@ struct ClusterBlock {
     }
   }
 
-  // Combines the numbers of each row over the cluster. Returns that of row lane % 16 of the warp's.
-  // A barrier of the cluster; there must be another one between two uses of a place, 0, 1 or 2.
-  template <class Combine>
-  __device__ __forceinline__ float across_rows(float (&x)[2], int place,
-                                               const Combine& combine) const {
+  // The diagonal of 16 rows begins that many columns further right than the warp's: a multiple of
+  // 16, so that its entries are in two known tiles of 8 columns.
+  __device__ __forceinline__ void hide_diagonal(Products112& x, int right, float* own_row,
+                                                float nothing) const {
+    static_assert(kPartColumns % 16 == 0 && kClusterRows % 16 == 0);
+    const int own = g - 2 * t;  // of the two columns that a thread has in a tile
+    MGHF_UNROLL_ALL
+    for (int c = 0; c < kPartTiles; c += 2) {
+      if (right != 8 * c) continue;
+      MGHF_UNROLL_ALL
+      for (int half = 0; half < 2; ++half) {
+        MGHF_UNROLL_ALL
+        for (int i = 0; i < 2; ++i) {
+          if (own != i) continue;
+          float& entry = x[4 * (c + half) + 2 * half + i];
+          own_row[8 * half * ClusterDivision::kVectors] = entry;
+          entry = nothing;
+        }
+      }
+    }
+  }
+
+  // The sum or the largest of the numbers of each row over the cluster. Returns that of row
+  // lane % 16 of the warp's. A barrier of the cluster; there must be another one between two uses of
+  // a place, 0, 1 or 2.
+  __device__ __forceinline__ float across_rows(float (&x)[2], int place, bool largest) const {
+    const auto combine = [&](float a, float b) { return largest ? fmaxf(a, b) : a + b; };
     float* const places =
         shared + ClusterDivision::kExchanged + place * kClusterRows * kClusterParts;
     MGHF_UNROLL_ALL

@@ -200,30 +200,22 @@ __device__ __forceinline__ void write_rows(const ClusterBlock& s, int tile, int 
   }
 }
 
-__device__ __forceinline__ void write_gradient(const ClusterBlock& s, const Matrices& key,
-                                               void* result) {
-  s.copy_queries(0);
+// The gradient of a tile's rows, from their similarities.
+__device__ __forceinline__ void write_gradient(const ClusterBlock& s, Products112& x, int tile,
+                                               const Matrices& key, void* result) {
+  differentiate(s.again(), x, tile);
+  const PackedEntries packed(x);
   wait_for_copies<0>();
-  __syncthreads();
+  // A cluster's sums have two places in turn, so that none is written while others read it: the
+  // barrier of the ones between is past then. A block alone has one, and waits.
   MGHF_UNROLL(1)
-  for (int tile = 0; tile < s.p.division.tiles; ++tile) {
-    if (tile + 1 < s.p.division.tiles) s.again().copy_queries(tile + 1);
-    Products112 x;
-    s.again().multiply(x, tile);
-    differentiate(s.again(), x, tile);
-    const PackedEntries packed(x);
-    wait_for_copies<0>();
-    // A cluster's sums have two places in turn, so that none is written while others read it: the
-    // barrier of the ones between is past then. A block alone has one, and waits.
-    MGHF_UNROLL(1)
-    for (int start = 0; start < kMostDepth; start += kSumDepth) {
-      DepthSums sum = {};
-      multiply_by_keys(s.again(), packed, start, sum);
-      join_parts(s.again(), sum, packed.back, start);
-      if (s.p.division.blocks > 1) sync_cluster();
-      write_rows(s.again(), tile, start, key, result);
-      if (s.p.division.blocks == 1) __syncthreads();
-    }
+  for (int start = 0; start < kMostDepth; start += kSumDepth) {
+    DepthSums sum = {};
+    multiply_by_keys(s.again(), packed, start, sum);
+    join_parts(s.again(), sum, packed.back, start);
+    if (s.p.division.blocks > 1) sync_cluster();
+    write_rows(s.again(), tile, start, key, result);
+    if (s.p.division.blocks == 1) __syncthreads();
   }
 }
 

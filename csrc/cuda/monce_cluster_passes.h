@@ -122,7 +122,7 @@ struct ClusterMap : ClusterBlock {
     const bool inside = i < n, writes = part == 0 && lane < 16;
     if (s.pass == Pass::iterate) {
       if (!inside) return 0;
-      const float u = 1 / sum;
+      const float u = inverse_of(sum);
       if (!writes) return u;
       factor(i) = u;
       if (s.u != nullptr && rank == 0) {
@@ -138,7 +138,7 @@ struct ClusterMap : ClusterBlock {
         const float x = excess(i, of_row, sum);
         if constexpr (kBackward) {
           r = grad.read(s.map, i, 0) * sigmoid_of(x);
-          c = r / sum;
+          c = r * inverse_of(sum);
         } else if (writes && rank == 0) {
           losses[int64_t{s.map} * n + i] = softplus_of(x);
         }
@@ -162,26 +162,18 @@ struct ClusterMap : ClusterBlock {
     return of_row(i)[weighing ? 1 : 0];
   }
 
-  // The exponents of the rows of a tile, in the scale of `value`: that of row lane % 16 of the
-  // warp's.
-  __device__ __forceinline__ float find_exponent(Products112& x, int tile, float value,
-                                                 bool weighing) const {
-    float most[2] = {-INFINITY, -INFINITY};
+  // The largest of each row's entries, times `value`.
+  __device__ __forceinline__ static void find_largest(Products112& x, float value,
+                                                      float (&most)[2]) {
+    most[0] = most[1] = -INFINITY;
     for_entries(x, [&](float entry, int half, int, int) {
       most[half] = fmaxf(most[half], entry * value);
     });
-    const float exponent = across_rows(most, 2, Most{});
-    const float whole =
-        fabsf(exponent) < kLargestExponent ? round_to_integer(exponent) : exponent;
-    if (part == 0 && lane < 16) exponent_of_row(warp_row(tile) + lane, weighing) = whole;
-    return whole;
   }
-
-  // The entries' powers of two in their place. Returns the rows' sums with the columns' weights, as
-  // across_rows() does.
-  __device__ __forceinline__ float sum_rows(Products112& x, int tile, float value, float low,
-                                            float of_row) const {
-    float sum[2] = {};
+  // The entries' powers of two in their place, and each row's sum with the columns' weights.
+  __device__ __forceinline__ void sum_rows(Products112& x, float value, float low, float of_row,
+                                           float (&sum)[2]) const {
+    sum[0] = sum[1] = 0;
     const float own[2] = {of_half(of_row, 0), of_half(of_row, 1)};
     MGHF_UNROLL_ALL
     for (int c = 0; c < kPartTiles; ++c) {
@@ -197,23 +189,37 @@ struct ClusterMap : ClusterBlock {
       }
     }
     wait_for_copies<0>();
-    return across_rows(sum, tile % 2, Add{});
   }
 
   // Adds a tile of rows to the thread's sums of columns.
-  __device__ __forceinline__ void take_tile(int tile, const Matrices& grad, float* losses,
+  __device__ __forceinline__ void take_tile(Products112& x, int tile, const Matrices& grad,
+                                            float* losses,
                                             float (&columns)[2 * kPartTiles]) const {
-    Products112 x;
-    again().multiply(x, tile);
     const bool weighing = state().pass == Pass::weigh;
     const float value = weighing ? state().weight : state().plan;
     const float low = weighing ? state().weight_low : state().plan_low;
     const bool unknown = weighing || (state().pass == Pass::iterate && state().t == 1);
     // Columns beyond the map have no weight, but must not count for the rows' exponents.
     again().hide(x, tile, value > 0 ? -1e30f : 1e30f, unknown);
-    const float of_row = unknown ? again().find_exponent(x, tile, value, weighing)
-                                 : base(warp_row(tile) + lane % 16);
-    const float total = again().sum_rows(x, tile, value, low, of_row);
+    // The exponents of the rows in the scale of `value`, of row lane % 16 of the warp's, unless they
+    // are known, then their sums: one exchange in a loop, as its code is long.
+    float of_row = unknown ? 0 : base(warp_row(tile) + lane % 16), total = 0;
+    MGHF_UNROLL(1)
+    for (int step = unknown ? 0 : 1; step < 2; ++step) {
+      float of_thread[2];
+      if (step == 0) {
+        find_largest(x, value, of_thread);
+      } else {
+        again().sum_rows(x, value, low, of_row, of_thread);
+      }
+      total = again().across_rows(of_thread, step == 0 ? 2 : tile % 2, step == 0);
+      if (step == 0) {
+        of_row = fabsf(total) < kLargestExponent ? round_to_integer(total) : total;
+        if (part == 0 && lane < 16) {
+          exponent_of_row(warp_row(tile) + lane, weighing) = of_row;
+        }
+      }
+    }
     const float of_lane =
         again().coefficient(warp_row(tile) + lane % 16, total, of_row, grad, losses);
     const float of_first = of_half(of_lane, 0), of_second = of_half(of_lane, 1);
@@ -228,8 +234,9 @@ struct ClusterMap : ClusterBlock {
   }
 
   // Goes through the rows; the sums of the block's columns, of each warp's rows, are in
-  // of_columns() afterwards.
-  __device__ __forceinline__ void go_through_rows(const Matrices& grad, float* losses) const {
+  // of_columns() afterwards, or the gradient is written.
+  __device__ __forceinline__ void go_through_rows(const Matrices& grad, const Matrices& key,
+                                                  float* losses, void* result) const {
     float columns[2 * kPartTiles] = {};
     copy_queries(0);
     wait_for_copies<0>();
@@ -237,22 +244,45 @@ struct ClusterMap : ClusterBlock {
     MGHF_UNROLL(1)
     for (int tile = 0; tile < p.division.tiles; ++tile) {
       if (tile + 1 < p.division.tiles) again().copy_queries(tile + 1);
-      again().take_tile(tile, grad, losses, columns);
-    }
-    again().join_lanes(columns);
-  }
-  __device__ __forceinline__ void join_lanes(const float (&columns)[2 * kPartTiles]) const {
-    float* const to = of_columns() + warp * p.division.columns + left();
-    MGHF_UNROLL_ALL
-    for (int c = 0; c < kPartTiles; ++c) {
-      MGHF_UNROLL_ALL
-      for (int i = 0; i < 2; ++i) {
-        float x = columns[2 * c + i];
+      Products112 x;
+      again().multiply(x, tile);
+      if (kBackward && state().pass == Pass::differentiate) {
+        write_gradient(again(), x, tile, key, result);
+        // No sums are kept, so that they take no registers here.
         MGHF_UNROLL_ALL
-        for (int lanes = 4; lanes < kWarp; lanes *= 2) x += __shfl_xor_sync(~0u, x, lanes);
-        if (g == 0) to[8 * c + i] = x;
+        for (float& sum : columns) sum = 0;
+      } else {
+        again().take_tile(x, tile, grad, losses, columns);
       }
     }
+    if (!kBackward || state().pass != Pass::differentiate) again().join_lanes(columns);
+  }
+  // Adds up the sums of a warp's rows, which are with the lanes of the same t. Each time lanes add
+  // up half of their sums and leave the others to their partners.
+  __device__ __forceinline__ void join_lanes(float (&x)[2 * kPartTiles]) const {
+    static_assert(kPartTiles == 14);
+    const bool odd = join_pairs<14, 28>(x, 4), second = join_pairs<7, 14>(x, 8);
+    const bool upper = join_pairs<4, 7>(x, 16);
+    const int begin = (odd ? 14 : 0) + (second ? 7 : 0) + (upper ? 4 : 0);
+    float* const to = of_columns() + warp * p.division.columns + left();
+    MGHF_UNROLL_ALL
+    for (int k = 0; k < 4; ++k) {
+      const int column = begin + k;
+      if (k < 3 || !upper) to[8 * (column / 2) + column % 2] = x[k];
+    }
+  }
+  // Adds up the first kLeft of kCount sums with a lane, or, if the result says so, those after them.
+  // A sum without a counterpart is added up for both lanes.
+  template <int kLeft, int kCount>
+  __device__ __forceinline__ bool join_pairs(float (&x)[2 * kPartTiles], int lanes) const {
+    const bool later = (lane & lanes) != 0;
+    MGHF_UNROLL_ALL
+    for (int k = 0; k < kLeft; ++k) {
+      const float other = k + kLeft < kCount ? x[k + kLeft] : x[k];
+      const float sent = later ? x[k] : other;
+      x[k] = (later ? other : x[k]) + __shfl_xor_sync(~0u, sent, lanes);
+    }
+    return later;
   }
 
   // ---- columns ----
@@ -265,6 +295,13 @@ struct ClusterMap : ClusterBlock {
     float2& to = global(state().columns)[j];
     to = {w + (state().begun ? to.x : 0), j < n ? old_v(j) : 0};
     weights()[thread] = w;
+  }
+
+  // The columns' weights of the losses, after those of a recursion.
+  __device__ __forceinline__ void load_last_v() const {
+    if (!p.exact || thread >= p.division.columns) return;
+    const int j = first + thread;
+    weights()[thread] = j < n ? global(iterate(state().made))[n + j] : 0;
   }
 
   // Takes the columns' sums. Returns the ranges of u and 1 / v and of the changes of v, or that of
@@ -284,7 +321,7 @@ struct ClusterMap : ClusterBlock {
     if (pass == Pass::iterate) {
       ranges.numbers.take(total);
       ranges.changes.take(weights()[thread] * total);
-      const float v = 1 / total;
+      const float v = inverse_of(total);
       weights()[thread] = v;
       if (state().v != nullptr) global(state().v)[j] = v;
     } else if (pass == Pass::weigh) {
@@ -325,9 +362,7 @@ struct ClusterMap : ClusterBlock {
       total += fabsf(share(i));
     }
     total = across_cluster(total, p.division.blocks, shared, 0, Add{});
-    // The sum of |ds| is at least that of |r| / t, from the diagonal alone.
-    const float part = p.inverse_temperature / fabsf(p.slope);
-    return kNegligiblePart * total * (part < 1 ? part : 1);
+    return p.negligible_part * total;
   }
 
   // Decides what comes next; by one thread.
@@ -358,13 +393,16 @@ struct ClusterMap : ClusterBlock {
     prepare();
   }
 
-  // Runs the passes up to the last of the gradient. A barrier of the cluster at the end.
-  __device__ __forceinline__ void run(const Matrices& grad, float* losses) const {
+  // Runs the passes. A barrier of the cluster at the end.
+  __device__ __forceinline__ void run(const Matrices& grad, const Matrices& key, float* losses,
+                                      void* result) const {
+    constexpr Pass kLast = kBackward ? Pass::differentiate : Pass::weigh;
     MGHF_UNROLL(1)
-    while (!state().failed && state().pass != Pass::differentiate) {
+    while (!state().failed) {
       if (kBackward && state().pass == Pass::recur) weigh_columns();
-      again().go_through_rows(grad, losses);
-      if (!kBackward && state().pass == Pass::weigh) break;
+      if (kBackward && state().pass == Pass::differentiate) load_last_v();
+      again().go_through_rows(grad, key, losses, result);
+      if (state().pass == kLast) break;
       __syncthreads();
       Ranges ranges = again().take_columns();
       float may_leave = 0;
@@ -404,22 +442,14 @@ struct ClusterMap : ClusterBlock {
     }
   }
 
-  __device__ __forceinline__ void finish_gradient(const Matrices& query, const Matrices& key,
-                                                  void* result) const {
-    if (state().failed) {
-      if (rank != 0) return;
-      const int numbers = n * static_cast<int>(query.columns);
-      MGHF_UNROLL(1)
-      for (int i = thread; i < numbers; i += threads()) {
-        write_element(query.element, result, int64_t{state().map} * numbers + i, NAN);
-      }
-      return;
+  // The gradient was written by the last pass.
+  __device__ __forceinline__ void finish_gradient(const Matrices& query, void* result) const {
+    if (!state().failed || rank != 0) return;
+    const int numbers = n * static_cast<int>(query.columns);
+    MGHF_UNROLL(1)
+    for (int i = thread; i < numbers; i += threads()) {
+      write_element(query.element, result, int64_t{state().map} * numbers + i, NAN);
     }
-    if (p.exact && thread < p.division.columns) {
-      const int j = first + thread;
-      weights()[thread] = j < n ? global(iterate(state().made))[n + j] : 0;
-    }
-    write_gradient(*this, key, result);
   }
 };
 
