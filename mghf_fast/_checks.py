@@ -74,6 +74,16 @@ def check_order(name: str, x: Tensor, constant_name: str, constant: Tensor) -> N
         )
 
 
+def check_differentiable(name: str, result: Tensor, image: Tensor) -> None:
+    """Refuses a result of the user's module ``name`` that has lost the image's gradient: beside
+    another loss nobody would notice that this one trains nothing."""
+    if torch.is_grad_enabled() and image.requires_grad and not result.requires_grad:
+        raise ValueError(
+            f"{name} must be differentiable in the image, got a result without a gradient: it "
+            "detaches its result or runs under torch.no_grad() or torch.inference_mode()"
+        )
+
+
 def promoted(x: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     """Both tensors in their common floating type, by PyTorch's rules of promotion."""
     if x.dtype == other.dtype:

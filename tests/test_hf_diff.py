@@ -98,3 +98,18 @@ def test_objective_bad_input() -> None:
         HFDiffLoss(embedder=3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="eta1 must be finite"):
         HFDiffLoss(eta1=float("nan"))
+
+
+def test_an_embedder_that_cuts_the_gradient_is_refused() -> None:
+    sr, gt = draws.rand(2, 2, 3, 32, 32)
+    sr.requires_grad_()
+
+    @torch.no_grad()
+    def embedder(image: Tensor) -> Tensor:
+        return 2 * image.flatten(1)
+
+    with pytest.raises(ValueError, match="embedder must be differentiable"):
+        HFDiffLoss(embedder=embedder)(sr, gt)
+    assert HFDiffLoss(embedder=embedder, eta2=0)(sr, gt).requires_grad  # only looked at
+    with torch.no_grad():
+        HFDiffLoss(embedder=embedder)(sr, gt)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import contract
 import draws
@@ -340,8 +341,12 @@ def test_bad_input() -> None:
         loss(sr.to(torch.uint8), gt.to(torch.uint8))
     with pytest.raises(ValueError, match=r"sr must have shape \(B, 3, H, W\), got \(3, 56, 56\)"):
         loss(sr[0], gt[0])
-    with pytest.raises(ValueError, match="image must have 3 channels, got 1 .*in_channels=1"):
+    with pytest.raises(
+        ValueError, match=r"sr must have 3 channels, got 1 .*sr\.expand.*channels=1"
+    ):
         loss(sr[:, :1], gt[:, :1])
+    with pytest.raises(ValueError, match=r"got 56 \(shape \(2, 56, 56, 3\)\).*sr\.permute"):
+        MGHFLoss()(sr.permute(0, 2, 3, 1), gt.permute(0, 2, 3, 1))
     with pytest.raises(
         ValueError, match="preset must be one of 'balanced', '2026', '2025', got '2024'"
     ):
@@ -521,3 +526,43 @@ def test_curved_features_on_kernels_for_gpus_in_half_precision(
         [draws.rand(1, 3, 5, 9)],
         dtype,
     )
+
+
+class Changed(nn.Module):
+    """A convolution whose result ``change`` turns into something else."""
+
+    def __init__(self, change: Callable[[Tensor], Any], stride: int = 1) -> None:
+        super().__init__()
+        self.layer, self.change = nn.Conv2d(3, 4, 3, stride, 1), change
+
+    def forward(self, image: Tensor) -> Any:
+        return self.change(self.layer(image))
+
+
+@pytest.mark.parametrize("variant", ["c", "n"])
+def test_what_an_extractor_of_the_users_returns_is_checked(variant: str) -> None:
+    sr, gt = pair()  # sr requires a gradient
+
+    def loss(change: Callable[[Tensor], Any], stride: int = 1) -> Tensor:
+        module = Changed(change, stride)
+        result: Tensor = MGHFLoss(variant, extractor=module)(sr, gt)
+        return result
+
+    loss(lambda x: x).backward()
+    with pytest.raises(TypeError, match=r"extractor must return a tensor \(B, C, h, w\), got list"):
+        loss(lambda x: [x])
+    with pytest.raises(ValueError, match=r"extractor must return features .*got \(2, 4\)"):
+        loss(lambda x: x.mean((2, 3)))
+    with pytest.raises(ValueError, match=r"extractor must return features .*got \(1, 4, 56, 56\)"):
+        loss(lambda x: x[:1])
+    with pytest.raises(ValueError, match="extractor must be differentiable"):
+        loss(Tensor.detach)
+    with pytest.raises(ValueError, match="extractor must be differentiable"):
+        loss(torch.no_grad()(lambda x: 2 * x.detach()))
+    with torch.no_grad():
+        loss(Tensor.detach)  # nobody asks for a gradient
+    if variant == "c":
+        with pytest.raises(ValueError, match="features of 14 x 14 .* needs .* downscale = r"):
+            loss(lambda x: x, stride=4)
+    else:
+        loss(lambda x: x, stride=4)

@@ -25,8 +25,9 @@ class HFDiffLoss(nn.Module):
     Args:
         extractor, input_range, backend, precision: as in :class:`MGHFLoss`.
         embedder: any callable from images (B, 3, H, W) to embeddings (B, D) or (B, T, D), such as a
-            frozen DINO-v2 with its own preprocessing; ``None`` omits the JS term. A module is used
-            without a copy and kept in evaluation mode; freezing its weights is up to the caller.
+            frozen DINO-v2 with its own preprocessing; ``None`` omits the JS term. It must be
+            differentiable in the image. A module is used without a copy and kept in evaluation
+            mode; freezing its weights is up to the caller.
         eta1: weight of HF.
         eta2: weight of JS.
         reduction: ``"mean"`` for a scalar, ``"none"`` for one value per image, (B,).
@@ -80,9 +81,10 @@ class HFDiffLoss(nn.Module):
             # Copies, because an embedder may begin with an in-place layer.
             with torch.no_grad():
                 target = self.embedder(gt.detach().clone())
-            terms["js"] = functional.js_divergence_loss(
-                self.embedder(sr.clone()), target, reduction=self.reduction
-            )
+            embedding = self.embedder(sr.clone())
+            if self.eta2 and isinstance(embedding, Tensor):
+                check.check_differentiable("embedder", embedding, sr)
+            terms["js"] = functional.js_divergence_loss(embedding, target, reduction=self.reduction)
             total = total + self.eta2 * terms["js"]
         if distillation is not None:
             for name in ("distill", "inverse", "consistency"):
@@ -111,6 +113,11 @@ class HFDiffLoss(nn.Module):
             gt: ground truth, same shape. Gets no gradient.
             distillation: from :func:`distillation_terms`; ``None`` for plain fine-tuning with the
                 perceptual and distribution terms alone.
+
+        Raises:
+            TypeError, ValueError: as :class:`MGHFLoss`; the embedder returns something else than
+                embeddings, or cuts their gradient; or, for ``reduction="none"``, distillation terms
+                of another shape than (B,).
         """
         return self.terms(sr, gt, distillation)["total"]
 

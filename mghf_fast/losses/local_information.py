@@ -133,6 +133,23 @@ class LocalInformationLoss(HoldsFrozen):
                 f"{self.patch_size!r}, got {height} x {width}{advice}"
             )
 
+    def check_features(self, features: Tensor, image: Tensor) -> None:
+        """Checks that features are large enough for a patch if the image is, as they are unless
+        their ``downscale`` is larger than this module's.
+
+        Raises:
+            ValueError: they are not.
+        """
+        (height, width), sides = features.shape[2:], image.shape[2:]
+        least = min(self._sizes)
+        if min(height, width) * self.downscale < least <= min(sides):
+            raise ValueError(
+                f"features of {height} x {width} pixels for an image of {sides[0]} x {sides[1]} "
+                f"hold no patch of {least} image pixels: an extractor whose features are at 1/r of "
+                f"the image's resolution needs the integer attribute downscale = r, which is "
+                f"{self.downscale} here"
+            )
+
     def _projection(self, x: Tensor) -> PatchProjection:
         height, width = (side * self.downscale for side in x.shape[2:])
         self.check_size(height, width)

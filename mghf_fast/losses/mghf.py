@@ -72,9 +72,10 @@ class MGHFLoss(HoldsFrozen):
         preset: ``"balanced"``, in which every term contributes; ``"2026"`` or ``"2025"``, the
             published weights, also given as integers; or a custom :class:`Preset`.
         extractor: a module, a name or a file. A module (B, 3, H, W) -> (B, C, h, w) is copied; the
-            copy is frozen, in evaluation mode, with buffers in place of parameters. If its features
-            are at 1/r of the image's resolution, it needs the integer attribute ``downscale`` = r,
-            as :class:`DetailFeatureExtractor` has; the default is 1. Names are
+            copy is frozen, in evaluation mode, with buffers in place of parameters. It must be
+            differentiable in the image. If its features are at 1/r of the image's resolution, it
+            needs the integer attribute ``downscale`` = r, as :class:`DetailFeatureExtractor` has;
+            the default is 1. Names are
             ``"perceptual-v1"``, the default (``None``), trained to reproduce a perceptual metric's
             distances, with a squeeze by 4; ``"procedural-v1"``, trained on procedural textures
             only; and ``"random"``, untrained, with the curved start and a fixed seed.
@@ -252,7 +253,24 @@ class MGHFLoss(HoldsFrozen):
         else:
             # A copy, because another module may begin with an in-place layer.
             features = self.extractor(image if self.input_range == "0,1" else image.clone())
+            self._check_features(features, image)
         return features
+
+    def _check_features(self, features: Any, image: Tensor) -> None:
+        """Checks what a module that is not ours made of an image."""
+        if not isinstance(features, Tensor):
+            raise TypeError(
+                f"extractor must return a tensor (B, C, h, w), got {type(features).__name__}: wrap "
+                "it in a module that selects the feature maps to compare"
+            )
+        if features.dim() != 4 or features.shape[0] != image.shape[0]:
+            raise ValueError(
+                f"extractor must return features (B, C, h, w) of {tuple(image.shape)}, got "
+                f"{tuple(features.shape)}"
+            )
+        check.check_differentiable("extractor", features, image)
+        if "lip" in self._active:
+            self.local_information.check_features(features, image)
 
     def _check_range(self, gt: Tensor) -> None:
         """Warns if the first ``gt`` is far outside the configured range; ignores later ones."""
@@ -282,6 +300,8 @@ class MGHFLoss(HoldsFrozen):
         check.check_device("sr", sr, "the loss (move it with .to(device))", self._likeness)
         if not torch.compiler.is_compiling():
             self._check_range(gt)
+        if isinstance(self.extractor, DetailFeatureExtractor):
+            self.extractor.check_channels("sr", sr)
         if "lip" in self._active and self._downscale > 1:
             self.local_information.check_size(sr.shape[2], sr.shape[3])  # before it is padded
         weighted = self._active
@@ -351,10 +371,10 @@ class MGHFLoss(HoldsFrozen):
         """Super-resolved image and ground truth, (B, 3, H, W) each -> scalar or (B,).
 
         Raises:
-            TypeError: not tensors, or not floating-point.
+            TypeError: not tensors, or not floating-point; or an extractor that returns no tensor.
             ValueError: shapes or devices differ, channels do not fit the extractor, the image or
-                its features are smaller than a patch, or only ``gt`` requires a gradient, as when
-                the two are swapped.
+                its features are smaller than a patch, only ``gt`` requires a gradient, as when the
+                two are swapped, or the extractor returns no feature maps or cuts their gradient.
         """
         return self._outputs(sr, gt)[0]
 

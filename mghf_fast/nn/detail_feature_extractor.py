@@ -290,12 +290,7 @@ class DetailFeatureExtractor(nn.Module):
             on the CPU, elsewhere in the layout of the stem's output.
         """
         check.check_tensor("image", image, "(B, in_channels, H, W)", tangents=True)
-        if image.shape[1] != self.in_channels:
-            raise ValueError(
-                f"image must have {self.in_channels} channels, got {image.shape[1]} "
-                f"(shape {tuple(image.shape)}); an extractor for these is made with "
-                f"DetailFeatureExtractor(in_channels={image.shape[1]})"
-            )
+        self.check_channels("image", image)
         if image.device.type == "cpu":
             # The features take the image's layout, and on the CPU both the kernels and PyTorch are
             # faster on channels_last.
@@ -312,6 +307,27 @@ class DetailFeatureExtractor(nn.Module):
         for block in others:
             x = block(x, **chosen)
         return x
+
+    def check_channels(self, name: str, image: Tensor) -> None:
+        """Checks the channels of an image, (B, in_channels, H, W), which a message calls ``name``.
+
+        Raises:
+            ValueError: it has another number of channels.
+        """
+        wanted, got = self.in_channels, image.shape[1]
+        if got == wanted:
+            return
+        if image.shape[3] == wanted:
+            advice = f"channels come second: {name}.permute(0, 3, 1, 2) moves them there"
+        else:
+            advice = (
+                f"an extractor for these is made with DetailFeatureExtractor(in_channels={got})"
+            )
+            if got == 1:
+                advice = f"{name}.expand(-1, {wanted}, -1, -1) repeats a grey channel, and {advice}"
+        raise ValueError(
+            f"{name} must have {wanted} channels, got {got} (shape {tuple(image.shape)}); {advice}"
+        )
 
     @torch.no_grad()
     def invertibility_error(self, x: Tensor) -> float:
