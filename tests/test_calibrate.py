@@ -117,6 +117,19 @@ def folder(tmp_path: Path, scale: int, *, side: int = 96, count: int = 2) -> lis
 SMALL = ["--crop", "48", "--batch", "2", "--batches", "2"]
 
 
+def test_messages_name_the_commands_own_arguments(tmp_path: Path) -> None:
+    low, high = map(Path, folder(tmp_path, 2))
+    with pytest.raises(FileNotFoundError, match="^LR: there is no "):
+        pairs.load(tmp_path / "none", high, 48)
+    next(iter(low.iterdir())).unlink()
+    with pytest.raises(ValueError, match="without: HR "):
+        pairs.load(low, high, 48)
+    for path in low.iterdir():
+        path.unlink()
+    with pytest.raises(ValueError, match="^LR: there is no picture in the folder"):
+        pairs.load(low, high, 48)
+
+
 def weight_printed(text: str) -> float:
     return float(text.strip().splitlines()[-1].removeprefix("weight: "))
 
@@ -129,6 +142,8 @@ def test_command_with_the_network_that_ships(
     first = capsys.readouterr().out
     assert "MGHF-c (perceptual-v1, balanced) beside L1, in the parameters of demo-start" in first
     assert "2 batches of 2 crops of 48 pixels, scale 4" in first
+    (row,) = re.findall(r"^weight for a ratio of 1 +(\S+)", first, re.M)
+    assert float(row) == pytest.approx(weight_printed(first), rel=0.005)
     assert cli.main([*words, "--ratio", "3"]) == 0
     again = capsys.readouterr().out
     assert weight_printed(again) == pytest.approx(3 * weight_printed(first), rel=0.01)

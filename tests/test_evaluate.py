@@ -258,16 +258,22 @@ def folder(root: Path, name: str, *names: str) -> Path:
 
 def test_names_are_matched_without_marks(tmp_path: Path) -> None:
     sr = folder(
-        tmp_path, "sr", "a_x4.png", "b-SR.jpg", "c.png", "img_001_SRF_4_SR.png", "d_x4_out.bmp"
-    )
-    hr = folder(tmp_path, "hr", "a.png", "b_HR.png", "c.bmp", "img_001_SRF_4_HR.png", "d.png")
+        tmp_path, "sr", "a_x4.png", "b-SR.jpg", "c.png", "img_001_SRF_4_SR.png", "d_x4_out.bmp",
+        "0801x4.png", "fox4.png",
+    )  # fmt: skip
+    hr = folder(
+        tmp_path, "hr", "a.png", "b_HR.png", "c.bmp", "img_001_SRF_4_HR.png", "d.png", "0801.png",
+        "fox4.png",
+    )  # fmt: skip
     (hr / "readme.txt").write_text("no picture")
     found = [(p.name, p.sr.name, p.hr.name) for p in pictures.pair(sr, hr)]
     assert found == [
+        ("0801", "0801x4.png", "0801.png"),
         ("a", "a_x4.png", "a.png"),
         ("b", "b-SR.jpg", "b_HR.png"),
         ("c", "c.png", "c.bmp"),
         ("d", "d_x4_out.bmp", "d.png"),
+        ("fox4", "fox4.png", "fox4.png"),
         ("img_001", "img_001_SRF_4_SR.png", "img_001_SRF_4_HR.png"),
     ]
 
@@ -285,6 +291,7 @@ def test_equal_names_come_before_marks(tmp_path: Path) -> None:
         (["a.png"], ["a.png", "z.png"], "without: HR z.png"),
         (["a_x4.png", "a_SR.png"], ["a.png"], "both stand for the name 'a'"),
         (["a.png", "a.jpg"], ["a.png"], "a.jpg, a.png"),
+        (["fox4.png"], ["fo.png"], "without: SR fox4.png; HR fo.png"),
         ([f"{i:02}.png" for i in range(12)], ["a.png"], "07.png and 4 more"),
     ],
 )

@@ -43,7 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: %(default)s)",
     )
     parser.add_argument("--variant", choices=VARIANTS, default="c", help="default: %(default)s")
-    parser.add_argument("--preset", choices=PRESETS, default=DEFAULT_PRESET)
+    parser.add_argument(
+        "--preset", choices=PRESETS, default=DEFAULT_PRESET, help="default: %(default)s"
+    )
     parser.add_argument(
         "--extractor",
         default=DEFAULT_EXTRACTOR,
@@ -102,7 +104,9 @@ def run(args: argparse.Namespace) -> int:
         ("cosine of the angle between them", found.cosine),
         (f"weight for a ratio of {args.ratio:g}", weights),
     ):
-        middle = statistics.median(values)
+        # The weight is that of the median ratio; the median of an even number of weights would be
+        # another.
+        middle = found.weight(args.ratio) if values is weights else statistics.median(values)
         print(f"{text:<34} {middle:10.4g}   ({min(values):.4g} to {max(values):.4g})")
     print(f"weight: {found.weight(args.ratio):.3g}")
     return 0

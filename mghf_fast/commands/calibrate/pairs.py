@@ -19,7 +19,7 @@ def load(low: Path, high: Path, crop: int) -> tuple[list[tuple[Tensor, Tensor]],
     """
     pairs: list[tuple[Tensor, Tensor]] = []
     scale: int | None = None
-    for found in pair(low, high):
+    for found in pair(low, high, ("LR", "HR")):
         lr, hr = (
             torch.from_numpy(read(path)[0].copy()).permute(2, 0, 1) for path in (found.sr, found.hr)
         )

@@ -17,9 +17,10 @@ from ..rasters import SUFFIXES, printable
 SHOWN_NAMES = 8
 """Number of names that an error lists; it counts the others."""
 
-# Suffixes that tools append to a picture's name: x4, 4x, SRF_4, SR, HR, GT, LR4, out ...
+# Suffixes that tools append to a picture's name: x4, 4x, SRF_4, SR, HR, GT, LR4, out ...; and the
+# scale in DIV2K's names of low resolutions, 0801x4.
 _MARK = r"(?:x\d+(?:\.\d+)?|\d+x|srf[_-]?\d+|sr|hr|gt|lr\d*|lq|hq|out|output|result)"
-_MARKS = re.compile(rf"(?:[ ._-]{_MARK})+$", re.IGNORECASE)
+_MARKS = re.compile(rf"(?:[ ._-]{_MARK}|(?<=\d)x(?:[2-9]|1\d))+$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class Pair:
     hr: Path
 
 
-def pair(sr: Path, hr: Path) -> list[Pair]:
-    """Two pictures, or the pictures of two folders by name.
+def pair(sr: Path, hr: Path, names: tuple[str, str] = ("SR", "HR")) -> list[Pair]:
+    """Two pictures, or the pictures of two folders by name. Messages call the two ``names``.
 
     In folders the names without suffix must be equal; other names are compared without the marks
     that tools append (``name_x4``, ``name_SR``). Subfolders and other files are ignored.
@@ -42,28 +43,29 @@ def pair(sr: Path, hr: Path) -> list[Pair]:
         ValueError: a file and a folder, a folder without pictures, names without a partner, or
             names with more than one.
     """
-    for what, path in (("SR", sr), ("HR", hr)):
+    of_sr, of_hr = names
+    for what, path in ((of_sr, sr), (of_hr, hr)):
         if not path.exists():
             raise FileNotFoundError(f"{what}: there is no {_shown(path)}")
     if sr.is_dir() != hr.is_dir():
         folder, file = (sr, hr) if sr.is_dir() else (hr, sr)
         raise ValueError(
-            f"SR and HR must be two pictures or two folders; {_shown(folder)} is a folder and "
-            f"{_shown(file)} is not"
+            f"{of_sr} and {of_hr} must be two pictures or two folders; {_shown(folder)} is a "
+            f"folder and {_shown(file)} is not"
         )
     if not sr.is_dir():
         return [Pair(printable(sr.name), sr, hr)]
 
-    left, right = _by_name(sr, "SR"), _by_name(hr, "HR")
+    left, right = _by_name(sr, of_sr), _by_name(hr, of_hr)
     exact = left.keys() & right.keys()
     pairs = [Pair(printable(name), left[name], right[name]) for name in exact]
-    rest_sr = _without_marks({n: p for n, p in left.items() if n not in exact}, "SR", sr)
-    rest_hr = _without_marks({n: p for n, p in right.items() if n not in exact}, "HR", hr)
+    rest_sr = _without_marks({n: p for n, p in left.items() if n not in exact}, of_sr, sr)
+    rest_hr = _without_marks({n: p for n, p in right.items() if n not in exact}, of_hr, hr)
     both = rest_sr.keys() & rest_hr.keys()
     pairs += [Pair(printable(name), rest_sr[name], rest_hr[name]) for name in both]
     lone = [
         f"{what} {_listed([p.name for n, p in sorted(rest.items()) if n not in both])}"
-        for what, rest in (("SR", rest_sr), ("HR", rest_hr))
+        for what, rest in ((of_sr, rest_sr), (of_hr, rest_hr))
         if rest.keys() - both
     ]
     if lone:

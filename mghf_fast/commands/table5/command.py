@@ -15,12 +15,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options to ``parser``."""
     add = parser.add_argument
     rows = ", ".join(ROWS)
-    add("--size", type=int, default=512, help="image side in pixels (default 512)")
-    add("--rows", nargs="+", metavar="ROW", choices=ROWS, help=f"of {rows} (default all)")
-    add("--rounds", type=int, default=ROUNDS, help=f"timed steps at most (default {ROUNDS})")
-    add("--threads", type=int, help="PyTorch's CPU threads (default: its own choice)")
+    add(
+        "--size",
+        type=int,
+        default=512,
+        metavar="N",
+        help="image side, pixels (default: %(default)s)",
+    )
+    add("--rows", nargs="+", metavar="ROW", choices=ROWS, help=f"of {rows} (default: all)")
+    add("--rounds", type=int, default=ROUNDS, metavar="N",
+        help="timed steps at most (default: %(default)s)")  # fmt: skip
+    add("--threads", type=int, metavar="N",
+        help="CPU threads for PyTorch (default: its own choice)")  # fmt: skip
     add("--limit", type=float, default=LIMIT, metavar="S",
-        help=f"seconds a variant may take, compilation included (default {LIMIT:.0f})")  # fmt: skip
+        help="seconds a variant may take, with compiling (default: %(default).0f)")  # fmt: skip
     add("--skip-memory", action="store_true", help="measure time alone")
     add("--skip-compile", action="store_true", help="leave torch.compile out")
     add("--json", metavar="FILE", help="write everything as JSON; - prints it instead of the table")
