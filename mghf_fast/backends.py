@@ -31,6 +31,11 @@ def check_backend(name: object, argument: str = "backend") -> str:
     return str(name)
 
 
+def optional_backend(name: object) -> str:
+    """A backend's name as a module keeps it: ``"auto"`` for None, which means the same."""
+    return "auto" if name is None else check_backend(name)
+
+
 # A plain module global, not a context variable: torch.compile can guard on it, so a compiled
 # function is recompiled when the backend changes instead of keeping the one it was traced with.
 #

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks as check
-from . import ops
+from . import _options, ops
 from ._gather import gather_rows
 from .backends import current_backend
 from .ops import vocabulary
@@ -136,14 +136,14 @@ def channel_entropy(x: Tensor, bins: int = 256, *, backend: str | None = None) -
 
     Args:
         x: features, (B, C, H, W).
-        bins: number of equal bins over each map's own [min, max], 2 or more.
+        bins: number of equal bins over each map's own [min, max], 2 to 2^24.
 
     Returns:
         (B, C), between 0 and 1, float32 (float64 for float64 input): 0 for a constant map, NaN for
         a map that holds a NaN or an infinity. No gradient.
     """
     check.check_tensor("x", x, "(B, C, H, W)")
-    bins = check.check_integer("bins", bins, 2)
+    bins = _options.bins_of(bins)
     return ops.entropy.entropy(x.detach(), bins, current_backend(backend))
 
 
@@ -210,9 +210,9 @@ def content_style_terms(
         gt: features of the ground truth, (B, C, H, W). Gets no gradient.
         sr: features of the super-resolved image, same shape.
         top_m: kept maps M, 1 to C; default C // 2 (at least 1).
-        alpha: slope of the weight.
+        alpha: slope of the weight, above -1.
         gamma: exponent of the weight.
-        bins: histogram bins of the entropy.
+        bins: histogram bins of the entropy, 2 to 2^24.
         gram: ``"channel"``, M x M Gram matrices of the maps, or ``"map"``, eq. 7 taken literally:
             the H x H Gram matrix of each map.
 
@@ -224,19 +224,15 @@ def content_style_terms(
     """
     gt, sr = _feature_pair(gt, sr)
     channels = check.check_integer("channels", sr.shape[1], 1)
-    top_m = check.check_integer(
-        "top_m", max(channels // 2, 1) if top_m is None else top_m, 1, channels
-    )
-    alpha = check.check_number("alpha", alpha)
-    gamma = check.check_number("gamma", gamma)
-    bins = check.check_integer("bins", bins, 2)
-    check.check_choice("gram", gram, ("channel", "map"))
+    top_m = max(channels // 2, 1) if top_m is None else top_m
+    kept, alpha, gamma, bins = _options.style(top_m, alpha, gamma, bins, gram, channels)
+    assert kept is not None
     terms = ops.content_style.content_style(
         gt,
         sr,
-        top_m,
-        float(alpha),
-        float(gamma),
+        kept,
+        alpha,
+        gamma,
         bins,
         gram,
         current_backend(backend),
@@ -502,34 +498,30 @@ def dec_loss(
     check.check_pair("sr", sr, "gt", gt)
     check.check_order("sr", sr, "gt", gt)
     sr, gt = check.promoted(sr, gt.detach())
-    patch_size = check.check_integer("patch_size", patch_size, 1)
+    patch_size, threshold_db, (of_positives, of_negatives), max_value, norm_floor = _options.dec(
+        patch_size, threshold_db, temperatures, temperature, similarity, max_value, norm_floor
+    )
     if sr.shape[2] % patch_size or sr.shape[3] % patch_size:
         raise ValueError(
             f"sr must be a multiple of patch_size = {patch_size} pixels high and wide, got "
             f"{sr.shape[2]} x {sr.shape[3]}"
         )
-    threshold_db = check.check_number("threshold_db", threshold_db)
-    of_positives, of_negatives = check.check_numbers("temperatures", temperatures, 2, positive=True)
-    check.check_choice("temperature", temperature, vocabulary.TEMPERATURES)
-    check.check_choice("similarity", similarity, vocabulary.SIMILARITIES)
-    max_value = check.check_number("max_value", max_value, positive=True)
     sr_patches, gt_patches = _flat_patches(sr, patch_size), _flat_patches(gt, patch_size)
     if norm_floor is None:
         depth = check.check_integer("sr", sr_patches.shape[1], 1)
         norm_floor = vocabulary.RMS_FLOOR * max_value * depth**0.5
-    norm_floor = check.check_number("norm_floor", norm_floor, positive=True)
     norm_floor = max(norm_floor, torch.finfo(torch.float32).tiny)
     if gather:
         sr_patches, gt_patches = gather_rows(sr_patches), gather_rows(gt_patches)
     loss, _ = ops.dec.dec(
         sr_patches,
         gt_patches,
-        float(threshold_db),
-        float(of_positives),
-        float(of_negatives),
+        threshold_db,
+        of_positives,
+        of_negatives,
         temperature,
         similarity,
-        float(max_value),
+        max_value,
         float(norm_floor),
         current_backend(backend),
     )

@@ -150,7 +150,7 @@ def test_only_whole_safetensors_files_load(tmp_path: Path) -> None:
 
 
 def test_bad_input() -> None:
-    with pytest.raises(ValueError, match="even number of channels, 2 or more, got 7"):
+    with pytest.raises(ValueError, match="channels must be an even number, 2 or more, got 7"):
         DetailFeatureExtractor(channels=7)
     with pytest.raises(ValueError, match="one of 'conv', 'residual', 'squeeze', got 'resnet'"):
         DetailFeatureExtractor(stem="resnet")

@@ -365,7 +365,7 @@ def test_bad_input() -> None:
         MGHFLoss(backend="gpu")
     with pytest.raises(TypeError, match="extractor must be a torch.nn.Module, a name, a path"):
         MGHFLoss(extractor=lambda x: x)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="patch_size must be one of 'auto'"):
+    with pytest.raises(ValueError, match="patch_size must be an integer or 'auto'"):
         MGHFLoss(patch_size="small")
     with pytest.raises(ValueError, match="betas must be three numbers"):
         ContentStyleLoss((1.0, 2.0))  # type: ignore[arg-type]

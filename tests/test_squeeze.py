@@ -101,7 +101,7 @@ def test_bad_arguments() -> None:
         DetailFeatureExtractor(stem="squeeze", squeeze=8)
     with pytest.raises(ValueError, match=r"= 64 for stem 'squeeze', got 48"):
         DetailFeatureExtractor(4, 48, stem="squeeze")
-    with pytest.raises(ValueError, match="even number of channels"):
+    with pytest.raises(ValueError, match="channels must be an even number"):
         DetailFeatureExtractor(channels=49, stem="squeeze")
     with pytest.raises(ValueError, match="image must have 3 channels, got 1"):
         squeezed()(draws.rand(1, 1, 8, 8))

@@ -8,7 +8,8 @@ import operator
 from torch import Tensor, nn
 
 from .. import _checks as check
-from .. import functional
+from .. import _options, functional
+from ..backends import optional_backend
 from ..precision import check_precision
 
 
@@ -16,11 +17,14 @@ class ContentStyleLoss(nn.Module):
     """L_csc = beta1 mse + beta2 correlation + beta3 gram of entropy-weighted features (MGHF eq. 6).
 
     Args:
-        betas: (beta1, beta2, beta3).
+        betas: (beta1, beta2, beta3), three finite numbers.
         top_m, alpha, gamma, bins, gram: as in :func:`functional.content_style_terms`.
         reduction: ``"mean"`` for a scalar, ``"none"`` for (B,).
         backend: ``"auto"`` or a backend's name.
         precision: as in :class:`MGHFLoss`.
+
+    Raises:
+        TypeError, ValueError: an option's type or value that is not allowed.
     """
 
     def __init__(
@@ -40,8 +44,10 @@ class ContentStyleLoss(nn.Module):
         check.check_choice("reduction", reduction, ("mean", "none"))
         beta1, beta2, beta3 = map(float, check.check_numbers("betas", betas, 3))
         self.betas = (beta1, beta2, beta3)
-        self.top_m, self.alpha, self.gamma, self.bins, self.gram = top_m, alpha, gamma, bins, gram
-        self.reduction, self.backend = reduction, backend
+        self.top_m, self.alpha, self.gamma, self.bins = _options.style(
+            top_m, alpha, gamma, bins, gram
+        )
+        self.gram, self.reduction, self.backend = gram, reduction, optional_backend(backend)
         self.precision = check_precision(precision)
 
     def terms(self, sr: Tensor, gt: Tensor) -> functional.ContentStyleTerms:

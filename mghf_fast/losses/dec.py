@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import _checks as check
-from .. import functional
+from .. import _options, functional
+from ..backends import optional_backend
 
 
 class DECLoss(nn.Module):
@@ -18,6 +19,9 @@ class DECLoss(nn.Module):
     Args:
         weight: factor of the loss.
         options: every keyword of :func:`functional.dec_loss`.
+
+    Raises:
+        TypeError, ValueError: an unknown option; an option's type or value that is not allowed.
     """
 
     def __init__(self, weight: float = 1.0, **options: Any) -> None:
@@ -28,6 +32,9 @@ class DECLoss(nn.Module):
             raise TypeError(
                 f"unknown options {sorted(unknown)}; allowed are weight, {', '.join(sorted(known))}"
             )
+        optional_backend(options.get("backend"))
+        elsewhere = ("backend", "gather")
+        _options.dec(**{name: v for name, v in options.items() if name not in elsewhere})
         self.weight, self.options = weight, options
 
     def forward(self, sr: Tensor, gt: Tensor) -> Tensor:

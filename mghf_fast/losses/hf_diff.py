@@ -41,7 +41,7 @@ class HFDiffLoss(nn.Module):
         eta1: float = 0.2,
         eta2: float = 0.15,
         input_range: str | Sequence[float] | None = None,
-        backend: str = "auto",
+        backend: str | None = "auto",
         reduction: str = "mean",
         precision: str = "auto",
     ) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .. import _checks as check
 from .. import functional
+from ..backends import optional_backend
 from ..nn import PatchProjection
 from ..ops.vocabulary import COSTS, PLAN_GRADIENTS
 from ..precision import check_precision
@@ -66,7 +67,8 @@ class LocalInformationLoss(HoldsFrozen):
     ) -> None:
         super().__init__()
         if isinstance(patch_size, str):
-            check.check_choice("patch_size", patch_size, ("auto",))
+            if patch_size != "auto":
+                raise ValueError(f"patch_size must be an integer or 'auto', got {patch_size!r}")
         else:
             patch_size = check.check_integer("patch_size", patch_size, 1)
         stride = check.check_integer("stride", stride, 1)
@@ -94,7 +96,8 @@ class LocalInformationLoss(HoldsFrozen):
         self.patch_size, self.stride, self.downscale = patch_size, stride, downscale
         self.temperature, self.epsilon, self.iterations = temperature, epsilon, iterations
         self.negative_weight, self.cost, self.plan_gradient = negative_weight, cost, plan_gradient
-        self.patch_reduction, self.reduction, self.backend = patch_reduction, reduction, backend
+        self.patch_reduction, self.reduction = patch_reduction, reduction
+        self.backend = optional_backend(backend)
         self.precision = check_precision(precision)
         # Side of a patch -> stride, in pixels of the features.
         if isinstance(patch_size, int):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .. import _checks as check
 from .. import functional
-from ..backends import check_backend
+from ..backends import optional_backend
 from ..nn import DetailFeatureExtractor
 from ..precision import accumulation_dtype, autocasting, check_precision, without_autocast
 from . import step
@@ -89,7 +89,8 @@ class MGHFLoss(HoldsFrozen):
             mean the same. Nothing is clamped. If a range is given, the first ``gt`` is checked
             (only the first, because the check waits for the GPU; not in a compiled call): values
             outside the range by more than half its width give one warning.
-        backend: ``"auto"`` or a backend's name, for every op of the loss.
+        backend: a backend's name, for every op of the loss; ``"auto"`` or ``None`` for the
+            surrounding choice (:class:`use_backend`).
         patch_size: side of the local term's patches in image pixels, like the preset's stride: 32,
             or ``"auto"`` for images below 32 pixels. ``downscale`` must divide both.
         save_weights: keep the weights of extractor and projection in ``state_dict()``, and load
@@ -136,7 +137,7 @@ class MGHFLoss(HoldsFrozen):
         top_m: int | None = None,
         reduction: str = "mean",
         input_range: str | Sequence[float] | None = None,
-        backend: str = "auto",
+        backend: str | None = "auto",
         *,
         patch_size: int | str = 32,
         save_weights: bool = False,
@@ -153,7 +154,7 @@ class MGHFLoss(HoldsFrozen):
         self.input_range = read_range(input_range)
         # A list, so that DataParallel's replicas, which are shallow copies, share it.
         self._range_unchecked = [True] if self.input_range else []
-        self.backend, self.precision = check_backend(backend), check_precision(precision)
+        self.backend, self.precision = optional_backend(backend), check_precision(precision)
         self._downscale = downscale_of(network)
         # Has the type and device of the computation: a buffer follows .to() and casts, and replicas
         # have it, whatever the extractor consists of.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,8 @@ class InvertibleBlock(nn.Module):
     ) -> None:
         super().__init__()
         channels = check.check_integer("channels", channels, 2)
-        check.check_even_channels("the block", channels)
+        if channels % 2:
+            raise ValueError(f"channels must be an even number, 2 or more, got {channels}")
         check.check_choice("subnet", subnet, SUBNETS)
         check.check_choice("activation", activation, ACTIVATIONS)
         check.check_choice("memory", memory, MEMORY_MODES)
@@ -382,11 +384,16 @@ class DetailFeatureExtractor(nn.Module):
 
         Raises:
             FileNotFoundError: no such file.
+            TypeError: neither text nor a path.
             ValueError: an unknown name; or the file is not in safetensors format, truncated, not an
                 extractor's, or, for shipped weights, altered.
         """
         if isinstance(name_or_path, str) and name_or_path in weights.SHA256:
             return cls._from_safetensors(weights.read(name_or_path), name_or_path)
+        if not isinstance(name_or_path, (str, os.PathLike)):
+            raise TypeError(
+                f"name_or_path must be a name or a path, got {type(name_or_path).__name__}"
+            )
         path = Path(name_or_path)
         if path.suffix != ".safetensors":
             named = ", ".join(repr(name) for name in weights.SHA256)
