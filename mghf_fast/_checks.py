@@ -34,11 +34,25 @@ def refuse_tangent(name: str, x: Tensor) -> None:
     """Refuses a tangent: operators of `torch.library` drop it, and the derivative would be 0."""
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return
-    if forward_ad.unpack_dual(x).tangent is not None:
-        raise NotImplementedError(
-            f"{name} carries a tangent, and the fused operators have no forward-mode derivative: "
-            f"use reverse mode, such as torch.autograd.grad"
-        )
+    if forward_ad.unpack_dual(x).tangent is None and not _has_hidden_tangent(x):
+        return
+    raise NotImplementedError(
+        f"{name} carries a tangent, and the fused operators have no forward-mode derivative: "
+        f"use reverse mode, such as torch.autograd.grad, for second derivatives too"
+    )
+
+
+def _has_hidden_tangent(x: Tensor) -> bool:
+    """Whether ``x`` belongs to a forward-mode transform of `torch.func` outside of another one, as
+    in ``jvp(grad(f))``, which hides its tangent."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        x = functorch.get_unwrapped(x)
+        level = functorch.maybe_get_level(x)
+        for interpreter in functorch.get_interpreter_stack() or ():
+            if interpreter.key() == functorch.TransformType.Jvp and interpreter.level() == level:
+                return True
+    return False
 
 
 def is_traced() -> bool:

@@ -272,6 +272,73 @@ def test_forward_mode_in_the_weights_is_refused() -> None:
         torch.func.jvp(run, values, tuple(map(torch.ones_like, values)))
 
 
+# ---- transforms of torch.func ----
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_transforms_of_functions(name: str) -> None:
+    function, x = functions()[name], sample()
+    leaf = x.clone().requires_grad_()
+    out = function(leaf)
+    upstream, direction = draws.randn_like(out), draws.randn_like(x)
+    (expected,) = torch.autograd.grad(out, leaf, upstream, create_graph=True)
+    (second,) = torch.autograd.grad(expected, leaf, direction)
+
+    def gradient(x: Tensor) -> Tensor:
+        result: Tensor = torch.func.vjp(function, x)[1](upstream)[0]
+        return result
+
+    torch.testing.assert_close(gradient(x), expected.detach())
+    torch.testing.assert_close(torch.func.vjp(gradient, x)[1](direction)[0], second)
+
+
+@pytest.mark.parametrize("name", losses())
+def test_transforms_of_losses(name: str) -> None:
+    loss, (sr, gt) = losses()[name], draws.rand(2, 2, 3, 48, 48)
+
+    def run(x: Tensor) -> Tensor:
+        return loss(x, gt).sum()
+
+    leaf = sr.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(run(leaf), leaf)
+    gradient, value = torch.func.grad_and_value(run)(sr)
+    torch.testing.assert_close(
+        gradient, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max())
+    )
+    torch.testing.assert_close(value, run(sr))
+
+
+def test_transforms_in_the_weights() -> None:
+    block, x = smooth_block(), sample()
+    parameters: dict[str, Tensor] = dict(block.named_parameters())
+
+    def run(parameters: dict[str, Tensor]) -> Tensor:
+        result: Tensor = torch.func.functional_call(block, parameters, (x,)).square().sum()
+        return result
+
+    expected = torch.autograd.grad(run(parameters), list(parameters.values()))
+    for got, wanted in zip(torch.func.grad(run)(parameters).values(), expected, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_a_tangent_behind_another_transform_is_refused() -> None:
+    """Its derivative of the value would be 0."""
+    query, key = torch.nn.functional.normalize(draws.randn(2, 1, 4, 8), dim=3)
+
+    def run(x: Tensor) -> Tensor:
+        return F.monce_loss(x, key)
+
+    for function in (torch.func.grad_and_value(run), torch.func.grad(run)):
+        with pytest.raises(NotImplementedError, match="query carries a tangent"):
+            torch.func.jvp(function, (query,), (query,))
+    with pytest.raises(NotImplementedError, match="query carries a tangent"):
+        torch.func.hessian(run)(query)
+    # A constant has no tangent, whatever is around it.
+    torch.func.jvp(lambda x: x.sum() * F.monce_loss(query, key), (query,), (query,))
+    hessian = torch.func.jacrev(torch.func.jacrev(run))(query)
+    torch.testing.assert_close(hessian, torch.autograd.functional.hessian(run, query))
+
+
 # ---- any number of threads ----
 
 

@@ -85,12 +85,28 @@ class Operator:
             arguments += tuple(defaults[len(arguments) :])
             if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
                 lengths = [len(a) if isinstance(a, (list, tuple)) else None for a in arguments]
-                return Node.apply(lengths, *_flat(arguments, lengths))
+                return _applied(Node, lengths, *_flat(arguments, lengths))
             with torch._C._AutoDispatchBelowAutograd():
                 return overload(*arguments)
 
         Node.__name__ = Node.__qualname__ = f"{self.__name__}_node"
         _LIBRARY.impl(self.__name__, kernel, "Autograd")
+
+
+def _applied(node: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """``node.apply``, under the transforms of `torch.func` too.
+
+    ``apply`` refuses these, because it would have to choose the level at which the node is recorded
+    (and so do operators of `torch.library.custom_op`). Here the dispatcher has chosen it, as for
+    PyTorch's own operators, so the node is made directly.
+    """
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return node.apply(*arguments)
+    from torch._functorch import autograd_function
+
+    make: Any = super(torch.autograd.Function, node)
+    with autograd_function.enable_single_level_autograd_function():  # type: ignore[attr-defined]
+        return make.apply(*arguments)
 
 
 def _flat(values: Sequence[Any], lengths: Sequence[int | None]) -> list[Any]:

@@ -172,10 +172,13 @@ def _inverse_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         # output, and the derivative would follow that path too. Views stop it at the op's inputs,
         # and a second derivative still reaches the tensors that they are views of.
         inputs = [t.view_as(t) if again else t.detach() for t in saved]
-        inputs = [t if t.requires_grad else t.detach().requires_grad_() for t in inputs]
+        if not torch._C._are_functorch_transforms_active():  # they allow no requires_grad_()
+            inputs = [t if t.requires_grad else t.detach().requires_grad_() for t in inputs]
         x = reference.inverse(inputs[0], inputs[1:], *ctx.options)
-        grads = torch.autograd.grad(x, inputs, grad, create_graph=again)
-    return grads[0], list(grads[1:]), None, None, None, None
+        wanted = [t for t in inputs if t.requires_grad]
+        found = iter(torch.autograd.grad(x, wanted, grad, create_graph=again))
+    grads = [next(found) if t.requires_grad else None for t in inputs]
+    return grads[0], grads[1:], None, None, None, None
 
 
 coupling.differentiate(_backward, _setup_context)
