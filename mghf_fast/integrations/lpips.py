@@ -74,7 +74,8 @@ class LPIPS(nn.Module):
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
         """Distance of each image from its ground truth, (B, 1, 1, 1).
 
-        Unlike LPIPS it is not symmetric: the gradient goes to ``in0`` only.
+        Unlike LPIPS it is not symmetric: the gradient goes to ``in0`` only. For equal images it is
+        0 with ``net="mghf-n"`` only, because a term of MGHF-c is a contrast.
 
         Args:
             in0: the super-resolved image, (B, 3, H, W), in [-1, 1]; in [0, 1] with ``normalize``.

@@ -115,6 +115,9 @@ class MGHFLoss(HoldsFrozen):
     ``gt``, which must not require one if ``sr`` does not, or the extractor, whose weights no parent
     module and no optimizer can train. A NaN or an infinity in an image gives a NaN loss.
 
+    MGHF-n of equal images is 0; MGHF-c is not, because its local term is a contrast, and neither is
+    its gradient (``loss.gammas = (0.28, 1, 0)`` leaves the local term out).
+
     For a uniform image (such as all black) with a non-uniform ``gt`` the gradient is many thousand
     times the usual one: the correlation divides by the image's deviation, floored at 1e-4, and the
     local term by the length of an embedding. Clip gradients if a batch may hold such an image.

@@ -420,7 +420,7 @@ class DetailFeatureExtractor(nn.Module):
         if "mghf_fast" not in metadata:
             raise ValueError(f"{name!r} holds no mghf_fast extractor: its metadata lacks one")
         try:
-            # Files from before 0.2 may not mention the clamp, which was off then.
+            # Files written before 2026-11-29 may not mention the clamp, which was off then.
             config = {"clamp": None, **json.loads(metadata["mghf_fast"])}
             with reproducibly():
                 extractor = cls(**config, init="linear")

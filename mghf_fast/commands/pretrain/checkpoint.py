@@ -21,7 +21,7 @@ from .settings import PretrainError
 FORMAT = 1
 NAME = "checkpoint.pt"
 UNSAID = {"objective": "classes", "init": "linear"}
-"""The values of settings that a checkpoint from before 0.2 lacks: there were no others."""
+"""The values of settings that a checkpoint from before 2026-11-29 lacks: there were no others."""
 
 
 def write(path: Path, content: bytes) -> None:
