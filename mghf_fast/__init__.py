@@ -68,4 +68,5 @@ if not TYPE_CHECKING:  # a type checker would accept any name
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULES, *_HOMES})
+    special = {name for name in globals() if name.startswith("__")}
+    return sorted({*special, *_MODULES, *_HOMES})

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mghf_fast import HFDiffLoss, MGHFLoss, functional
-from mghf_fast.losses.hf_diff import distillation_terms
+from mghf_fast.losses import distillation_terms
 
 
 def test_divergence_definition() -> None:
@@ -113,3 +113,18 @@ def test_an_embedder_that_cuts_the_gradient_is_refused() -> None:
     assert HFDiffLoss(embedder=embedder, eta2=0)(sr, gt).requires_grad  # only looked at
     with torch.no_grad():
         HFDiffLoss(embedder=embedder)(sr, gt)
+
+
+def test_states_of_two_shapes_are_refused() -> None:
+    """They would be broadcast."""
+    x = draws.rand(2, 3, 8, 8)
+
+    def student(x: Tensor, y: Tensor, timestep: int) -> Tensor:
+        return x
+
+    with pytest.raises(ValueError, match="noisy and teacher_output must have the same shape"):
+        distillation_terms(student, x, x, x[:1], x, 3)
+    with pytest.raises(ValueError, match="noisy and gt must have the same shape"):
+        distillation_terms(student, x, x, x, x[:, :, :1], 3)
+    with pytest.raises(TypeError, match="gt must be a tensor"):
+        distillation_terms(student, x, x, x, None, 3)  # type: ignore[arg-type]

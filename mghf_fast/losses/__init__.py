@@ -2,6 +2,7 @@
 
 from .content_style import ContentStyleLoss
 from .dec import DECLoss
+from .distillation import DistillationTerms, Student, distillation_terms
 from .hf_diff import HFDiffLoss
 from .local_information import LocalInformationLoss
 from .mghf import MGHFLoss
@@ -11,8 +12,11 @@ __all__ = [
     "PRESETS",
     "ContentStyleLoss",
     "DECLoss",
+    "DistillationTerms",
     "HFDiffLoss",
     "LocalInformationLoss",
     "MGHFLoss",
     "Preset",
+    "Student",
+    "distillation_terms",
 ]

@@ -40,11 +40,26 @@ def distillation_terms(
     *,
     reduction: str = "mean",
 ) -> DistillationTerms:
-    """Tensors are (B, C, H, W); ``final_timestep`` is T. No gradient reaches the teacher or gt.
+    """The three terms, each the mean square of a difference. No gradient reaches the teacher or gt.
 
-    ``reduction="none"`` gives every term per image, (B,).
+    Args:
+        student: called four times, as in the equations above; maps a state (B, C, H, W), the
+            condition and a timestep to a state.
+        noisy: x_T, the noisy start from which the teacher made its output, (B, C, H, W).
+        condition: y, passed on to ``student`` as it is.
+        teacher_output: x^_0, same shape as ``noisy``.
+        gt: x_0, same shape.
+        final_timestep: T.
+        reduction: ``"mean"`` for scalars, ``"none"`` for one value per image, (B,).
+
+    Raises:
+        TypeError, ValueError: ``noisy``, ``teacher_output`` and ``gt`` are not floating-point
+            tensors of one shape on one device; or another ``reduction``.
     """
     check.check_choice("reduction", reduction, ("mean", "none"))
+    for name, state in (("noisy", noisy), ("teacher_output", teacher_output), ("gt", gt)):
+        check.check_tensor(name, state, "(B, C, H, W)", tangents=True)
+        check.check_pair("noisy", noisy, name, state)
 
     def mse(x: Tensor, target: Tensor) -> Tensor:
         if reduction == "mean":
