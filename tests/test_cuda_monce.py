@@ -268,6 +268,33 @@ def test_embeddings_far_from_unit_length(gpu: Gpu, tmp_path: Path) -> None:
         assert not (found[::2] == same[::2]).all() and (found[1::2] == same[1::2]).all()
 
 
+@all_kernels
+def test_costs_beyond_float32(gpu: Gpu, older: bool, tmp_path: Path) -> None:
+    """Exponents of costs e^s that float32 cannot hold, in entries of the plan that are 0, and in
+    some of the third problem that are not."""
+    torch.manual_seed(0)
+    problems = []
+    for shift, length in ((0.0, 5.0), (0.0, 26.0), (0.7, 8.0)):
+        query, key = (length * F.normalize(draws.randn(1, 20, 16) + shift, dim=2) for _ in range(2))
+        problems.append(problem(query, key, 0.07, 1.0, 6 if shift == 0 else 12, 1.0, "exp"))
+    problems.append(problem(*problems[0][1:3], 0.07, 1.0, 6, 1.0, "exp", "detach"))
+    problems.append(problem(*problems[0][1:3], 0.07, 0.02, 6, 1.0, "exp"))
+    check("plain", gpu, problems, tmp_path, older)
+
+
+@all_kernels
+def test_infinite_similarities_of_an_exponential_cost(
+    gpu: Gpu, older: bool, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    query, key = pair(2, 9)
+    query[1, 2, 3] = torch.inf
+    given = problem(query, key, 0.07, 1.0, 4, 1.0, "exp")
+    losses, grad = run("plain", gpu, [given], tmp_path, older)
+    assert np.isfinite(losses[0]).all() and np.isfinite(grad[0]).all()
+    assert np.isnan(losses[1]).any() and np.isnan(grad[1]).any()
+
+
 def test_few_far_embeddings_among_many_maps(tmp_path: Path) -> None:
     """More maps than the threads that look for such ones, of which the last have some."""
     torch.manual_seed(0)

@@ -114,6 +114,14 @@ def test_values_and_gradients(gpu: Gpu, tmp_path: Path) -> None:
     check("plain", gpu, small_problems(), tmp_path)
 
 
+@pytest.mark.parametrize("gpu", [H200, STREAMED])
+def test_costs_beyond_float32(gpu: Gpu, tmp_path: Path) -> None:
+    """Exponents of costs e^s that float32 cannot hold, in entries that are 0."""
+    torch.manual_seed(0)
+    problems = [problem(x * cosines(1, 20, 16), "exp", 1.0, 6) for x in (25.0, 100.0, 400.0)]
+    check("plain", gpu, problems, tmp_path)
+
+
 @pytest.mark.parametrize("gpu", [H200, CLUSTERS])
 def test_layouts(gpu: Gpu, tmp_path: Path) -> None:
     torch.manual_seed(0)

@@ -113,7 +113,7 @@ struct Weights {
     return wide_weight(own, S::split(v[j], b[j]), distance);
   }
   __device__ __forceinline__ Power power(float similarity) const {
-    return power_of_two(score_of(similarity, s.p.cost), s.p.factor);
+    return power_of_two(score_of(similarity, s.p.cost, s.p.cap), s.p.factor);
   }
   __device__ __forceinline__ float weight(const Power& own, float similarity, int r, int j) const {
     const float distance = (similarity - highest(r)) * terms.log2_slope;
@@ -133,7 +133,8 @@ struct Weights {
     });
     high = across_lanes(high, Most{});
     low = across_lanes(low, [](float x, float y) { return least_of(x, y); });
-    const float range = score_of(high, s.p.cost) - score_of(low, s.p.cost);
+    const float range =
+        score_of(high, s.p.cost, s.p.cap) - score_of(low, s.p.cost, s.p.cap);
     const bool is_narrow = even && fabsf(range * s.p.factor.value) <= 40;
     const auto distance = [&](float x) { return (x - high) * terms.log2_slope; };
     float most = a;
@@ -232,9 +233,7 @@ __device__ __forceinline__ void differentiate(const S& s, const Weights<S>& weig
                   solution.base > 0 ? wide_correction(h, own, i, j)
                                     : own.power * scale(own.exponent - a[i] - b[j]) *
                                           correction[g][k];
-              const float by_score =
-                  s.p.cost == TransportCost::exp ? score_of(entry, s.p.cost) : 1;
-              d += (w - through) * terms.slope * by_score;
+              d += (w - through) * terms.slope * slope_of(entry, s.p.cost, s.p.cap);
             }
           }
           place = d;
@@ -309,7 +308,8 @@ __device__ __forceinline__ void contrast_map(Solver<kWords, kOnChip>& s, const T
     s.build(s.history().a(solution.base) + s.first, b);
     // The sum of |ds| is at least that of |r| / t, from the diagonal alone.
     const float steepest =
-        fabsf(terms.slope) * (p.cost == TransportCost::exp ? exponential(statistics.high) : 1);
+        fabsf(terms.slope) *
+        (p.cost == TransportCost::exp ? exponential(statistics.high, p.cap) : 1);
     const float part = terms.inverse_temperature / steepest;
     s.recur(source, solution, kNegligible * statistics.total * (part < 1 ? part : 1));
     s.sync_all();

@@ -210,13 +210,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     MGHF_UNROLL_ALL
     for (int k = 0; k < kWords; ++k) {
       const int j = columns[k];
-      const float score = score_of(value[g][k], p.cost);
+      const float score = score_of(value[g][k], p.cost, p.cap);
       const Power power = power_of_two(score, p.factor);
       const float entry = power.power * scale(power.exponent - a[i] - b[j]);
       float through = entry * correction[g][k];
       if (base > 0) through = wide_correction(h, power, i, j);
       const float d = upstream[g][k] * (u[i] * entry * v[j]) - through;
-      const float by_score = p.cost == TransportCost::exp ? score : 1;
+      const float by_score =
+          p.cost != TransportCost::exp ? 1 : value[g][k] > p.cap ? 0 : score;
       value[g][k] = made < 0 ? NAN : i == j ? 0 : d * slope * by_score;
     }
   }

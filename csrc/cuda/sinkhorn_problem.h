@@ -11,7 +11,8 @@ constexpr int kMostWarps = 8;
 constexpr int kGroup = 2;  // rows that a warp takes at a time, where registers allow
 constexpr float kSmallestSum = 1e-14f, kLargestSum = 1e14f;
 constexpr float kLargestExponent = 4194304.0f;  // 2^22: round_to_integer() is right up to there
-constexpr float kNoExponent = -1e9f;
+constexpr float kMostExponent = 16777216.0f;    // 2^24: float32 has all integers up to there
+constexpr float kNoExponent = -1e12f;
 
 // Minimum of the numbers that products stage in the memory of the warps' column sums.
 constexpr int kStaged = 512;
@@ -158,6 +159,7 @@ struct Problem {
   float tolerance;  // below 0: none
   bool settle;      // stop where further iterations would change the result negligibly
   Factor factor;    // score to exponent of two
+  float cap;        // of similarities under the cost "exp"
   Division division;
   float* streamed;  // K and vectors of each block, where they are not on chip
   float* history;   // null unless the gradient is wanted
@@ -165,6 +167,14 @@ struct Problem {
   bool keeps_histories;  // of all matrices, not only of those that are solved at a time
   KeptIterates kept;  // of all maps; none for plans
 };
+
+// The similarity at which a cost e^s, in exponents of two, is nearly kMostExponent. Higher ones
+// count as this much: entries of the plan with such a cost are 0 whatever it is, unless rows or
+// columns have no others. Then the last place of s alone changes the entry by powers of two.
+inline float cap_of(double epsilon) {
+  const double cap = log(kMostExponent * epsilon / 1.4426950408889634);
+  return nextafterf(static_cast<float>(cap < 88 ? cap : 88), -INFINITY);
+}
 
 // `histories`: how many the workspace has: one for each cluster, or for each matrix; 0 forward.
 inline Problem problem_of(int64_t n, const TransportOptions& options, const Division& division,
@@ -178,6 +188,7 @@ inline Problem problem_of(int64_t n, const TransportOptions& options, const Divi
           settle,
           Factor((options.cost == TransportCost::easy ? -1 : 1) * 1.4426950408889634 /
                  options.epsilon),
+          cap_of(options.epsilon),
           division,
           memory,
           histories > 0 ? memory + division.grid().blocks * division.streamed() : nullptr,
@@ -219,8 +230,13 @@ __device__ __forceinline__ void for_rows_of_warp(int rows, const F& f) {
 
 // The score that the plan maximises, without a constant, which u absorbs, and without its sign,
 // which the factor has.
-__device__ __forceinline__ float score_of(float similarity, TransportCost cost) {
-  return cost == TransportCost::exp ? -exponential(similarity) : similarity;
+__device__ __forceinline__ float score_of(float similarity, TransportCost cost, float cap) {
+  return cost == TransportCost::exp ? -exponential(similarity, cap) : similarity;
+}
+// Its derivative.
+__device__ __forceinline__ float slope_of(float similarity, TransportCost cost, float cap) {
+  if (cost != TransportCost::exp) return 1;
+  return similarity > cap ? 0 : -exponential(similarity, cap);
 }
 
 __device__ __forceinline__ float least_of(float x, float y) { return y < x ? y : x; }
@@ -271,15 +287,15 @@ __device__ __forceinline__ void load_columns(float (&x)[kCount], const float* ro
 // area, whose first row is the matrix's row `first`, with the exponents a of the area's rows and b.
 template <bool kOnChip>
 __device__ MGHF_NOINLINE void build_kernel(Area area, int first, int n, const float* a,
-                                           const float* b, TransportCost cost, float factor,
-                                           float factor_low) {
+                                           const float* b, TransportCost cost, float cap,
+                                           float factor, float factor_low) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   for_rows_of_warp(area.rows, [&](int r) {
     const int i = first + r;
     const float exponent = i < n ? a[r] : 0;
     const auto built = [&](int j, float similarity) {
       if (i >= n || j >= n || j == i) return 0.0f;
-      const Power power = power_of_two(score_of(similarity, cost), factor, factor_low);
+      const Power power = power_of_two(score_of(similarity, cost, cap), factor, factor_low);
       return power.power * scale(power.exponent - exponent - b[j]);
     };
     if constexpr (kOnChip) {
@@ -301,8 +317,9 @@ __device__ MGHF_NOINLINE void build_kernel(Area area, int first, int n, const fl
 }
 // An entry's power before the exponents are factored out, for iterations that few matrices need.
 inline __device__ MGHF_NOINLINE Power power_of_entry(float similarity, TransportCost cost,
-                                                     float factor, float factor_low) {
-  return power_of_two(score_of(similarity, cost), factor, factor_low);
+                                                     float cap, float factor,
+                                                     float factor_low) {
+  return power_of_two(score_of(similarity, cost, cap), factor, factor_low);
 }
 
 // Combines the lanes' numbers; every lane gets the result.

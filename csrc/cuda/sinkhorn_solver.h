@@ -19,7 +19,8 @@
 // iteration checks that its row and column sums stay within [1e-14, 1e14]: entries of K below
 // float32's range then add less than 1e-10 to any entry of the plan. An iteration that fails is
 // repeated with a maximum per row and per column (a log-sum-exp in base two), and K is rebuilt on
-// the new a and b. epsilon = 1 never needs that; 0.01 may, on widely spread similarities.
+// the new a and b. epsilon = 1 never needs that; 0.01 may, on widely spread similarities. Exponents
+// reach 2^24: longer scores make the matrix NaN, but costs e^s stop there (see cap_of()).
 //
 // For `monce` the iterations end once further ones would change the result negligibly (see
 // sinkhorn_settling.h). The gradient's recursion goes through all iterations, including those that
@@ -142,10 +143,11 @@ struct Solver {
 
   // Builds K from the similarities in the area, with the exponents a of the block's rows and b.
   __device__ __forceinline__ void build(const float* a, const float* b) const {
-    build_kernel<kOnChip>(own_rows(), first, n, a, b, p.cost, p.factor.value, p.factor.low);
+    build_kernel<kOnChip>(own_rows(), first, n, a, b, p.cost, p.cap, p.factor.value,
+                          p.factor.low);
   }
   __device__ __forceinline__ Power power_of(float similarity) const {
-    return power_of_entry(similarity, p.cost, p.factor.value, p.factor.low);
+    return power_of_entry(similarity, p.cost, p.cap, p.factor.value, p.factor.low);
   }
 
   // Puts the rows' rounded maxima of y into a; the statistics show if any y is infinite, NaN or too
@@ -156,13 +158,13 @@ struct Solver {
       if (first + r >= n) return;
       float top = -INFINITY;
       for_columns(r, [&](int j, float x) {
-        const float y = score_of(x, p.cost) * p.factor.value;
+        const float y = score_of(x, p.cost, p.cap) * p.factor.value;
         if (j == first + r) return;
-        bad = bad || !(fabsf(y) < kLargestExponent);
+        bad = bad || !(x < INFINITY && fabsf(y) < kMostExponent);
         top = most_of(top, y);
       });
       top = across_lanes(top, Most{});
-      if (lane == 0) a[r] = round_to_integer(top);
+      if (lane == 0) a[r] = integer_near(top);
     });
     if (across_lanes(bad ? 1.0f : 0.0f, Most{}) > 0) statistics.total = 1;
   }
