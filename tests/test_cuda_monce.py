@@ -282,6 +282,18 @@ def test_costs_beyond_float32(gpu: Gpu, older: bool, tmp_path: Path) -> None:
     check("plain", gpu, problems, tmp_path, older)
 
 
+def test_rows_without_a_cost_that_float32_can_tell(tmp_path: Path) -> None:
+    """NaN, and only in their map, where any number would be wrong: all costs are about e^100."""
+    torch.manual_seed(0)
+    query, key = (F.normalize(draws.randn(2, 20, 16) + 3.0, dim=2) for _ in range(2))
+    query[1] *= 10.0
+    key[1] *= 10.0
+    given = problem(query, key, 0.07, 1.0, 4, 1.0, "exp")
+    losses, grad = run("plain", H200, [given], tmp_path, True)
+    assert np.isfinite(losses[0]).all() and np.isfinite(grad[0]).all()
+    assert np.isnan(losses[1]).all() and np.isnan(grad[1]).all()
+
+
 @all_kernels
 def test_infinite_similarities_of_an_exponential_cost(
     gpu: Gpu, older: bool, tmp_path: Path

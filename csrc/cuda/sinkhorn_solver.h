@@ -151,9 +151,12 @@ struct Solver {
   }
 
   // Puts the rows' rounded maxima of y into a; the statistics show if any y is infinite, NaN or too
-  // large.
+  // large, or if a row has none but those of capped costs, whose differences are lost.
   __device__ __forceinline__ void find_exponents(float* a, Statistics& statistics) const {
     bool bad = false;
+    const float capped = p.cost == TransportCost::exp
+                             ? score_of(p.cap, p.cost, p.cap) * p.factor.value
+                             : -INFINITY;
     for_rows([&](int r) {
       if (first + r >= n) return;
       float top = -INFINITY;
@@ -164,6 +167,7 @@ struct Solver {
         top = most_of(top, y);
       });
       top = across_lanes(top, Most{});
+      bad = bad || (n > 1 && top <= capped);
       if (lane == 0) a[r] = integer_near(top);
     });
     if (across_lanes(bad ? 1.0f : 0.0f, Most{}) > 0) statistics.total = 1;
