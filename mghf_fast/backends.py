@@ -23,6 +23,10 @@ BACKENDS = ("cuda", "triton", "cpu", "reference")
 OLDEST_TRITON = (3, 5)
 
 
+class BackendError(RuntimeError):
+    """A forced backend cannot run an op; the message says why."""
+
+
 def check_backend(name: object, argument: str = "backend") -> str:
     """Returns ``name`` if it is ``"auto"`` or a backend's name; raises ``ValueError`` otherwise."""
     if name != "auto" and name not in BACKENDS:

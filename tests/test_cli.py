@@ -6,7 +6,9 @@ import argparse
 import sys
 import types
 
+import draws
 import pytest
+import torch
 
 from mghf_fast.commands import cli
 
@@ -18,6 +20,29 @@ def _command(monkeypatch: pytest.MonkeyPatch, run: object) -> None:
     module.run = run  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "fake_command", module)
     monkeypatch.setitem(cli.COMMANDS, "demo", ("fake_command", "a demo"))
+
+
+def test_a_forced_backend_that_cannot_run_is_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(_: argparse.Namespace) -> int:
+        from mghf_fast import functional, use_backend
+
+        with use_backend("cuda"):
+            functional.gram_matrix(draws.rand(1, 1, 4, 4, dtype=torch.float64))
+        return 0
+
+    def fail(_: argparse.Namespace) -> int:
+        raise RuntimeError("a bug")
+
+    _command(monkeypatch, run)
+    assert cli.main(["demo"]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("mghf-fast: backend 'cuda' cannot run gram: ")
+    assert errors.count("\n") == 1
+    _command(monkeypatch, fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main(["demo"])
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -119,6 +119,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except (ValueError, OSError) as error:
         return _fail(str(error))
+    except RuntimeError as error:
+        from ..backends import BackendError  # not before, as it imports PyTorch
+
+        if not isinstance(error, BackendError):
+            raise
+        return _fail(str(error))  # MGHF_BACKEND names one
     except KeyboardInterrupt:
         return 130
 

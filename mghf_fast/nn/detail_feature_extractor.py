@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import _checks as check
 from .. import functional, weights
-from ..backends import current_backend
+from ..backends import BackendError, current_backend
 from ..ops import coupling
 from ..ops.vocabulary import ACTIVATIONS, SUBNETS, BlockWeights
 from ..precision import without_autocast
@@ -140,7 +140,7 @@ class InvertibleBlock(nn.Module):
         if self.memory == "store":
             chosen = current_backend(backend)
             if chosen not in ("auto", "reference"):
-                raise RuntimeError(
+                raise BackendError(
                     f"backend {chosen!r} cannot run coupling with memory='store': only 'reference' "
                     "stores its activations"
                 )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import preferences, trials
-from ..backends import BACKENDS, triton_is_interpreted, unavailable_reasons
+from ..backends import BACKENDS, BackendError, triton_is_interpreted, unavailable_reasons
 from ..source_tree import BARE_SOURCE_TREE
 
 logger = logging.getLogger("mghf_fast")
@@ -119,10 +119,10 @@ class Op:
         return self.implementation(backend).can_run(*tensors, **options)
 
     def choose(self, backend: str, *tensors: Tensor, **options: Any) -> Implementation:
-        """The implementation to run; a forced backend that can't run it raises ``RuntimeError``."""
+        """The implementation to run; a forced backend that can't run it raises ``BackendError``."""
         if backend != "auto":
             if (reason := self.why_not(backend, *tensors, **options)) is not None:
-                raise RuntimeError(f"backend {backend!r} cannot run {self.name}: {reason}")
+                raise BackendError(f"backend {backend!r} cannot run {self.name}: {reason}")
             return self.implementation(backend)
         return self.implementation(self.preferred(*tensors, **options))
 
