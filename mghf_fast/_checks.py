@@ -16,12 +16,15 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_tensor(name: str, x: Any, shape: str, *, tangents: bool = False) -> None:
-    """Requires a non-empty floating-point tensor with the dimensions that ``shape`` names, as in
-    "(B, C, H, W)". A tangent of forward-mode differentiation is allowed only with ``tangents``."""
+    """Requires a dense floating-point tensor, not empty, with the dimensions that ``shape`` names, as
+    in "(B, C, H, W)". A tangent of forward-mode differentiation is allowed only with ``tangents``.
+    """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor of shape {shape}, got {type(x).__name__}")
     if x.dtype not in FLOATING:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got one of layout {x.layout}")
     if x.dim() != shape.count(",") + 1:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
     if x.numel() == 0:

@@ -339,6 +339,10 @@ def test_bad_input() -> None:
         loss(sr.to("meta"), gt.to("meta"))
     with pytest.raises(TypeError, match="sr must be float16.*uint8"):
         loss(sr.to(torch.uint8), gt.to(torch.uint8))
+    with pytest.raises(
+        TypeError, match="sr must be a dense tensor, got one of layout torch.sparse"
+    ):
+        loss(sr.to_sparse(), gt)
     with pytest.raises(ValueError, match=r"sr must have shape \(B, 3, H, W\), got \(3, 56, 56\)"):
         loss(sr[0], gt[0])
     with pytest.raises(
