@@ -23,7 +23,7 @@ class Part(NamedTuple):
 PLAN = (
     Part("ceilings", 10, "bandwidth, rates of products, what a launch costs"),
     Part("values", 13, "every op against the reference in float32"),
-    Part("newer", 85, "newer CUDA kernels against older ones and by precision, each twice in turn"),
+    Part("newer", 90, "newer CUDA kernels against older ones and by precision, each twice in turn"),
     Part("profile", 25, "kernels of both losses by microseconds; iterations made, by map"),
     Part("mghf_c", 20, "a step as auto has it: launched and as a graph"),
     Part("mghf_n", 12, "the same"),

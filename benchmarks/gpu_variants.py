@@ -60,6 +60,9 @@ NEWER_KERNELS = (
 )
 """(op, part, form, size) in which newer kernels are compared with older ones: a line for each. At
 512 x 512, the paper's size, that is done in every precision."""
+SMALL_MAPS = ((32, 64), (16, 128))
+"""[batch, size] of crops that people train with, whose maps of 4 and 25 patches `monce` solves by a
+warp each. Compared in float32 only."""
 GRADED_ALONE = ("gram",)
 """Ops with a precision and one kind of CUDA kernels, compared with float32's."""
 
@@ -69,14 +72,20 @@ def newer_pairs() -> list[Pair]:
     one kind of kernels. In float32 their kernels are listed too: the mix of `coupling` is one of
     them."""
     pairs: list[Pair] = []
-    for precision, (op, part, form, size) in itertools.product(PRECISIONS, NEWER_KERNELS):
-        if size != 512 and precision != "float32":
+    compared = [(op, part, form, (1, size)) for op, part, form, size in NEWER_KERNELS]
+    compared += [
+        ("monce", part, "mghf_fast", shape)
+        for shape in SMALL_MAPS
+        for part in ("forward", "gradient")
+    ]
+    for precision, (op, part, form, shape) in itertools.product(PRECISIONS, compared):
+        if shape != (1, 512) and precision != "float32":
             continue
         way = {"backend": "cuda", "precision": precision}
         older = list(OLDER) if op not in OLDER else [op]
         pairs.append(
             {"name": f"{op} {part}, {precision}", "op": op, "part": part, "form": form,
-             "shape": [1, size], "kernels": precision == "float32",
+             "shape": [*shape], "kernels": precision == "float32",
              "a": way | {"older": []}, "b": way | {"older": older}}
         )  # fmt: skip
     for op, precision in itertools.product(GRADED_ALONE, PRECISIONS[1:]):

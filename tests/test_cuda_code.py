@@ -91,6 +91,13 @@ BOUNDS = [
     Bounds("monce_chip", "16contrast_on_chipILb1ELb0E", 0.32, 43),
     Bounds("monce_chip", "16contrast_on_chipILb0ELb1E", 0.31, 64),
     Bounds("monce_chip", "16contrast_on_chipILb1ELb1E", 0.31, 64),
+    # What prepares few products: factors are split, and read from permuted places.
+    Bounds("monce_warp", "15losses_by_warpsILi1E", 0.083, 17),
+    Bounds("monce_warp", "15losses_by_warpsILi2E", 0.084, 21),
+    Bounds("monce_warp", "15losses_by_warpsILi4E", 0.187, 31),
+    Bounds("monce_warp", "17gradient_by_warpsILi1E", 0.06, 28.5),
+    Bounds("monce_warp", "17gradient_by_warpsILi2E", 0.065, 35),
+    Bounds("monce_warp", "17gradient_by_warpsILi4E", 0.147, 55),
     # One instruction of a warpgroup makes a warp the products of 14 of those above; generic loads
     # are those from other blocks.
     Bounds("monce_cluster", "20contrast_by_clustersILb0E", 0.022, 44, generic_loads=True),

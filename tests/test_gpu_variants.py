@@ -69,6 +69,12 @@ def test_newer_kernels_are_compared_with_older_ones_in_every_precision() -> None
             older = pair["b"]["older"]
             assert pair["a"] == pair["b"] | {"older": []}
             assert older == ([op] if op in gpu_variants.OLDER else [*gpu_variants.OLDER])
+    for shape in gpu_variants.SMALL_MAPS:
+        found = [p for p in with_older if p["shape"] == [*shape]]
+        assert [(p["op"], p["part"]) for p in found] == [
+            ("monce", "forward"), ("monce", "gradient")
+        ]  # fmt: skip
+        assert {p["a"]["precision"] for p in found} == {"float32"}
     # Whole steps in float32 come before anything in less.
     grades = [p["a"]["precision"] for p in with_older]
     assert grades == sorted(grades, key=PRECISIONS.index)
@@ -319,6 +325,7 @@ def test_parts_go_on_where_newer_kernels_cannot_run(
     monkeypatch.setattr(gpu, "gpu_name", lambda: "card")
     monkeypatch.setattr(gpu, "part_command", lambda *a: [*command(*a), *on_cpu])
     monkeypatch.setattr(gpu_variants, "NEWER_KERNELS", gpu_variants.NEWER_KERNELS[:1])
+    monkeypatch.setattr(gpu_variants, "SMALL_MAPS", ())
     monkeypatch.setattr(gpu_variants, "GRADED_ALONE", ())
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert gpu.main(["--only", "newer", "flash", "--out", str(tmp_path)]) == 1

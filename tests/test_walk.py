@@ -167,6 +167,7 @@ COUNT = """
         ("ULDC UR4, c[0x0][0x210]\nUIADD3 UR4, UR4, 0x2, URZ\nMOV R0, UR4", 7),
         ("HFMA2.MMA R0, -RZ, RZ, 0, 5.9604644775390625e-08", 1),
         ("SHFL.IDX PT, R0, R0, RZ, 0x1f", 5),
+        ("REDUX.MAX UR0, R0\nMOV R0, UR0", 5),
         ("R2P PR, R0, 0x7\nSEL R0, 0x4, 0x3, P2", 4),
         ("ISETP.EQ.AND P3, PT, R0, 0x5, PT\nP2R R0, PR, RZ, 0x8", 8),
     ],

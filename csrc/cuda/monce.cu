@@ -17,11 +17,11 @@
 // Where K or v covers too many powers of two for w to be a float32, the exponents of all factors
 // are added before the power is taken.
 //
-// On GPUs with products of warpgroups maps of 33 to 1792 patches are those of monce_cluster.h
-// instead, and others that fit one block's shared memory without K those of monce_chip.h. Both make
-// a map NaN whose sums leave float32's range, as those of embeddings much longer than 1 may. The
-// host cannot know them without waiting, so the kernels here follow and solve the maps that are
-// NaN.
+// Maps of 2 to 32 patches are those of monce_warp.h instead; on GPUs with products of warpgroups
+// those of 33 to 1792 patches are monce_cluster.h's; and others that fit one block's shared memory
+// without K are monce_chip.h's. All of these make a map NaN whose sums leave float32's range, as
+// those of embeddings much longer than 1 may. The host cannot know them without waiting, so the
+// kernels here follow and solve the maps that are NaN.
 //
 // Predicted floor for B = 128, N = 441, D = 64, float32 on an H200: 29 MB read, 6 us at 4.3 TB/s;
 // 1.6 G multiply-adds for each s, as three products of TF32 33 us at 300 TFLOP/s. In each of four
@@ -33,6 +33,7 @@
 
 #include "monce_chip.h"
 #include "monce_cluster.h"
+#include "monce_warp.h"
 #include "patch_product.h"
 #include "sinkhorn_gradient.h"
 #include "variants.h"
@@ -413,11 +414,12 @@ Terms terms_of(const MonceOptions& options, int64_t n, bool broken_only) {
 }
 
 // The newer kernels: which of them take these maps, if any.
-enum class Newer { none, chip, cluster };
+enum class Newer { none, warp, chip, cluster };
 
 Newer newer_kernels(int64_t n, int64_t depth, const MonceOptions& options) {
   Gpu gpu;
   if (!newest(Variant::monce) || current_gpu(gpu) != nullptr) return Newer::none;
+  if (fits_warp(n, depth, options)) return Newer::warp;
   if (fits_cluster(n, depth, options)) return Newer::cluster;
   return fits_chip(n, depth, options, gpu.shared_bytes) ? Newer::chip : Newer::none;
 }
@@ -431,7 +433,8 @@ const char* divide_broken(Newer newer, int64_t n, int64_t batch, const MonceOpti
   if (error == nullptr && newer == Newer::cluster) {
     error = cluster_workspace_bytes(batch, n, options, backward, bytes);
   } else {
-    bytes = chip_workspace_bytes(batch, n, options, backward);
+    const auto workspace_bytes = newer == Newer::warp ? warp_workspace_bytes : chip_workspace_bytes;
+    bytes = workspace_bytes(batch, n, options, backward);
   }
   if (error != nullptr) return error;
   const bool exact = backward && differentiates_plan(options, n);
@@ -504,7 +507,9 @@ const char* monce(const Matrices& query, const Matrices& key, const MonceOptions
   const char* error = follows ? divide_broken(newer, n, batch, options, false, division, bytes)
                               : divide_maps(n, batch, division);
   if (error == nullptr && follows) {
-    const auto launch_newer = newer == Newer::chip ? monce_on_chip : monce_by_clusters;
+    const auto launch_newer = newer == Newer::warp   ? monce_by_warps
+                              : newer == Newer::chip ? monce_on_chip
+                                                     : monce_by_clusters;
     error = launch_newer(query, key, options, result, state, slots, workspace, stream);
   }
   if (error != nullptr) return error;
@@ -527,8 +532,9 @@ const char* monce_backward(const Matrices& grad, const Matrices& query, const Ma
   const char* error = follows ? divide_broken(newer, n, batch, options, true, division, bytes)
                               : divide_maps(n, batch, division);
   if (error == nullptr && follows) {
-    const auto launch_newer =
-        newer == Newer::chip ? monce_backward_on_chip : monce_backward_by_clusters;
+    const auto launch_newer = newer == Newer::warp   ? monce_backward_by_warps
+                              : newer == Newer::chip ? monce_backward_on_chip
+                                                     : monce_backward_by_clusters;
     error = launch_newer(grad, query, key, state, slots, options, grad_query, workspace, stream);
   }
   if (error != nullptr) return error;

@@ -26,9 +26,7 @@
 
 #include "matrix.h"
 #include "mma.h"
-#include "sinkhorn_problem.h"
-
-#include "../common/sinkhorn_settling.h"  // after the definition of __device__
+#include "monce_numbers.h"
 
 namespace mghf::cuda {
 
@@ -41,13 +39,9 @@ constexpr int kRowsOfThread = 2 * kRowTiles;
 constexpr int kMostGroups = 8, kMostBands = 2;
 constexpr int kChipThreads = kMostGroups * kMostBands * kWarp;
 constexpr int kMostOnChip = kMostGroups * kWarpColumns;
-constexpr int kMostDepth = 64;
 constexpr int kPatchWords = 16;  // of 16 bytes, for a patch: 8 of big parts, 8 of small ones
 constexpr int kScaled = 10;      // the exponent to which factors are scaled
 constexpr int kPartDepth = 16;   // of the gradient, added up at a time
-constexpr float kLeastSum = 1e-33f, kMostSum = 1e33f;  // of rows and columns, and of their inverses
-// Added to the exponents a in the state, so that they are not zeros.
-constexpr float kMark = 12582912.0f;  // 1.5 * 2^23
 
 enum class Pass { iterate, weigh, recur, differentiate };
 
@@ -145,28 +139,6 @@ __device__ __forceinline__ int thread_again() {
 }
 
 using Tile = float[kRowTiles][kColumnTiles][4];
-
-// 2^x to 2e-7, 0 for results below float32's normal range.
-__device__ __forceinline__ float power_of(float x) {
-#ifdef __CUDA_ARCH__
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#else
-  return x < -126 ? 0 : exp2f(x);
-#endif
-}
-
-// 1 / x to 2^-23, for what is neither below float32's normal range nor above 2^126.
-__device__ __forceinline__ float inverse_of(float x) {
-#ifdef __CUDA_ARCH__
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#else
-  return 1 / x;
-#endif
-}
 
 // The exponent of the power of two by which numbers up to `largest` are multiplied to be below
 // 2^(kScaled + 1), if they are above 2^least and below 2^most.

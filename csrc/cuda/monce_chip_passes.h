@@ -9,16 +9,6 @@ namespace mghf::cuda {
 namespace {
 
 constexpr int kShortIterations = 6;  // whose terms every map has memory for
-// Relative part of the gradient that the recursion may leave out.
-constexpr float kNegligiblePart = 5e-7f;
-
-__device__ __forceinline__ float softplus_of(float x) {
-  return (x > 0 ? x : 0) + log1pf(expf(-fabsf(x)));
-}
-__device__ __forceinline__ float sigmoid_of(float x) {
-  const float decay = expf(-fabsf(x));
-  return (x > 0 ? 1 : decay) * inverse_of(1 + decay);
-}
 
 template <bool kExp, bool kBackward>
 struct ChipMap : ChipBlock<kExp> {

@@ -162,6 +162,19 @@ T exchanged(const T& own, unsigned lane) {
   return result;
 }
 
+// The number of the warp that comes before all others.
+template <class T, class Before>
+T extreme(const T& own, const Before& before) {
+  const unsigned char* const all = exchange(&own, sizeof own);
+  T found = own;
+  for (int lane = 0; lane < kWarp; ++lane) {
+    T other;
+    std::memcpy(&other, all + lane * kMostExchanged, sizeof other);
+    if (before(other, found)) found = other;
+  }
+  return found;
+}
+
 }  // namespace mghf::host
 
 #define threadIdx (::mghf::host::thread_index)
@@ -192,6 +205,13 @@ T __shfl_sync(unsigned, T value, int lane) {
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
   return mghf::host::exchanged(value, threadIdx.x ^ static_cast<unsigned>(mask));
+}
+// The least and the largest number of the warp. Likewise.
+inline unsigned __reduce_min_sync(unsigned, unsigned value) {
+  return mghf::host::extreme(value, [](unsigned x, unsigned y) { return x < y; });
+}
+inline unsigned __reduce_max_sync(unsigned, unsigned value) {
+  return mghf::host::extreme(value, [](unsigned x, unsigned y) { return x > y; });
 }
 
 inline int atomicAdd(int* target, int value) {
