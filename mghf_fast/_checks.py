@@ -16,9 +16,9 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_tensor(name: str, x: Any, shape: str, *, tangents: bool = False) -> None:
-    """Requires a dense floating-point tensor, not empty, with the dimensions that ``shape`` names, as
-    in "(B, C, H, W)". A tangent of forward-mode differentiation is allowed only with ``tangents``.
-    """
+    """Requires a dense floating-point tensor, not empty, with the dimensions that ``shape`` names,
+    as in "(B, C, H, W)". A tangent of forward-mode differentiation is allowed only with
+    ``tangents``."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor of shape {shape}, got {type(x).__name__}")
     if x.dtype not in FLOATING:
