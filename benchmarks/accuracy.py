@@ -13,6 +13,7 @@ into results/accuracy.json and a table of all backends into docs/benchmarks.md.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -86,6 +87,9 @@ def errors_of(op: str, backend: str, device: torch.device) -> dict[str, list[flo
     }
 
 
+_FOR_GOOD = contextlib.ExitStack()
+
+
 def _places(backend: str, host_modules: Path) -> list[Place]:
     """Makes a backend run here."""
     cpu = torch.device("cpu")
@@ -99,7 +103,7 @@ def _places(backend: str, host_modules: Path) -> list[Place]:
     if backend == "cuda":
         os.environ["MGHF_CUDA_HOST"] = str(host_modules.resolve())
         emulated = importlib.import_module("emulated")
-        emulated.install()
+        _FOR_GOOD.enter_context(emulated.installed())
         host = importlib.import_module("cuda_host").load(str(emulated.module("plain")))
         return [
             (f"{language}, {capability} emulated", cpu, functools.partial(host.set_gpu, *gpu))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 
 import emulated
 import interpreter
@@ -59,7 +61,6 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_default_device(device)
     if device != "cpu":
         as_float32_and_repeatable()
-    emulated.install()
     if triton_is_interpreted():
         interpreter.hasten()
         interpreter.round_bfloat16()
@@ -99,8 +100,17 @@ def _seed(request: pytest.FixtureRequest) -> None:
     torch.manual_seed(getattr(request, "param", 0))
 
 
+@pytest.fixture(autouse=True)
+def _emulated(request: pytest.FixtureRequest) -> Iterator[None]:
+    wanted = emulated.is_for(request.node)
+    with emulated.installed() if wanted else contextlib.nullcontext():
+        yield
+
+
 def runnable_backends(op: str, probe: torch.Tensor) -> list[str]:
-    return [backend for backend in BACKENDS if OPS[op].why_not(backend, probe) is None]
+    on_cpu = probe.device.type == "cpu"
+    with emulated.installed() if on_cpu else contextlib.nullcontext():
+        return [backend for backend in BACKENDS if OPS[op].why_not(backend, probe) is None]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

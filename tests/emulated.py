@@ -6,11 +6,12 @@ backend "cuda" for tensors on the CPU, for the tests of every backend.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,15 +75,27 @@ def strided(x: Tensor) -> Strided:
 # ---- as a backend ----
 
 
-def install() -> None:
+@contextlib.contextmanager
+def installed() -> Iterator[None]:
     """Lets the backend "cuda" run tensors on the CPU, if the host library is built: the ops of
     csrc/cuda/ops, with their checks, and the kernels."""
     if FOLDER is None:
+        yield
         return
     load(str(module("plain")))
     refuse = backends._cannot_take
-    native.cuda_ops = lambda: torch.ops.mghf_cuda_host
-    native.cuda_library = lambda: module("plain")
-    backends._cuda_unavailable_reason = lambda: None  # type: ignore[assignment]
-    backends._cuda_lacks = lambda device: None  # type: ignore[assignment]
-    backends._cannot_take = lambda tensors, device: refuse(tensors, "cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "cuda_ops", lambda: torch.ops.mghf_cuda_host)
+        patch.setattr(native, "cuda_library", lambda: module("plain"))
+        patch.setattr(backends, "_cuda_unavailable_reason", lambda: None)
+        patch.setattr(backends, "_cuda_lacks", lambda device: None)
+        patch.setattr(backends, "_cannot_take", lambda tensors, device: refuse(tensors, "cpu"))
+        yield
+
+
+def is_for(item: pytest.Item) -> bool:
+    """Whether a test is for the emulated kernels: in others "auto" would pick them."""
+    parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    return item.path.name.startswith("test_cuda_") or any(
+        isinstance(x, str) and x == "cuda" for x in parameters
+    )
