@@ -19,6 +19,8 @@ EXIT_CODES = {"data": 66, "heap-buffer-overflow": 67}  # the sanitizers'; Python
         ("thread", "planted_cluster", 1, "data race"),
         ("thread", "planted_copy", 2, "data race"),
         ("thread", "planted_ring", 2, "data race"),
+        ("thread", "planted_workspace", 1, "data race"),
+        ("thread", "planted_workspaces", 1, "data race"),
         ("plain", "planted_ring", 3, "a barrier that others never reach"),
         ("address", "planted_index", 1, "heap-buffer-overflow"),
         ("address", "planted_index", -1, "heap-buffer-overflow"),

@@ -173,3 +173,10 @@ def test_blocks_under_sanitizers(kind: str, tmp_path: Path) -> None:
         problem(*pair(2, 226, 3), 0.07, 1.0, 1, 1.0, "easy", "detach"),
     ]
     check(kind, ONE_MULTIPROCESSOR, problems, tmp_path)
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k == "thread"])
+def test_clusters_have_their_own_memory(kind: str, tmp_path: Path) -> None:
+    """Several at a time, whose maps make their iterations again."""
+    torch.manual_seed(0)
+    check(kind, H200, [problem(*pair(2, 34, 3), 0.07, 0.1, 7)], tmp_path)

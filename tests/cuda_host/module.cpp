@@ -106,4 +106,6 @@ PYBIND11_MODULE(mghf_fast_cuda_host, m) {
   m.def("planted_product", &product);
   m.def("planted_copy", &run<planted_copy>);
   m.def("planted_ring", &run<planted_ring>);
+  m.def("planted_workspace", &run<planted_workspace>);
+  m.def("planted_workspaces", &run<planted_workspaces>);
 }

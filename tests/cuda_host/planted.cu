@@ -80,7 +80,35 @@ __global__ void reverse_through_ring(const int* x, int* result, int fault) {
   }
 }
 
+constexpr int kOfBlock = 16;
+
+__global__ void reverse_in_parts(const int* x, int* result, int* workspace, int blocks, int fault) {
+  const int cluster = static_cast<int>(blockIdx.x) / blocks, width = blocks * kOfBlock;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int own = static_cast<int>(block_of_cluster()) * kOfBlock + thread;
+  int* const part = workspace + (fault == 0 ? cluster * width : 0);
+  if (thread < kOfBlock) part[own] = x[cluster * width + own];
+  __syncthreads();
+  if (blocks > 1) sync_cluster();
+  if (thread < kOfBlock) result[kNumbers - (cluster + 1) * width + own] = part[width - 1 - own];
+}
+
+const char* reversed_in_parts(const int* x, int* result, unsigned blocks, int fault,
+                              Stream stream) {
+  int workspace[kNumbers];
+  return launch(reverse_in_parts, {kNumbers / kOfBlock, kWarp, 0, blocks}, stream, x, result,
+                static_cast<int*>(workspace), static_cast<int>(blocks), fault);
+}
+
 }  // namespace
+
+const char* planted_workspace(const int* x, int* result, int fault, Stream stream) {
+  return reversed_in_parts(x, result, 1, fault, stream);
+}
+
+const char* planted_workspaces(const int* x, int* result, int fault, Stream stream) {
+  return reversed_in_parts(x, result, 2, fault, stream);
+}
 
 const char* planted_barrier(const int* x, int* result, int fault, Stream stream) {
   return launch(reverse, {1, kNumbers}, stream, x, result, fault);

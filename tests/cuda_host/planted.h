@@ -17,5 +17,10 @@ const char* planted_copy(const int* x, int* result, int fault, Stream stream);
 // Reversed, through a ring that bulk copies fill. 1: without waiting for them; 2: a slot is filled
 // again before it was read, a race; 3: a byte count that never becomes right.
 const char* planted_ring(const int* x, int* result, int fault, Stream stream);
+// Reversed, through a workspace in device memory: each of the grid's clusters has a part of it.
+// Clusters of one block, and of two. 1: all have the same part. They run one after the other, so the result is
+// right, but ThreadSanitizer sees a race.
+const char* planted_workspace(const int* x, int* result, int fault, Stream stream);
+const char* planted_workspaces(const int* x, int* result, int fault, Stream stream);
 
 }  // namespace mghf::cuda

@@ -12,6 +12,8 @@
 #endif
 #if defined(MGHF_THREAD_SANITIZER)
 #include <sanitizer/tsan_interface.h>
+
+#include <thread>
 #endif
 
 #include "context.h"
@@ -27,6 +29,11 @@ namespace {
 constexpr size_t kStackBytes = 256 << 10;
 constexpr size_t kMostCopies = 160;  // of a round
 constexpr size_t kOutermostBytes = 4 << 10;
+#if defined(MGHF_THREAD_SANITIZER)
+constexpr unsigned kCrews = 2;
+#else
+constexpr unsigned kCrews = 1;
+#endif
 
 // Two addresses for ThreadSanitizer's state of a barrier, used in turn: what threads release at the
 // next wait must not be acquired by those that have yet to leave this one.
@@ -105,11 +112,10 @@ struct Fiber {
   }
 };
 
+// The fibers that run every kCrews-th cluster of a grid.
 struct Launch {
-  unsigned clusters, blocks_of_cluster;
-  int threads;
-  size_t shared_bytes;
-  const std::function<void()>* kernel;
+  unsigned crew = 0, clusters = 0, blocks_of_cluster = 0;
+  const std::function<void()>* kernel = nullptr;
   std::vector<Block> blocks;
   Barrier cluster, end;
   const char* error = nullptr;
@@ -179,12 +185,12 @@ void wait(Barrier& barrier, bool orders_memory) {
   if (orders_memory) barrier.leave(time);
 }
 
-// A fiber runs its thread of every cluster in turn; the clusters use the same shared memory.
+// A fiber runs its thread of every cluster of its crew in turn, in the same shared memory.
 void live() {
   entered();
   Fiber* const self = fiber;
   wait(launch->end, true);  // makes the caller's writes visible
-  for (unsigned cluster = 0; cluster < launch->clusters; ++cluster) {
+  for (unsigned cluster = launch->crew; cluster < launch->clusters; cluster += kCrews) {
     self->block = cluster * launch->blocks_of_cluster + self->rank;
     block_index.x = self->block;
     (*launch->kernel)();
@@ -198,9 +204,10 @@ void live() {
   to_scheduler();
 }
 
-// The first `number` stacks, or none if memory is short.
-const std::vector<Stack>& stacks(size_t number) {
-  static std::vector<Stack> kept;
+// The first `number` stacks of a crew, or none if memory is short.
+const std::vector<Stack>& stacks(unsigned crew, size_t number) {
+  static std::vector<Stack> of_crews[kCrews];
+  std::vector<Stack>& kept = of_crews[crew];
   while (kept.size() < number) {
     void* const memory = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -376,17 +383,11 @@ void wait_for_products(int groups_left) {
   fiber->products_begun = false;
 }
 
-const char* run(unsigned blocks, unsigned blocks_of_cluster, int threads, size_t shared_bytes,
-                const std::function<void()>& kernel) {
-  if (static_cast<int64_t>(shared_bytes) > gpu.shared_bytes) return "too much shared memory";
-  if (blocks_of_cluster > 1 && !gpu.clusters) return "there are no clusters";
-  if (blocks % blocks_of_cluster != 0) return "the blocks make no whole clusters";
-  if (threads % kWarp != 0 || threads > 1024) return "the block has no whole warps, or too many";
-  if (counting.on) {
-    ++counting.launches;
-    return nullptr;
-  }
-  Launch own;
+namespace {
+
+void prepare(Launch& own, unsigned crew, unsigned blocks, unsigned blocks_of_cluster, int threads,
+             size_t shared_bytes, const std::function<void()>& kernel) {
+  own.crew = crew;
   own.clusters = blocks / blocks_of_cluster;
   own.blocks_of_cluster = blocks_of_cluster;
   own.kernel = &kernel;
@@ -399,19 +400,25 @@ const char* run(unsigned blocks, unsigned blocks_of_cluster, int threads, size_t
     block.shared.reset(new unsigned char[shared_bytes]);
     for (size_t i = 0; i < shared_bytes; ++i) block.shared[i] = 0xff;  // NaN
   }
-  grid_size.x = blocks;
-  block_size.x = static_cast<unsigned>(threads);
   own.fibers.resize(own.end.threads);
+  for (size_t i = 0; i < own.fibers.size(); ++i) {
+    own.fibers[i].thread = static_cast<unsigned>(i) % static_cast<unsigned>(threads);
+    own.fibers[i].rank = static_cast<unsigned>(i) / static_cast<unsigned>(threads);
+  }
+}
+
+void run_crew(Launch& own) {
   launch = &own;
-  const std::vector<Stack>& kept = stacks(own.fibers.size());
-  if (kept.empty()) return "no memory for the threads' stacks";
+  const std::vector<Stack>& kept = stacks(own.crew, own.fibers.size());
+  if (kept.empty()) {
+    own.error = "no memory for the threads' stacks";
+    return;
+  }
 #if defined(MGHF_THREAD_SANITIZER)
   own.scheduler_known = __tsan_get_current_fiber();
 #endif
   for (size_t i = 0; i < own.fibers.size(); ++i) {
     Fiber& of = own.fibers[i];
-    of.thread = static_cast<unsigned>(i) % static_cast<unsigned>(threads);
-    of.rank = static_cast<unsigned>(i) / static_cast<unsigned>(threads);
     of.stack = kept[i];
     of.context.prepare(of.stack.memory, kStackBytes, live);
   }
@@ -431,13 +438,53 @@ const char* run(unsigned blocks, unsigned blocks_of_cluster, int threads, size_t
       ended += next.done ? 1 : 0;
     }
   }
-#if defined(MGHF_THREAD_SANITIZER)
-  for (char& known : own.end.known) __tsan_acquire(&known);
-#endif
   for (const Fiber& of : own.fibers) forget_frames(of.stack, stuck);
   launch = nullptr;
   fiber = nullptr;
-  return stuck ? "threads wait at a barrier that others never reach" : own.error;
+  if (stuck) own.error = "threads wait at a barrier that others never reach";
+}
+
+}  // namespace
+
+void fence() {
+#if defined(MGHF_THREAD_SANITIZER)
+  static char known;
+  __tsan_release(&known);
+  __tsan_acquire(&known);
+#endif
+}
+
+// Blocks of a grid are not ordered. Under ThreadSanitizer neither are those of two crews, which run
+// one after the other: it reports memory that a cluster shares with the next by mistake. A crew has
+// a thread of the host for itself, and with it static shared memory.
+const char* run(unsigned blocks, unsigned blocks_of_cluster, int threads, size_t shared_bytes,
+                const std::function<void()>& kernel) {
+  if (static_cast<int64_t>(shared_bytes) > gpu.shared_bytes) return "too much shared memory";
+  if (blocks_of_cluster > 1 && !gpu.clusters) return "there are no clusters";
+  if (blocks % blocks_of_cluster != 0) return "the blocks make no whole clusters";
+  if (threads % kWarp != 0 || threads > 1024) return "the block has no whole warps, or too many";
+  if (counting.on) {
+    ++counting.launches;
+    return nullptr;
+  }
+  grid_size.x = blocks;
+  block_size.x = static_cast<unsigned>(threads);
+  Launch crews[kCrews];
+  for (unsigned crew = 0; crew < kCrews && crew < blocks / blocks_of_cluster; ++crew) {
+    prepare(crews[crew], crew, blocks, blocks_of_cluster, threads, shared_bytes, kernel);
+  }
+  run_crew(crews[0]);
+#if defined(MGHF_THREAD_SANITIZER)
+  if (crews[0].error == nullptr && !crews[1].fibers.empty()) {
+    std::thread(run_crew, std::ref(crews[1])).join();
+    crews[0].error = crews[1].error;
+  }
+  // Only now, so that the first crew's work is not passed on to the second.
+  for (Launch& crew : crews) {
+    for (char& known : crew.end.known) __tsan_acquire(&known);
+  }
+#endif
+  return crews[0].error;
 }
 
 }  // namespace mghf::host

@@ -1,8 +1,9 @@
 // The parts of CUDA that the sources use, for the host. The threads of a block, or of a cluster of
 // blocks, are fibers that one thread of the host runs in turn, each up to its next barrier.
 // ThreadSanitizer sees them as threads that only barriers order, so it finds a missing one whatever
-// the order. Shared memory is static or allocated to its size, so AddressSanitizer finds accesses
-// outside.
+// the order. It sees the blocks of a grid, or the clusters, in two series that nothing orders but
+// __threadfence(), so it finds memory that one shares with the next. Shared memory is static or
+// allocated to its size, so AddressSanitizer finds accesses outside.
 // A barrier that not every thread reaches ends the launch with an error.
 #pragma once
 
@@ -22,7 +23,11 @@
 #define __global__
 #define __device__
 #define __host__
+#if defined(__SANITIZE_THREAD__)
+#define __shared__ static thread_local  // see run()
+#else
 #define __shared__ static
+#endif
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __restrict__ __restrict
@@ -88,6 +93,7 @@ unsigned cluster_rank();
 void sync_block();
 void sync_warp();
 void sync_cluster();
+void fence();
 
 // Returns what every thread of the warp passed, 32 blocks of kMostExchanged bytes, valid until the
 // exchange after the next. All threads of the warp must call it. As on a GPU it does not order
@@ -193,8 +199,7 @@ struct alignas(16) uint4 {
 };
 
 inline void __syncthreads() { mghf::host::sync_block(); }
-// Blocks run one after the other.
-inline void __threadfence() {}
+inline void __threadfence() { mghf::host::fence(); }
 inline void __syncwarp() { mghf::host::sync_warp(); }
 
 // Every thread of the warp must call it.
