@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import io
+import linecache
 import pickle
 import warnings
 from collections.abc import Callable, Sequence
@@ -479,6 +480,24 @@ def test_values_far_outside_the_range_give_one_warning(
         loss(sr, gt)
         small_loss()(sr, gt)  # no range named
     assert [str(w.message)[:20] for w in caught] == ["input_range is '0,1'"] * far
+
+
+def test_warnings_point_at_the_line_that_called_the_library() -> None:
+    sr, gt = (255 * image for image in pair())
+    hf_diff, network = HFDiffLoss(small(), input_range="0,1"), nn.ModuleDict({"loss": small_loss()})
+    calls = {
+        "called": lambda: small_loss(input_range="0,1")(sr, gt),
+        "terms": lambda: small_loss(input_range="0,1").terms(sr, gt),
+        "within HFDiffLoss": lambda: hf_diff(sr, gt),
+        "frozen weights": lambda: network.load_state_dict({"loss.extractor.x": gt}, strict=False),
+    }
+    for name, call in calls.items():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            call()
+        (warning,) = caught
+        line = linecache.getline(warning.filename, warning.lineno)
+        assert warning.filename == __file__ and f'"{name}": lambda' in line
 
 
 def test_repr_says_what_the_loss_is(tmp_path: Path) -> None:

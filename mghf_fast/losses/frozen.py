@@ -10,12 +10,13 @@ from __future__ import annotations
 import copy
 import hashlib
 import io
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .._warnings import warn_caller
 
 
 class Unregistered(nn.Module):
@@ -151,11 +152,10 @@ class HoldsFrozen(nn.Module):
                 if kept is None or not _equal(saved, kept):
                     different.append(key)
         if different:
-            warnings.warn(
+            warn_caller(
                 f"the state_dict holds other frozen weights than this loss ({len(different)}, "
                 f"{different[0]!r} first), which keeps its own: its values will differ from those "
-                "of the loss that was saved, unless it is made with the same extractor",
-                stacklevel=2,
+                "of the loss that was saved, unless it is made with the same extractor"
             )
         super()._load_from_state_dict(state_dict, prefix, *rest, **options)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from .. import _checks as check
 from .. import functional
+from .._warnings import warn_caller
 from ..backends import optional_backend
 from ..nn import DetailFeatureExtractor
 from ..precision import accumulation_dtype, autocasting, check_precision, without_autocast
@@ -288,10 +288,9 @@ class MGHFLoss(HoldsFrozen):
         margin = (high - low) / 2
         least, most = (float(bound) for bound in torch.aminmax(gt.detach()))
         if least < low - margin or most > high + margin:
-            warnings.warn(
+            warn_caller(
                 f"input_range is {self.input_range!r}, but gt reaches from {least:.3g} to "
-                f"{most:.3g}: images in another range change the scale of the loss",
-                stacklevel=2,
+                f"{most:.3g}: images in another range change the scale of the loss"
             )
 
     def _outputs(self, sr: Tensor, gt: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
