@@ -430,6 +430,18 @@ def test_without_scikit_image_the_extra_is_named(
     assert code == 2 and 'pip install "mghf_fast[evaluate]"' in errors
 
 
+@pytest.mark.parametrize("side", ["sr", "hr"])
+def test_a_deep_picture_is_told_before_anything_is_measured(
+    side: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in ("sr", "hr"):
+        save(tmp_path / folder / "a.png")
+        save(tmp_path / folder / "b.png")
+    Image.fromarray(np.full((64, 64), 40000, np.uint16)).save(tmp_path / side / "b.png")
+    code, out, err = run(capsys, tmp_path / "sr", tmp_path / "hr", "--metrics", "psnr_y")
+    assert code == 2 and not out and "b.png: its pixel format" in err
+
+
 def test_bad_input_is_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a = save(tmp_path / "a.png")
     narrow = save(tmp_path / "narrow.png", grey(90)[:, :32])

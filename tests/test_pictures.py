@@ -70,6 +70,8 @@ def test_more_than_8_bits_are_refused(reader: str, kind: str, tmp_path: Path) ->
     path = written(tmp_path / "picture", kind)
     with pytest.raises((ValueError, OSError), match="is not 8 bits a channel"):
         READERS[reader](path)
+    with pytest.raises(ValueError, match="is not 8 bits a channel"):
+        rasters.size(path)  # whose callers look for errors before they compute
 
 
 @pytest.mark.parametrize("reader", READERS)

@@ -38,6 +38,13 @@ def _reason(error: Exception) -> ValueError:
     return ValueError(f"not readable as a picture ({type(error).__name__})")
 
 
+def _deep(mode: str) -> ValueError | None:
+    """What is wrong with a mode of more than 8 bits per channel."""
+    if mode[0] not in "IF":
+        return None
+    return ValueError(f"its pixel format {mode} is not 8 bits a channel")
+
+
 def upright(file: Path | bytes) -> Image.Image:
     """A decoded picture file, rotated by its EXIF orientation, in the file's own mode.
 
@@ -56,15 +63,15 @@ def upright(file: Path | bytes) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(source) as opened:
-                mode = opened.mode
-                if mode[0] not in "IF":
+                problem = _deep(opened.mode)
+                if problem is None:
                     # In place, because a copy would double the memory of a large picture.
                     ImageOps.exif_transpose(opened, in_place=True)
                     opened.load()
                     return opened
     except Exception as error:  # decoders raise many types on a broken file
         raise _reason(error) from error
-    raise ValueError(f"its pixel format {mode} is not 8 bits a channel")
+    raise problem
 
 
 def rgb(file: Path | bytes) -> Image.Image:
@@ -82,7 +89,7 @@ def size(file: Path | bytes) -> tuple[int, int]:
     """Width and height of :func:`upright`, read from the file's header.
 
     Raises:
-        ValueError: as in :func:`upright`.
+        ValueError: as in :func:`upright`, except that the picture may be incomplete.
     """
     from PIL import Image
 
@@ -91,8 +98,11 @@ def size(file: Path | bytes) -> tuple[int, int]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(source) as opened:
+                problem = _deep(opened.mode)
                 width, height = opened.size
                 turned = opened.getexif().get(0x0112) in _TURNED
     except Exception as error:  # as above
         raise _reason(error) from error
+    if problem is not None:
+        raise problem
     return (height, width) if turned else (width, height)

@@ -113,11 +113,13 @@ def _shown(path: Path) -> str:
 
 
 def check_sizes(pairs: list[Pair], border: int = 0) -> None:
-    """Checks sizes in the files' headers, so that errors are found before anything is computed.
+    """Checks sizes and pixel formats in the files' headers, so that errors are found before
+    anything is computed.
 
     Raises:
-        ValueError: pictures of different sizes, a file that is no picture, or a picture that is
-            empty without a ``border`` on each side; the message names them.
+        ValueError: pictures of different sizes, a file that is no picture or has more than 8 bits
+            per channel, or a picture that is empty without a ``border`` on each side; the message
+            names them.
         OSError: a file cannot be read.
     """
     unequal = []
