@@ -328,9 +328,9 @@ SMALL = "--objective distances --batch 2 --held-out 2 --workers 0 --log-every 2 
 STEPS = 4
 
 
-def pretrain(out: Path, *more: str) -> int:
+def pretrain(out: Path, *more: str, length: tuple[str, ...] = ("--steps", str(STEPS))) -> int:
     words = ["pretrain", *SMALL.split(), "--checkpoint-every", "1", "--out", str(out)]
-    return cli.main([*words, "--steps", str(STEPS), *more])
+    return cli.main([*words, *length, *more])
 
 
 def told(capsys: pytest.CaptureFixture[str]) -> str:
@@ -399,8 +399,9 @@ def test_another_configuration_is_named(
     finished: Path, network_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     same = ("--networks", str(network_file), "--blur-aversion", "0.1", "--resume")
-    assert pretrain(finished, *same, "--steps", "5") == 2
-    assert "steps is 4 there and 5 here" in told(capsys)
+    for length in ("--steps 5", "--epochs 1 --epoch-images 10"):
+        assert pretrain(finished, *same, length=tuple(length.split())) == 2
+        assert "steps is 4 there and 5 here" in told(capsys)
     assert pretrain(finished, *same, "--networks", "demo-start") == 2
     assert "networks is [" in told(capsys)
     assert pretrain(finished, *same, "--gain", "3") == 2

@@ -229,7 +229,11 @@ class Settings:
 
     def identity(self) -> dict[str, Any]:
         """The settings that determine what is learned, which must agree on resuming and on all
-        ranks: not those of device, duration and reporting, nor the other objective's."""
+        ranks: not those of device, duration and reporting, nor the other objective's.
+
+        For distances the duration must agree too, since each step's rate depends on the number of
+        all: that number, which may follow from the data, is added to these settings by
+        :func:`~mghf_fast.commands.pretrain.train.configuration`."""
         free = {
             "data", "out", "epochs", "steps", "device", "threads", "workers", "log_every",
             "evaluate_every", "checkpoint_every", "resume", "tensorboard", "skip_limit",
