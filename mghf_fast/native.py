@@ -65,6 +65,19 @@ def unavailable_reason() -> str | None:
     )
 
 
+def cpu_capability() -> str | None:
+    """The instruction set that the CPU kernels use here, ``"default"``, ``"avx2"``, ``"avx512"``,
+    ``"avx512_bf16"`` or ``"amx"``; ``None`` without them.
+
+    Raises:
+        RuntimeError: MGHF_CPU_CAPABILITY names none of these.
+    """
+    if unavailable_reason() is not None:
+        return None
+    found: str = torch.ops.mghf_native.cpu_capability()
+    return found
+
+
 @functools.cache
 def cuda_unavailable_reason() -> str | None:
     """Loads the CUDA kernel library on the first call; ``None`` on success, else why not."""

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
+import torch
 
+from mghf_fast import native
 from mghf_fast.backends import BACKENDS
 from mghf_fast.commands.cli import main
 from mghf_fast.commands.doctor import examination as doctor
@@ -29,6 +34,25 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
         assert backend["available"] == (backend["reason"] is None), name
     assert set(facts["ops"]["sinkhorn"]) == set(BACKENDS)
     assert facts["self_check"]["reference"]["error"] <= doctor.TOLERANCE
+
+
+def shown_under(capability: str, *more: str) -> str:
+    """What the command shows in a process of its own: the instruction set is chosen once."""
+    return subprocess.run(
+        [sys.executable, "-m", "mghf_fast", "doctor", *more],
+        env={**os.environ, "MGHF_CPU_CAPABILITY": capability},
+        capture_output=True,
+        text=True,
+    ).stdout
+
+
+@pytest.mark.skipif(native.unavailable_reason() is not None, reason="no CPU kernels here")
+def test_the_instruction_set_is_named() -> None:
+    own = torch.ops.mghf_native.cpu_capability()
+    assert f"available, with the instruction set {own}\n" in doctor.report(doctor.examine())
+    assert json.loads(shown_under("default", "--json"))["instruction_set"] == "default"
+    shown = shown_under("sse9")
+    assert "instruction set" not in shown and "MGHF_CPU_CAPABILITY is 'sse9'" in shown
 
 
 def test_every_op_has_the_reference() -> None:

@@ -58,6 +58,15 @@ def self_check() -> dict[str, dict[str, Any]]:
     return results
 
 
+def instruction_set() -> str | None:
+    """The one that the CPU kernels use here, or ``None`` without them, or if a wrong
+    MGHF_CPU_CAPABILITY leaves them none, which the self-check reports."""
+    try:
+        return native.cpu_capability()
+    except RuntimeError:
+        return None
+
+
 def gpus() -> list[dict[str, Any]]:
     """The cached facts about each NVIDIA GPU: ``identity``, ``tuned`` (when `mghf-fast tune` ran,
     or None) with its ``rules``, and the trials (see :func:`mghf_fast.trials.listed`)."""
@@ -107,8 +116,9 @@ def examine() -> dict[str, Any]:
 
     Returns:
         ``machine``, ``packages`` (version or ``None``), ``backends`` (available or not, and why),
-        ``ops`` (see :func:`op_backends`), ``build`` (facts of the compiled kernels, maybe empty),
-        ``self_check`` (see :func:`self_check`), ``gpus`` (see :func:`gpus`) and ``usable``.
+        ``instruction_set`` (see :func:`instruction_set`), ``ops`` (see :func:`op_backends`),
+        ``build`` (facts of the compiled kernels, maybe empty), ``self_check`` (see
+        :func:`self_check`), ``gpus`` (see :func:`gpus`) and ``usable``.
     """
     reasons = unavailable_reasons()
     checks = self_check()
@@ -119,6 +129,7 @@ def examine() -> dict[str, Any]:
             name: {"available": name in available_backends(), "reason": reasons.get(name)}
             for name in BACKENDS
         },
+        "instruction_set": instruction_set(),
         "ops": op_backends(),
         "build": native.build_facts(),
         "self_check": checks,
@@ -134,14 +145,17 @@ def report(facts: dict[str, Any]) -> str:
     lines = [
         f"mghf_fast {machine['mghf_fast']}",
         f"  python {machine['python']}, {packages}",
-        f"  {machine['os']}; {machine['cpu']}, {machine['isa']}, {machine['cores']} cores, "
-        f"{machine['threads']} threads, {machine['memory_gib']} GiB",
+        f"  {machine['os']}; {machine['cpu']}, {machine['isa']} in PyTorch, "
+        f"{machine['cores']} cores, {machine['threads']} threads, {machine['memory_gib']} GiB",
         f"  GPU: {machine['gpu'] or 'none that torch can use'}",
         "",
         "Backends",
     ]
     for name, backend in facts["backends"].items():
-        lines.append(f"  {name:10} {'available' if backend['available'] else backend['reason']}")
+        state = "available" if backend["available"] else backend["reason"]
+        if name == "cpu" and facts["instruction_set"] is not None:
+            state += f", with the instruction set {facts['instruction_set']}"
+        lines.append(f"  {name:10} {state}")
 
     lines += ["", "Ops            " + "".join(f"{name:>11}" for name in facts["backends"])]
     for op, reasons in facts["ops"].items():
