@@ -268,6 +268,21 @@ def test_embeddings_far_from_unit_length(gpu: Gpu, tmp_path: Path) -> None:
         assert not (found[::2] == same[::2]).all() and (found[1::2] == same[1::2]).all()
 
 
+def problems_that_hide_little() -> list[Problem]:
+    """Similarity and contrast cancel in the weights; all similarities are tiny."""
+    torch.manual_seed(0)
+    query, key = pair(1, 40, 9)
+    return [
+        problem(query, key, 0.5, 0.5, 6, 1.0, "easy"),
+        problem(1e-12 * query, 1e-12 * key, 0.07, 1.0, 3),
+    ]
+
+
+@all_kernels
+def test_entries_that_do_not_count_are_hidden(gpu: Gpu, older: bool, tmp_path: Path) -> None:
+    check("plain", gpu, problems_that_hide_little(), tmp_path, older)
+
+
 @all_kernels
 def test_costs_beyond_float32(gpu: Gpu, older: bool, tmp_path: Path) -> None:
     """Exponents of costs e^s that float32 cannot hold, in entries of the plan that are 0, and in

@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 import torch
 from emulated import KINDS, needs_modules
-from test_cuda_monce import H200, Gpu, check, compare, pair, problem, run
+from test_cuda_monce import (
+    H200,
+    Gpu,
+    check,
+    compare,
+    pair,
+    problem,
+    problems_that_hide_little,
+    run,
+)
 
 from mghf_fast.reference import monce as reference
 
@@ -44,6 +53,10 @@ def test_maps_of_a_block(n: int, tmp_path: Path) -> None:
         problems.append(problem(*pair(2, n, 17), 0.5, 0.05, 9, 0.5, "easy"))
         problems.append(problem(*pair(1, n, 5), 0.07, 0.5, 3, 1.0, "hard", "detach"))
     check("plain", H200, problems, tmp_path)
+
+
+def test_entries_that_do_not_count_are_hidden(tmp_path: Path) -> None:
+    check("plain", H200, problems_that_hide_little(), tmp_path)
 
 
 def test_errors_of_a_block(tmp_path: Path) -> None:

@@ -307,8 +307,11 @@ struct ChipBlock {
       const float factor = kExp ? 1 : unit;  // of products, which have the scale of their factors
       state.unit = unit;
       state.nothing = 50 * scale(state.query_exponent + state.key_exponent);
-      state.plan = p.plan.value * factor, state.plan_low = p.plan.low * factor;
-      state.weight = p.weight.value * factor, state.weight_low = p.weight.low * factor;
+      const auto to_exponents = [&](float value) {
+        return kExp ? value : factor_that_hides(value * unit);
+      };
+      state.plan = to_exponents(p.plan.value), state.plan_low = p.plan.low * factor;
+      state.weight = to_exponents(p.weight.value), state.weight_low = p.weight.low * factor;
       state.contrast = p.contrast.value * unit;
       state.contrast_low = kExp ? 0 : p.contrast.low * unit;  // exponent() has no place for it
       state.linear = kExp ? state.contrast : 0;

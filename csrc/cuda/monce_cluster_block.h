@@ -369,8 +369,9 @@ struct ClusterBlock {
       const float unit = scales[0].back * scales[1].back;
       state().unit = unit;
       state().key_back = scales[1].back;
-      state().plan = p.plan.value * unit, state().plan_low = p.plan.low * unit;
-      state().weight = p.weight.value * unit, state().weight_low = p.weight.low * unit;
+      state().plan = factor_that_hides(p.plan.value * unit);
+      state().weight = factor_that_hides(p.weight.value * unit);
+      state().plan_low = p.plan.low * unit, state().weight_low = p.weight.low * unit;
       state().failed = !finite;
     }
     publish_shared();

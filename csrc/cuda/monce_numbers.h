@@ -16,6 +16,14 @@ constexpr float kMark = 12582912.0f;  // 1.5 * 2^23
 // Relative part of the gradient that the recursion may leave out.
 constexpr float kNegligiblePart = 5e-7f;
 
+// A factor from packed similarities, which are below 2^36, to exponents of two; large enough that
+// 1e30 of it, which takes the place of entries that do not count, leaves nothing. It would not where
+// the exponents of similarity and contrast cancel, or for tiny embeddings.
+__device__ __forceinline__ float factor_that_hides(float factor) {
+  constexpr float kLeast = 1e-20f;
+  return fabsf(factor) < kLeast ? (factor < 0 ? -kLeast : kLeast) : factor;
+}
+
 // 2^x to 2e-7, 0 for results below float32's normal range.
 __device__ __forceinline__ float power_of(float x) {
 #ifdef __CUDA_ARCH__
