@@ -260,6 +260,13 @@ def test_any_temperature(backend: str, temperature: float, epsilon: float) -> No
         check_map(query, key, backend, temperature, epsilon, 50, 3.0, cost, "exact")
 
 
+@pytest.mark.parametrize("n", [4, 19, 40])
+def test_similarity_and_contrast_cancel_in_the_weights(backend: str, n: int) -> None:
+    """Which then are v alone, and must be 0 for the positive and beyond the map all the same."""
+    query, key = pair(1, n)
+    check_map(query, key, backend, 0.5, 0.5, 12, 1.0, "easy", "exact")
+
+
 def test_a_tiny_temperature_overflows_nothing(backend: str) -> None:
     query, key = pair(2, 19)
     got = functional.monce_loss(query, key, temperature=1e-9, reduction="none", backend=backend)
