@@ -63,6 +63,16 @@ def is_traced() -> bool:
     return bool(torch.jit.is_tracing())  # type: ignore[attr-defined]
 
 
+def is_readable(x: Tensor) -> bool:
+    """Whether the values of ``x`` can be read without disturbing what watches the operations: not
+    a tensor without values, and no trace, CUDA graph or dispatch mode (`make_fx`, a fake mode)."""
+    if x.device.type == "meta" or hasattr(x, "fake_mode") or is_traced():
+        return False
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    return not torch._C._len_torch_dispatch_stack()
+
+
 def check_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     if x.device != other.device:
         raise ValueError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import io
-import linecache
 import pickle
 import warnings
 from collections.abc import Callable, Sequence
@@ -463,41 +462,6 @@ def test_trace() -> None:
 
 
 # ---- what a log shows ----
-
-
-@pytest.mark.parametrize(
-    ("scale", "shift", "far"), [(1, 0, False), (255, 0, True), (2, -1, True), (1.2, -0.1, False)]
-)
-def test_values_far_outside_the_range_give_one_warning(
-    scale: float, shift: float, far: bool
-) -> None:
-    loss, (sr, gt) = small_loss(input_range="0,1"), pair()
-    gt[0, 0, 0, :2] = torch.tensor([0.0, 1.0])
-    sr, gt = scale * sr + shift, scale * gt + shift
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        loss(sr, gt)
-        loss(sr, gt)
-        small_loss()(sr, gt)  # no range named
-    assert [str(w.message)[:20] for w in caught] == ["input_range is '0,1'"] * far
-
-
-def test_warnings_point_at_the_line_that_called_the_library() -> None:
-    sr, gt = (255 * image for image in pair())
-    hf_diff, network = HFDiffLoss(small(), input_range="0,1"), nn.ModuleDict({"loss": small_loss()})
-    calls = {
-        "called": lambda: small_loss(input_range="0,1")(sr, gt),
-        "terms": lambda: small_loss(input_range="0,1").terms(sr, gt),
-        "within HFDiffLoss": lambda: hf_diff(sr, gt),
-        "frozen weights": lambda: network.load_state_dict({"loss.extractor.x": gt}, strict=False),
-    }
-    for name, call in calls.items():
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            call()
-        (warning,) = caught
-        line = linecache.getline(warning.filename, warning.lineno)
-        assert warning.filename == __file__ and f'"{name}": lambda' in line
 
 
 def test_repr_says_what_the_loss_is(tmp_path: Path) -> None:

@@ -86,9 +86,11 @@ class MGHFLoss(HoldsFrozen):
         reduction: ``"mean"`` for a scalar, ``"none"`` for one value per image, (B,).
         input_range: ``"0,1"`` maps images from [0, 1] to the [-1, 1] an extractor is trained on;
             ``"-1,1"`` and ``None`` pass them on unchanged. ``"0, 1"``, ``[0, 1]`` and ``(0, 1)``
-            mean the same. Nothing is clamped. If a range is given, the first ``gt`` is checked
-            (only the first, because the check waits for the GPU; not in a compiled call): values
-            outside the range by more than half its width give one warning.
+            mean the same. Nothing is clamped. The first ``gt`` is checked (only the first, because
+            the check waits for the GPU; not in a compiled call): values outside the range by more
+            than half its width give one warning. ``None`` counts as [-1, 1] if the extractor is a
+            :class:`DetailFeatureExtractor` of 3 channels; other modules, and latents, may have any
+            range. Images in [0, 1] are within [-1, 1], so only ``"0,1"`` treats them right.
         backend: a backend's name, for every op of the loss; ``"auto"`` or ``None`` for the
             surrounding choice (:class:`use_backend`).
         patch_size: side of the local term's patches in image pixels, like the preset's stride: 32,
@@ -156,7 +158,7 @@ class MGHFLoss(HoldsFrozen):
         self.variant, self.reduction = variant, reduction
         self.input_range = read_range(input_range)
         # A list, so that DataParallel's replicas, which are shallow copies, share it.
-        self._range_unchecked = [True] if self.input_range else []
+        self._range_unchecked = [True] if self._expected_range(network) else []
         self.backend, self.precision = optional_backend(backend), check_precision(precision)
         self._downscale = downscale_of(network)
         # Has the type and device of the computation: a buffer follows .to() and casts, and replicas
@@ -276,20 +278,25 @@ class MGHFLoss(HoldsFrozen):
         if "lip" in self._active:
             self.local_information.check_features(features, image)
 
+    def _expected_range(self, extractor: nn.Module) -> str | None:
+        """The range that images must roughly have, or None if they may have any."""
+        ours = isinstance(extractor, DetailFeatureExtractor) and extractor.in_channels == 3
+        return self.input_range or ("-1,1" if ours else None)
+
     def _check_range(self, gt: Tensor) -> None:
-        """Warns if the first ``gt`` is far outside the configured range; ignores later ones."""
-        if gt.device.type == "meta" or check.is_traced() or not self._range_unchecked:
+        """Warns if the first ``gt`` is far outside the expected range; ignores later ones."""
+        if not self._range_unchecked or not check.is_readable(gt):
             return
-        if gt.is_cuda and torch.cuda.is_current_stream_capturing():
-            return
-        assert self.input_range is not None
+        expected = self._expected_range(self.extractor)
+        assert expected is not None
         self._range_unchecked.clear()
-        low, high = RANGES[self.input_range]
+        low, high = RANGES[expected]
         margin = (high - low) / 2
         least, most = (float(bound) for bound in torch.aminmax(gt.detach()))
         if least < low - margin or most > high + margin:
+            meaning = "" if self.input_range else ", which means images in [-1, 1]"
             warn_caller(
-                f"input_range is {self.input_range!r}, but gt reaches from {least:.3g} to "
+                f"input_range is {self.input_range!r}{meaning}, but gt reaches from {least:.3g} to "
                 f"{most:.3g}: images in another range change the scale of the loss"
             )
 
