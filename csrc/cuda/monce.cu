@@ -419,7 +419,7 @@ enum class Newer { none, warp, chip, cluster };
 Newer newer_kernels(int64_t n, int64_t depth, const MonceOptions& options) {
   Gpu gpu;
   if (!newest(Variant::monce) || current_gpu(gpu) != nullptr) return Newer::none;
-  if (fits_warp(n, depth, options)) return Newer::warp;
+  if (fits_warp(n, depth, options, gpu.shared_bytes)) return Newer::warp;
   if (fits_cluster(n, depth, options)) return Newer::cluster;
   return fits_chip(n, depth, options, gpu.shared_bytes) ? Newer::chip : Newer::none;
 }

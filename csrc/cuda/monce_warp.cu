@@ -141,19 +141,23 @@ const char* with_tiles(int64_t n, const F& f) {
   return f.template operator()<kMostTiles>();
 }
 
+size_t shared_bytes_of(int n) {
+  return static_cast<size_t>(kWarpsOfBlock) * WarpProblem::numbers_of(n) * sizeof(float);
+}
+
 Grid grid_of(const WarpProblem& p) {
-  const size_t numbers = static_cast<size_t>(kWarpsOfBlock) * p.shared_of_warp();
   return {(int64_t{p.maps} + kWarpsOfBlock - 1) / kWarpsOfBlock, kThreadsOfMaps,
-          numbers * sizeof(float)};
+          shared_bytes_of(p.n)};
 }
 
 }  // namespace
 
-bool fits_warp(int64_t n, int64_t depth, const MonceOptions& options) {
+bool fits_warp(int64_t n, int64_t depth, const MonceOptions& options, int64_t shared_bytes) {
   constexpr double kLeastEpsilon = 0.05;
   return n >= 2 && n <= 8 * kMostTiles && depth <= kMostDepth &&
          options.transport.epsilon >= kLeastEpsilon &&
-         options.transport.cost != TransportCost::exp;
+         options.transport.cost != TransportCost::exp &&
+         static_cast<int64_t>(shared_bytes_of(static_cast<int>(n))) <= shared_bytes;
 }
 
 int64_t warp_workspace_bytes(int64_t batch, int64_t n, const MonceOptions& options,

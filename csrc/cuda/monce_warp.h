@@ -6,8 +6,8 @@
 
 namespace mghf::cuda {
 
-// Whether warps take maps of n patches of that depth.
-bool fits_warp(int64_t n, int64_t depth, const MonceOptions& options);
+// Whether warps take maps of n patches of that depth, where a block has that much shared memory.
+bool fits_warp(int64_t n, int64_t depth, const MonceOptions& options, int64_t shared_bytes);
 
 int64_t warp_workspace_bytes(int64_t batch, int64_t n, const MonceOptions& options, bool backward);
 

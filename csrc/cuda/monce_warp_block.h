@@ -45,8 +45,10 @@ struct WarpProblem {
   float* repeated;  // u and v of those warps' iterations, in turn
 
   // The queries of a map in shared memory, and as many keys: a whole tile, if there is only one.
-  __host__ __device__ int patches() const { return n > 8 ? n : 8; }
-  __host__ __device__ int shared_of_warp() const { return 2 * patches() * kMostDepth; }
+  __host__ __device__ int patches() const { return patches_of(n); }
+  __host__ __device__ int shared_of_warp() const { return numbers_of(n); }
+  __host__ __device__ static int patches_of(int n) { return n > 8 ? n : 8; }
+  __host__ __device__ static int numbers_of(int n) { return 2 * patches_of(n) * kMostDepth; }
 };
 
 // Where the four numbers of a patch from depth 4 `unit` on are in shared memory. They are permuted
