@@ -514,14 +514,9 @@ def _special_function(i: Instruction) -> Meaning:
 
 
 def _shuffle(i: Instruction) -> Meaning:
-    """The other thread's value is taken to be this one's."""
+    """The other thread's value is taken to be this one's, as in `REDUX`, which is a `_move`."""
     target, _, sources, _ = _split(i.operands)
     return _set(_register(target), "a", a=_source(sources[0]))
-
-
-def _reduction(i: Instruction) -> Meaning:
-    """Likewise: all threads are taken to have this one's value."""
-    return _set(_register(i.operands[0]), "a", a=_source(i.operands[1]))
 
 
 def _absolute(i: Instruction) -> Meaning:
@@ -587,7 +582,7 @@ _MEANINGS: dict[str, Callable[[Instruction], Meaning]] = {
     "IMAD": _product, "ISETP": _compare,
     "LD": _load, "LDC": _constants, "LDL": _load, "LDS": _load, "LEA": _lea, "LOP3": _logic,
     "MOV": _move, "MUFU": _special_function, "P2R": _from_predicates, "PLOP3": _predicates,
-    "PRMT": _permute, "R2P": _to_predicates, "R2UR": _move, "REDUX": _reduction,
+    "PRMT": _permute, "R2P": _to_predicates, "R2UR": _move, "REDUX": _move,
     "S2R": _special, "S2UR": _special,
     "SEL": _select, "SHF": _shift, "SHFL": _shuffle, "ST": _store, "STL": _store, "STS": _store,
     "SYNCS": _true, "UBLKCP": _bulk_copy,

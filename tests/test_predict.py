@@ -347,6 +347,38 @@ def test_changed_sources_are_noticed(
     assert "sources have changed" not in capsys.readouterr().out
 
 
+def test_the_pages_have_todays_predictions() -> None:
+    """The table of NOTES.md, and the sentence of docs/benchmarks.md."""
+    rows = predict.load(predict.TODAY)
+    calibration = predict.calibrate(predict.measurements(predict.load(predict.MEASURED)))
+
+    def milliseconds(step: str) -> tuple[float, float, float]:
+        predicted = 1e3 * predict.total(rows[step], calibration.fitted)
+        return predicted, *predict.interval(predicted, calibration.error)
+
+    def digits(x: float) -> str:
+        return f"{x:.2f}" if x < 9.995 else f"{x:.1f}"
+
+    notes = (predict.FOLDER / "NOTES.md").read_text()
+    shapes = ("1x3x512x512", "1x3x1024x1024", "16x3x256x256", "32x3x64x64")
+    for loss in ("n", "c"):
+        for extractor in ("paper", "perceptual-v1"):
+            steps = [f"mghf_{loss} {extractor} {shape}" for shape in shapes]
+            cells = ["{} ({} to {})".format(*map(digits, milliseconds(step))) for step in steps]
+            assert f"| MGHF-{loss}, {extractor} | {' | '.join(cells)} |" in notes
+    page = " ".join((predict.FOLDER.parent / "docs" / "benchmarks.md").read_text().split())
+    n, c = (f"mghf_{loss} paper {shapes[0]}" for loss in "nc")
+    for text, step in (
+        ("{:.2g} ms for an MGHF-n step (90 % between {:.2g} and {:.2g})", n),
+        ("{:.2g} ms for MGHF-c ({:.2g} to {:.2g})", c),
+    ):
+        assert text.format(*milliseconds(step)) in page
+    less = [milliseconds(f"{step} tf32")[0] for step in (n, c)]
+    assert "{:.2g} and {:.2g} in TF32".format(*less) in page
+    large = f"mghf_c paper {shapes[1]}"
+    assert "an MGHF-c step is {:.2g} ms ({:.2g} to {:.2g})".format(*milliseconds(large)) in page
+
+
 def test_launches_that_differ_by_addresses_alone() -> None:
     from benchmarks.recording import without_addresses
 
