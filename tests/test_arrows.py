@@ -159,6 +159,7 @@ def test_every_public_name_is_there_at_its_first_use() -> None:
     with pytest.raises(AttributeError, match="module 'mghf_fast' has no attribute 'mghf'"):
         mghf_fast.mghf  # noqa: B018
     assert {*mghf_fast.__all__} <= {*dir(mghf_fast)}
+    assert not {"Any", "annotations", "importlib"} & {*dir(mghf_fast)}  # what the module imports
 
 
 def test_the_ops_alone_register_the_operators() -> None:
