@@ -1,4 +1,4 @@
-"""The instructions to which the CUDA kernels are compiled, read from a disassembly."""
+"""The instructions to which the CUDA kernels are compiled, read from their library."""
 
 from __future__ import annotations
 
@@ -10,37 +10,24 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-ARCHITECTURE = "90a"
+ARCHITECTURE = "sm_90a"
 
 
-def nvcc() -> Path | None:
-    """nvcc in PATH, or the one that `make cuda` installs."""
-    found = shutil.which("nvcc")
-    fetched = sorted(ROOT.glob("build/toolkits/*/nvidia/cu*/bin/nvcc"))
-    return Path(found) if found else fetched[-1] if fetched else None
+def tool(name: str) -> str:
+    """A program of CUDA's in PATH, or the one that comes with Triton."""
+    import triton
+
+    shipped = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return shutil.which(name) or str(shipped)
 
 
-def nvdisasm() -> Path | None:
-    """nvdisasm in PATH, or Triton's."""
-    if found := shutil.which("nvdisasm"):
-        return Path(found)
-    try:
-        import triton
-    except ImportError:
-        return None
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-    return tool if tool.exists() else None
-
-
-def disassembly(source: Path, folder: Path) -> str:
-    compiler, tool = nvcc(), nvdisasm()
-    assert compiler is not None and tool is not None
-    target = folder / f"{source.stem}.cubin"
-    code = f"-gencode=arch=compute_{ARCHITECTURE},code=sm_{ARCHITECTURE}"
-    compile_ = [compiler, "-cubin", "-std=c++20", code, "-o", target, source]
-    subprocess.run(compile_, check=True, capture_output=True)
-    return subprocess.run([tool, "-c", target], check=True, capture_output=True, text=True).stdout
+def disassemblies(library: Path, folder: Path) -> Iterator[str]:
+    """Those of the library's files for ARCHITECTURE; writes to ``folder``."""
+    extract = [tool("cuobjdump"), "-xelf", ARCHITECTURE, library.absolute()]
+    subprocess.run(extract, check=True, capture_output=True, cwd=folder)
+    for cubin in sorted(folder.glob("*.cubin")):
+        command = [tool("nvdisasm"), "-c", cubin]
+        yield subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 @dataclass(frozen=True)

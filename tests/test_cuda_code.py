@@ -1,16 +1,17 @@
 """nvcc's code for the product kernels: tensor cores idle while other instructions are issued, and
-code that exceeds the caches is fetched again. Needs nvcc and nvdisasm, but no GPU."""
+code that exceeds the caches is fetched again. Needs the library that `make cuda` builds, no GPU."""
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import pytest
 import sass
 
-SOURCES = sass.ROOT / "csrc" / "cuda"
+LIBRARY = os.environ.get("MGHF_TEST_CUDA_CODE")
 
 
 @dataclass(frozen=True)
@@ -120,25 +121,25 @@ def complaints(kernel: sass.Kernel, bounds: Bounds) -> list[str]:
     return found
 
 
+Compiled = dict[str, list[sass.Kernel]]
+"""The kernels of each source."""
+
+
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> object:
-    if sass.nvcc() is None:
-        pytest.skip("no nvcc: neither in PATH nor in build/toolkits, where `make cuda` puts it")
-    if sass.nvdisasm() is None:
-        pytest.skip("no nvdisasm: neither in PATH nor with Triton")
-    folder: Path = tmp_path_factory.mktemp("cubin")
-
-    @cache
-    def kernels(source: str) -> list[sass.Kernel]:
-        return list(sass.kernels(sass.disassembly(SOURCES / f"{source}.cu", folder)))
-
-    return kernels
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    if LIBRARY is None:
+        pytest.skip("MGHF_TEST_CUDA_CODE names no library of the CUDA kernels; `make cuda` does")
+    texts = list(sass.disassemblies(Path(LIBRARY), tmp_path_factory.mktemp("cubin")))
+    if not texts:
+        pytest.skip(f"the library has no code for {sass.ARCHITECTURE}")
+    # The names of what is in an unnamed namespace have the source's name.
+    sources = [re.search(r"GLOBAL__N__\w+?_\d+_([a-z_]+)_cu_", text) for text in texts]
+    return {s[1]: list(sass.kernels(text)) for s, text in zip(sources, texts, strict=True) if s}
 
 
 @pytest.mark.parametrize("bounds", BOUNDS, ids=lambda b: b.kernel)
-def test_products_are_mostly_products(bounds: Bounds, compiled: object) -> None:
-    assert callable(compiled)
-    (kernel,) = [k for k in compiled(bounds.source) if bounds.kernel in k.name]
+def test_products_are_mostly_products(bounds: Bounds, compiled: Compiled) -> None:
+    (kernel,) = [k for k in compiled[bounds.source] if bounds.kernel in k.name]
     assert complaints(kernel, bounds) == []
 
 
@@ -152,19 +153,17 @@ LARGER = {
 
 
 @pytest.mark.parametrize("source", sorted({b.source for b in BOUNDS}))
-def test_code_is_short(source: str, compiled: object) -> None:
+def test_code_is_short(source: str, compiled: Compiled) -> None:
     """Code that a launch executes for the first time comes from memory."""
-    assert callable(compiled)
-    kernels = [k for k in compiled(source) if not any(n in k.name for n in LARGER.get(source, ()))]
+    kernels = [k for k in compiled[source] if not any(n in k.name for n in LARGER.get(source, ()))]
     assert kernels
     assert {k.name: k.kibibytes for k in kernels if k.kibibytes > MOST_KIBIBYTES} == {}
 
 
 @pytest.mark.parametrize("source", ["content_style", "entropy"])
-def test_sweeps_use_no_generic_addresses(source: str, compiled: object) -> None:
+def test_sweeps_use_no_generic_addresses(source: str, compiled: Compiled) -> None:
     """And spill no registers. Which of two images a block reads, it must find out without that."""
-    assert callable(compiled)
-    for kernel in compiled(source):
+    for kernel in compiled[source]:
         assert kernel.count("LD", "ST") == 0, kernel.name
         assert kernel.count("LDL", "STL") == 0, kernel.name
 
