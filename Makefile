@@ -97,16 +97,21 @@ asan: $(STAMPS)/dev  ## the ops' tests on kernels built with the address and und
 	        -k "$${only}not [reference and not -reference and not gather" $(ARGS) || exit 1; \
 	done
 
-# The interpreter is slow, so tests take smaller sizes there (see tests/interpreter.py), and files run
-# side by side, the longest first. A file without a selected test ends with 5.
+# Slow tests on two cores: each file in a process of its own, the longest first; $(1) is an environment,
+# $(2) the files, $(3) which tests. A file without a selected test ends with 5.
+define test_side_by_side
+@printf '%s\n' $(2) | $(1) MGHF_TEST_CAPABILITY_CHILD=1 OMP_NUM_THREADS=1 xargs -P 2 -I {} sh -c \
+    'out=$$($(BIN)/python -m pytest -q -p no:cacheprovider {} -k "$(3)" $(ARGS) 2>&1); code=$$?; \
+     echo "{}"; echo "$$out"; test $$code = 0 -o $$code = 5'
+endef
+
+# The interpreter is slow, so tests take smaller sizes there (see tests/interpreter.py).
 TRITON_TESTS ?= triton
 LONGEST := coupling monce content_style sinkhorn patches losses dec entropy
 TRITON_FILES := $(LONGEST) $(filter-out $(LONGEST),$(filter $(patsubst kernels/%.py,%,$(sort $(wildcard kernels/*.py))),\
     $(patsubst tests/test_%.py,%,$(wildcard tests/test_*.py))))
 triton: $(STAMPS)/dev  ## the Triton kernels in Triton's interpreter, which needs no GPU: TRITON_TESTS="triton and gram"
-	@printf '%s\n' $(TRITON_FILES:%=tests/test_%.py) | TRITON_INTERPRET=1 MGHF_TEST_CAPABILITY_CHILD=1 OMP_NUM_THREADS=1 xargs -P 2 -I {} sh -c \
-	    'out=$$($(BIN)/python -m pytest -q -p no:cacheprovider {} -k "$(TRITON_TESTS)" $(ARGS) 2>&1); code=$$?; \
-	     echo "{}"; echo "$$out"; test $$code = 0 -o $$code = 5'
+	$(call test_side_by_side,TRITON_INTERPRET=1,$(TRITON_FILES:%=tests/test_%.py),$(TRITON_TESTS))
 
 # Each kernel once for each architecture: none may spill or need more shared memory than there is.
 # ARGS=--all compiles every launch. The old Triton is the oldest that GPU images come with.
@@ -140,6 +145,7 @@ cuda: $(STAMPS)/dev build/toolkits/$(CUDA_TOOLKIT)/installed  ## compile the CUD
 	    -DMGHF_WERROR=$(or $(MGHF_WERROR),0) -DMGHF_TORCH_DIRECTORY=$$torch
 	$(BIN)/cmake --build build/cuda --target mghf_fast_cuda
 	$(BIN)/python -W ignore -m tools.native_resources build/cuda/libmghf_fast_cuda.so $(ARGS)
+	MGHF_TEST_CUDA_CODE=$(abspath build/cuda/libmghf_fast_cuda.so) $(BIN)/python -m pytest -q tests/test_cuda_code.py
 
 # The CUDA sources as C++ for the host: as they are, for the tests of every backend too, and under the
 # thread sanitizer, which finds a missing barrier. The address sanitizer has a target of its own.
@@ -150,13 +156,15 @@ $(BIN)/cmake -S . -B build/cuda-host -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(B
     -DMGHF_TORCH_DIRECTORY=$$torch -DPython_EXECUTABLE=$(abspath $(BIN)/python)
 $(BIN)/cmake --build build/cuda-host --target mghf_fast_cuda_host
 endef
-test_cuda_host = MGHF_CUDA_HOST=$(abspath build/cuda-host) MGHF_TEST_CAPABILITY_CHILD=1 $(BIN)/python -m pytest -q
+CUDA_LONGEST := tests/test_cuda_coupling.py tests/test_cuda_monce.py tests/test_cuda_monce_cluster.py
+CUDA_FILES := $(CUDA_LONGEST) $(filter-out $(CUDA_LONGEST),$(sort $(wildcard tests/test_cuda_*.py)))
+test_cuda_host = $(call test_side_by_side,MGHF_CUDA_HOST=$(abspath build/cuda-host),$(1),$(2))
 cuda-host: $(STAMPS)/dev  ## run the CUDA kernels on the CPU, against the reference and under the thread sanitizer
 	$(call cuda_host,plain;thread)
-	$(test_cuda_host) -k "cuda and not address" tests/test_cuda_*.py $(OPS:%=tests/test_%.py) tests/test_losses.py $(ARGS)
+	$(call test_cuda_host,$(CUDA_FILES) $(OPS:%=tests/test_%.py) tests/test_losses.py,cuda and not address)
 cuda-host-address: $(STAMPS)/dev  ## the same under the address sanitizer
 	$(call cuda_host,plain;address)
-	$(test_cuda_host) -k "cuda and address" tests/test_cuda_*.py $(ARGS)
+	$(call test_cuda_host,$(CUDA_FILES),cuda and address)
 
 # On a machine with an NVIDIA GPU: with its own Python, torch and Triton, and without the internet.
 # The package and its tests are copied, and nothing is installed but the wheels (of pytest and

@@ -1,13 +1,19 @@
-"""Runs CUDA kernels on the host in a separate process, which may run under a sanitizer:
+"""Runs CUDA kernels on the host in separate processes, which may run under a sanitizer:
 
-    python cuda_host.py MODULE.so CALLS.pickle RESULTS.pickle
+    python cuda_host.py MODULE.so
+
+reads lines of three paths with tabs between them, CALLS.pickle, RESULTS.pickle and a file for the
+standard error, makes the calls of each line in a process of its own, and prints its exit status.
+The processes are forked: PyTorch is imported once.
 
 Calls are pairs of a name and its arguments: a function of the module, or else an op, which the
 library registers in the namespace `mghf_cuda_host`. A tensor is passed as a `Strided`, because
 pickled arrays lose their strides; bfloat16 is passed as uint16 with the same bits.
 """
 
+import gc
 import importlib.util
+import os
 import pickle
 import sys
 from pathlib import Path
@@ -61,12 +67,23 @@ def call(module: Any, name: str, arguments: tuple[Any, ...]) -> Any:
     return taken(getattr(torch.ops.mghf_cuda_host, name)(*map(given, arguments)))
 
 
-def main(library: str, calls: str, results: str) -> None:
-    module = load(library)
+def answer(module: Any, calls: str, results: str) -> None:
     found = [call(module, *each) for each in pickle.loads(Path(calls).read_bytes())]
     Path(results).write_bytes(pickle.dumps(found))
 
 
+def serve(module: Any) -> None:
+    gc.freeze()  # a collection in a child would copy the memory of all objects
+    for line in sys.stdin:
+        *paths, errors = line.rstrip("\n").split("\t")
+        if child := os.fork():
+            print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+            continue
+        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), sys.stderr.fileno())
+        answer(module, *paths)
+        os._exit(0)  # to take PyTorch apart takes longer than many calls
+
+
 if __name__ == "__main__":
     sys.modules["cuda_host"] = sys.modules[__name__]  # the name in the caller's pickled Strided
-    main(*sys.argv[1:])
+    serve(load(sys.argv[1]))

@@ -12,6 +12,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,10 @@ def runtime(name: str) -> str:
     return subprocess.check_output(command, text=True).strip()
 
 
-def run(kind: str, calls: Sequence[Call], folder: Path) -> subprocess.CompletedProcess[str]:
-    """Runs the calls in a separate process, under the sanitizer ``kind``."""
+@cache
+def server(kind: str) -> subprocess.Popen[str]:
+    """The process that forks those of the calls, under the sanitizer ``kind``. It ends when its
+    standard input does, with this process at the latest."""
     environment = os.environ | {
         "TSAN_OPTIONS": "exitcode=66",
         "ASAN_OPTIONS": "detect_leaks=0:exitcode=67",
@@ -52,15 +55,28 @@ def run(kind: str, calls: Sequence[Call], folder: Path) -> subprocess.CompletedP
     if kind in RUNTIMES:
         # The address sanitizer looks for libstdc++'s exception functions when it is loaded.
         environment["LD_PRELOAD"] = f"{runtime(RUNTIMES[kind])} {runtime('libstdc++.so')}"
-    (folder / "calls").write_bytes(pickle.dumps(list(calls)))
-    script = Path(__file__).with_name("cuda_host.py")
-    command = [sys.executable, script, module(kind), folder / "calls", folder / "results"]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+    command = [sys.executable, Path(__file__).with_name("cuda_host.py"), module(kind)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True)
+
+
+def run(kind: str, calls: Sequence[Call], folder: Path) -> tuple[int, str]:
+    """Runs the calls in a separate process, under the sanitizer ``kind``; returns its exit status
+    and what it wrote to its standard error."""
+    paths = [folder / name for name in ("calls", "results", "errors")]
+    paths[0].write_bytes(pickle.dumps(list(calls)))
+    paths[1].unlink(missing_ok=True)
+    process = server(kind)
+    assert process.stdin is not None and process.stdout is not None
+    print(*paths, sep="\t", file=process.stdin, flush=True)
+    status = process.stdout.readline()
+    assert status, f"the process of the kind {kind!r} has ended"
+    return int(status), paths[2].read_text()
 
 
 def results(kind: str, calls: Sequence[Call], folder: Path) -> list[np.ndarray[Any, Any]]:
-    done = run(kind, calls, folder)
-    assert done.returncode == 0, done.stderr[-4000:]
+    status, errors = run(kind, calls, folder)
+    assert status == 0, errors[-4000:]
     found: list[np.ndarray[Any, Any]] = pickle.loads((folder / "results").read_bytes())
     return found
 

@@ -34,8 +34,8 @@ def test_planted_faults_are_found(
     x = np.arange(64, dtype=np.int32)
     (result,) = results(kind, [(kernel, (x, 0))], tmp_path)
     assert (result == (x if kernel == "planted_index" else x[::-1])).all()
-    done = run(kind, [(kernel, (x, fault))], tmp_path)
-    assert done.returncode == EXIT_CODES.get(found.split()[0], 1) and found in done.stderr
+    status, errors = run(kind, [(kernel, (x, fault))], tmp_path)
+    assert status == EXIT_CODES.get(found.split()[0], 1) and found in errors
 
 
 @pytest.mark.parametrize("kernel", ["planted_copy", "planted_ring"])
@@ -101,9 +101,9 @@ def test_products_of_a_warpgroup(depth: int, tmp_path: Path) -> None:
 )
 def test_faults_in_products_are_found(kind: str, fault: int, found: str, tmp_path: Path) -> None:
     a, b, _ = _factors(80)
-    done = run(kind, [("planted_product", (a, b, fault))], tmp_path)
+    status, errors = run(kind, [("planted_product", (a, b, fault))], tmp_path)
     code = EXIT_CODES["data"] if found == "data race" else 1
-    assert done.returncode == (code if fault else 0) and found in done.stderr
+    assert status == (code if fault else 0) and found in errors
 
 
 @pytest.mark.parametrize("fault", [2, 4])

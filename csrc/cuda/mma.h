@@ -64,58 +64,73 @@ struct alignas(8) SplitPair {
 #if !defined(__CUDACC__)
 namespace host_mma {
 
-struct Operands {
-  uint32_t a[4], b[2];
-};
-
-// Rounds towards zero, to that many binary places.
-inline double cut_off(double x, int places) {
-  return std::ldexp(std::trunc(std::ldexp(x, places)), -places);
+MGHF_UNWATCHED inline double power_of_two(int exponent) {
+  return __builtin_bit_cast(double, static_cast<uint64_t>(1023 + exponent) << 52);
+}
+// floor(log2(|x|)), for x neither 0 nor subnormal: products of two subnormal float32 are not.
+MGHF_UNWATCHED inline int exponent_of(double x) {
+  return static_cast<int>(__builtin_bit_cast(uint64_t, x) >> 52 & 0x7ff) - 1023;
+}
+// Rounds towards zero, to that many binary places; few bits are left.
+MGHF_UNWATCHED inline double cut_off(double x, int places) {
+  const auto whole = static_cast<int64_t>(x * power_of_two(places));
+  return static_cast<double>(whole) * power_of_two(-places);
 }
 
 // The sum as a tensor core computes it, without rounding to nearest. Products are exact; all
 // addends are truncated one bit below the last place of the largest, and the sum at its own last
 // place. (Volta keeps no bit below, Hopper two or three: Fasi, Higham, Mikaitis and Pranesh, 2021.)
-inline float add_up(float before, const double* products, int count) {
+MGHF_UNWATCHED inline float add_up(float before, const double* products, int count) {
   double largest = std::fabs(before), exact = before;
   for (int i = 0; i < count; ++i) {
-    largest = std::fmax(largest, std::fabs(products[i]));
+    const double size = std::fabs(products[i]);
+    largest = size > largest ? size : largest;
     exact += products[i];
   }
-  if (!std::isfinite(exact) || exact == 0) return static_cast<float>(exact);
-  const int places = 24 - std::ilogb(largest);
+  if (!__builtin_isfinite(exact) || exact == 0) return static_cast<float>(exact);
+  const int places = 24 - exponent_of(largest);
   double sum = cut_off(before, places);
   for (int i = 0; i < count; ++i) sum += cut_off(products[i], places);
   if (sum == 0) return 0;
-  const int own = 23 - std::ilogb(sum);
+  const int own = 23 - exponent_of(sum);
   return static_cast<float>(cut_off(sum, own < 149 ? own : 149));
 }
 
 // `number(word, i)`: the i-th number of a word, of which there are `kPacked`. A tensor core adds up
-// 4 products of TF32 at a time, 8 of halves.
+// 4 products of TF32 at a time, 8 of halves. What it reads is the thread's own or was exchanged, so
+// ThreadSanitizer need not watch.
 template <int kPacked, class Number>
-void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Number number) {
-  const Operands own{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
-  const unsigned char* const all = host::exchange(&own, sizeof own);
-  Operands of[kWarp];
-  for (int lane = 0; lane < kWarp; ++lane) {
-    std::memcpy(&of[lane], all + lane * host::kMostExchanged, sizeof own);
+MGHF_UNWATCHED void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                                 Number number) {
+  float own[6][kPacked];
+  for (int p = 0; p < kPacked; ++p) {
+    for (int i = 0; i < 4; ++i) own[i][p] = number(a[i], p);
+    for (int i = 0; i < 2; ++i) own[4 + i][p] = number(b[i], p);
   }
+  const unsigned char* const all = host::exchange(own, sizeof own);
   const int g = static_cast<int>(threadIdx.x) % 32 / 4, t = static_cast<int>(threadIdx.x) % 4;
+  // Word i of row g, and word i % 2 of column 2 t + i / 2.
+  double rows[4][4 * kPacked], columns[4][4 * kPacked];
   for (int i = 0; i < 4; ++i) {
-    const int upper = i / 2, column = 2 * t + i % 2;
-    float sum = d[i];
+    for (int n = 0; n < 4 * kPacked; ++n) {
+      const int lane = n / kPacked, p = n % kPacked;
+      const unsigned char* const row = all + (g * 4 + lane) * host::kMostExchanged;
+      const unsigned char* const column = all + ((2 * t + i / 2) * 4 + lane) * host::kMostExchanged;
+      float of_row, of_column;
+      std::memcpy(&of_row, row + (i * kPacked + p) * 4, 4);
+      std::memcpy(&of_column, column + ((4 + i % 2) * kPacked + p) * 4, 4);
+      rows[i][n] = static_cast<double>(of_row);
+      columns[i][n] = static_cast<double>(of_column);
+    }
+  }
+  for (int i = 0; i < 4; ++i) {
     for (int half = 0; half < 2; ++half) {
       double products[4 * kPacked];
-      for (int k = 0; k < 4; ++k) {
-        for (int p = 0; p < kPacked; ++p) {
-          products[k * kPacked + p] = static_cast<double>(number(of[g * 4 + k].a[upper + 2 * half], p)) *
-                                      static_cast<double>(number(of[column * 4 + k].b[half], p));
-        }
+      for (int n = 0; n < 4 * kPacked; ++n) {
+        products[n] = rows[i / 2 + 2 * half][n] * columns[i % 2 * 2 + half][n];
       }
-      sum = add_up(sum, products, 4 * kPacked);
+      d[i] = add_up(d[i], products, 4 * kPacked);
     }
-    d[i] = sum;
   }
 }
 

@@ -31,6 +31,8 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __restrict__ __restrict
+// A function whose accesses ThreadSanitizer does not see; those that it calls are seen.
+#define MGHF_UNWATCHED __attribute__((no_sanitize("thread")))
 
 namespace mghf::host {
 
