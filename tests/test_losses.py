@@ -109,6 +109,15 @@ def test_input_range() -> None:
         torch.testing.assert_close(loss(sr * 2 - 1, gt * 2 - 1), scaled)
 
 
+def test_the_extractor_may_be_replaced() -> None:
+    """By one whose images may have any range, before the first step."""
+    loss = MGHFLoss("n", extractor=small_extractor())
+    loss.extractor = nn.Conv2d(3, 4, 3)
+    sr, gt = pair()
+    want = nn.functional.mse_loss(loss.extractor(sr), loss.extractor(gt))
+    torch.testing.assert_close(loss(sr, gt), want)
+
+
 def test_float64_oracle() -> None:
     loss = MGHFLoss(extractor=small_extractor())
     exact = copy.deepcopy(loss).double()

@@ -198,7 +198,7 @@ def test_the_papers_size(backend: str, cost: str) -> None:
 def test_photographs(backend: str, extractor: str, size: int) -> None:
     """The loss's own embeddings, which need few iterations, against all 50 in float64."""
     pytest.importorskip("skimage")
-    maps = 2 if interpreter.is_slow(backend) else 8
+    maps = 8 if not interpreter.is_slow(backend) else 2 if size < 256 else 1
     loss, picture = MGHFLoss(extractor=extractor, backend="reference"), iterations.pictures(None)[0]
     query, key = iterations.embeddings(loss, picture, size, maps)
     query.requires_grad_()

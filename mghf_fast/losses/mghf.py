@@ -287,9 +287,10 @@ class MGHFLoss(HoldsFrozen):
         """Warns if the first ``gt`` is far outside the expected range; ignores later ones."""
         if not self._range_unchecked or not check.is_readable(gt):
             return
-        expected = self._expected_range(self.extractor)
-        assert expected is not None
         self._range_unchecked.clear()
+        expected = self._expected_range(self.extractor)
+        if expected is None:  # another extractor has taken the first one's place
+            return
         low, high = RANGES[expected]
         margin = (high - low) / 2
         least, most = (float(bound) for bound in torch.aminmax(gt.detach()))
