@@ -491,7 +491,8 @@ def dec_loss(
 
     Returns:
         A scalar, float32 (float64 for float64). Patches without a negative are left out; if none is
-        left, 0 with gradient 0.
+        left, 0 with gradient 0. There is no value per image: an image's patches are contrasted with
+        the whole batch's, so its share depends on the images beside it.
     """
     check.check_tensor("sr", sr, "(B, 3, H, W)")
     check.check_tensor("gt", gt, "(B, 3, H, W)")

@@ -214,6 +214,16 @@ def test_module() -> None:
         DECLoss(treshold=3)
 
 
+def test_an_image_has_no_value_of_its_own(backend: str) -> None:
+    """The other image's patches are negatives too: twice as many, so a loss larger by log 2."""
+    sr, gt = images(2, 3, 16, 24)
+    both = functional.dec_loss(sr, gt, backend=backend)
+    alone = [functional.dec_loss(sr[i : i + 1], gt[i : i + 1], backend=backend) for i in (0, 1)]
+    assert both > torch.stack(alone).mean() + 0.3
+    with pytest.raises(TypeError, match=r"unknown options \['reduction'\]; allowed are weight"):
+        DECLoss(reduction="none")
+
+
 def _rank(rank: int, folder: str) -> None:
     """One of two processes, with the first image or with all others."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"

@@ -14,7 +14,9 @@ from ..backends import optional_backend
 class DECLoss(nn.Module):
     """Detail-enhanced contrastive loss (DECLoss eqs. 37 to 42).
 
-    The paper trains with ``1e-2 * L1 + 1 * perceptual + 1e-2 * dec``.
+    The paper trains with ``1e-2 * L1 + 1 * perceptual + 1e-2 * dec``. There is no ``reduction``:
+    the patches of the whole batch are contrasted with each other, so that no image has a value of
+    its own.
 
     Args:
         weight: factor of the loss.
