@@ -13,13 +13,13 @@ import json
 import os
 import sys
 import tempfile
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import _version
+from ._warnings import warn_caller
 from .backends import triton_version
 
 FORMAT = 1
@@ -60,7 +60,7 @@ def identity(device: torch.device) -> str:
 
 @functools.cache
 def _told(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=3)
+    warn_caller(message, RuntimeWarning)
 
 
 def read() -> dict[str, Any]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import math
 import threading
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from . import cache, native, problems
+from ._warnings import warn_caller
 
 logger = logging.getLogger("mghf_fast")
 
@@ -175,11 +175,10 @@ def _use_older(op: str, backend: str, device: torch.device) -> bool:
 
 
 def _warn(text: str, device: torch.device, failure: str) -> None:
-    warnings.warn(
+    warn_caller(
         f"mghf_fast {text} on {cache.identity(device)}: {failure}. Please report it; "
         "`mghf-fast tune --clear` lets it be tried again",
         RuntimeWarning,
-        stacklevel=3,
     )
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import linecache
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -265,6 +268,48 @@ def test_a_wrong_kernel_is_left_out_with_one_warning(
     fails = pytest.raises(RuntimeError) if how == "raises" else contextlib.nullcontext()
     with fails, mghf_fast.use_backend("cpu"):
         training_step()  # requested by name it still runs
+
+
+def in_a_thread(work: Callable[[], object]) -> None:
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+
+
+def test_warnings_point_at_the_line_that_called_the_library(
+    on_trial: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a trial, and of a cache that cannot be read."""
+    broken(monkeypatch, "coupling", "wrong")
+    broken(monkeypatch, "gram", "wrong")
+    gram, loss = mghf_fast.functional.gram_matrix, mghf_fast.MGHFLoss("n", input_range="0,1")
+    x, (sr, gt) = draws.randn(1, 4, 8, 8), images()
+    compiled = torch.compile(gram, fullgraph=True, backend="aot_eager")
+    library_alone = functools.partial(gram, x)
+    calls = {
+        "an op": lambda: gram(x),
+        "a loss": lambda: loss(sr, gt),
+        "compiled": lambda: compiled(x),
+        "of the user's thread": lambda: in_a_thread(lambda: gram(x)),
+        "of a thread without a user's line": lambda: in_a_thread(library_alone),
+    }
+    on_trial.parent.mkdir(parents=True)
+    for name, call in calls.items():
+        on_trial.write_text("no JSON")
+        cache._known.cache_clear()
+        cache._told.cache_clear()
+        trials.forget()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", RuntimeWarning)
+            call()
+        told = [warning for warning in caught if warning.category is RuntimeWarning]
+        assert ["cannot be used" in str(w.message) for w in told] == [True, False], name
+        for warning in told:
+            line = linecache.getline(warning.filename, warning.lineno)
+            if name == "of a thread without a user's line":
+                assert warning.filename == mghf_fast.functional.__file__
+            else:
+                assert warning.filename == __file__ and f'"{name}": lambda' in line
 
 
 def with_older_kernels(monkeypatch: pytest.MonkeyPatch, op: str) -> None:

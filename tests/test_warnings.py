@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from mghf_fast import DetailFeatureExtractor, HFDiffLoss, MGHFLoss
+from mghf_fast._warnings import warn_caller
 
 FAR = {"0,1": ((255, 0), (2, -1)), "-1,1": ((255, 0), (8, -4)), None: ((255, 0), (8, -4))}
 """input_range -> factors and shifts with which images in [0, 1] get far outside of it."""
@@ -104,3 +105,12 @@ def test_warnings_point_at_the_line_that_called_the_library() -> None:
         (warning,) = told(call)
         line = linecache.getline(warning.filename, warning.lineno)
         assert warning.filename == __file__ and f'"{name}": lambda' in line
+
+
+def test_what_inductor_writes_is_not_the_users_line() -> None:
+    """It lies in a folder of its cache, which may be anywhere, as a module of PyTorch's."""
+    written: dict[str, Any] = {"__name__": "torch._inductor.runtime.compile_tasks.c1"}
+    exec(compile("def call(run): run()", "/cache/c1.py", "exec"), written)
+    library = functools.partial(written["call"], functools.partial(warn_caller, "x"))
+    (warning,) = told(library)
+    assert warning.filename == __file__ and warning.category is UserWarning
