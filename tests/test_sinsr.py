@@ -1,7 +1,7 @@
 """HF-Diff's objective with SinSR's parts: the adapter's student gives SinSR's own three terms.
 
 The contract is that of SinSR f173549 of September 2024 (``training_losses_distill``): its terms are
-reimplemented below, with a stand-in for the diffusion.
+reimplemented below, with stand-ins for the diffusion and the network (trainers.py).
 """
 
 from __future__ import annotations
@@ -10,34 +10,11 @@ import draws
 import pytest
 import torch
 from torch import Tensor, nn
+from trainers import Diffusion, Network
 
 from mghf_fast import HFDiffLoss, MGHFLoss
 from mghf_fast.integrations import resshift, sinsr
 from mghf_fast.losses.distillation import distillation_terms
-
-KAPPA = 2.0
-
-
-class Diffusion:
-    """ResShift's scaling of latents by a state's deviation at each step."""
-
-    num_timesteps = 4
-    etas = torch.tensor([0.01, 0.1, 0.5, 0.99])
-
-    def _scale_input(self, x: Tensor, t: Tensor) -> Tensor:
-        assert t.shape == (x.shape[0],) and t.dtype == torch.int64
-        return x / (self.etas[t] * KAPPA**2 + 1).sqrt().view(-1, 1, 1, 1)
-
-
-class Network(nn.Module):
-    """A network that depends on the state, the step and the low resolution."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(6, 3, 3, padding=1)
-
-    def forward(self, x: Tensor, t: Tensor, lq: Tensor) -> Tensor:
-        return self.conv(torch.cat([x, lq], 1)) * (1 + t.view(-1, 1, 1, 1)).float().sqrt()
 
 
 @pytest.fixture

@@ -6,25 +6,23 @@ from, and partly run with,
     neosr           31c7022 of April 2025
     KAIR            fc1732f of October 2024
 
-The registry is our own stand-in; none of their code is here.
+The registry is our own stand-in (trainers.py); none of their code is here.
 """
 
 from __future__ import annotations
 
 import copy
-import importlib
-import importlib.util
 import inspect
 import pickle
 import sys
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import draws
 import pytest
 import torch
+import trainers
 from torch import Tensor, nn
 
 from mghf_fast import MGHFLoss
@@ -34,52 +32,15 @@ from mghf_fast.integrations._criterion import Criterion
 Images = tuple[Tensor, Tensor]
 
 
-class Registry:
-    """Both trainers' registry: classes by name, which only traiNNer-redux lower-cases."""
-
-    def __init__(self, lower: bool) -> None:
-        self.found: dict[str, Callable[..., nn.Module]] = {}
-        self.lower = lower
-
-    def register(self) -> Callable[[type], type]:
-        def enter(cls: type) -> type:
-            name = cls.__name__.lower() if self.lower else cls.__name__
-            assert name not in self.found
-            self.found[name] = cls
-            return cls
-
-        return enter
-
-
-@contextmanager
-def stand_in(package: str, adapter: str, lower: bool) -> Iterator[Registry]:
-    """``package.utils.registry`` with a registry in which our adapter registers itself."""
-    registry = Registry(lower)
-    names = [package, f"{package}.utils", f"{package}.utils.registry"]
-    ours = f"mghf_fast.integrations.{adapter}"
-    before = {name: sys.modules.pop(name, None) for name in [*names, ours]}
-    for name in names:
-        sys.modules[name] = types.ModuleType(name)
-    sys.modules[names[-1]].LOSS_REGISTRY = registry  # type: ignore[attr-defined]
-    try:
-        importlib.import_module(ours)
-        yield registry
-    finally:
-        for name, module in before.items():
-            sys.modules.pop(name, None)
-            if module is not None:
-                sys.modules[name] = module
-
-
 @pytest.fixture
 def redux() -> Iterator[Callable[..., nn.Module]]:
-    with stand_in("traiNNer", "trainner_redux", True) as registry:
+    with trainers.stand_in("traiNNer", "trainner_redux", True) as registry:
         yield registry.found["mghfloss"]
 
 
 @pytest.fixture
 def neosr() -> Iterator[Callable[..., nn.Module]]:
-    with stand_in("neosr", "neosr", False) as registry:
+    with trainers.stand_in("neosr", "neosr", False) as registry:
         yield registry.found["mghf_loss"]
 
 
@@ -193,7 +154,7 @@ def adapters() -> dict[str, tuple[Callable[[], nn.Module], str]]:
     """A function that makes each adapter with weight 1, and the name of its second argument."""
 
     def in_registry(package: str, adapter: str, name: str, lower: bool) -> nn.Module:
-        with stand_in(package, adapter, lower) as registry:
+        with trainers.stand_in(package, adapter, lower) as registry:
             return registry.found[name](loss_weight=1.0)
 
     return {
@@ -255,6 +216,4 @@ def test_the_package_imports_no_adapter() -> None:
     code = (
         "import sys, mghf_fast; sys.exit(any(m.startswith('mghf_fast.int') for m in sys.modules))"
     )
-    import trainers
-
     assert trainers.run(["-c", code], trainers.Path(__file__).parent).returncode == 0
