@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import shlex
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import draws
 import numpy as np
+import pages
 import pytest
 import torch
 import trainers
@@ -169,9 +171,10 @@ def train(folder: Path, perceptual: dict[str, Any]) -> subprocess.CompletedProce
     text = OPTIONS.format(folder=folder, perceptual=json.dumps(perceptual))
     options = folder / "x.yml"
     options.write_text(text)
-    # `python -m mghf_fast.integrations.basicsr -opt x.yml`, with the torch that is installed here.
-    words = ["-m", "trainers", "mghf_fast.integrations.basicsr", "-opt", str(options)]
-    return trainers.run(words, folder)
+    # The page's command, with these options, and with the torch that is installed here.
+    command = shlex.split(pages.blocks("docs/integrations.md")["BasicSR: plain"])
+    assert command[:2] == ["python", "-m"]
+    return trainers.run(["-m", "trainers", *command[2:-1], str(options)], folder)
 
 
 def test_three_iterations_without_any_python_of_the_users(tmp_path: Path) -> None:

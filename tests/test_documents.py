@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import pages
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,43 +82,59 @@ def test_the_targets_of_make_that_a_page_names_exist(page: str) -> None:
 
 # ---- the code on the pages ----
 
-RUN = {"README.md": 1, "docs/losses.md": 1, "docs/integrations.md": 2}
-"""Pages whose Python runs here, and how many blocks do: not those that need a trainer."""
-OTHERS = re.compile(r"integrations\.(?!lpips|calibrate)|models\.loss|pyiqa|self\.hf_diff|sinsr")
-STAND_INS = """
-import torch
-import torch.nn.functional
-import mghf_fast
-from mghf_fast import MGHFLoss
-torch.manual_seed(0)
-device, l1 = torch.device("cpu"), torch.nn.functional.l1_loss
-torch.Tensor.cuda = torch.nn.Module.cuda = lambda self: self
-sr, gt = torch.rand(2, 2, 3, 64, 64)
-sr.requires_grad_()
-dino = lambda image: image.flatten(1)
-similarity = torch.rand(2, 5, 5)
-query, key = torch.nn.functional.normalize(torch.randn(2, 2, 5, 8), dim=3)
-net = torch.nn.Conv2d(3, 3, 3, padding=1)
-batches = [(torch.rand(2, 3, 64, 64), gt)]
-"""
+RUN = {"README.md": 1, "docs/losses.md": 1}
+"""Pages whose Python runs here, and how many blocks have it."""
+ELSEWHERE = {"docs/integrations.md"}
+"""Pages with a test of their own for every block: test_integrations_page.py."""
 
 
-def blocks(page: str) -> list[str]:
-    text = (ROOT / page).read_text()
-    found = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
-    return [code for code in found if not OTHERS.search(code)]
+def python_on(page: str) -> list[str]:
+    blocks = pages.blocks(page).items()
+    return [code for name, code in blocks if re.search(r": python( \d+)?$", name)]
 
 
 @pytest.mark.parametrize("page", RUN)
 def test_the_python_on_a_page_runs(page: str) -> None:
-    code = blocks(page)
+    code = python_on(page)
     assert len(code) == RUN[page]
     for block in code:
-        script = f"{STAND_INS}\n{block}"
-        done = subprocess.run(
-            [sys.executable, "-c", script],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )
-        assert done.returncode == 0, f"{block}\n{done.stderr}"
+        pages.python_runs(block)
+
+
+def test_no_page_has_python_that_nothing_runs() -> None:
+    assert {page for page in PAGES if python_on(page)} == RUN.keys() | ELSEWHERE
+
+
+def test_blocks_are_found_by_heading_and_language() -> None:
+    text = """
+```
+a
+```
+# One
+
+```python
+# no heading
+b
+```
+* in a list
+
+  ```yaml
+    c:
+    d
+  ```
+
+## Two
+```python
+e
+```
+```python
+f
+```
+"""
+    assert pages.blocks_of(text) == {
+        "top: plain": "a\n",
+        "One: python": "# no heading\nb\n",
+        "One: yaml": "  c:\n  d\n",
+        "Two: python": "e\n",
+        "Two: python 2": "f\n",
+    }
